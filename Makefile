@@ -1,0 +1,47 @@
+# `make demo` and `make test` set everything up on a fresh clone and reuse it afterwards.
+# On Linux pip's default torch brings several GB of CUDA libraries along. Without a GPU, point PIP_EXTRA_INDEX_URL
+# at PyTorch's index of CPU wheels first (see "Get started" on pytorch.org).
+
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# Newer than everything the environment and the extension were made from.
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint format bench clean
+
+demo: $(READY)
+	$(BIN)/skipkernels demo
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+bench: $(READY)
+	@echo "Run on an otherwise idle machine:"
+	@echo "  $(BIN)/skipkernels bench decode --shapes tinyllama-1.1b --dtype bf16 --skip-ratio 0,0.25 --against transformers"
+	@echo "  $(BIN)/skipkernels bench decode --help"
+	@echo "Against llama.cpp: bench/README.md"
+
+clean:
+	rm -rf $(VENV) build *.egg-info skipkernels/*.so
+
+# No build isolation: the extension is built with the pinned pybind11, and its objects stay valid for the next build.
+$(READY): pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
+	@test -x $(BIN)/python || { echo "==> creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "==> installing the pinned dependencies and building skipkernels._C (the first time takes minutes)"
+	@$(BIN)/python -m pip install -q -c constraints.txt "setuptools>=77" "pybind11>=3"
+	@$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[plot,test,dev]"
+	@touch $@

@@ -1,0 +1,224 @@
+"""Builds the C++ extension ``skipkernels._C``; everything else is declared in pyproject.toml.
+
+Every source is one compiler command of its own: the instruction-set units need their own flags and .cu files need
+nvcc. Commands run in parallel, and a second build repeats only those whose text, source or headers changed.
+
+Environment:
+    SKIPKERNELS_CUDA=auto|0|1   build the CUDA part if nvcc is found (default), never, or fail without it
+    MAX_JOBS=N                  compilers at a time (default: one per CPU)
+    CXX, CXXFLAGS, LDFLAGS      C++ compiler (default: c++), and flags appended to those below
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError, SetupError
+
+ROOT = Path(__file__).resolve().parent
+
+# Linked in this order: of an inline function that several units emit, the linker keeps the first copy, and that must
+# not be one compiled for an instruction set the machine may lack. Hence wider instruction sets come last.
+CPU_SOURCES = [
+    "csrc/bindings.cpp",
+    "csrc/cpu/executor.cpp",
+    "csrc/cpu/thread_pool.cpp",
+    "csrc/cpu/bandwidth.cpp",
+    "csrc/cpu/isa_generic.cpp",
+]
+X86_SOURCES = {
+    "csrc/cpu/isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "csrc/cpu/isa_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+}
+CUDA_SOURCES = [
+    str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cuda/*")) if path.suffix in (".cpp", ".cu")
+]
+
+OPTIMIZE = ["-std=c++17", "-O3"]
+HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
+CUDA_ARCHITECTURES = ["arch=compute_80,code=sm_80", "arch=compute_89,code=sm_89", "arch=compute_90a,code=sm_90a"]
+CUDA_PTX = "arch=compute_90,code=compute_90"
+CUDA_RUNTIME = ["-lcudart_static", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL"]
+
+
+@dataclass(frozen=True)
+class CudaBuild:
+    """Whether the CUDA part is built, and with which nvcc; ``note`` says why, in the build output and the extension."""
+
+    nvcc: str | None
+    note: str
+
+    @property
+    def built(self) -> bool:
+        return self.nvcc is not None
+
+
+def resolve_cuda(environ: Mapping[str, str], sources: Sequence[str]) -> CudaBuild:
+    """Decide on the CUDA part from SKIPKERNELS_CUDA, the nvcc in CUDA_HOME or PATH, and the CUDA sources there are."""
+    requested = environ.get("SKIPKERNELS_CUDA", "auto")
+    if requested not in ("auto", "0", "1"):
+        raise SetupError(f"SKIPKERNELS_CUDA={requested}: expected auto, 0 or 1")
+    if requested == "0":
+        return CudaBuild(None, "switched off by SKIPKERNELS_CUDA=0")
+    nvcc = find_nvcc(environ)
+    note = f"nvcc {nvcc_version(nvcc)} found" if nvcc else "nvcc not found in CUDA_HOME/bin or PATH"
+    if nvcc and not sources:
+        note += ", no CUDA sources in this release"
+    if nvcc and sources:
+        return CudaBuild(nvcc, note)
+    if requested == "1":
+        raise SetupError(f"SKIPKERNELS_CUDA=1 cannot be met: {note}")
+    return CudaBuild(None, note)
+
+
+def find_nvcc(environ: Mapping[str, str]) -> str | None:
+    """Path of nvcc in CUDA_HOME/bin, else in PATH, else None."""
+    folders = [f"{environ['CUDA_HOME']}/bin"] if "CUDA_HOME" in environ else []
+    return shutil.which("nvcc", path=os.pathsep.join([*folders, environ.get("PATH", "")]))
+
+
+def nvcc_output(nvcc: str, *arguments: str) -> str:
+    """Everything that nvcc prints when called with ``arguments``."""
+    command = [nvcc, *arguments]
+    try:
+        return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SetupError(f"{shlex.join(command)} fails ({error}); SKIPKERNELS_CUDA=0 builds without it") from error
+
+
+def nvcc_version(nvcc: str) -> str:
+    """The release number of ``nvcc``, such as "13.0"."""
+    match = re.search(r"release (\d+\.\d+)", nvcc_output(nvcc, "--version"))
+    return match.group(1) if match else "of unknown version"
+
+
+def toolkit_flags(nvcc: str, variable: str) -> list[str]:
+    """The host compiler's flags that nvcc itself would use: ``variable`` is INCLUDES or LIBRARIES of its dry run.
+
+    More reliable than a guess from nvcc's path, which may be a wrapper script outside the toolkit.
+    """
+    dry_run = nvcc_output(nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull)
+    match = re.search(rf"^#\$ {variable}=(.*)$", dry_run, re.MULTILINE)
+    return shlex.split(match.group(1)) if match else []
+
+
+def job_count(environ: Mapping[str, str]) -> int:
+    """How many compilers may run at a time: MAX_JOBS, else the number of CPUs."""
+    jobs = environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+    if not jobs.isdecimal() or int(jobs) < 1:
+        raise SetupError(f"MAX_JOBS={jobs}: expected a positive integer")
+    return int(jobs)
+
+
+def run_tool(command: Sequence[str], subject: str, failure: type[Exception]) -> None:
+    """Run a compiler or linker in the source root, pass on what it prints, and raise ``failure`` if it fails."""
+    try:
+        result = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    except OSError as error:
+        hint = "set CXX to a C++17 compiler"
+        raise failure(f"{subject}: {command[0]} does not run ({error.strerror}); {hint}") from error
+    print(f"  {subject}\n{result.stdout}", end="", flush=True)
+    if result.returncode:
+        raise failure(f"{subject}: {Path(command[0]).name} exited with status {result.returncode}")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One source and the command that compiles it, complete but for its outputs."""
+
+    source: str
+    command: list[str]
+
+    def compile(self, folder: Path) -> str:
+        """Bring the object file in ``folder`` up to date and return its path."""
+        stem = folder / self.source.replace("/", "-")
+        obj, headers, record = (Path(f"{stem}.{suffix}") for suffix in ("o", "d", "cmd"))
+        command = [*self.command, "-c", self.source, "-o", str(obj), "-MMD", "-MF", str(headers)]
+        if not is_current(obj, headers, record, command):
+            record.unlink(missing_ok=True)
+            run_tool(command, self.source, CompileError)
+            record.write_text(shlex.join(command))
+        return str(obj)
+
+
+def is_current(obj: Path, headers: Path, record: Path, command: Sequence[str]) -> bool:
+    """Whether ``obj`` came from this very ``command`` and is no older than anything it was made from."""
+    try:
+        made_from = headers.read_text().replace("\\\n", " ").partition(": ")[2].split()
+        newest = max((ROOT / path).stat().st_mtime_ns for path in made_from)
+        return record.read_text() == shlex.join(command) and newest <= obj.stat().st_mtime_ns
+    except OSError:
+        return False
+
+
+def plan_units(cuda: CudaBuild) -> list[Unit]:
+    """All compile commands of the extension, in link order."""
+    x86_sources = X86_SOURCES if platform.machine().lower() in ("x86_64", "amd64") else {}
+    macros = [f"-DSKIPKERNELS_CUDA_BUILT={int(cuda.built)}", *(f"-D{isa_macro(source)}=1" for source in x86_sources)]
+    system_headers = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+    cxx = [*cxx_compiler(), *OPTIMIZE, *HOST_FLAGS, *macros, "-Icsrc", *system_headers]
+    own_flags = {**x86_sources, "csrc/bindings.cpp": [f'-DSKIPKERNELS_BUILD_NOTE="{cuda.note}"']}
+    nvcc: list[str] = []
+    if cuda.nvcc:
+        cxx += toolkit_flags(cuda.nvcc, "INCLUDES")
+        targets = [f"-gencode={target}" for target in (*CUDA_ARCHITECTURES, CUDA_PTX)]
+        nvcc = [cuda.nvcc, *OPTIMIZE, *targets, f"-Xcompiler={','.join(HOST_FLAGS)}", *macros, "-Icsrc"]
+    host_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+    return [
+        Unit(source, nvcc if source.endswith(".cu") else [*cxx, *own_flags.get(source, []), *host_flags])
+        for source in (*CPU_SOURCES, *(CUDA_SOURCES if cuda.built else []), *x86_sources)
+    ]
+
+
+def isa_macro(source: str) -> str:
+    """csrc/cpu/isa_avx2.cpp -> SKIPKERNELS_HAVE_AVX2"""
+    return f"SKIPKERNELS_HAVE_{Path(source).stem.removeprefix('isa_').upper()}"
+
+
+def cxx_compiler() -> list[str]:
+    """The C++ compiler's command: CXX, else c++."""
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
+class BuildExtension(build_ext):
+    """build_ext with a command per source, in parallel, incremental also under pip."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # pip builds editable installs in a temporary folder: objects kept here instead survive until the next build.
+        self.build_temp = str(ROOT / "build" / f"objects-{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
+
+    def build_extension(self, ext: Extension) -> None:
+        cuda = resolve_cuda(os.environ, CUDA_SOURCES)
+        print(f"{ext.name}: CUDA part {'built' if cuda.built else 'left out'} ({cuda.note})", flush=True)
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(job_count(os.environ)) as pool:
+            objects = list(pool.map(lambda unit: unit.compile(folder), plan_units(cuda)))
+        libraries = [*toolkit_flags(cuda.nvcc, "LIBRARIES"), *CUDA_RUNTIME] if cuda.nvcc else []
+        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        library = Path(self.get_ext_fullpath(ext.name)).absolute()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        link = [*cxx_compiler(), "-shared", "-pthread", *undefined, *objects, "-o", str(library), *libraries]
+        run_tool([*link, *shlex.split(os.environ.get("LDFLAGS", ""))], library.name, LinkError)
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("skipkernels._C", [*CPU_SOURCES, *X86_SOURCES, *CUDA_SOURCES])],
+        cmdclass={"build_ext": BuildExtension},
+    )
