@@ -38,6 +38,10 @@ CPU_SOURCES = [
     "csrc/cpu/executor.cpp",
     "csrc/cpu/thread_pool.cpp",
     "csrc/cpu/bandwidth.cpp",
+    "csrc/cpu/embed.cpp",
+    "csrc/cpu/skip_gate.cpp",
+    "csrc/cpu/sample.cpp",
+    "csrc/cpu/advance.cpp",
     "csrc/cpu/isa_generic.cpp",
 ]
 X86_SOURCES = {

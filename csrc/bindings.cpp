@@ -1,0 +1,156 @@
+// Python's door to the native part. Knows no torch: buffers come as integer addresses, whose owners Python keeps alive.
+#include <pybind11/functional.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <cstring>
+#include <string>
+#include <thread>
+
+#include "checks.h"
+#include "cpu/bandwidth.h"
+#include "cpu/executor.h"
+#include "program.h"
+
+#ifndef SKIPKERNELS_CUDA_BUILT
+#    define SKIPKERNELS_CUDA_BUILT 0
+#endif
+#ifndef SKIPKERNELS_BUILD_NOTE
+#    define SKIPKERNELS_BUILD_NOTE "unknown"
+#endif
+
+namespace py = pybind11;
+using namespace skipkernels;
+
+namespace {
+
+const OpInfo& find_op(const std::string& name) {
+    for (const OpInfo& info : kInstructionSet) {
+        if (info.name == name) return info;
+    }
+    fail("unknown op '", name, "'");
+}
+
+WeightDtype parse_dtype(const std::string& name) {
+    if (name == "fp32") return WeightDtype::fp32;
+    if (name == "bf16") return WeightDtype::bf16;
+    if (name == "fp16") return WeightDtype::fp16;
+    fail("unknown weight dtype '", name, "'; use fp32, bf16 or fp16");
+}
+
+// One op's struct is filled through its field table, so bindings and program.h cannot drift apart.
+Instruction make_instruction(const std::string& op, const std::string& dtype, uintptr_t when, int64_t batch_size,
+                             const py::dict& operands) {
+    const OpInfo& info = find_op(op);
+    check(batch_size >= 1 && batch_size <= cpu::kMaxBatch, op, ": batch_size must lie in 1..", cpu::kMaxBatch, ", got ",
+          batch_size);
+    check(when != 0, op, ": when is a null pointer");
+    Instruction ins{};
+    ins.op = info.op;
+    ins.weight_dtype = parse_dtype(dtype);
+    ins.when = reinterpret_cast<const int32_t*>(when);
+    ins.batch_size = batch_size;
+    char* base = reinterpret_cast<char*>(&ins.embed);  // every member of the union starts here
+    check(operands.size() == info.num_fields, op, " takes ", info.num_fields, " operands, got ", operands.size());
+    for (const Field* field = info.fields; field != info.fields + info.num_fields; ++field) {
+        const py::str key(field->name.data(), field->name.size());
+        check(operands.contains(key), op, ": operand '", field->name, "' is missing");
+        const py::object value = operands[key];
+        char* at = base + field->offset;
+        switch (field->kind) {
+            case FieldKind::tensor: {
+                const auto address = value.cast<uintptr_t>();
+                std::memcpy(at, &address, sizeof address);
+                break;
+            }
+            case FieldKind::size:
+            case FieldKind::integer: {
+                const auto number = value.cast<int64_t>();
+                std::memcpy(at, &number, sizeof number);
+                break;
+            }
+            case FieldKind::real: {
+                const auto number = value.cast<float>();
+                std::memcpy(at, &number, sizeof number);
+                break;
+            }
+        }
+    }
+    return ins;
+}
+
+py::dict instruction_set() {
+    static constexpr const char* kKinds[] = {"tensor", "size", "int", "float"};
+    py::dict ops;
+    for (const OpInfo& info : kInstructionSet) {
+        py::dict fields;
+        for (size_t i = 0; i < info.num_fields; ++i) {
+            fields[py::str(std::string(info.fields[i].name))] = kKinds[static_cast<size_t>(info.fields[i].kind)];
+        }
+        ops[py::str(std::string(info.name))] = fields;
+    }
+    return ops;
+}
+
+// The loop runs without the GIL and takes it a few times a second, so that Ctrl-C ends a long generation.
+std::vector<double> run_interruptibly(cpu::Executor& executor, int64_t max_steps) {
+    using Clock = std::chrono::steady_clock;
+    const auto caller = std::this_thread::get_id();
+    auto checked = Clock::now();
+    bool interrupted = false;
+    std::vector<double> seconds;
+    {
+        py::gil_scoped_release release;
+        seconds = executor.run(max_steps, [&] {
+            // whichever thread ends a step asks, but Python handles signals on its own thread only
+            if (std::this_thread::get_id() != caller || Clock::now() - checked < std::chrono::milliseconds(100))
+                return true;
+            checked = Clock::now();
+            py::gil_scoped_acquire acquire;
+            interrupted = PyErr_CheckSignals() != 0;
+            return !interrupted;
+        });
+    }
+    if (interrupted) throw py::error_already_set();
+    return seconds;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Native executors of the decode program.";
+    m.attr("cuda_built") = static_cast<bool>(SKIPKERNELS_CUDA_BUILT);
+    m.attr("build_note") = SKIPKERNELS_BUILD_NOTE;
+    m.attr("max_batch_size") = cpu::kMaxBatch;
+    m.attr("rows_per_partial") = cpu::kPanelRows;
+    m.def("instruction_set", &instruction_set,
+          "The ops of program.h: {op: {field: 'tensor' | 'size' | 'int' | 'float'}}.");
+    m.def("usable_isas", &cpu::usable_isas, "CPU instruction sets usable here, widest first.");
+    m.def("advise_huge_pages",
+          [](uintptr_t data, size_t bytes) { cpu::advise_huge_pages(reinterpret_cast<void*>(data), bytes); });
+    m.def("measure_read", &cpu::measure_read, py::arg("bytes"), py::arg("repeats"), py::arg("num_threads"),
+          py::arg("isa") = "auto", py::call_guard<py::gil_scoped_release>(),
+          "Seconds of each of `repeats` full reads of `bytes` of memory.");
+
+    py::class_<Instruction>(m, "Instruction")
+        .def(py::init(&make_instruction), py::arg("op"), py::arg("dtype"), py::arg("when"), py::arg("batch_size"),
+             py::arg("operands"));
+
+    py::class_<cpu::Executor>(m, "CpuExecutor")
+        .def(py::init([](std::vector<Instruction> program, uintptr_t active, int64_t batch_size, int num_threads,
+                         const std::string& isa) {
+                 check(num_threads >= 1, "num_threads must be at least 1, got ", num_threads);
+                 return std::make_unique<cpu::Executor>(std::move(program), reinterpret_cast<const int32_t*>(active),
+                                                        batch_size, num_threads, isa);
+             }),
+             py::arg("program"), py::arg("active"), py::arg("batch_size"), py::arg("num_threads"),
+             py::arg("isa") = "auto")
+        .def("run", &run_interruptibly, py::arg("max_steps"))
+        .def("run_instruction", &cpu::Executor::run_instruction, py::arg("index"),
+             py::call_guard<py::gil_scoped_release>())
+        .def("set_profiling", &cpu::Executor::set_profiling, py::arg("on"))
+        .def_property_readonly("profile", &cpu::Executor::profile)
+        .def_property_readonly("num_threads", &cpu::Executor::num_threads)
+        .def_property_readonly("isa", &cpu::Executor::isa);
+}

@@ -1,0 +1,62 @@
+// Replays a recorded program on the CPU: the whole generation loop runs here, on threads started once.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "thread_pool.h"
+
+namespace skipkernels::cpu {
+
+// The kernel set of an instruction set by name; "auto" is the widest this processor has.
+const KernelSet& select_kernels(const std::string& isa);
+// The names select_kernels takes on this processor, widest first.
+std::vector<std::string> usable_isas();
+
+class Executor {
+  public:
+    // `active` (batch_size) is the loop's condition: a step runs while any entry is non-zero.
+    Executor(std::vector<Instruction> program, const int32_t* active, int64_t batch_size, int num_threads,
+             const std::string& isa);
+
+    // Runs up to max_steps steps, until no row is active or keep_going() (asked after each step) says no.
+    // Returns each step's seconds.
+    std::vector<double> run(int64_t max_steps, const std::function<bool()>& keep_going);
+    void run_instruction(int64_t index);
+
+    // Seconds spent in each instruction so far, while profiling; the cost of a skipped one is that of finding so.
+    void set_profiling(bool on);
+    const std::vector<double>& profile() const { return seconds_; }
+
+    int num_threads() const { return pool_.size(); }
+    const char* isa() const { return kernels_.isa; }
+    int64_t size() const { return static_cast<int64_t>(program_.size()); }
+
+  private:
+    struct Loop;
+
+    void replay(Loop& loop);
+    void work(const Instruction& ins, int thread);
+    bool claim(int64_t& begin, int64_t& end);
+    const Kernel& kernel(const Instruction& ins) const { return kernels_.kernels[static_cast<size_t>(ins.op)]; }
+    bool any_active() const;
+
+    const std::vector<Instruction> program_;
+    const int32_t* active_;
+    const int64_t batch_size_;
+    const KernelSet& kernels_;
+    ThreadPool pool_;
+    Barrier barrier_;
+    std::vector<Scratch> scratch_;  // one a thread
+    std::vector<std::unique_ptr<float[], void (*)(void*)>> memory_;
+    std::unique_ptr<std::atomic<int32_t>[]> arrivals_;
+    alignas(64) std::atomic<int64_t> next_task_{0};
+    int64_t num_tasks_ = 0;
+    bool profiling_ = false;
+    std::vector<double> seconds_;
+};
+
+}  // namespace skipkernels::cpu

@@ -1,0 +1,41 @@
+// intermediate (batch, intermediate) = silu(gate @ x) * (up @ x), x = rms_norm(hidden_states);
+// gate_up_proj (2 intermediate, hidden) holds the gate rows, then the up rows. A task is a panel of both.
+#include "linear.h"
+
+namespace skipkernels::SKIPKERNELS_ISA {
+
+int64_t gate_up_silu_tasks(const Instruction& ins) { return num_panels(ins.gate_up_silu.intermediate_size); }
+
+void gate_up_silu_prepare(const Instruction& ins, Scratch& s) {
+    const GateUpSilu& op = ins.gate_up_silu;
+    pack_rms_norm(ins, op.hidden_states, op.hidden_size, op.post_attention_layernorm, op.rms_norm_eps, s);
+}
+
+void gate_up_silu_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
+    const GateUpSilu& op = ins.gate_up_silu;
+    const int64_t k = op.hidden_size;
+    float* ups = s.panel + cpu::kMaxBatch * cpu::kPanelRows;
+    with_weight_type(ins.weight_dtype, [&](auto type) {
+        const auto* gate = static_cast<const decltype(type)*>(op.gate_up_proj);
+        const auto* up = gate + op.intermediate_size * k;
+        for (int64_t panel = begin; panel < end; ++panel) {
+            const int64_t first = panel * cpu::kPanelRows, left = op.intermediate_size - first;
+            const int height = static_cast<int>(left < cpu::kPanelRows ? left : cpu::kPanelRows);
+            linear_panel(gate + first * k, k, height, up + first * k, s.panel, s);
+            linear_panel(up + first * k, k, height, gate + (first + height) * k, ups, s);
+            for (int i = 0; i < s.num_rows; ++i) {
+                float* out = op.intermediate + s.rows[i] * op.intermediate_size + first;
+                const float *g = s.panel + i * cpu::kPanelRows, *u = ups + i * cpu::kPanelRows;
+                for (int r = 0; r < height; r += Vec::width) {
+                    const int n = height - r < Vec::width ? height - r : Vec::width;
+                    const Vec x = load_first(g + r, n);
+                    alignas(64) float result[Vec::width];
+                    store(result, x / (splat(1.0f) + exp(splat(0.0f) - x)) * load_first(u + r, n));
+                    for (int j = 0; j < n; ++j) out[r + j] = result[j];
+                }
+            }
+        }
+    });
+}
+
+}  // namespace skipkernels::SKIPKERNELS_ISA

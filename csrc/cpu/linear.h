@@ -1,0 +1,115 @@
+// The matrix kernel under every projection: a panel of weight rows times the packed activations of all active rows.
+//
+// A decode step is bound by the one read of the weights, so two things matter. The memory must see one linear stream:
+// several rows are computed at a time for the sake of registers, and software prefetches walk the panel in address
+// order one tile (or panel) ahead; without them four interleaved rows ran at 60 % of the bandwidth of one. And from a
+// batch of 3 on activations must come from the first-level cache: k is blocked, accumulators rest in memory between
+// blocks.
+//
+// Each (weight row, batch row) pair has one vector accumulator that walks k in order, whatever the tile it is in:
+// that is why a row of a batch gets bitwise what it gets alone.
+#pragma once
+
+#include <utility>
+
+#include "pack.h"
+
+namespace skipkernels::SKIPKERNELS_ISA {
+
+inline void prefetch_l1(const char* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_l2(const char* p) { __builtin_prefetch(p, 0, 2); }
+
+// acc[R][N] += w[R][k_begin..k_end) * x; `ahead` is where to prefetch, one cache line for each one consumed.
+template <class T, int R, int N>
+inline void tile_block(const T* w, int64_t k, int64_t k_begin, int64_t k_end, const float* x, float* accumulators,
+                       bool first, const char*& ahead) {
+    constexpr int W = Vec::width;
+    constexpr int kLine = 64 / static_cast<int>(sizeof(T));  // elements in a cache line
+    constexpr int U = kLine / W;                             // vectors in a cache line
+    Vec acc[R][N];
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) acc[r][n] = first ? splat(0.0f) : load(accumulators + (r * N + n) * W);
+
+    int64_t j = k_begin;
+    auto step = [&](int64_t at, auto load_weight) {
+        Vec weight[R];
+        for (int r = 0; r < R; ++r) weight[r] = load_weight(w + r * k + at);
+        for (int n = 0; n < N; ++n) {
+            const Vec activation = load(x + at * N + n * W);
+            for (int r = 0; r < R; ++r) acc[r][n] = fma(weight[r], activation, acc[r][n]);
+        }
+    };
+    for (; j + kLine <= k_end; j += kLine) {
+        for (int r = 0; r < R; ++r) N < 3 ? prefetch_l1(ahead + 64 * r) : prefetch_l2(ahead + 64 * r);
+        ahead += 64 * R;
+        for (int u = 0; u < U; ++u) step(j + u * W, [](const T* p) { return load(p); });
+    }
+    for (; j + W <= k_end; j += W) step(j, [](const T* p) { return load(p); });
+    if (j < k_end) {
+        const int left = static_cast<int>(k_end - j);
+        step(j, [left](const T* p) { return load_first(p, left); });
+    }
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) store(accumulators + (r * N + n) * W, acc[r][n]);
+}
+
+// The register tile's height for N batch rows: at most 24 accumulators of 32 registers, and a divisor of kPanelRows.
+template <int N>
+constexpr int tile_height() {
+    return N <= 2 ? 4 : N == 3 ? 8 : N == 4 ? 6 : N <= 6 ? 4 : 3;
+}
+
+template <class T, int N>
+void panel_tile(const T* w, int64_t k, int rows, const float* x, float* out, const T* next, float* accumulators) {
+    constexpr int W = Vec::width, R = tile_height<N>();
+    constexpr int64_t kBlock = 4096 / N / 64 * 64;  // 16 KB of activations, half of the first-level cache
+    const bool blocked = N >= 3;
+    const int64_t block = blocked ? kBlock : k;
+    const char* ahead = reinterpret_cast<const char*>(next);
+    for (int64_t begin = 0; begin < k; begin += block) {
+        const int64_t end = begin + block < k ? begin + block : k;
+        int row = 0;
+        for (; row + R <= rows; row += R) {
+            if (!blocked) ahead = reinterpret_cast<const char*>(row + 2 * R <= rows ? w + (row + R) * k : next);
+            tile_block<T, R, N>(w + row * k, k, begin, end, x, accumulators + row * N * W, begin == 0, ahead);
+        }
+        for (; row < rows; ++row) {
+            tile_block<T, 1, N>(w + row * k, k, begin, end, x, accumulators + row * N * W, begin == 0, ahead);
+        }
+    }
+    for (int row = 0; row < rows; ++row)
+        for (int n = 0; n < N; ++n) out[n * cpu::kPanelRows + row] = reduce_add(load(accumulators + (row * N + n) * W));
+}
+
+template <class T, int... N>
+inline void panel_of(int n, std::integer_sequence<int, N...>, const T* w, int64_t k, int rows, const float* x,
+                     float* out, const T* next, float* accumulators) {
+    ((n == N + 1 ? panel_tile<T, N + 1>(w, k, rows, x, out, next, accumulators) : void()), ...);
+}
+
+// w (rows, k) @ x (active rows, k) -> out (active rows, kPanelRows), 1 <= rows <= kPanelRows.
+// `next` is where the weights needed after this panel begin; it is only prefetched, never read.
+template <class T>
+inline void linear_panel(const T* w, int64_t k, int rows, const T* next, float* out, const Scratch& s) {
+    const Tiles tiles(s.num_rows);
+    for (int tile = 0; tile < tiles.count; ++tile) {
+        const int begin = tiles.begin(tile);
+        panel_of(tiles.size(tile), std::make_integer_sequence<int, cpu::kMaxTile>{}, w, k, rows,
+                 s.x + begin * padded(k), out + begin * cpu::kPanelRows, next, s.accumulators);
+    }
+}
+
+inline int64_t num_panels(int64_t rows) { return (rows + cpu::kPanelRows - 1) / cpu::kPanelRows; }
+
+// Runs panels [begin, end) of w (rows, k) and hands each to epilogue(first weight row, rows of the panel).
+template <class T, class Epilogue>
+inline void for_panels(const T* w, int64_t rows, int64_t k, int64_t begin, int64_t end, Scratch& s, Epilogue epilogue) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t row = panel * cpu::kPanelRows;
+        const int height = static_cast<int>(rows - row < cpu::kPanelRows ? rows - row : cpu::kPanelRows);
+        linear_panel(w + row * k, k, height, w + (row + height) * k, s.panel, s);
+        epilogue(row, height);
+    }
+}
+
+}  // namespace skipkernels::SKIPKERNELS_ISA

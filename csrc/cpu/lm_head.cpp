@@ -1,0 +1,26 @@
+// logits (batch, vocab) = lm_head (vocab, hidden) @ rms_norm(hidden_states)
+#include "linear.h"
+
+namespace skipkernels::SKIPKERNELS_ISA {
+
+int64_t lm_head_tasks(const Instruction& ins) { return num_panels(ins.lm_head.vocab_size); }
+
+void lm_head_prepare(const Instruction& ins, Scratch& s) {
+    const LmHead& op = ins.lm_head;
+    pack_rms_norm(ins, op.hidden_states, op.hidden_size, op.norm, op.rms_norm_eps, s);
+}
+
+void lm_head_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
+    const LmHead& op = ins.lm_head;
+    with_weight_type(ins.weight_dtype, [&](auto type) {
+        const auto* w = static_cast<const decltype(type)*>(op.lm_head);
+        for_panels(w, op.vocab_size, op.hidden_size, begin, end, s, [&](int64_t first, int height) {
+            for (int i = 0; i < s.num_rows; ++i) {
+                std::memcpy(op.logits + s.rows[i] * op.vocab_size + first, s.panel + i * cpu::kPanelRows,
+                            height * sizeof(float));
+            }
+        });
+    });
+}
+
+}  // namespace skipkernels::SKIPKERNELS_ISA

@@ -1,0 +1,27 @@
+// hidden_states (batch, hidden) += o_proj (hidden, attention_size) @ attn_output (batch, attention_size) + bias
+#include "linear.h"
+
+namespace skipkernels::SKIPKERNELS_ISA {
+
+int64_t o_proj_add_tasks(const Instruction& ins) { return num_panels(ins.o_proj_add.hidden_size); }
+
+void o_proj_add_prepare(const Instruction& ins, Scratch& s) {
+    pack(ins, ins.o_proj_add.attn_output, ins.o_proj_add.attention_size, s);
+}
+
+void o_proj_add_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
+    const OProjAdd& op = ins.o_proj_add;
+    with_weight_type(ins.weight_dtype, [&](auto type) {
+        const auto* w = static_cast<const decltype(type)*>(op.o_proj);
+        for_panels(w, op.hidden_size, op.attention_size, begin, end, s, [&](int64_t first, int height) {
+            for (int i = 0; i < s.num_rows; ++i) {
+                float* hidden = op.hidden_states + s.rows[i] * op.hidden_size + first;
+                for (int r = 0; r < height; ++r) {
+                    hidden[r] += s.panel[i * cpu::kPanelRows + r] + (op.o_proj_bias ? op.o_proj_bias[first + r] : 0.0f);
+                }
+            }
+        });
+    });
+}
+
+}  // namespace skipkernels::SKIPKERNELS_ISA

@@ -1,0 +1,68 @@
+// q, k, v = qkv_proj (qkv_size, hidden) @ rms_norm(hidden_states) + bias; per-head norm of q and k where given; rotary;
+// q -> query, k and v -> the caches at position seq_len. A task is one head of q, k or v.
+#include "linear.h"
+
+namespace skipkernels::SKIPKERNELS_ISA {
+
+int64_t qkv_rope_append_tasks(const Instruction& ins) {
+    return ins.qkv_rope_append.num_attention_heads + 2 * ins.qkv_rope_append.num_key_value_heads;
+}
+
+void qkv_rope_append_prepare(const Instruction& ins, Scratch& s) {
+    const QkvRopeAppend& op = ins.qkv_rope_append;
+    pack_rms_norm(ins, op.hidden_states, op.hidden_size, op.input_layernorm, op.rms_norm_eps, s);
+}
+
+// x (head_dim) in place: pairs (i, i + half) rotated by the angles at one position
+static void rotate(float* x, const float* cos, const float* sin, int64_t half) {
+    for (int64_t i = 0; i < half; ++i) {
+        const float first = x[i], second = x[i + half];
+        x[i] = first * cos[i] - second * sin[i];
+        x[i + half] = second * cos[i] + first * sin[i];
+    }
+}
+
+template <class T>
+static void store_head(const QkvRopeAppend& op, int64_t head, int row, float* x) {
+    const int64_t heads = op.num_attention_heads, kv_heads = op.num_key_value_heads, d = op.head_dim;
+    const int64_t position = op.seq_len[row];
+    const bool is_query = head < heads, is_value = head >= heads + kv_heads;
+    if (!is_value) {
+        if (const float* norm = is_query ? op.q_norm : op.k_norm) {
+            const float scale = rms_scale(x, d, op.rms_norm_eps);
+            for (int64_t i = 0; i < d; ++i) x[i] = x[i] * scale * norm[i];
+        }
+        const int64_t at = position * op.half_head_dim;
+        rotate(x, op.rope_cos + at, op.rope_sin + at, op.half_head_dim);
+    }
+    if (is_query) {
+        std::memcpy(op.query + (row * heads + head) * d, x, d * sizeof(float));
+        return;
+    }
+    const int64_t kv_head = (head - heads) % kv_heads;
+    T* cache = static_cast<T*>(is_value ? op.v_cache : op.k_cache);
+    cache += ((row * kv_heads + kv_head) * op.max_seq_len + position) * d;
+    for (int64_t i = 0; i < d; ++i) store_as(cache + i, x[i]);
+}
+
+void qkv_rope_append_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
+    const QkvRopeAppend& op = ins.qkv_rope_append;
+    const int64_t k = op.hidden_size, d = op.head_dim;
+    with_weight_type(ins.weight_dtype, [&](auto type) {
+        using T = decltype(type);
+        for (int64_t head = begin; head < end; ++head) {
+            const T* w = static_cast<const T*>(op.qkv_proj) + head * d * k;
+            for_panels(w, d, k, 0, num_panels(d), s, [&](int64_t first, int height) {
+                for (int i = 0; i < s.num_rows; ++i) {
+                    for (int r = 0; r < height; ++r) {
+                        const float bias = op.qkv_bias ? op.qkv_bias[head * d + first + r] : 0.0f;
+                        s.head[i * d + first + r] = s.panel[i * cpu::kPanelRows + r] + bias;
+                    }
+                }
+            });
+            for (int i = 0; i < s.num_rows; ++i) store_head<T>(op, head, s.rows[i], s.head + i * d);
+        }
+    });
+}
+
+}  // namespace skipkernels::SKIPKERNELS_ISA

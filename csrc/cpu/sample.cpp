@@ -1,0 +1,98 @@
+// next_token (batch) from logits (batch, vocab): argmax, or Gumbel-max over the tokens that survive top-k, top-p and
+// min-p. A task is a row. The Python twin, and the definition, is sample() in skipkernels/ops/reference.py.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "kernels.h"
+#include "philox.h"
+
+namespace skipkernels::cpu {
+
+int64_t sample_tasks(const Instruction& ins) { return count_rows(ins); }
+
+void sample_prepare(const Instruction& ins, Scratch& s) { find_rows(ins, s); }
+
+namespace {
+
+float penalised(const Sample& op, int row, int64_t token) {
+    const float logit = op.logits[row * op.vocab_size + token];
+    if (!op.seen[row * op.vocab_size + token]) return logit;
+    const float penalty = op.repetition_penalty[row];
+    return logit > 0 ? logit / penalty : logit * penalty;
+}
+
+int32_t greedy(const Sample& op, int row) {
+    int32_t best = 0;
+    float best_score = penalised(op, row, 0);
+    for (int64_t token = 1; token < op.vocab_size; ++token) {
+        const float score = penalised(op, row, token);
+        // as torch's argmax: the first of equals, and a NaN above all
+        if (score > best_score || (std::isnan(score) && !std::isnan(best_score))) {
+            best = static_cast<int32_t>(token), best_score = score;
+        }
+    }
+    return best;
+}
+
+// Drops from `kept` what top-k removes; ties at the edge stay.
+void apply_top_k(std::vector<int32_t>& kept, const std::vector<float>& scores, int64_t top_k) {
+    if (top_k <= 0 || top_k >= static_cast<int64_t>(kept.size())) return;
+    std::vector<float> sorted = scores;
+    std::nth_element(sorted.begin(), sorted.begin() + (top_k - 1), sorted.end(), std::greater<float>());
+    const float edge = sorted[top_k - 1];
+    kept.erase(std::remove_if(kept.begin(), kept.end(), [&](int32_t id) { return !(scores[id] >= edge); }), kept.end());
+}
+
+// Keeps the shortest prefix, by falling score and rising id, that holds top_p of the probability.
+void apply_top_p(std::vector<int32_t>& kept, const std::vector<float>& scores, float top_p) {
+    if (top_p >= 1.0f) return;
+    std::stable_sort(kept.begin(), kept.end(), [&](int32_t a, int32_t b) { return scores[a] > scores[b]; });
+    const double top = scores[kept[0]];
+    double total = 0;
+    for (int32_t id : kept) total += std::exp(scores[id] - top);
+    double before = 0;
+    size_t count = 0;
+    for (; count < kept.size() && before < static_cast<double>(top_p) * total; ++count) {
+        before += std::exp(scores[kept[count]] - top);
+    }
+    kept.resize(std::max<size_t>(count, 1));
+}
+
+int32_t draw(const Sample& op, int row) {
+    std::vector<float> scores(op.vocab_size);
+    for (int64_t token = 0; token < op.vocab_size; ++token)
+        scores[token] = penalised(op, row, token) / op.temperature[row];
+    std::vector<int32_t> kept(op.vocab_size);
+    std::iota(kept.begin(), kept.end(), 0);
+    apply_top_k(kept, scores, op.top_k[row]);
+    apply_top_p(kept, scores, op.top_p[row]);
+    const double floor = op.min_p[row] > 0 ? *std::max_element(scores.begin(), scores.end()) +
+                                                 std::log(static_cast<double>(op.min_p[row]))
+                                           : -std::numeric_limits<double>::infinity();
+    int32_t best = kept[0];
+    double best_value = -std::numeric_limits<double>::infinity();
+    for (int32_t id : kept) {
+        if (scores[id] < floor) continue;
+        const double uniform = philox_uniform(static_cast<uint64_t>(op.seed[row]), static_cast<uint32_t>(id),
+                                              static_cast<uint32_t>(op.generated[row]), kSampleStream);
+        const double value = scores[id] - std::log(-std::log(uniform));
+        if (value > best_value) best = id, best_value = value;
+    }
+    return best;
+}
+
+}  // namespace
+
+void sample_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
+    const Sample& op = ins.sample;
+    for (int64_t task = begin; task < end; ++task) {
+        const int row = s.rows[task];
+        op.next_token[row] = op.temperature[row] == 0 ? greedy(op, row) : draw(op, row);
+    }
+}
+
+}  // namespace skipkernels::cpu

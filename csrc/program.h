@@ -1,0 +1,171 @@
+// The instruction set: one plain struct per op, declared once. Every executor (CPU, CUDA) reads these structs, and
+// Python learns their fields from here (bindings.cpp), so there is no second list of names or numbers to keep.
+//
+// FIELDS lists an op's operands in three kinds:
+//   TENSOR(type, name)  pointer to a contiguous buffer; shapes stand in skipkernels/ops/table.py
+//   SIZE(name)          a length in elements, taken from the tensors' shapes
+//   INT(name) / FLOAT(name)  a parameter
+// Pointers named const void* / void* hold weights or cache entries in the instruction's weight_dtype.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+namespace skipkernels {
+
+enum class WeightDtype : int32_t { fp32 = 0, bf16 = 1, fp16 = 2 };
+enum class GateMode : int64_t { similarity = 0, fixed = 1, random = 2 };
+enum class BatchRule : int64_t { per_row = 0, all = 1, majority = 2 };
+
+// clang-format off
+#define SKIPKERNELS_EMBED(TENSOR, SIZE, INT, FLOAT)                                                                    \
+  TENSOR(float, hidden_states) TENSOR(const void, embed_tokens) TENSOR(const int32_t, input_ids)                       \
+  SIZE(batch_size) SIZE(hidden_size) SIZE(vocab_size)
+
+#define SKIPKERNELS_SKIP_GATE(TENSOR, SIZE, INT, FLOAT)                                                                \
+  TENSOR(int32_t, run_ffn) TENSOR(int32_t, skip_remaining) TENSOR(float, similarity)                                   \
+  TENSOR(const float, similarity_partials) TENSOR(const int32_t, generated)                                            \
+  SIZE(num_hidden_layers) SIZE(batch_size) SIZE(num_partials) SIZE(three)                                              \
+  INT(layer) INT(mode) FLOAT(threshold) INT(span) INT(warmup_tokens) INT(batch_rule) FLOAT(probability) INT(seed)
+
+#define SKIPKERNELS_QKV_ROPE_APPEND(TENSOR, SIZE, INT, FLOAT)                                                          \
+  TENSOR(const float, hidden_states) TENSOR(const float, input_layernorm) TENSOR(const void, qkv_proj)                 \
+  TENSOR(const float, qkv_bias) TENSOR(const float, q_norm) TENSOR(const float, k_norm)                                \
+  TENSOR(const float, rope_cos) TENSOR(const float, rope_sin) TENSOR(const int32_t, seq_len)                           \
+  TENSOR(float, query) TENSOR(void, k_cache) TENSOR(void, v_cache)                                                     \
+  SIZE(batch_size) SIZE(hidden_size) SIZE(qkv_size) SIZE(head_dim) SIZE(max_seq_len) SIZE(half_head_dim)               \
+  SIZE(num_attention_heads) SIZE(num_key_value_heads)                                                                  \
+  FLOAT(rms_norm_eps)
+
+#define SKIPKERNELS_DECODE_ATTENTION(TENSOR, SIZE, INT, FLOAT)                                                         \
+  TENSOR(const float, query) TENSOR(const void, k_cache) TENSOR(const void, v_cache) TENSOR(const int32_t, seq_len)    \
+  TENSOR(float, attn_partials) TENSOR(float, attn_output)                                                              \
+  SIZE(batch_size) SIZE(num_attention_heads) SIZE(head_dim) SIZE(num_key_value_heads) SIZE(max_seq_len)                \
+  SIZE(num_splits) SIZE(partial_size)                                                                                  \
+  FLOAT(scaling) INT(sliding_window) INT(kv_split)
+
+#define SKIPKERNELS_O_PROJ_ADD(TENSOR, SIZE, INT, FLOAT)                                                               \
+  TENSOR(const float, attn_output) TENSOR(const void, o_proj) TENSOR(const float, o_proj_bias)                         \
+  TENSOR(float, hidden_states)                                                                                         \
+  SIZE(batch_size) SIZE(num_attention_heads) SIZE(head_dim) SIZE(hidden_size) SIZE(attention_size)
+
+#define SKIPKERNELS_GATE_UP_SILU(TENSOR, SIZE, INT, FLOAT)                                                             \
+  TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) TENSOR(const void, gate_up_proj)    \
+  TENSOR(float, intermediate)                                                                                          \
+  SIZE(batch_size) SIZE(hidden_size) SIZE(gate_up_size) SIZE(intermediate_size)                                        \
+  FLOAT(rms_norm_eps)
+
+#define SKIPKERNELS_DOWN_PROJ_ADD(TENSOR, SIZE, INT, FLOAT)                                                            \
+  TENSOR(const float, intermediate) TENSOR(const void, down_proj) TENSOR(float, hidden_states)                         \
+  TENSOR(float, similarity_partials)                                                                                   \
+  SIZE(batch_size) SIZE(intermediate_size) SIZE(hidden_size) SIZE(num_partials) SIZE(three)                            \
+  INT(rows_per_partial)
+
+#define SKIPKERNELS_LM_HEAD(TENSOR, SIZE, INT, FLOAT)                                                                  \
+  TENSOR(const float, hidden_states) TENSOR(const float, norm) TENSOR(const void, lm_head) TENSOR(float, logits)       \
+  SIZE(batch_size) SIZE(hidden_size) SIZE(vocab_size)                                                                  \
+  FLOAT(rms_norm_eps)
+
+#define SKIPKERNELS_SAMPLE(TENSOR, SIZE, INT, FLOAT)                                                                   \
+  TENSOR(const float, logits) TENSOR(const uint8_t, seen) TENSOR(const int32_t, generated)                             \
+  TENSOR(const float, temperature) TENSOR(const int32_t, top_k) TENSOR(const float, top_p) TENSOR(const float, min_p)  \
+  TENSOR(const float, repetition_penalty) TENSOR(const int64_t, seed) TENSOR(int32_t, next_token)                      \
+  SIZE(batch_size) SIZE(vocab_size)
+
+#define SKIPKERNELS_ADVANCE(TENSOR, SIZE, INT, FLOAT)                                                                  \
+  TENSOR(const int32_t, next_token) TENSOR(const int32_t, eos_token_ids) TENSOR(const int32_t, max_new_tokens)         \
+  TENSOR(int32_t, input_ids) TENSOR(int32_t, token_ids) TENSOR(uint8_t, seen) TENSOR(int32_t, seq_len)                 \
+  TENSOR(int32_t, generated) TENSOR(int32_t, active) TENSOR(int32_t, skip_remaining) TENSOR(int32_t, run_ffn)          \
+  TENSOR(float, similarity) TENSOR(uint8_t, run_map) TENSOR(float, similarity_map)                                     \
+  SIZE(batch_size) SIZE(max_eos) SIZE(token_capacity) SIZE(vocab_size) SIZE(num_hidden_layers) SIZE(max_seq_len)
+
+// OP(name of the op, name of its struct, its fields)
+#define SKIPKERNELS_OPS(OP)                                                                                            \
+  OP(embed, Embed, SKIPKERNELS_EMBED)                                                                                  \
+  OP(skip_gate, SkipGate, SKIPKERNELS_SKIP_GATE)                                                                       \
+  OP(qkv_rope_append, QkvRopeAppend, SKIPKERNELS_QKV_ROPE_APPEND)                                                      \
+  OP(decode_attention, DecodeAttention, SKIPKERNELS_DECODE_ATTENTION)                                                  \
+  OP(o_proj_add, OProjAdd, SKIPKERNELS_O_PROJ_ADD)                                                                     \
+  OP(gate_up_silu, GateUpSilu, SKIPKERNELS_GATE_UP_SILU)                                                               \
+  OP(down_proj_add, DownProjAdd, SKIPKERNELS_DOWN_PROJ_ADD)                                                            \
+  OP(lm_head, LmHead, SKIPKERNELS_LM_HEAD)                                                                             \
+  OP(sample, Sample, SKIPKERNELS_SAMPLE)                                                                               \
+  OP(advance, Advance, SKIPKERNELS_ADVANCE)
+
+#define SKIPKERNELS_POINTER_MEMBER(type, name) type* name;
+#define SKIPKERNELS_INT_MEMBER(name) int64_t name;
+#define SKIPKERNELS_FLOAT_MEMBER(name) float name;
+#define SKIPKERNELS_STRUCT(op, Struct, FIELDS)                                                                         \
+  struct Struct {                                                                                                      \
+    FIELDS(SKIPKERNELS_POINTER_MEMBER, SKIPKERNELS_INT_MEMBER, SKIPKERNELS_INT_MEMBER, SKIPKERNELS_FLOAT_MEMBER)        \
+  };
+SKIPKERNELS_OPS(SKIPKERNELS_STRUCT)
+
+#define SKIPKERNELS_ENUMERATOR(op, Struct, FIELDS) op,
+enum class OpCode : int32_t { SKIPKERNELS_OPS(SKIPKERNELS_ENUMERATOR) };
+#undef SKIPKERNELS_ENUMERATOR
+
+// One step of the recorded program. A row is touched where when[row] is non-zero; batch_size is the length of when.
+struct Instruction {
+  OpCode op;
+  WeightDtype weight_dtype;
+  const int32_t* when;
+  int64_t batch_size;
+  union {
+#define SKIPKERNELS_UNION_MEMBER(op, Struct, FIELDS) Struct op;
+    SKIPKERNELS_OPS(SKIPKERNELS_UNION_MEMBER)
+#undef SKIPKERNELS_UNION_MEMBER
+  };
+};
+
+// Reflection over the structs, for the bindings.
+enum class FieldKind { tensor, size, integer, real };
+
+struct Field {
+  std::string_view name;
+  FieldKind kind;
+  size_t offset;  // in the op's struct
+};
+
+struct OpInfo {
+  std::string_view name;
+  OpCode op;
+  const Field* fields;
+  size_t num_fields;
+};
+
+namespace detail {
+#define SKIPKERNELS_TENSOR_FIELD(type, name) Field{#name, FieldKind::tensor, offsetof(Self, name)},
+#define SKIPKERNELS_SIZE_FIELD(name) Field{#name, FieldKind::size, offsetof(Self, name)},
+#define SKIPKERNELS_INT_FIELD(name) Field{#name, FieldKind::integer, offsetof(Self, name)},
+#define SKIPKERNELS_FLOAT_FIELD(name) Field{#name, FieldKind::real, offsetof(Self, name)},
+#define SKIPKERNELS_FIELD_TABLE(op, Struct, FIELDS)                                                                    \
+  struct Struct##Fields {                                                                                              \
+    using Self = Struct;                                                                                               \
+    static constexpr Field table[] = {FIELDS(SKIPKERNELS_TENSOR_FIELD, SKIPKERNELS_SIZE_FIELD, SKIPKERNELS_INT_FIELD,  \
+                                             SKIPKERNELS_FLOAT_FIELD)};                                                \
+  };
+SKIPKERNELS_OPS(SKIPKERNELS_FIELD_TABLE)
+}  // namespace detail
+
+#define SKIPKERNELS_OP_INFO(op, Struct, FIELDS)                                                                        \
+  OpInfo{#op, OpCode::op, detail::Struct##Fields::table, std::size(detail::Struct##Fields::table)},
+inline constexpr OpInfo kInstructionSet[] = {SKIPKERNELS_OPS(SKIPKERNELS_OP_INFO)};
+// clang-format on
+
+#undef SKIPKERNELS_OP_INFO
+#undef SKIPKERNELS_FIELD_TABLE
+#undef SKIPKERNELS_FLOAT_FIELD
+#undef SKIPKERNELS_INT_FIELD
+#undef SKIPKERNELS_SIZE_FIELD
+#undef SKIPKERNELS_TENSOR_FIELD
+#undef SKIPKERNELS_STRUCT
+#undef SKIPKERNELS_FLOAT_MEMBER
+#undef SKIPKERNELS_INT_MEMBER
+#undef SKIPKERNELS_POINTER_MEMBER
+
+inline std::string_view op_name(OpCode op) { return kInstructionSet[static_cast<size_t>(op)].name; }
+
+}  // namespace skipkernels

@@ -1,0 +1,66 @@
+"""CpuExecutor: hands the program to the native executor, which replays whole generations without the GIL."""
+
+from __future__ import annotations
+
+import os
+
+from skipkernels import _C
+from skipkernels.config import dtype_name
+from skipkernels.errors import DeviceError
+from skipkernels.ops.table import OPS, Instruction
+from skipkernels.program import Program
+from skipkernels.state import DecodeState
+
+
+class CpuExecutor:
+    """Executes a program in C++ on ``num_threads`` threads (default: every processor this process may use)."""
+
+    name = "cpu"
+
+    def __init__(
+        self, program: Program, state: DecodeState, *, num_threads: int | None = None, isa: str = "auto"
+    ) -> None:
+        if state.active.device.type != "cpu":
+            raise DeviceError(f"the cpu executor needs buffers on the cpu, got {state.active.device}")
+        self.program = program  # keeps the tensors alive whose addresses the native program holds
+        self.state = state
+        dtype = dtype_name(state.k_cache.dtype)
+        try:
+            self._native = _C.CpuExecutor(
+                program=[_native_instruction(ins, dtype) for ins in program],
+                active=state.active.data_ptr(),
+                batch_size=state.batch_size,
+                num_threads=num_threads or len(os.sched_getaffinity(0)),
+                isa=isa,
+            )
+        except ValueError as error:
+            raise DeviceError(str(error)) from error
+        self.num_threads: int = self._native.num_threads
+        self.isa: str = self._native.isa
+
+    def run(self, max_steps: int) -> list[float]:
+        """Runs up to ``max_steps`` steps, until no row is active. Returns each step's seconds."""
+        return self._native.run(max_steps)
+
+    def run_instruction(self, index: int) -> None:
+        """Runs one instruction of the program, for tests that compare buffers after each."""
+        self._native.run_instruction(index)
+
+    def profile(self, steps: int) -> list[tuple[str, float]]:
+        """Runs ``steps`` steps and returns (op, seconds in it) for every instruction of the program."""
+        self._native.set_profiling(True)
+        try:
+            self._native.run(steps)
+            return [(ins.op, seconds) for ins, seconds in zip(self.program, self._native.profile, strict=True)]
+        finally:
+            self._native.set_profiling(False)
+
+
+def _native_instruction(ins: Instruction, dtype: str) -> _C.Instruction:
+    operands: dict[str, int | float] = {
+        name: 0 if tensor is None else tensor.data_ptr() for name, tensor in ins.tensors.items()
+    }
+    # a size only an absent operand has is zero, and not looked at
+    operands.update({symbol: ins.sizes.get(symbol, 0) for symbol in OPS[ins.op].symbols})
+    operands.update(ins.scalars)
+    return _C.Instruction(ins.op, dtype, ins.when.data_ptr(), ins.sizes["batch_size"], operands)

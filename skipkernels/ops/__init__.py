@@ -1,0 +1,1 @@
+"""The ops of the decode program: their table and their reference implementations."""

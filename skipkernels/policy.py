@@ -1,0 +1,262 @@
+"""Which FFN blocks a token may skip: FFN-SkipLLM's rule (EMNLP 2024, arXiv 2404.03865) and the baselines beside it.
+
+A policy is pure data. ``plan(num_layers)`` lowers it to the parameters of the ``skip_gate`` instructions; nothing
+here knows of tensors or devices.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal
+
+from skipkernels.errors import PolicyError
+
+BatchRule = Literal["per_row", "all", "majority"]
+BATCH_RULES: tuple[BatchRule, ...] = ("per_row", "all", "majority")
+GateMode = Literal["similarity", "fixed", "random"]
+GATE_MODES: tuple[GateMode, ...] = ("similarity", "fixed", "random")
+UNLIMITED_SPAN = 1 << 30  # more layers than any model has: skips run up to the cold end region
+
+
+@dataclass(frozen=True)
+class GatePlan:
+    """The ``skip_gate`` instructions of one program.
+
+    ``gated_layers`` are the layers whose FFN may be skipped; a gate stands in front of each. In mode ``similarity`` a
+    gate tests the layer before it, whose FFN ``down_proj_add`` measured (``tested_layers``).
+    ``thresholds[layer]`` is compared with the similarity of that layer.
+    """
+
+    mode: GateMode
+    gated_layers: tuple[int, ...]
+    thresholds: tuple[float, ...] = ()
+    span: int = UNLIMITED_SPAN
+    warmup_tokens: int = 0
+    batch_rule: BatchRule = "per_row"
+    probability: float = 1.0
+    seed: int = 0
+
+    @property
+    def tested_layers(self) -> tuple[int, ...]:
+        return tuple(layer - 1 for layer in self.gated_layers) if self.mode == "similarity" else ()
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Base of all policies. ``kind`` names the variant in files and tables."""
+
+    kind: ClassVar[str]
+
+    def plan(self, num_layers: int) -> GatePlan | None:
+        """The gates for a model of ``num_layers``; None when no FFN is ever skipped.
+
+        Raises:
+            PolicyError: the policy is impossible on a model of this depth.
+        """
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, object]:
+        return {"kind": self.kind, **asdict(self)}
+
+    @property
+    def label(self) -> str:
+        """One line for tables and logs."""
+        return self.kind
+
+
+@dataclass(frozen=True)
+class DensePolicy(Policy):
+    """Every FFN runs; the program holds no gate and measures no similarity."""
+
+    kind: ClassVar[str] = "dense"
+
+    def plan(self, num_layers: int) -> GatePlan | None:
+        return None
+
+
+@dataclass(frozen=True)
+class SkipPolicy(Policy):
+    """FFN-SkipLLM: skip the next FFNs of a token once one FFN changes the residual stream too little.
+
+    Args:
+        threshold: cosine similarity of the residual stream before and after an FFN, in [-1, 1], from which on the
+            following FFNs are skipped.
+        span: how many layers one trigger skips; None: all up to the cold end region.
+        cold_start: the first layers, which always run.
+        cold_end: the last layers, which always run.
+        warmup_tokens: generated tokens of a row that run every FFN. The first generated token comes out of the
+            prompt's last position and always does.
+        batch_rule: ``per_row`` (exact, default) decides each row alone; ``all`` skips only where every row wants to,
+            ``majority`` where more than half do. The last two give up exactness for fewer weights read; a row in its
+            warm-up keeps its FFNs under every rule.
+        layer_thresholds: one threshold per layer instead of ``threshold``.
+    """
+
+    kind: ClassVar[str] = "similarity"
+    threshold: float = 0.99
+    span: int | None = None
+    cold_start: int = 1
+    cold_end: int = 1
+    warmup_tokens: int = 25
+    batch_rule: BatchRule = "per_row"
+    layer_thresholds: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for value in (self.threshold, *(self.layer_thresholds or ())):
+            if not -1.0 <= value <= 1.0:  # NaN fails too
+                raise PolicyError(f"threshold must be a cosine similarity in [-1, 1], got {value}")
+        if self.span is not None and self.span < 1:
+            raise PolicyError(f"span must be at least 1 layer (or None for 'up to the cold end'), got {self.span}")
+        for name in ("cold_start", "cold_end", "warmup_tokens"):
+            if getattr(self, name) < 0:
+                raise PolicyError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.batch_rule not in BATCH_RULES:
+            raise PolicyError(f"batch_rule must be one of {', '.join(BATCH_RULES)}, got {self.batch_rule!r}")
+
+    def plan(self, num_layers: int) -> GatePlan:
+        gated = range(self.cold_start + 1, num_layers - self.cold_end)
+        if not gated:
+            raise PolicyError(
+                f"cold_start={self.cold_start} and cold_end={self.cold_end} leave nothing to skip in a model of "
+                f"{num_layers} layers; their sum must be at most {num_layers - 2}"
+            )
+        if self.layer_thresholds is not None and len(self.layer_thresholds) != num_layers:
+            raise PolicyError(
+                f"layer_thresholds has {len(self.layer_thresholds)} entries, the model {num_layers} layers"
+            )
+        return GatePlan(
+            mode="similarity",
+            gated_layers=tuple(gated),
+            thresholds=self.layer_thresholds or (self.threshold,) * num_layers,
+            span=UNLIMITED_SPAN if self.span is None else self.span,
+            warmup_tokens=self.warmup_tokens,
+            batch_rule=self.batch_rule,
+        )
+
+    @property
+    def label(self) -> str:
+        span = "all" if self.span is None else self.span
+        threshold = "per layer" if self.layer_thresholds else f"{self.threshold:.4f}"
+        return f"similarity >= {threshold}, span {span}, cold {self.cold_start}+{self.cold_end}"
+
+
+@dataclass(frozen=True)
+class FixedPolicy(Policy):
+    """Baseline: the FFNs of a fixed set of layers are skipped for every token past the warm-up."""
+
+    kind: ClassVar[str] = "fixed"
+    layers: tuple[int, ...]
+    warmup_tokens: int = 25
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+
+    def plan(self, num_layers: int) -> GatePlan | None:
+        outside = [layer for layer in self.layers if not 0 <= layer < num_layers]
+        if outside:
+            raise PolicyError(f"fixed layer {outside[0]} is outside 0..{num_layers - 1}")
+        if not self.layers:
+            return None
+        return GatePlan(mode="fixed", gated_layers=self.layers, warmup_tokens=self.warmup_tokens)
+
+    @property
+    def label(self) -> str:
+        return f"fixed layers {','.join(map(str, self.layers))}"
+
+
+@dataclass(frozen=True)
+class RandomPolicy(Policy):
+    """Baseline: past the warm-up, each FFN outside the cold layers is skipped with a probability that makes
+    ``ratio`` of *all* the layers' FFNs skipped. The draw depends on (seed, generated token, layer) only, so a row
+    of a batch skips what it would skip alone."""
+
+    kind: ClassVar[str] = "random"
+    ratio: float
+    seed: int = 0
+    cold_start: int = 1
+    cold_end: int = 1
+    warmup_tokens: int = 25
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ratio <= 1.0:
+            raise PolicyError(f"random skip ratio must lie in [0, 1], got {self.ratio}")
+
+    def plan(self, num_layers: int) -> GatePlan | None:
+        if self.ratio == 0.0:
+            return None
+        gated = tuple(range(self.cold_start, num_layers - self.cold_end))
+        reachable = len(gated) / num_layers
+        if self.ratio > reachable:
+            raise PolicyError(
+                f"random skip ratio {self.ratio} cannot be reached: cold_start={self.cold_start} and "
+                f"cold_end={self.cold_end} leave at most {reachable:.3f} of {num_layers} layers"
+            )
+        return GatePlan(
+            mode="random",
+            gated_layers=gated,
+            warmup_tokens=self.warmup_tokens,
+            probability=self.ratio / reachable,
+            seed=self.seed,
+        )
+
+    @property
+    def label(self) -> str:
+        return f"random {self.ratio:.0%}"
+
+
+@dataclass(frozen=True)
+class TimingPolicy(Policy):
+    """For timing on random weights only: every similarity is computed and compared as in ``SkipPolicy``, but the
+    thresholds are set to pass at one layer and to fail at all others, so that ``round(ratio * num_layers)``
+    consecutive middle FFNs are skipped whatever the weights are. Tokens decoded under it mean nothing."""
+
+    kind: ClassVar[str] = "timing"
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ratio < 1.0:
+            raise PolicyError(f"timing skip ratio must lie in [0, 1), got {self.ratio}")
+
+    def plan(self, num_layers: int) -> GatePlan:
+        skipped = math.floor(self.ratio * num_layers + 0.5)
+        trigger = (num_layers - skipped) // 2 - 1
+        if trigger < 0:
+            raise PolicyError(f"timing skip ratio {self.ratio} leaves no layer to trigger it in {num_layers} layers")
+        thresholds = [math.inf] * num_layers
+        if skipped:
+            thresholds[trigger] = -math.inf
+        return GatePlan(
+            mode="similarity",
+            gated_layers=tuple(range(1, num_layers)),
+            thresholds=tuple(thresholds),
+            span=max(skipped, 1),
+        )
+
+    @property
+    def label(self) -> str:
+        return f"timing only, forced {self.ratio:.0%} (random weights)"
+
+
+_KINDS: dict[str, type[Policy]] = {
+    policy.kind: policy for policy in (DensePolicy, SkipPolicy, FixedPolicy, RandomPolicy, TimingPolicy)
+}
+
+
+def policy_from_dict(values: dict[str, object]) -> Policy:
+    """Inverse of ``Policy.to_dict``.
+
+    Raises:
+        PolicyError: unknown kind or unknown, missing or ill-typed field.
+    """
+    fields = dict(values)
+    kind = fields.pop("kind", None)
+    if kind not in _KINDS:
+        raise PolicyError(f"unknown policy kind {kind!r}; known are {', '.join(_KINDS)}")
+    for name, value in fields.items():
+        if isinstance(value, list):
+            fields[name] = tuple(value)
+    try:
+        return _KINDS[str(kind)](**fields)
+    except TypeError as error:
+        raise PolicyError(f"policy of kind {kind!r}: {error}") from error

@@ -1,0 +1,98 @@
+"""Prefill: a prompt's keys and values into the cache, in PyTorch. Every FFN runs; skipping is a property of decoding.
+
+Rows are prefilled one at a time, so a row's cache cannot depend on its neighbours. The prompt's last token is left to
+the decode program, whose first step (always dense) turns it into the first generated token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from skipkernels.config import ModelConfig
+from skipkernels.ops.reference import apply_rope
+from skipkernels.state import DecodeState
+from skipkernels.weights import LayerWeights, ModelWeights
+
+CHUNK = 512
+"""Prompt tokens computed at a time: bounds the memory of long prompts."""
+
+
+Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""Called as (layer, before, after) with the residual stream [tokens, hidden] around each FFN."""
+
+
+@torch.inference_mode()
+def prefill(
+    config: ModelConfig,
+    weights: ModelWeights,
+    state: DecodeState,
+    row: int,
+    prompt: torch.Tensor,
+    observe: Observer | None = None,
+) -> None:
+    """Caches ``prompt`` (i32 [tokens], at least one) for ``row`` and makes the row active on its last token."""
+    for start in range(0, prompt.numel() - 1, CHUNK):
+        chunk = prompt[start : min(start + CHUNK, prompt.numel() - 1)]
+        hidden = weights.embed_tokens[chunk.long()]
+        for index, layer in enumerate(weights.layers):
+            k_cache, v_cache = state.k_cache[index, row], state.v_cache[index, row]
+            hidden = hidden + _attention(config, weights, index, hidden, start, k_cache, v_cache)
+            before, hidden = hidden, hidden + _ffn(config, layer, hidden)
+            if observe:
+                observe(index, before, hidden)
+    state.begin_row(row, prompt)
+
+
+def _attention(
+    config: ModelConfig,
+    weights: ModelWeights,
+    index: int,
+    hidden: torch.Tensor,
+    start: int,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+) -> torch.Tensor:
+    """Self-attention of a chunk [tokens, hidden] at positions ``start``.. over the cache
+    [kv_heads, max_seq_len, head_dim], which gains the chunk's keys and values."""
+    layer, eps, dtype = weights.layers[index], config.rms_norm_eps, hidden.dtype
+    heads, kv_heads, end = config.num_attention_heads, config.num_key_value_heads, start + hidden.shape[0]
+    x = _rms_norm(hidden, layer.input_layernorm, eps)
+    bias = None if layer.qkv_bias is None else layer.qkv_bias.to(dtype)
+    qkv = F.linear(x, layer.qkv_proj, bias).view(-1, heads + 2 * kv_heads, config.head_dim).transpose(0, 1)
+    query, key, value = qkv.split([heads, kv_heads, kv_heads])
+    if layer.q_norm is not None and layer.k_norm is not None:
+        query, key = _rms_norm(query, layer.q_norm, eps), _rms_norm(key, layer.k_norm, eps)
+    cos, sin = weights.rope_cos[start:end].to(dtype), weights.rope_sin[start:end].to(dtype)
+    k_cache[:, start:end] = apply_rope(key, cos, sin)
+    v_cache[:, start:end] = value
+    window = config.sliding_windows[index]
+    begin = max(0, start + 1 - window) if window else 0
+    positions = torch.arange(begin, end)
+    offsets = torch.arange(start, end)[:, None] - positions
+    mask = offsets >= 0 if window is None else (offsets >= 0) & (offsets < window)
+    attended = F.scaled_dot_product_attention(
+        apply_rope(query, cos, sin)[None],
+        k_cache[None, :, begin:end],
+        v_cache[None, :, begin:end],
+        attn_mask=mask,
+        enable_gqa=heads != kv_heads,
+    )
+    o_bias = None if layer.o_proj_bias is None else layer.o_proj_bias.to(dtype)
+    return F.linear(attended[0].transpose(0, 1).reshape(len(hidden), -1), layer.o_proj, o_bias)
+
+
+def _ffn(config: ModelConfig, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
+    """The FFN branch of a layer for [tokens, hidden], without the residual."""
+    x = _rms_norm(hidden, layer.post_attention_layernorm, config.rms_norm_eps)
+    gate, up = F.linear(x, layer.gate_up_proj).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, layer.down_proj)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As transformers: normalised in fp32, scaled in the model's dtype."""
+    normed = x.float()
+    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
+    return weight.to(x.dtype) * normed.to(x.dtype)
