@@ -1,10 +1,10 @@
 // The matrix kernel under every projection: a panel of weight rows times the packed activations of all active rows.
 //
 // A decode step is bound by the one read of the weights, so two things matter. The memory must see one linear stream:
-// several rows are computed at a time for the sake of registers, and software prefetches walk the panel in address
-// order one tile (or panel) ahead; without them four interleaved rows ran at 60 % of the bandwidth of one. And from a
-// batch of 3 on activations must come from the first-level cache: k is blocked, accumulators rest in memory between
-// blocks.
+// rows are computed several at a time for the sake of registers, and software prefetches walk the panel in address
+// order into the second-level cache, one group of rows ahead; four interleaved rows without them ran at 60 % of the
+// bandwidth of one. And activations must come from the first-level cache: k is blocked, accumulators rest in memory
+// between blocks.
 //
 // Each (weight row, batch row) pair has one vector accumulator that walks k in order, whatever the tile it is in:
 // that is why a row of a batch gets bitwise what it gets alone.
@@ -40,8 +40,11 @@ inline void tile_block(const T* w, int64_t k, int64_t k_begin, int64_t k_end, co
         }
     };
     for (; j + kLine <= k_end; j += kLine) {
-        for (int r = 0; r < R; ++r) N < 3 ? prefetch_l1(ahead + 64 * r) : prefetch_l2(ahead + 64 * r);
+        for (int r = 0; r < R; ++r) prefetch_l2(ahead + 64 * r);
         ahead += 64 * R;
+        if (N <= 2) {  // with so little to compute, the way from the second-level cache shows too
+            for (int r = 0; r < R; ++r) prefetch_l1(reinterpret_cast<const char*>(w + r * k + j) + 512);
+        }
         for (int u = 0; u < U; ++u) step(j + u * W, [](const T* p) { return load(p); });
     }
     for (; j + W <= k_end; j += W) step(j, [](const T* p) { return load(p); });
@@ -53,28 +56,34 @@ inline void tile_block(const T* w, int64_t k, int64_t k_begin, int64_t k_end, co
         for (int n = 0; n < N; ++n) store(accumulators + (r * N + n) * W, acc[r][n]);
 }
 
-// The register tile's height for N batch rows: at most 24 accumulators of 32 registers, and a divisor of kPanelRows.
+constexpr int kGroupRows = 12;  // a group is prefetched while the one before it is computed: both fit 1 MB to k = 20k
+
+// The register tile's height for N batch rows: a divisor of kGroupRows whose accumulators stay in registers.
 template <int N>
 constexpr int tile_height() {
-    return N <= 2 ? 4 : N == 3 ? 8 : N == 4 ? 6 : N <= 6 ? 4 : 3;
+    if (N == 1) return 4;
+    for (int height : {6, 4, 3, 2})
+        if (height * N <= Vec::max_accumulators) return height;
+    return 1;
 }
 
 template <class T, int N>
 void panel_tile(const T* w, int64_t k, int rows, const float* x, float* out, const T* next, float* accumulators) {
     constexpr int W = Vec::width, R = tile_height<N>();
+    static_assert(kGroupRows % R == 0 && cpu::kPanelRows % kGroupRows == 0);
     constexpr int64_t kBlock = 4096 / N / 64 * 64;  // 16 KB of activations, half of the first-level cache
-    const bool blocked = N >= 3;
-    const int64_t block = blocked ? kBlock : k;
-    const char* ahead = reinterpret_cast<const char*>(next);
-    for (int64_t begin = 0; begin < k; begin += block) {
-        const int64_t end = begin + block < k ? begin + block : k;
-        int row = 0;
-        for (; row + R <= rows; row += R) {
-            if (!blocked) ahead = reinterpret_cast<const char*>(row + 2 * R <= rows ? w + (row + R) * k : next);
-            tile_block<T, R, N>(w + row * k, k, begin, end, x, accumulators + row * N * W, begin == 0, ahead);
-        }
-        for (; row < rows; ++row) {
-            tile_block<T, 1, N>(w + row * k, k, begin, end, x, accumulators + row * N * W, begin == 0, ahead);
+    for (int top = 0; top < rows; top += kGroupRows) {
+        const int bottom = top + kGroupRows < rows ? top + kGroupRows : rows;
+        const char* ahead = reinterpret_cast<const char*>(bottom < rows ? w + bottom * k : next);
+        for (int64_t begin = 0; begin < k; begin += kBlock) {
+            const int64_t end = begin + kBlock < k ? begin + kBlock : k;
+            int row = top;
+            for (; row + R <= bottom; row += R) {
+                tile_block<T, R, N>(w + row * k, k, begin, end, x, accumulators + row * N * W, begin == 0, ahead);
+            }
+            for (; row < bottom; ++row) {
+                tile_block<T, 1, N>(w + row * k, k, begin, end, x, accumulators + row * N * W, begin == 0, ahead);
+            }
         }
     }
     for (int row = 0; row < rows; ++row)

@@ -18,7 +18,7 @@ namespace skipkernels::SKIPKERNELS_ISA {
 #if defined(SKIPKERNELS_ISA_AVX512)
 
 struct Vec {
-    static constexpr int width = 16;
+    static constexpr int width = 16, max_accumulators = 24;  // of 32 registers
     __m512 v;
 };
 inline Vec splat(float x) { return {_mm512_set1_ps(x)}; }
@@ -44,7 +44,7 @@ inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 #elif defined(SKIPKERNELS_ISA_AVX2)
 
 struct Vec {
-    static constexpr int width = 8;
+    static constexpr int width = 8, max_accumulators = 12;  // of 16 registers
     __m256 v;
 };
 inline Vec splat(float x) { return {_mm256_set1_ps(x)}; }
@@ -81,7 +81,8 @@ inline float reduce_max(Vec a) {
 #else
 
 struct Vec {
-    static constexpr int width = 8;  // loops over 8 floats, which any compiler turns into what the target has
+    static constexpr int width = 8, max_accumulators =
+                                        12;  // loops over 8 floats, which any compiler turns into what the target has
     float v[8];
 };
 template <class F>
