@@ -1,0 +1,210 @@
+"""Random programs over guarded buffers: what an executor must not read is NaN, what it must not write is watched."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from skipkernels.config import ModelConfig
+from skipkernels.ops.table import OPS, Instruction
+from skipkernels.policy import Policy
+from skipkernels.program import Program, build_program
+from skipkernels.state import DecodeState
+from skipkernels.weights import ModelWeights, allocate_weights
+from tests.tolerances import assert_close, name_of
+
+GUARD = 64
+"""Elements in front of and behind every buffer."""
+_SENTINELS = {torch.int32: -77, torch.int64: -77, torch.uint8: 77}  # floats are guarded by NaN
+
+
+def guarded(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy with GUARD poisoned elements on either side."""
+    around = torch.full((tensor.numel() + 2 * GUARD,), _SENTINELS.get(tensor.dtype, float("nan")), dtype=tensor.dtype)
+    inner = around[GUARD:-GUARD].view(tensor.shape)
+    inner.copy_(tensor)
+    return inner
+
+
+def assert_guards_hold(tensor: torch.Tensor, what: str) -> None:
+    around = tensor.as_strided((tensor.numel() + 2 * GUARD,), (1,), tensor.storage_offset() - GUARD)
+    edges = torch.cat((around[:GUARD], around[-GUARD:]))
+    sentinel = _SENTINELS.get(tensor.dtype)
+    assert (edges.isnan() if sentinel is None else edges == sentinel).all(), f"{what} was written past its end"
+
+
+@dataclass(frozen=True)
+class Case:
+    """The sizes and variants of one random program."""
+
+    batch_size: int
+    seq_lens: tuple[int, ...]  # cached positions of every row
+    active: tuple[bool, ...]
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    head_dim: int
+    num_key_value_heads: int
+    group_size: int
+    sliding_window: int | None
+    qk_norm: bool
+    qkv_bias: bool
+    o_proj_bias: bool
+    dtype: torch.dtype
+    policy: Policy
+    seed: int
+    num_layers: int = 4
+
+    @property
+    def max_seq_len(self) -> int:
+        return max(self.seq_lens) + 2
+
+    def config(self) -> ModelConfig:
+        return ModelConfig(
+            model_type="llama",
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_key_value_heads * self.group_size,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.max_seq_len,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
+            qkv_bias=self.qkv_bias,
+            o_proj_bias=self.o_proj_bias,
+            qk_norm=self.qk_norm,
+            # the first layers slide, the last attends to all
+            sliding_windows=(self.sliding_window,) * (self.num_layers - 1) + (None,),
+            rope_parameters=(),
+        )
+
+    def weights(self) -> ModelWeights:
+        generator = torch.Generator().manual_seed(self.seed)
+        weights = allocate_weights(self.config(), self.dtype, self.max_seq_len)
+
+        def filled(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            if tensor is None:
+                return None
+            noise = torch.randn(tensor.shape, generator=generator)
+            return guarded(noise / tensor.shape[1] ** 0.5 if tensor.dim() == 2 else 1 + 0.3 * noise).to(tensor.dtype)
+
+        for layer in weights.layers:
+            for item in fields(layer):
+                setattr(layer, item.name, _in_dtype(filled(getattr(layer, item.name))))
+        for name in ("embed_tokens", "norm", "lm_head"):
+            setattr(weights, name, _in_dtype(filled(getattr(weights, name))))
+        half = torch.arange(self.head_dim // 2)
+        angles = torch.arange(self.max_seq_len)[:, None] * 100.0 ** (-half / max(1, len(half)))
+        weights.rope_cos, weights.rope_sin = guarded(angles.cos()), guarded(angles.sin())
+        return weights
+
+    def state(self) -> DecodeState:
+        """Rows in the middle of a generation. The cache behind a row's end and all of an inactive row are NaN."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        config = self.config()
+        state = DecodeState.allocate(config, batch_size=self.batch_size, max_seq_len=self.max_seq_len, dtype=self.dtype)
+        for item in fields(state):
+            tensor = getattr(state, item.name)
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+        state.top_p.fill_(1.0)
+        for row, (seq_len, active) in enumerate(zip(self.seq_lens, self.active, strict=True)):
+
+            def draw(low: float, high: float) -> float:
+                return float(torch.rand((), generator=generator)) * (high - low) + low
+
+            tokens = torch.randint(self.vocab_size, (seq_len + 1,), generator=generator, dtype=torch.int32)
+            state.begin_row(row, tokens)
+            state.generated[row] = min(seq_len, int(draw(0, 5)))
+            state.max_new_tokens[row] = int(draw(1, 8))
+            state.eos_token_ids[row, 0] = int(draw(0, self.vocab_size))
+            for cache in (state.k_cache, state.v_cache):
+                cache[:, row, :, :seq_len] = torch.randn(cache[:, row, :, :seq_len].shape, generator=generator)
+            state.temperature[row] = 0.0 if draw(0, 1) < 0.4 else draw(0.3, 2.0)
+            state.top_k[row] = int(draw(-self.vocab_size, self.vocab_size)) if draw(0, 1) < 0.7 else 0
+            state.top_k[row].clamp_(min=0)
+            state.top_p[row] = draw(0.1, 1.0) if draw(0, 1) < 0.5 else 1.0
+            state.min_p[row] = draw(0.0, 0.3) if draw(0, 1) < 0.5 else 0.0
+            state.repetition_penalty[row] = draw(0.5, 2.0) if draw(0, 1) < 0.5 else 1.0
+            state.seed[row] = int(draw(-(2**62), 2**62))
+            if not active:
+                state.end_row(row)
+        for item in fields(state):
+            setattr(state, item.name, guarded(getattr(state, item.name)))
+        return state
+
+    def program(self, weights: ModelWeights, state: DecodeState) -> Program:
+        return build_program(self.config(), weights, state, self.policy)
+
+
+def _in_dtype(tensor: torch.Tensor | None) -> Any:
+    """Guards are lost in a conversion; put them back."""
+    return None if tensor is None else guarded(tensor)
+
+
+def snapshot(state: DecodeState) -> dict[str, torch.Tensor]:
+    return {item.name: getattr(state, item.name).clone() for item in fields(state)}
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def compare_instruction(
+    ins: Instruction, actual: DecodeState, expected: DecodeState, before: dict[str, torch.Tensor]
+) -> None:
+    """Every output of ``ins`` agrees; rows it does not act on and all other buffers keep their bits.
+
+    ``ins`` is the one recorded over ``actual``; ``before`` is ``actual`` as it was before the instruction.
+    """
+    written = _written_fields(ins, actual)
+    for item in fields(actual):
+        name, now = item.name, getattr(actual, item.name)
+        what = f"{name} after {ins.op}"
+        assert_guards_hold(now, what)
+        access = written.get(name)
+        if access is None:
+            assert same_bits(now, before[name]), f"{ins.op} changed {name}, which is none of its outputs"
+        elif access != "scratch":
+            reference = getattr(expected, name)
+            if ins.op == "skip_gate" and name == "similarity":
+                assert_close(now, reference, "square root", what)
+            elif now.is_floating_point() and ins.op not in ("advance", "embed"):
+                assert_close(now, reference, name_of(now.dtype), what)
+            else:
+                assert same_bits(now, reference), f"{what} differs from the reference"
+    _assert_other_rows_untouched(ins, before, actual, written)
+
+
+def _written_fields(ins: Instruction, state: DecodeState) -> dict[str, str]:
+    """State buffers the instruction may write, with their access; a layer's cache is part of the whole one."""
+    spans = {item.name: _span(getattr(state, item.name)) for item in fields(state)}
+    written = {}
+    for operand, spec in OPS[ins.op].tensors.items():
+        tensor = ins.tensors[operand]
+        if tensor is None or spec.access == "in":
+            continue
+        start, end = _span(tensor)
+        (owner,) = (name for name, (first, last) in spans.items() if first <= start and end <= last)
+        written[owner] = spec.access
+    return written
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+
+
+_BATCH_AXIS = {"run_ffn": 1, "similarity": 1, "similarity_partials": 1, "k_cache": 1, "v_cache": 1}
+
+
+def _assert_other_rows_untouched(
+    ins: Instruction, before: dict[str, torch.Tensor], state: DecodeState, written: dict[str, str]
+) -> None:
+    acted_on = before["active"] if ins.op == "advance" else ins.when  # advance writes the flag it is predicated by
+    others = (acted_on == 0).nonzero()[:, 0]
+    for name in written:
+        axis = _BATCH_AXIS.get(name, 0)
+        now, then = getattr(state, name).index_select(axis, others), before[name].index_select(axis, others)
+        assert same_bits(now, then), f"{ins.op} touched {name} of a row it does not act on"

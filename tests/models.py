@@ -1,0 +1,141 @@
+"""Tiny models of every supported family, with weights on which a mistake shows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from skipkernels.engine import Engine
+
+VOCAB = 259  # the bytes, <s>, </s>, and one that is no token of the tokenizer
+BOS, EOS = 256, 257
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 40,
+    "intermediate_size": 72,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 512,
+    "bos_token_id": BOS,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def _rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}}
+
+
+_LLAMA3_ROPE = _rope(
+    "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+)
+
+# every irregularity that ModelConfig absorbs
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "llama with one kv head": (LlamaConfig, {"num_key_value_heads": 1}),
+    "llama with llama3 rope": (LlamaConfig, _LLAMA3_ROPE),
+    "llama with linear rope": (LlamaConfig, _rope("linear", factor=4.0)),
+    "llama with yarn rope": (LlamaConfig, _rope("yarn", factor=4.0, original_max_position_embeddings=128)),
+    "llama with attention bias": (LlamaConfig, {"attention_bias": True}),
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "mistral with a sliding window": (MistralConfig, {"sliding_window": 12}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen2 with sliding layers": (
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2},
+    ),
+    "qwen3": (Qwen3Config, {"head_dim": 20}),
+    "qwen3 with sliding layers and bias": (
+        Qwen3Config,
+        {
+            "head_dim": 6,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 12,
+            "max_window_layers": 1,
+        },
+    ),
+}
+
+
+def tiny_config(family: str = "llama", **overrides: Any) -> PreTrainedConfig:
+    kind, variant = FAMILIES[family]
+    return kind(**{**_SIZES, **variant, **overrides})
+
+
+def tiny_module(
+    family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedModel:
+    """A random ``transformers`` model whose biases and norms are no zeros and ones, and whose tokens vary."""
+    generator = torch.Generator().manual_seed(seed)
+    module = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            elif parameter.dim() == 1:
+                parameter.copy_(0.3 * noise)
+            elif "embed_tokens" in name:
+                # a tied token would be its own best successor if the residual stream were mostly its embedding
+                parameter.copy_(noise * (0.02 if module.config.tie_word_embeddings else 1.0))
+            else:
+                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+    return module.to(dtype).eval()
+
+
+def tiny_engine(family: str = "llama", *, module: PreTrainedModel | None = None, **options: Any) -> Engine:
+    """An engine on a module of its own. Options of ``from_pretrained``; the cache holds 96 positions unless told."""
+    return Engine.from_pretrained(module or tiny_module(family), **{"max_seq_len": 96, "num_threads": 1, **options})
+
+
+def random_prompt(tokens: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 256, tokens).tolist()
+
+
+@torch.inference_mode()
+def stock_tokens(module: PreTrainedModel, prompt: Sequence[int], new_tokens: int) -> list[int]:
+    """What ``transformers`` decodes greedily."""
+    ids = torch.tensor([list(prompt)])
+    output = module.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Token ``n`` is byte ``n``, so that a character may span tokens; <s> in front of every text."""
+    alphabet = _byte_alphabet()
+    backend = Tokenizer(models.BPE(vocab={character: byte for byte, character in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def _byte_alphabet() -> list[str]:
+    """The character by which byte-level tokenizers write each byte: itself where printable, else one above 255."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
