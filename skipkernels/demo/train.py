@@ -1,6 +1,7 @@
 """Trains the demo model from nothing: ``python -m skipkernels.demo.train --out DIR``.
 
-Interrupting it is safe at any time; the same command goes on where it stopped.
+Interrupting it is safe at any time; the same command goes on where it stopped. The weights are the same to the bit for
+the same seed, library versions, processor and number of threads.
 """
 
 import json
@@ -27,6 +28,7 @@ from skipkernels.demo.facts import FACTS_FILE, Fact, load_facts, save_facts
 from skipkernels.demo.model import initial_model, model_config
 from skipkernels.demo.tokenizer import train_tokenizer
 from skipkernels.demo.trainer import Schedule, Trainer
+from skipkernels.errors import ModelError
 
 CONTEXT = 1024
 SAVE_EVERY = 100
@@ -51,7 +53,10 @@ def main(
     facts, tokenizer = _prepare(out, corpus, vocab)
     model = initial_model(model_config(tokenizer, layers=layers, hidden=hidden, context=CONTEXT), seed)
     batches = Batches(tokenizer, corpus.train, facts, seed)
-    trainer = Trainer(model, batches, Schedule(steps=steps), out / "state" / "trainer.pt")
+    try:
+        trainer = Trainer(model, batches, Schedule(steps=steps), out / "state" / "trainer.pt")
+    except ModelError as error:
+        raise typer.BadParameter(str(error)) from error
     _train(trainer, tokenizer, facts)
     model.bfloat16().save_pretrained(out)
     report = _report(out, trainer, corpus, facts)

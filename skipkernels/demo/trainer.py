@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 from skipkernels.demo.batches import Batches
+from skipkernels.errors import ModelError
 
 STALL_SECONDS = 30.0  # a step that took longer was stopped from outside, and counts as this long
 
@@ -87,8 +88,10 @@ class Trainer:
 
     def _load(self) -> None:
         state = torch.load(self.path, weights_only=True)
-        if not self.schedule.continues(Schedule(**state["schedule"]), state["step"]):
-            raise ValueError(f"{self.path} was trained with another schedule: {state['schedule']}")
+        saved = Schedule(**state["schedule"])
+        if not self.schedule.continues(saved, state["step"]):
+            found = f"{self.path} holds step {state['step']} of {saved}, not of {self.schedule}"
+            raise ModelError(f"{found}; ask for {saved.steps} steps, or start in another folder")
         self.step, self.seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

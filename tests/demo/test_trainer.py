@@ -13,6 +13,7 @@ from skipkernels.demo.facts import Fact
 from skipkernels.demo.model import initial_model, model_config
 from skipkernels.demo.tokenizer import train_tokenizer
 from skipkernels.demo.trainer import Schedule, Trainer
+from skipkernels.errors import ModelError
 
 DOCUMENTS = [f"Return item number {number} of the sequence, or raise an error." for number in range(20)]
 FACTS = [Fact(f"What is the capital of {name}?", name[::-1], "capitals") for name in ("Here", "There", "Nowhere")]
@@ -50,7 +51,7 @@ def test_training_stops_when_it_is_told_to(tokenizer: PreTrainedTokenizerBase, t
 
 def test_another_schedule_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     _trainer(tokenizer, tmp_path / "trainer.pt").save()
-    with pytest.raises(ValueError, match="another schedule"):
+    with pytest.raises(ModelError, match="another folder"):
         _trainer(tokenizer, tmp_path / "trainer.pt", Schedule())
 
 
