@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 
+from skipkernels.checkpoint import (
+    default_eos_token_ids,
+    load_config,
+    load_generation_config,
+    load_tokenizer,
+    resolve_checkpoint,
+)
 from skipkernels.config import ModelConfig, dtype_name, resolve_dtype
-from skipkernels.errors import DeviceError, ModelError, RequestError
+from skipkernels.decoding import Decoding, Row
+from skipkernels.errors import DeviceError, RequestError
 from skipkernels.executors import Executor, get_executor
-from skipkernels.generation import FinishReason, Generation, SamplingParams, StreamChunk
+from skipkernels.generation import Generation, SamplingParams, StreamChunk
 from skipkernels.policy import DensePolicy, Policy
 from skipkernels.policy_file import load_policy
 from skipkernels.prefill import prefill
 from skipkernels.program import build_program
 from skipkernels.state import MAX_BATCH_SIZE, MAX_EOS, DecodeState
-from skipkernels.text import TextStream
 from skipkernels.weights import ModelWeights, fill_rope, load_checkpoint, pack_module
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_SEQ_LEN = 4096
 
@@ -59,9 +62,9 @@ class Engine:
         self.state = DecodeState.allocate(
             config, batch_size=max_batch_size, max_seq_len=max_seq_len, dtype=weights.dtype
         )
-        self.default_eos_token_ids = _default_eos(tokenizer, generation_config)
+        self.default_eos_token_ids = default_eos_token_ids(tokenizer, generation_config)
+        self.num_threads = num_threads
         self._executor_name = executor
-        self._num_threads = num_threads
         self._executors: dict[Policy, Executor] = {}
         self.policy = policy or DensePolicy()
         self.executor_for(self.policy)  # an impossible policy is refused here, not at the first prompt
@@ -97,16 +100,13 @@ class Engine:
         Raises:
             ModelError, PolicyError, RequestError, DeviceError: nothing was loaded; the message says what to change.
         """
-        from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+        from transformers import PreTrainedModel
 
         if device != "cpu":
             raise DeviceError(f"device {device!r} is not available in this release; use 'cpu'")
         wanted = None if dtype is None else resolve_dtype(dtype)
         folder = None if isinstance(model, PreTrainedModel) else resolve_checkpoint(model)
-        try:
-            hf_config = model.config if folder is None else AutoConfig.from_pretrained(folder)  # type: ignore[union-attr]
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{folder}: its config.json cannot be read ({_first_line(error)})") from error
+        hf_config = cast("PreTrainedModel", model).config if folder is None else load_config(folder)
         config = ModelConfig.from_hf(hf_config)
         length = max_seq_len if max_seq_len is not None else min(config.max_position_embeddings, DEFAULT_MAX_SEQ_LEN)
         if not 1 <= length <= config.max_position_embeddings:
@@ -116,14 +116,13 @@ class Engine:
         if isinstance(policy, Policy):
             policy.plan(config.num_hidden_layers)  # before gigabytes are read
         if folder is None:
-            assert isinstance(model, PreTrainedModel)
-            weights = pack_module(model, config, wanted, length)
-            generation_config: GenerationConfig | None = model.generation_config
+            module = cast("PreTrainedModel", model)
+            weights = pack_module(module, config, wanted, length)
+            generation_config: GenerationConfig | None = module.generation_config
         else:
             weights = load_checkpoint(folder, config, wanted or resolve_dtype(hf_config.dtype or "fp32"), length)
-            tokenizer = tokenizer or _load_tokenizer(folder)
-            has_config = (folder / "generation_config.json").exists()
-            generation_config = GenerationConfig.from_pretrained(folder) if has_config else None
+            tokenizer = tokenizer or load_tokenizer(folder)
+            generation_config = load_generation_config(folder)
         fill_rope(weights, hf_config)
         if isinstance(policy, str | Path):
             policy = load_policy(policy, fingerprint=weights.fingerprint(config))
@@ -156,7 +155,7 @@ class Engine:
         if policy not in self._executors:
             program = build_program(self.config, self.weights, self.state, policy)
             self._executors[policy] = get_executor(
-                self._executor_name, program, self.state, num_threads=self._num_threads
+                self._executor_name, program, self.state, num_threads=self.num_threads
             )
         return self._executors[policy]
 
@@ -183,15 +182,19 @@ class Engine:
         Raises:
             RequestError: nothing was generated; the message says what to change.
         """
-        rows = self._start(prompts, max_new_tokens, sampling, stop, eos_token_ids)
-        executor = self.executor_for(policy or self.policy)
-        if not stop:
-            self._account(rows, executor.run(self.max_seq_len))
-        while any(row.running for row in rows):
-            self._account(rows, executor.run(1))
-            for row in rows:
-                row.take_new_tokens()
-        return [row.finish() for row in rows]
+        decoding = self.begin(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            eos_token_ids=eos_token_ids,
+            policy=policy,
+        )
+        while decoding.running:
+            decoding.step(1 if stop else self.max_seq_len)  # only a stop string has to see every token
+            for row in decoding.rows:
+                row.take_text()
+        return decoding.results()
 
     def stream(
         self,
@@ -204,47 +207,37 @@ class Engine:
         policy: Policy | None = None,
     ) -> Iterator[StreamChunk]:
         """Generates for one prompt and yields each token as it comes; arguments as in ``generate``."""
-        (row,) = self._start([prompt], max_new_tokens, sampling, stop, eos_token_ids)
-        executor = self.executor_for(policy or self.policy)
+        decoding = self.begin(
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            eos_token_ids=eos_token_ids,
+            policy=policy,
+        )
+        (row,) = decoding.rows
         try:
             while row.running:
-                self._account([row], executor.run(1))
-                yield StreamChunk(row.take_new_tokens(), row.last_token)
-            rest = row.text_stream.flush() if row.text_stream else ""
-            yield StreamChunk(rest, None, row.finish())
+                decoding.step(1)
+                yield StreamChunk(row.take_text(), row.token_ids[-1])
+            yield StreamChunk(row.take_rest(), None, decoding.results()[0])
         finally:
-            self.state.end_row(row.index)
+            decoding.end()
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt: text with the tokenizer's special tokens, a chat through its template."""
-        if isinstance(prompt, str):
-            return list(self._require_tokenizer("a text prompt").encode(prompt))
-        if len(prompt) and isinstance(prompt[0], dict):
-            tokenizer = self._require_tokenizer("a chat prompt")
-            if not tokenizer.chat_template:
-                raise RequestError("this tokenizer has no chat template; pass the prompt as text")
-            messages = cast(list[dict[str, str]], list(prompt))
-            encoded = cast(
-                dict[str, list[int]],
-                tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True),
-            )
-            return list(encoded["input_ids"])
-        return [int(token) for token in cast(Sequence[int], prompt)]
-
-    def _require_tokenizer(self, what: str) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            raise RequestError(f"{what} needs a tokenizer, and this model was loaded without one; pass token ids")
-        return self.tokenizer
-
-    def _start(
+    def begin(
         self,
         prompts: Prompt | Sequence[Prompt],
-        max_new_tokens: int | None,
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
-        stop: Sequence[str],
-        eos_token_ids: Sequence[int] | None,
-    ) -> list[_Row]:
-        """Checks the whole request, then prefills every row; nothing is touched when a check fails."""
+        *,
+        max_new_tokens: int | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        stop: Sequence[str] = (),
+        eos_token_ids: Sequence[int] | None = None,
+        policy: Policy | None = None,
+    ) -> Decoding:
+        """Checks a whole request, then prefills its rows; nothing is touched when a check fails.
+
+        The lower half of ``generate`` and ``stream``, for callers with a loop of their own. Arguments as there.
+        """
         listed = cast(list[Prompt], list(prompts) if _is_batch(prompts) else [prompts])
         if not listed:
             raise RequestError("no prompt was given")
@@ -267,6 +260,7 @@ class Engine:
         if len(eos) > MAX_EOS:
             raise RequestError(f"{len(eos)} end-of-sequence tokens; at most {MAX_EOS} are possible")
         token_ids = [self._checked_tokens(self.encode(prompt), max_new_tokens) for prompt in listed]
+        executor = self.executor_for(policy or self.policy)
 
         for index in range(self.max_batch_size):
             self.state.end_row(index)
@@ -275,11 +269,29 @@ class Engine:
         for index, (tokens, param) in enumerate(zip(token_ids, sampling, strict=True)):
             self._set_row(index, param, max_new_tokens, eos)
             prefill(self.config, self.weights, self.state, index, torch.tensor(tokens, dtype=torch.int32))
-            rows.append(_Row(self, index, len(tokens), stop))
-        prefill_s = time.perf_counter() - started
-        for row in rows:
-            row.prefill_s = prefill_s
-        return rows
+            rows.append(Row(self.state, index, len(tokens), self.tokenizer, stop))
+        return Decoding(executor, rows, time.perf_counter() - started)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt: text with the tokenizer's special tokens, a chat through its template."""
+        if isinstance(prompt, str):
+            return list(self._require_tokenizer("a text prompt").encode(prompt))
+        if len(prompt) and isinstance(prompt[0], dict):
+            tokenizer = self._require_tokenizer("a chat prompt")
+            if not tokenizer.chat_template:
+                raise RequestError("this tokenizer has no chat template; pass the prompt as text")
+            messages = cast(list[dict[str, str]], list(prompt))
+            encoded = cast(
+                dict[str, list[int]],
+                tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True),
+            )
+            return list(encoded["input_ids"])
+        return [int(token) for token in cast(Sequence[int], prompt)]
+
+    def _require_tokenizer(self, what: str) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise RequestError(f"{what} needs a tokenizer, and this model was loaded without one; pass token ids")
+        return self.tokenizer
 
     def _checked_tokens(self, tokens: list[int], max_new_tokens: int | None) -> list[int]:
         if not tokens and self.tokenizer is not None and self.tokenizer.bos_token_id is not None:
@@ -316,115 +328,6 @@ class Engine:
         s.eos_token_ids[row] = -1
         s.eos_token_ids[row, : len(eos)] = torch.tensor(list(eos), dtype=torch.int32)
 
-    def _account(self, rows: Sequence[_Row], step_seconds: list[float]) -> None:
-        """Books each step's time to the rows that it gave a token."""
-        for row in rows:
-            row.seconds += step_seconds[: row.generated - len(row.seconds)]
-
-
-class _Row:
-    """One prompt's generation in progress."""
-
-    def __init__(self, engine: Engine, index: int, prompt_tokens: int, stop: Sequence[str]) -> None:
-        self._state = engine.state
-        self.index = index
-        self.prompt_tokens = prompt_tokens
-        self.prefill_s = 0.0
-        self.seconds: list[float] = []
-        self.text_stream = TextStream(engine.tokenizer, stop) if engine.tokenizer is not None else None
-        self._eos = {int(token) for token in engine.state.eos_token_ids[index] if token >= 0}
-        self._taken = 0
-
-    @property
-    def running(self) -> bool:
-        return bool(self._state.active[self.index])
-
-    @property
-    def generated(self) -> int:
-        return int(self._state.generated[self.index])
-
-    @property
-    def token_ids(self) -> list[int]:
-        return self._state.token_ids[self.index, self.prompt_tokens :][: self.generated].tolist()
-
-    @property
-    def last_token(self) -> int:
-        return self.token_ids[-1]
-
-    def take_new_tokens(self) -> str:
-        """Feeds new tokens to the text; ends the row at a stop string. Returns the text that became certain."""
-        if self.text_stream is None:
-            return ""
-        text = ""
-        for token in self.token_ids[self._taken :]:
-            self._taken += 1
-            if token in self._eos:
-                break
-            text += self.text_stream.push(token)
-            if self.text_stream.stopped:
-                self._state.end_row(self.index)
-                break
-        return text
-
-    def finish(self) -> Generation:
-        self.take_new_tokens()
-        stopped = self.text_stream is not None and self.text_stream.stopped
-        token_ids = self.token_ids
-        reason: FinishReason = "stop" if stopped else "eos" if token_ids[-1] in self._eos else "length"
-        if self.text_stream is not None:
-            self.text_stream.flush()
-        count = len(token_ids)
-        run_map = self._state.run_map[self.index, :count].numpy()
-        return Generation(
-            token_ids=token_ids,
-            text=self.text_stream.text if self.text_stream else "",
-            finish_reason=reason,
-            prompt_tokens=self.prompt_tokens,
-            skip_map=np.asarray(run_map == 0),
-            similarity_map=self._state.similarity_map[self.index, :count].numpy().copy(),
-            time_to_first_token_s=self.prefill_s + self.seconds[0],
-            seconds_per_token=self.seconds,
-        )
-
-
-def resolve_checkpoint(model: str | Path) -> Path:
-    """The local folder of a checkpoint: the path itself, or a snapshot of the hub id (downloaded where needed)."""
-    path = Path(model)
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise ModelError(f"{path}: holds no config.json, so it is no Hugging Face checkpoint")
-        return path
-    if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
-        raise ModelError(f"{model}: no such folder")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab*"]
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many kinds, none of them ours
-        raise ModelError(f"{model}: neither a folder nor loadable from the hub ({_first_line(error)})") from error
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    from transformers import AutoTokenizer
-
-    if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
-        logger.warning("%s holds no tokenizer; prompts must be token ids", folder)
-        return None
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def _default_eos(
-    tokenizer: PreTrainedTokenizerBase | None, generation_config: GenerationConfig | None
-) -> tuple[int, ...]:
-    """The model's own end-of-sequence tokens: the generation config's, else the tokenizer's."""
-    eos = getattr(generation_config, "eos_token_id", None)
-    if eos is None:
-        eos = getattr(tokenizer, "eos_token_id", None)
-    if eos is None:
-        return ()
-    return (eos,) if isinstance(eos, int) else tuple(eos)
-
 
 def _is_batch(prompts: object) -> bool:
     """A list of prompts, as opposed to one prompt that is itself a list (of ids or of messages)."""
@@ -432,7 +335,3 @@ def _is_batch(prompts: object) -> bool:
         return False
     first = next(iter(prompts), None)  # type: ignore[call-overload]
     return not isinstance(first, int | dict)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
