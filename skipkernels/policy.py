@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import ClassVar, Literal
 
 from skipkernels.errors import PolicyError
@@ -106,11 +107,9 @@ class SkipPolicy(Policy):
         for value in (self.threshold, *(self.layer_thresholds or ())):
             if not -1.0 <= value <= 1.0:  # NaN fails too
                 raise PolicyError(f"threshold must be a cosine similarity in [-1, 1], got {value}")
-        if self.span is not None and self.span < 1:
-            raise PolicyError(f"span must be at least 1 layer (or None for 'up to the cold end'), got {self.span}")
-        for name in ("cold_start", "cold_end", "warmup_tokens"):
-            if getattr(self, name) < 0:
-                raise PolicyError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.span is not None and (not isinstance(self.span, Integral) or self.span < 1):
+            raise PolicyError(f"span must be at least 1 layer (or None for 'up to the cold end'), got {self.span!r}")
+        _check_counts(self, "cold_start", "cold_end", "warmup_tokens")
         if self.batch_rule not in BATCH_RULES:
             raise PolicyError(f"batch_rule must be one of {', '.join(BATCH_RULES)}, got {self.batch_rule!r}")
 
@@ -150,7 +149,11 @@ class FixedPolicy(Policy):
     warmup_tokens: int = 25
 
     def __post_init__(self) -> None:
+        for layer in self.layers:
+            if not isinstance(layer, Integral):
+                raise PolicyError(f"layers must be layer numbers, got {layer!r}")
         object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        _check_counts(self, "warmup_tokens")
 
     def plan(self, num_layers: int) -> GatePlan | None:
         outside = [layer for layer in self.layers if not 0 <= layer < num_layers]
@@ -181,6 +184,9 @@ class RandomPolicy(Policy):
     def __post_init__(self) -> None:
         if not 0.0 <= self.ratio <= 1.0:
             raise PolicyError(f"random skip ratio must lie in [0, 1], got {self.ratio}")
+        if not isinstance(self.seed, Integral) or not -(1 << 63) <= self.seed < 1 << 63:
+            raise PolicyError(f"seed must be a 64-bit integer, got {self.seed!r}")
+        _check_counts(self, "cold_start", "cold_end", "warmup_tokens")
 
     def plan(self, num_layers: int) -> GatePlan | None:
         if self.ratio == 0.0:
@@ -238,6 +244,15 @@ class TimingPolicy(Policy):
         return f"timing only, forced {self.ratio:.0%} (random weights)"
 
 
+def _check_counts(policy: Policy, *names: str) -> None:
+    for name in names:
+        value = getattr(policy, name)
+        if not isinstance(value, Integral):
+            raise PolicyError(f"{name} must be a whole number, got {value!r}")
+        if value < 0:
+            raise PolicyError(f"{name} must not be negative, got {value}")
+
+
 _KINDS: dict[str, type[Policy]] = {
     policy.kind: policy for policy in (DensePolicy, SkipPolicy, FixedPolicy, RandomPolicy, TimingPolicy)
 }
@@ -251,12 +266,12 @@ def policy_from_dict(values: dict[str, object]) -> Policy:
     """
     fields = dict(values)
     kind = fields.pop("kind", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise PolicyError(f"unknown policy kind {kind!r}; known are {', '.join(_KINDS)}")
     for name, value in fields.items():
         if isinstance(value, list):
             fields[name] = tuple(value)
     try:
-        return _KINDS[str(kind)](**fields)
+        return _KINDS[kind](**fields)
     except TypeError as error:
         raise PolicyError(f"policy of kind {kind!r}: {error}") from error
