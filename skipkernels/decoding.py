@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from skipkernels.errors import RequestError
 from skipkernels.executors import Executor
 from skipkernels.generation import FinishReason, Generation
 from skipkernels.state import DecodeState
@@ -87,15 +88,19 @@ class Row:
 
 
 class Decoding:
-    """Rows in flight over one executor. A newer decoding of the same engine takes their places over."""
+    """Rows in flight over one executor. A newer decoding of the same engine takes their places over; from then on
+    this one cannot go on, and its end means nothing."""
 
     def __init__(self, executor: Executor, rows: list[Row], prefill_s: float) -> None:
         self._executor = executor
         self.rows = rows
         self._prefill_s = prefill_s
+        self.taken_over = False
 
     @property
     def running(self) -> bool:
+        if self.taken_over:
+            raise RequestError("a newer request to this engine has taken this generation's place; use a second engine")
         return any(row.running for row in self.rows)
 
     def step(self, max_steps: int) -> None:
@@ -105,8 +110,9 @@ class Decoding:
             row.seconds += step_seconds[: len(row.token_ids) - len(row.seconds)]
 
     def end(self) -> None:
-        for row in self.rows:
-            row.end()
+        if not self.taken_over:
+            for row in self.rows:
+                row.end()
 
     def results(self) -> list[Generation]:
         return [row.result(self._prefill_s) for row in self.rows]

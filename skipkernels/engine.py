@@ -66,6 +66,7 @@ class Engine:
         self.num_threads = num_threads
         self._executor_name = executor
         self._executors: dict[Policy, Executor] = {}
+        self._decoding: Decoding | None = None
         self.policy = policy or DensePolicy()
         self.executor_for(self.policy)  # an impossible policy is refused here, not at the first prompt
 
@@ -217,7 +218,7 @@ class Engine:
         )
         (row,) = decoding.rows
         try:
-            while row.running:
+            while decoding.running:
                 decoding.step(1)
                 yield StreamChunk(row.take_text(), row.token_ids[-1])
             yield StreamChunk(row.take_rest(), None, decoding.results()[0])
@@ -262,6 +263,8 @@ class Engine:
         token_ids = [self._checked_tokens(self.encode(prompt), max_new_tokens) for prompt in listed]
         executor = self.executor_for(policy or self.policy)
 
+        if self._decoding:
+            self._decoding.taken_over = True
         for index in range(self.max_batch_size):
             self.state.end_row(index)
         started = time.perf_counter()
@@ -270,7 +273,8 @@ class Engine:
             self._set_row(index, param, max_new_tokens, eos)
             prefill(self.config, self.weights, self.state, index, torch.tensor(tokens, dtype=torch.int32))
             rows.append(Row(self.state, index, len(tokens), self.tokenizer, stop))
-        return Decoding(executor, rows, time.perf_counter() - started)
+        self._decoding = Decoding(executor, rows, time.perf_counter() - started)
+        return self._decoding
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text with the tokenizer's special tokens, a chat through its template."""
