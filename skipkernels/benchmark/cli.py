@@ -1,0 +1,223 @@
+"""``skipkernels bench``: decode, the default, times whole decode steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from skipkernels.cli.console import err, out, percent, print_json, progress_bar, table
+from skipkernels.cli.models import DEMO, ModelOptions
+from skipkernels.errors import RequestError
+
+SPARE_POSITIONS = 1  # the last generated token is not cached
+
+
+class DecodeByDefault(TyperGroup):
+    """``skipkernels bench --shapes ...`` is ``skipkernels bench decode --shapes ...``."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["decode", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=DecodeByDefault, help="Time decoding beside what the memory allows.", no_args_is_help=True)
+
+
+@app.callback()
+def bench() -> None:
+    """Time decoding beside what the memory allows."""
+
+
+def _numbers(text: str, kind: type[int] | type[float], option: str) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{option} takes numbers separated by commas, got {text!r}") from error
+
+
+@app.command()
+def decode(
+    shapes: Annotated[str | None, typer.Option(help="Random weights of a published model's shapes.")] = None,
+    model: Annotated[str | None, typer.Option(help="A checkpoint instead of shapes; its --policy decides.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="Policy file for --model (default: the one beside it).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 (default: bf16, or the checkpoint's).")] = None,
+    skip_ratio: Annotated[
+        str, typer.Option(help="Ratios to force on random weights; with --model any above 0 means its policy.")
+    ] = "0,0.25",
+    batch_sizes: Annotated[str, typer.Option(help="Rows decoded together, each its own comparison.")] = "1",
+    against: Annotated[str | None, typer.Option(help="'transformers': its generate on the same weights.")] = None,
+    test_only: Annotated[
+        bool, typer.Option("--test-only", help="Also measure the similarity test where it never skips.")
+    ] = False,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    new_tokens: Annotated[int, typer.Option(min=3, help="Tokens decoded in one turn.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every system.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    json: Annotated[Path | None, typer.Option(help="Write rows and settings here; '-' prints them alone.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture: time per token over skip ratio.")] = None,
+) -> None:
+    """Time whole decode steps, all systems in turns in one process."""
+    if (shapes is None) == (model is None):
+        raise typer.BadParameter("give either --shapes or --model")
+    if against not in (None, "transformers"):
+        raise typer.BadParameter(f"--against knows 'transformers', got {against!r}")
+    ratios = _numbers(skip_ratio, float, "--skip-ratio")
+    batches = _numbers(batch_sizes, int, "--batch-sizes")
+    if plot is not None:
+        from skipkernels.plots import pyplot
+
+        pyplot()  # a missing matplotlib is an error now, not after the measurement
+
+    import os
+
+    import torch
+
+    from skipkernels.benchmark.decode import run_decode_bench
+    from skipkernels.benchmark.report import environment, write_json
+
+    num_threads = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(num_threads)
+    length = prompt_tokens + new_tokens + SPARE_POSITIONS
+    with err.status(f"loading {shapes or model} ..."):
+        if shapes is not None:
+            systems, used_dtype = _random_systems(
+                shapes, dtype or "bf16", ratios, batches, against, test_only, length, num_threads
+            )
+        else:
+            systems, used_dtype = _model_systems(
+                str(model), dtype, policy, ratios, batches, against, length, num_threads
+            )
+    with progress_bar("decoding") as report:
+        turns = rounds * len(systems)
+        done = iter(range(1, turns + 1))
+        rows = run_decode_bench(
+            systems,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            num_threads=num_threads,
+            on_turn=lambda: report("decoding in turns", next(done) / turns),
+        )
+    facts = environment()
+    settings = {
+        "model": shapes or model,
+        "random_weights": shapes is not None,
+        "dtype": used_dtype,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "threads": num_threads,
+    }
+    rows = [{**row, "dtype": used_dtype, **facts} for row in rows]
+    title = f"{shapes or model}, {used_dtype}, {num_threads} threads, {facts['device']}, {facts['date']}"
+    if json is not None and str(json) != "-":
+        write_json(json, rows, settings)
+    if plot is not None:
+        from skipkernels.plots import plot_decode
+
+        plot_decode(rows, plot, title)
+    if str(json) == "-":
+        print_json({"settings": settings, "rows": rows})
+    else:
+        _print_table(rows, title)
+
+
+def _random_systems(
+    shapes: str,
+    dtype: str,
+    ratios: list[float],
+    batches: list[int],
+    against: str | None,
+    test_only: bool,
+    length: int,
+    num_threads: int,
+) -> tuple[list[Any], str]:
+    from skipkernels.benchmark.shapes import shape_config
+    from skipkernels.benchmark.systems import SkipkernelsSystem, TransformersSystem, module_over, policies_for
+    from skipkernels.config import ModelConfig, resolve_dtype
+    from skipkernels.engine import Engine
+    from skipkernels.weights import fill_rope, random_weights
+
+    hf_config = shape_config(shapes, length)
+    config = ModelConfig.from_hf(hf_config)
+    weights = random_weights(config, resolve_dtype(dtype), length)
+    fill_rope(weights, hf_config)
+    module = module_over(weights, config, hf_config) if against else None
+    prompt = list(range(1, length))
+    systems: list[Any] = []
+    for batch_size in batches:
+        engine = Engine(config, weights, max_seq_len=length, max_batch_size=batch_size, num_threads=num_threads)
+        policies = policies_for(ratios, None, test_only)
+        systems += [SkipkernelsSystem(engine, policy, batch_size, prompt) for policy in policies]
+        if module is not None:
+            systems.append(TransformersSystem(module, config, batch_size, prompt))
+    return systems, engine.dtype
+
+
+def _model_systems(
+    model: str,
+    dtype: str | None,
+    policy_file: Path | None,
+    ratios: list[float],
+    batches: list[int],
+    against: str | None,
+    length: int,
+    num_threads: int,
+) -> tuple[list[Any], str]:
+    from transformers import AutoModelForCausalLM
+
+    from skipkernels.benchmark.systems import SkipkernelsSystem, TransformersSystem, policies_for
+    from skipkernels.checkpoint import load_tokenizer, resolve_checkpoint
+    from skipkernels.cli.models import POLICY_FILE
+    from skipkernels.config import resolve_dtype
+    from skipkernels.engine import Engine
+    from skipkernels.policy_file import load_policy
+
+    folder = resolve_checkpoint(ModelOptions(model).path if model == DEMO else model)
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(dtype) if dtype else "auto")
+    tokenizer = load_tokenizer(folder)
+    text = "The interpreter reads the file and then returns a new object. " * length
+    prompt = tokenizer.encode(text)[:length] if tokenizer else list(range(1, length))
+    systems: list[Any] = []
+    for batch_size in batches:
+        engine = Engine.from_pretrained(
+            module, max_seq_len=length, max_batch_size=batch_size, num_threads=num_threads, tokenizer=tokenizer
+        )
+        path = policy_file or folder / POLICY_FILE
+        skipping = any(ratio > 0 for ratio in ratios)
+        if skipping and not path.exists():
+            raise RequestError(f"{path}: no such policy file; make one with `skipkernels calibrate {model}`")
+        calibrated = load_policy(path, fingerprint=engine.fingerprint) if skipping else None
+        chosen = policies_for([1.0] if skipping else [], calibrated, with_test_only=False)
+        systems += [SkipkernelsSystem(engine, policy, batch_size, prompt) for policy in chosen]
+        if against:
+            systems.append(TransformersSystem(module, engine.config, batch_size, prompt))
+    return systems, engine.dtype
+
+
+def _print_table(rows: list[dict[str, Any]], title: str) -> None:
+    shown = table(
+        "system", "rows", "skipped", "ms/token", "p20..p80", "tok/s", "of probe", "speed-up", "ideal", title=title
+    )
+    shown.padding = (0, 1)
+    for row in rows:
+        shown.add_row(
+            row["system"],
+            str(row["batch_size"]),
+            percent(row["ffn_skip_ratio"]),
+            f"{row['ms_per_token']:.4g}",
+            f"{row['ms_per_token_p20']:.3g}..{row['ms_per_token_p80']:.3g}",
+            f"{row['tokens_per_s']:.4g}",
+            f"{row['bandwidth_fraction']:.2f}",
+            f"{row['speedup_vs_dense']:.3f}",
+            f"{row['ideal_speedup']:.3f}",
+        )
+    out.print(shown)
+    out.print("of probe: bytes read per second over the read bandwidth probed around each turn")
+    out.print("speed-up: over the dense row; ideal: what the saved bytes alone would give")
+    if any(row["policy"].startswith("timing") for row in rows):
+        out.print("timing only: random weights, forced ratio; test and decision real, tokens without meaning")

@@ -1,0 +1,102 @@
+"""The decode bench: systems in turns in one process, each turn between two readings of the memory's bandwidth."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from skipkernels import _C
+from skipkernels.benchmark.systems import Measurement, System
+
+PROBE_BYTES = 512 << 20  # far beyond any cache
+PROBE_REPEATS = 3
+
+
+@dataclass
+class _Turns:
+    """What one system did over all rounds."""
+
+    measurements: list[Measurement] = field(default_factory=list)
+    bandwidths: list[float] = field(default_factory=list)  # GB/s around each turn
+
+    def step_seconds(self, turn: int) -> float:
+        return statistics.median(self.measurements[turn].seconds)
+
+
+def bandwidth_gb_per_s(num_threads: int) -> float:
+    """Read bandwidth now: the median of a few full reads of a large buffer."""
+    return PROBE_BYTES / 1e9 / statistics.median(_C.measure_read(PROBE_BYTES, PROBE_REPEATS, num_threads))
+
+
+def run_decode_bench(
+    systems: list[System],
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int,
+    num_threads: int,
+    on_turn: Callable[[], None] = lambda: None,
+) -> list[dict[str, object]]:
+    """Decodes ``new_tokens`` with every system in every round, in an order that rotates; returns a row per system.
+
+    Ratios (``bandwidth_fraction``, ``speedup_vs_dense``) are taken within a round and then their median, so a machine
+    whose speed drifts from minute to minute does not bend them. The baseline of a batch size is its first system.
+    A step decodes one token of every row: ``ms_per_token`` is the time between two tokens of a row, ``bytes_per_token``
+    what is read in that time, ``tokens_per_s`` counts all rows.
+    """
+    turns: dict[int, _Turns] = defaultdict(_Turns)
+    for system in systems:  # warm-up: touches every page, records every program
+        system.decode(prompt_tokens, min(new_tokens, 4))
+    before = bandwidth_gb_per_s(num_threads)
+    for number in range(rounds):
+        for offset in range(len(systems)):
+            index = (number + offset) % len(systems)
+            measurement = systems[index].decode(prompt_tokens, new_tokens)
+            after = bandwidth_gb_per_s(num_threads)
+            turns[index].measurements.append(measurement)
+            turns[index].bandwidths.append((before + after) / 2)
+            before = after
+            on_turn()
+    first_of_batch = {system.batch_size: index for index, system in reversed(list(enumerate(systems)))}
+    return [
+        _row(system, turns[index], turns[first_of_batch[system.batch_size]], rounds)
+        for index, system in enumerate(systems)
+    ]
+
+
+def _row(system: System, own: _Turns, baseline: _Turns, rounds: int) -> dict[str, object]:
+    steps = sorted(second for measurement in own.measurements for second in measurement.seconds)
+    medians = [own.step_seconds(turn) for turn in range(rounds)]
+    rates = [
+        measurement.bytes_per_step / median / 1e9 for measurement, median in zip(own.measurements, medians, strict=True)
+    ]
+    speedups = [baseline.step_seconds(turn) / median for turn, median in enumerate(medians)]
+    bytes_per_step = statistics.mean(measurement.bytes_per_step for measurement in own.measurements)
+    dense_bytes = statistics.mean(measurement.bytes_per_step for measurement in baseline.measurements)
+    median = statistics.median(medians)
+    return {
+        "system": system.name,
+        "policy": system.policy.label if system.policy else "dense",
+        "batch_size": system.batch_size,
+        "ffn_skip_ratio": statistics.mean(measurement.skip_ratio for measurement in own.measurements),
+        "ms_per_token": median * 1e3,
+        "ms_per_token_p20": _quantile(steps, 0.2) * 1e3,
+        "ms_per_token_p80": _quantile(steps, 0.8) * 1e3,
+        "tokens_per_s": system.batch_size / median,
+        "bytes_per_token": bytes_per_step,
+        "gb_per_s": statistics.median(rates),
+        "probe_gb_per_s": statistics.median(own.bandwidths),
+        "bandwidth_fraction": statistics.median(
+            rate / bandwidth for rate, bandwidth in zip(rates, own.bandwidths, strict=True)
+        ),
+        "speedup_vs_dense": statistics.median(speedups),
+        "speedup_p20": _quantile(sorted(speedups), 0.2),
+        "speedup_p80": _quantile(sorted(speedups), 0.8),
+        "ideal_speedup": dense_bytes / bytes_per_step,
+    }
+
+
+def _quantile(ordered: list[float], fraction: float) -> float:
+    return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))]
