@@ -1,0 +1,136 @@
+"""The decode bench: its arithmetic on systems whose times are known, and the command on a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from skipkernels.benchmark import decode as bench
+from skipkernels.benchmark import shapes
+from skipkernels.benchmark.systems import Measurement, SkipkernelsSystem, TransformersSystem, module_over
+from skipkernels.cli.app import app
+from skipkernels.config import ModelConfig
+from skipkernels.engine import Engine
+from skipkernels.errors import RequestError
+from skipkernels.policy import DensePolicy, FixedPolicy, TimingPolicy
+from skipkernels.weights import fill_rope, random_weights
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "tie_word_embeddings": True,
+}
+
+
+class Scripted:
+    """A system whose turns take what the test says."""
+
+    def __init__(self, name, milliseconds, *, policy=None, batch_size=1, bytes_per_step=1e9, skip_ratio=0.0):
+        self.name, self.policy, self.batch_size = name, policy, batch_size
+        self._turns = iter([milliseconds[0], *milliseconds])  # the first is the warm-up
+        self._bytes, self._ratio = bytes_per_step, skip_ratio
+
+    def decode(self, prompt_tokens, new_tokens):
+        return Measurement([next(self._turns) / 1e3] * 3, self._ratio, self._bytes)
+
+
+@pytest.fixture
+def probe_at_20_gb_per_s(monkeypatch):
+    monkeypatch.setattr(bench, "bandwidth_gb_per_s", lambda threads: 20.0)
+
+
+def run(systems, rounds):
+    return bench.run_decode_bench(systems, prompt_tokens=4, new_tokens=4, rounds=rounds, num_threads=1)
+
+
+def test_ratios_are_taken_within_a_round(probe_at_20_gb_per_s):
+    # the machine slows down by 4 from round to round: medians of the times would say nothing of the ratio
+    dense = Scripted("skipkernels", [100, 400, 1600], policy=DensePolicy(), bytes_per_step=2e9)
+    skipping = Scripted("skipkernels", [50, 200, 800], policy=TimingPolicy(0.25), bytes_per_step=1.5e9, skip_ratio=0.25)
+    rows = run([dense, skipping], rounds=3)
+    assert [row["speedup_vs_dense"] for row in rows] == pytest.approx([1.0, 2.0])
+    assert rows[1]["ideal_speedup"] == pytest.approx(2 / 1.5)
+    assert rows[1]["policy"].startswith("timing only")
+
+
+def test_bytes_and_bandwidth(probe_at_20_gb_per_s):
+    (row,) = run([Scripted("skipkernels", [100], policy=DensePolicy(), batch_size=4, bytes_per_step=1.5e9)], rounds=1)
+    assert row["gb_per_s"] == pytest.approx(15.0)
+    assert row["bandwidth_fraction"] == pytest.approx(0.75)
+    assert row["ms_per_token"] == pytest.approx(100)
+    assert row["tokens_per_s"] == pytest.approx(40)
+
+
+def test_each_batch_size_has_its_own_baseline(probe_at_20_gb_per_s):
+    systems = [
+        Scripted("skipkernels", [10], policy=DensePolicy()),
+        Scripted("other", [40]),
+        Scripted("skipkernels", [30], policy=DensePolicy(), batch_size=8),
+        Scripted("other", [60], batch_size=8),
+    ]
+    assert [row["speedup_vs_dense"] for row in run(systems, rounds=1)] == pytest.approx([1, 0.25, 1, 0.5])
+
+
+def tiny_model(monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
+    hf_config = shapes.shape_config("tiny", 64)
+    config = ModelConfig.from_hf(hf_config)
+    weights = random_weights(config, torch.bfloat16, 64)
+    fill_rope(weights, hf_config)
+    return config, weights, hf_config
+
+
+def test_bytes_counted_are_the_bytes_of_what_ran(monkeypatch):
+    config, weights, _ = tiny_model(monkeypatch)
+    engine = Engine(config, weights, max_seq_len=64, max_batch_size=2)
+    policy = FixedPolicy((2, 3), warmup_tokens=0)
+    measured = SkipkernelsSystem(engine, policy, 2, list(range(64))).decode(prompt_tokens=4, new_tokens=5)
+    assert measured.skip_ratio == pytest.approx(2 / 8)
+    assert len(measured.seconds) == 4
+    # written out: 8 attentions, 6 FFNs, lm_head and one embedding row, and the cache of 2 rows at lengths 5 to 8
+    attention, ffn, head = (64 + 2 * 32 + 64) * 64, 3 * 96 * 64, 129 * 64
+    cache = 2 * sum(2 * 8 * length * 2 * 16 for length in (5, 6, 7, 8)) / 4
+    assert measured.bytes_per_step == pytest.approx(2 * (8 * attention + 6 * ffn + head + cache))
+
+
+def test_transformers_runs_on_the_same_storage(monkeypatch):
+    config, weights, hf_config = tiny_model(monkeypatch)
+    module = module_over(weights, config, hf_config)
+    assert module.model.layers[3].mlp.down_proj.weight.data_ptr() == weights.layers[3].down_proj.data_ptr()
+    measured = TransformersSystem(module, config, 2, list(range(64))).decode(prompt_tokens=4, new_tokens=5)
+    assert len(measured.seconds) == 4
+    ours = Engine(config, weights, max_seq_len=64).generate([[1, 2, 3]], max_new_tokens=8)[0].token_ids
+    theirs = module.float().generate(torch.tensor([[1, 2, 3]]), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert theirs[0, 3:].tolist() == ours
+
+
+def test_the_command_writes_rows_and_picture(monkeypatch, tmp_path):
+    monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
+    monkeypatch.setattr(bench, "PROBE_BYTES", 1 << 22)
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    options = "--rounds 2 --new-tokens 4 --prompt-tokens 4 --threads 1 --batch-sizes 1,2 --against transformers"
+    arguments = ["bench", "--shapes", "tiny", *options.split(), "--json", str(out), "--plot", str(picture)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "timing only" in result.stdout
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["system"], row["batch_size"]) for row in rows] == [
+        (system, batch) for batch in (1, 2) for system in ("skipkernels", "skipkernels", "transformers")
+    ]
+    wanted = "system device dtype batch_size ffn_skip_ratio ms_per_token tokens_per_s bytes_per_token gb_per_s"
+    wanted += " bandwidth_fraction speedup_vs_dense ideal_speedup versions commit"
+    assert set(wanted.split()) <= set(rows[0])
+    assert rows[1]["ffn_skip_ratio"] == pytest.approx(2 / 8)
+    assert picture.stat().st_size > 10_000
+
+
+def test_unknown_shapes_name_the_known_ones():
+    with pytest.raises(RequestError, match=r"unknown shapes 'gpt-5'.*tinyllama-1\.1b"):
+        shapes.shape_config("gpt-5", 8)
