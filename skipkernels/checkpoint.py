@@ -38,8 +38,9 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: its config.json cannot be read ({_first_line(error)})") from error
+    except Exception as error:  # transformers' validation raises kinds of its own, with the reason on the second line
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{folder}: its config.json cannot be read ({reason})") from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

@@ -19,7 +19,7 @@ from skipkernels.checkpoint import (
 from skipkernels.config import ModelConfig, dtype_name, resolve_dtype
 from skipkernels.decoding import Decoding, Row
 from skipkernels.errors import DeviceError, RequestError
-from skipkernels.executors import Executor, get_executor
+from skipkernels.executors import Executor, check_executor, get_executor
 from skipkernels.generation import Generation, SamplingParams, StreamChunk
 from skipkernels.policy import DensePolicy, Policy
 from skipkernels.policy_file import load_policy
@@ -53,8 +53,7 @@ class Engine:
         executor: str = "auto",
         num_threads: int | None = None,
     ) -> None:
-        if not 1 <= max_batch_size <= MAX_BATCH_SIZE:
-            raise RequestError(f"max_batch_size must lie in 1..{MAX_BATCH_SIZE}, got {max_batch_size}")
+        _check_batch_size(max_batch_size)
         self.config = config
         self.weights = weights
         self.tokenizer = tokenizer
@@ -105,6 +104,8 @@ class Engine:
 
         if device != "cpu":
             raise DeviceError(f"device {device!r} is not available in this release; use 'cpu'")
+        check_executor(executor, num_threads)
+        _check_batch_size(max_batch_size)
         wanted = None if dtype is None else resolve_dtype(dtype)
         folder = None if isinstance(model, PreTrainedModel) else resolve_checkpoint(model)
         hf_config = cast("PreTrainedModel", model).config if folder is None else load_config(folder)
@@ -331,6 +332,11 @@ class Engine:
         s.max_new_tokens[row] = self.max_seq_len + 1 if max_new_tokens is None else max_new_tokens
         s.eos_token_ids[row] = -1
         s.eos_token_ids[row, : len(eos)] = torch.tensor(list(eos), dtype=torch.int32)
+
+
+def _check_batch_size(max_batch_size: int) -> None:
+    if not 1 <= max_batch_size <= MAX_BATCH_SIZE:
+        raise RequestError(f"max_batch_size must lie in 1..{MAX_BATCH_SIZE}, got {max_batch_size}")
 
 
 def _is_batch(prompts: object) -> bool:

@@ -26,17 +26,28 @@ class Executor(Protocol):
     def run_instruction(self, index: int) -> None: ...
 
 
+def check_executor(name: str, num_threads: int | None) -> None:
+    """Refuses what ``get_executor`` would refuse, before a model is loaded for it.
+
+    Raises:
+        DeviceError: unknown name, or no thread to run on.
+    """
+    if name not in EXECUTORS:
+        raise DeviceError(f"unknown executor {name!r}; use one of {', '.join(EXECUTORS)}")
+    if num_threads is not None and num_threads < 1:
+        raise DeviceError(f"num_threads must be at least 1, got {num_threads}")
+
+
 def get_executor(name: str, program: Program, state: DecodeState, *, num_threads: int | None = None) -> Executor:
     """Builds an executor by name; ``auto`` is resolved once, here, and logged.
 
     Raises:
-        DeviceError: unknown name.
+        DeviceError: unknown name, or no thread to run on.
     """
     from skipkernels.executors.cpu import CpuExecutor
     from skipkernels.executors.reference import ReferenceExecutor
 
-    if name not in EXECUTORS:
-        raise DeviceError(f"unknown executor {name!r}; use one of {', '.join(EXECUTORS)}")
+    check_executor(name, num_threads)
     if name == "reference":
         return ReferenceExecutor(program, state)
     executor = CpuExecutor(program, state, num_threads=num_threads)

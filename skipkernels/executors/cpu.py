@@ -30,7 +30,7 @@ class CpuExecutor:
                 program=[_native_instruction(ins, dtype) for ins in program],
                 active=state.active.data_ptr(),
                 batch_size=state.batch_size,
-                num_threads=num_threads or len(os.sched_getaffinity(0)),
+                num_threads=len(os.sched_getaffinity(0)) if num_threads is None else num_threads,
                 isa=isa,
             )
         except ValueError as error:
