@@ -1,0 +1,69 @@
+"""A loaded model takes the memory of its weights and cache, not twice that."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from skipkernels.config import ModelConfig
+from skipkernels.weights import expected_parameters
+
+CONFIG = LlamaConfig(
+    hidden_size=1024,
+    intermediate_size=3584,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    vocab_size=16000,
+    max_position_embeddings=2048,
+    eos_token_id=None,
+    dtype="bfloat16",
+)
+# imports and a first product of torch are the baseline; what comes on top belongs to the model
+PROGRAM = """
+import json, resource, sys
+import torch
+from transformers import AutoConfig
+from skipkernels import Engine, SkipPolicy
+from tests.models import tiny_engine
+tiny_engine(num_threads=2).generate([1, 2, 3], max_new_tokens=4)
+peak_bytes = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+baseline = peak_bytes()
+engine = Engine.from_pretrained(sys.argv[1], num_threads=2)
+engine.generate(list(range(1, 600)), max_new_tokens=8)
+print(json.dumps([peak_bytes() - baseline, engine.weights.nbytes(), engine.state.cache_bytes()]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [1, 3])
+def test_peak_memory_is_the_weights_and_the_cache(tmp_path: Path, shards: int) -> None:
+    CONFIG.save_pretrained(tmp_path)
+    shapes = expected_parameters(ModelConfig.from_hf(CONFIG))
+    tensors = {name: torch.randn(shape).mul_(0.02).bfloat16() for name, shape in shapes.items()}
+    if shards == 1:
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    else:
+        index = {}
+        for shard in range(shards):
+            file = f"model-{shard}.safetensors"
+            part = dict(list(tensors.items())[shard::shards])
+            save_file(part, tmp_path / file, metadata={"format": "pt"})
+            index |= dict.fromkeys(part, file)
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+        check=True,
+    )
+    peak, weights, cache = json.loads(run.stdout)
+    assert weights > 250e6
+    assert peak <= 1.15 * (weights + cache), f"{peak / 1e6:.0f} MB for {weights / 1e6:.0f} + {cache / 1e6:.0f} MB"
+    print(f"peak {peak / (weights + cache):.3f} of weights and cache")
