@@ -39,23 +39,74 @@ int64_t most_splits(const Instruction& ins) {
     return most;
 }
 
-template <class T>
-float dot(const float* a, const T* b, int64_t n) {
-    Vec sum = splat(0.0f);
-    int64_t i = 0;
-    for (; i + Vec::width <= n; i += Vec::width) sum = fma(load(a + i), load(b + i), sum);
-    float total = reduce_add(sum);
-    for (; i < n; ++i) total += a[i] * to_float(b[i]);
-    return total;
+// Query heads that share one walk over the keys or values; what they accumulate stays in registers.
+constexpr int kHeadTile = Vec::max_accumulators >= 24 ? 4 : 2;
+constexpr int kVectorTile = 4;
+
+// scores[g][p] = scaling <query[g], keys[p]> for G heads (rows of d) and n positions
+template <class T, int G>
+void score_keys(const float* query, const T* keys, int64_t n, int64_t d, float scaling, float* scores,
+                int64_t scores_stride) {
+    const int64_t whole = d / Vec::width * Vec::width;
+    const int left = static_cast<int>(d - whole);
+    for (int64_t p = 0; p < n; ++p) {
+        const T* key = keys + p * d;
+        Vec sum[G];
+        for (int g = 0; g < G; ++g) sum[g] = splat(0.0f);
+        for (int64_t j = 0; j < whole; j += Vec::width) {
+            const Vec k = load(key + j);
+            for (int g = 0; g < G; ++g) sum[g] = fma(load(query + g * d + j), k, sum[g]);
+        }
+        if (left) {
+            const Vec k = load_first(key + whole, left);
+            for (int g = 0; g < G; ++g) sum[g] = fma(load_first(query + g * d + whole, left), k, sum[g]);
+        }
+        for (int g = 0; g < G; ++g) scores[g * scores_stride + p] = scaling * reduce_add(sum[g]);
+    }
 }
 
-// to += scale * from
-template <class T>
-void add_scaled(float* to, float scale, const T* from, int64_t n) {
-    const Vec factor = splat(scale);
-    int64_t i = 0;
-    for (; i + Vec::width <= n; i += Vec::width) store(to + i, fma(factor, load(from + i), load(to + i)));
-    for (; i < n; ++i) to[i] += scale * to_float(from[i]);
+// out[g][0 .. C vectors) = sum over p of weights[g][p] values[p]; the last vector may be cut to `left` columns
+template <class T, int G, int C>
+void sum_columns(const float* weights, int64_t weights_stride, const T* values, int64_t n, int64_t d, float* out,
+                 int64_t out_stride, int left = Vec::width) {
+    Vec sum[G][C];
+    for (int g = 0; g < G; ++g)
+        for (int c = 0; c < C; ++c) sum[g][c] = splat(0.0f);
+    for (int64_t p = 0; p < n; ++p) {
+        Vec value[C];
+        for (int c = 0; c < C; ++c) {
+            const T* at = values + p * d + c * Vec::width;
+            value[c] = left == Vec::width ? load(at) : load_first(at, left);
+        }
+        for (int g = 0; g < G; ++g) {
+            const Vec weight = splat(weights[g * weights_stride + p]);
+            for (int c = 0; c < C; ++c) sum[g][c] = fma(weight, value[c], sum[g][c]);
+        }
+    }
+    for (int g = 0; g < G; ++g) {
+        for (int c = 0; c < C; ++c) {
+            if (left == Vec::width) {
+                store(out + g * out_stride + c * Vec::width, sum[g][c]);
+            } else {
+                alignas(64) float buffer[Vec::width];
+                store(buffer, sum[g][c]);
+                for (int i = 0; i < left; ++i) out[g * out_stride + i] = buffer[i];
+            }
+        }
+    }
+}
+
+// out[g] (d) = sum over p of weights[g][p] values[p] for G heads
+template <class T, int G>
+void sum_values(const float* weights, int64_t weights_stride, const T* values, int64_t n, int64_t d, float* out,
+                int64_t out_stride) {
+    int64_t j = 0;
+    for (; j + kVectorTile * Vec::width <= d; j += kVectorTile * Vec::width)
+        sum_columns<T, G, kVectorTile>(weights, weights_stride, values + j, n, d, out + j, out_stride);
+    for (; j + Vec::width <= d; j += Vec::width)
+        sum_columns<T, G, 1>(weights, weights_stride, values + j, n, d, out + j, out_stride);
+    if (j < d)
+        sum_columns<T, G, 1>(weights, weights_stride, values + j, n, d, out + j, out_stride, static_cast<int>(d - j));
 }
 
 float largest(const float* scores, int64_t n) {
@@ -86,9 +137,28 @@ void merge_splits(const float* partials, int64_t num_splits, int64_t d, float* o
         const float* part = partials + i * (d + 2);
         const float scale = std::exp(part[0] - max);
         total += scale * part[1];
-        add_scaled(out, scale, part + 2, d);
+        for (int64_t j = 0; j < d; ++j) out[j] += scale * part[2 + j];
     }
     for (int64_t j = 0; j < d; ++j) out[j] /= total;
+}
+
+// One tile of G query heads over one split; leaves max, sum and unnormalised output in their partials.
+template <class T, int G>
+void attend_heads(const DecodeAttention& op, const float* query, const T* keys, const T* values, int64_t n,
+                  float* scores, float* partials, int64_t partials_stride) {
+    score_keys<T, G>(query, keys, n, op.head_dim, op.scaling, scores, op.kv_split);
+    for (int g = 0; g < G; ++g) {
+        float* part = partials + g * partials_stride;
+        part[0] = largest(scores + g * op.kv_split, n);
+        part[1] = exponentials(scores + g * op.kv_split, part[0], n);
+    }
+    sum_values<T, G>(scores, op.kv_split, values, n, op.head_dim, partials + 2, partials_stride);
+}
+
+template <class T, int... G>
+void attend_tile(int heads, std::integer_sequence<int, G...>, const DecodeAttention& op, const float* query,
+                 const T* keys, const T* values, int64_t n, float* scores, float* partials, int64_t stride) {
+    ((heads == G + 1 ? attend_heads<T, G + 1>(op, query, keys, values, n, scores, partials, stride) : void()), ...);
 }
 
 template <class T>
@@ -96,31 +166,16 @@ void attend_split(const DecodeAttention& op, int row, int64_t kv_head, int64_t s
     const int64_t d = op.head_dim, group = op.num_attention_heads / op.num_key_value_heads;
     const int64_t begin = larger(range.begin, (range.first_split + split) * op.kv_split);
     const int64_t end = smaller(range.end, (range.first_split + split + 1) * op.kv_split);
-    const int64_t cache_at = ((row * op.num_key_value_heads + kv_head) * op.max_seq_len) * d;
+    const int64_t cache_at = ((row * op.num_key_value_heads + kv_head) * op.max_seq_len + begin) * d;
     const T* keys = static_cast<const T*>(op.k_cache) + cache_at;
     const T* values = static_cast<const T*>(op.v_cache) + cache_at;
     const int64_t first_head = row * op.num_attention_heads + kv_head * group;
-    const float* query = op.query + first_head * d;
-    float* partials = op.attn_partials + (first_head * op.num_splits + split) * (d + 2);
     const int64_t partials_stride = op.num_splits * (d + 2);
-
-    float* scores = s.head;  // (group, kv_split)
-    for (int64_t p = begin; p < end; ++p) {
-        for (int64_t g = 0; g < group; ++g) {
-            scores[g * op.kv_split + p - begin] = op.scaling * dot(query + g * d, keys + p * d, d);
-        }
-    }
-    for (int64_t g = 0; g < group; ++g) {
-        float* part = partials + g * partials_stride;
-        float* score = scores + g * op.kv_split;
-        part[0] = largest(score, end - begin);
-        part[1] = exponentials(score, part[0], end - begin);
-        for (int64_t j = 0; j < d; ++j) part[2 + j] = 0;
-    }
-    for (int64_t p = begin; p < end; ++p) {
-        for (int64_t g = 0; g < group; ++g) {
-            add_scaled(partials + g * partials_stride + 2, scores[g * op.kv_split + p - begin], values + p * d, d);
-        }
+    for (int64_t g = 0; g < group; g += kHeadTile) {
+        const int heads = static_cast<int>(smaller<int64_t>(kHeadTile, group - g));
+        float* partials = op.attn_partials + (first_head + g) * partials_stride + split * (d + 2);
+        attend_tile(heads, std::make_integer_sequence<int, kHeadTile>{}, op, op.query + (first_head + g) * d, keys,
+                    values, end - begin, s.head, partials, partials_stride);
     }
 
     auto& arrivals = s.arrivals[row * op.num_key_value_heads + kv_head];
