@@ -44,7 +44,7 @@ def cut_passages(
         bos = [engine.tokenizer.bos_token_id] if engine.tokenizer is not None else []
         prefix = ids[:1] if ids[:1] == bos else []
         body, size = ids[len(prefix) :], length - len(prefix)
-        tokens += len(ids)
+        tokens += len(body)
         middle = len(body) // 2
         for part, half in zip(parts, (body[:middle], body[middle:]), strict=True):
             part += [

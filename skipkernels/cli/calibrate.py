@@ -1,0 +1,131 @@
+"""``skipkernels calibrate``: finds the skip policy for a wanted ratio and writes it to a file."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from skipkernels.cli import options as opt
+from skipkernels.cli.console import err, out, percent, print_json, table
+from skipkernels.cli.models import (
+    CALIBRATION_ROWS,
+    POLICY_FILE,
+    ModelOptions,
+    calibration_texts,
+    parse_span,
+    run_calibration,
+)
+
+if TYPE_CHECKING:
+    from skipkernels.calibration import Calibration
+    from skipkernels.scoring import Comparison
+
+_SHOWN_TRIALS = 8
+
+
+def calibrate(
+    model: opt.Model,
+    skip_ratio: Annotated[float, typer.Option(help="Wanted share of all FFN executions skipped.")] = 0.25,
+    text: opt.Text = None,
+    out_file: Annotated[Path, typer.Option("--out", help="The policy file to write.")] = Path(POLICY_FILE),
+    plot: Annotated[Path | None, typer.Option(help="Draw the similarity of every layer to this PNG.")] = None,
+    json: opt.Json = False,
+    new_tokens: Annotated[
+        int, typer.Option(min=2, help="Length of the generations that the ratio is to hold for.")
+    ] = 128,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt before each of them.")] = 32,
+    passages: Annotated[
+        int, typer.Option(min=2, help="Passages cut from the text: half to search on, half to verify on.")
+    ] = 32,
+    span: opt.Span = None,
+    cold_start: opt.ColdStart = None,
+    cold_end: opt.ColdEnd = None,
+    warmup_tokens: opt.WarmupTokens = None,
+    batch_rule: opt.BatchRule = None,
+    dtype: opt.Dtype = None,
+    threads: opt.Threads = None,
+    executor: opt.Executor = "auto",
+) -> None:
+    """Find threshold, span and cold layers for a wanted skip ratio, and write them to a policy file.
+
+    What is not given is searched for. The figures are measured on held-out text, which the search has not seen.
+    """
+    if plot is not None:
+        from skipkernels.plots import pyplot
+
+        pyplot()  # refuses now what would fail after the work
+    given: dict[str, Any] = {
+        "cold_start": cold_start,
+        "cold_end": cold_end,
+        "warmup_tokens": warmup_tokens,
+        "batch_rule": batch_rule,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if span is not None:
+        given["spans"] = (parse_span(span),)
+    model_options = ModelOptions(model, dtype, threads, executor)
+    rows = min(CALIBRATION_ROWS, -(-passages // 2))
+    engine = model_options.load(max_batch_size=rows)
+    source, texts = calibration_texts(engine, model, text)
+    started = time.perf_counter()
+    calibration = run_calibration(
+        engine, texts, skip_ratio, new_tokens=new_tokens, prompt_tokens=prompt_tokens, passages=passages, **given
+    )
+    seconds = time.perf_counter() - started
+    calibration.save(out_file)
+    if plot is not None:
+        from skipkernels.plots import plot_similarity
+
+        plot_similarity(calibration.curve, calibration.policy, plot)
+    if json:
+        print_json(_document(calibration, source, out_file, seconds))
+    else:
+        _print_result(calibration, source, seconds)
+        out.print(f"wrote {out_file}" + (f" and {plot}" if plot else ""))
+
+
+def _print_result(calibration: Calibration, source: str, seconds: float) -> None:
+    trials = table("search, the best first", "skipped", "top-1", "KL")
+    for trial in calibration.trials[:_SHOWN_TRIALS]:
+        trials.add_row(trial.policy.label, *_cells(trial.comparison))
+    err.print(trials)
+
+    policy, held_out = calibration.policy, calibration.held_out
+    rows = table("on held-out text", "skipping", "dense", title=policy.label)
+    rows.add_row("FFNs skipped", percent(held_out.skip_ratio), percent(0.0))
+    rows.add_row("  past the warm-up", percent(held_out.skip_ratio_past_warmup), percent(0.0))
+    rows.add_row("top-1 agreement with dense", percent(held_out.top1_agreement), percent(1.0))
+    rows.add_row("KL from dense, nats", f"{held_out.kl:.4f}", "0")
+    rows.add_row("perplexity", f"{held_out.perplexity:.3f}", f"{held_out.dense_perplexity:.3f}")
+    out.print(rows)
+    out.print(
+        f"[dim]Holds for {calibration.new_tokens} generated tokens, the first {policy.warmup_tokens} of them warm-up; "
+        f"agreement and KL are those past the warm-up. Text: {source}, {held_out.tokens} held-out tokens; "
+        f"{seconds:.0f} s.[/]"
+    )
+    if not calibration.reached:
+        reached = calibration.trials[0].comparison.skip_ratio
+        err.print(
+            f"[yellow]warning:[/] the search came to {reached:.1%} instead of {calibration.wanted_ratio:.1%}: "
+            "the similarities lie too close together for a threshold between them"
+        )
+
+
+def _cells(comparison: Comparison) -> tuple[str, str, str]:
+    return percent(comparison.skip_ratio), percent(comparison.top1_agreement), f"{comparison.kl:.4f}"
+
+
+def _document(calibration: Calibration, source: str, file: Path, seconds: float) -> dict[str, Any]:
+    return {
+        "policy_file": str(file),
+        "policy": calibration.policy.to_dict(),
+        "reached": calibration.reached,
+        "measured": calibration.measured(),
+        "trials": [{"policy": t.policy.to_dict(), "measured": asdict(t.comparison)} for t in calibration.trials],
+        "text": source,
+        "seconds": seconds,
+    }

@@ -1,0 +1,213 @@
+"""``skipkernels demo``: the bundled model decodes with skipping, and shows what that saves and costs."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from skipkernels.cli import options as opt
+from skipkernels.cli.console import percent, print_json, progress_bar, table
+from skipkernels.cli.models import CALIBRATION_ROWS, DEMO, POLICY_FILE, ModelOptions
+from skipkernels.errors import PolicyError
+from skipkernels.policy import DensePolicy, Policy, SkipPolicy
+from skipkernels.policy_file import load_policy
+
+if TYPE_CHECKING:
+    from skipkernels.demo import Fact
+    from skipkernels.engine import Engine
+    from skipkernels.generation import Generation
+    from skipkernels.scoring import Comparison
+    from skipkernels.speed import Speed
+
+_SHOWN_FACTS = 4
+_COUNTED_FACTS = 96
+_ANSWER_TOKENS = 32
+_STORY = "class Queue(object)\n"
+_STORY_TOKENS = 160
+_MAPPED = (20, 48)  # tokens of the story, the end of the warm-up among them
+_SPEED_TOKENS, _SPEED_ROUNDS = 256, 5
+_PASSAGES, _PROMPT_TOKENS, _PASSAGE_TOKENS = 8, 32, 128
+_SEED = 1
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How many facts a policy answers word for word."""
+
+    right: int
+    asked: int
+    skip_ratio: float
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the demo measures; the first of a pair is the dense model's."""
+
+    speeds: tuple[Speed, Speed]
+    answers: tuple[Answers, Answers]
+    held_out: Comparison
+
+
+def demo(json: opt.Json = False) -> None:
+    """Watch the bundled model decode with skipping, and see what that saves and costs."""
+    options = ModelOptions(DEMO)
+    engine = options.load()
+    policy = load_policy(Path(options.path) / POLICY_FILE, fingerprint=engine.fingerprint)
+    if not isinstance(policy, SkipPolicy):
+        raise PolicyError(f"the demo shows a policy of kind 'similarity'; its file holds {policy.kind!r}")
+    screen = Console(highlight=False, quiet=json)
+    _introduce(screen, engine, policy)
+    facts = _shuffled_facts()
+    _ask(screen, engine, facts[:_SHOWN_FACTS], _from_the_second_token(policy))
+    story = _tell(screen, engine, policy)
+    _show_map(screen, engine, story)
+    figures = _measure(engine, options.with_rows(engine, CALIBRATION_ROWS), facts[:_COUNTED_FACTS], policy)
+    if json:
+        print_json({"policy": policy.to_dict(), "story": story.text} | asdict(figures))
+    else:
+        _print_figures(screen, figures)
+
+
+def _introduce(screen: Console, engine: Engine, policy: SkipPolicy) -> None:
+    config = engine.config
+    parameters = sum(tensor.numel() for _, tensor in engine.weights.tensors())
+    screen.print(
+        f"A Llama of {config.num_hidden_layers} layers and {parameters / 1e6:.1f} million parameters in "
+        f"{engine.dtype}, trained on Python's documentation and a thousand facts."
+    )
+    screen.print(f"It skips FFNs where {policy.label}, after {policy.warmup_tokens} tokens of warm-up.\n")
+
+
+def _shuffled_facts() -> list[Fact]:
+    from skipkernels.demo import load_facts
+
+    facts = load_facts()
+    random.Random(_SEED).shuffle(facts)
+    return facts
+
+
+def _from_the_second_token(policy: SkipPolicy) -> SkipPolicy:
+    """The policy without its warm-up: an answer is shorter than that, and would never skip."""
+    return replace(policy, warmup_tokens=1)
+
+
+def _ask(screen: Console, engine: Engine, facts: Sequence[Fact], policy: Policy) -> None:
+    """Answers a few questions where one can see it."""
+    screen.print("[bold]Facts[/], skipping from the second token on")
+    for fact in facts:
+        screen.print("  " + fact.prompt.replace("\n", "\n  "), style="dim", end="", markup=False)
+        generation = _print_stream(screen, engine, fact.prompt, policy, _ANSWER_TOKENS)
+        mark = "[green]✓[/]" if _is_right(generation, fact) else f"[red]✗[/] [dim]{fact.answer}[/]"
+        screen.print(f"  {mark}  [dim]{percent(generation.skip_ratio)} skipped[/]")
+
+
+def _tell(screen: Console, engine: Engine, policy: Policy) -> Generation:
+    """Continues a prompt freely."""
+    screen.print("\n[bold]Free continuation[/]")
+    screen.print(_STORY, style="dim", end="", markup=False)
+    story = _print_stream(screen, engine, _STORY, policy, _STORY_TOKENS)
+    screen.print(f"\n[dim]{len(story.token_ids)} tokens, {percent(story.skip_ratio)} of their FFNs skipped[/]")
+    return story
+
+
+def _print_stream(screen: Console, engine: Engine, prompt: str, policy: Policy, max_new_tokens: int) -> Generation:
+    """Prints the continuation while it comes, without the line ends that close it."""
+    ends = ""
+    for chunk in engine.stream(prompt, max_new_tokens=max_new_tokens, policy=policy):
+        text = ends + chunk.text
+        ends = text[len(text.rstrip("\n")) :]
+        screen.print(text.rstrip("\n"), end="", markup=False, soft_wrap=True)
+        if chunk.generation is not None:
+            return chunk.generation
+    raise AssertionError("the last chunk carries the generation")
+
+
+def _show_map(screen: Console, engine: Engine, story: Generation) -> None:
+    from skipkernels.trace import TraceMap, legend, render
+
+    start, stop = _MAPPED
+    part = TraceMap.of(story, engine.tokenizer).part(start, stop)
+    screen.print(f"\n[bold]What ran for tokens {start + 1} to {start + len(part.tokens)}[/]")
+    screen.print(render(part, screen.width), soft_wrap=True, end="")
+    screen.print(legend())
+
+
+def _measure(engine: Engine, rows: Engine, facts: Sequence[Fact], policy: SkipPolicy) -> Figures:
+    """Speed on ``engine``, quality on the many rows of ``rows``."""
+    from skipkernels.speed import measure_speeds
+
+    with progress_bar("measuring") as report:
+        speed = measure_speeds(
+            engine,
+            engine.encode(_STORY),
+            (DensePolicy(), policy),
+            new_tokens=_SPEED_TOKENS,
+            rounds=_SPEED_ROUNDS,
+            on_run=lambda share: report("timing, dense and skipping in turns", 0.3 * share),
+        )
+        report("asking facts", 0.3)
+        dense = _count_right(rows, facts, DensePolicy())
+        skipping = _count_right(rows, facts, _from_the_second_token(policy))
+        report("reading held-out text", 0.5)
+        held_out = _compare(rows, policy, lambda share: report("reading held-out text", 0.5 + 0.5 * share))
+    return Figures(speeds=(speed[0], speed[1]), answers=(dense, skipping), held_out=held_out)
+
+
+def _count_right(engine: Engine, facts: Sequence[Fact], policy: Policy) -> Answers:
+    generations: list[Generation] = []
+    for start in range(0, len(facts), engine.max_batch_size):
+        prompts = [fact.prompt for fact in facts[start : start + engine.max_batch_size]]
+        generations += engine.generate(prompts, max_new_tokens=_ANSWER_TOKENS, policy=policy)
+    skipped = sum(int(generation.skip_map.sum()) for generation in generations)
+    return Answers(
+        right=sum(map(_is_right, generations, facts)),
+        asked=len(facts),
+        skip_ratio=skipped / sum(generation.skip_map.size for generation in generations),
+    )
+
+
+def _is_right(generation: Generation, fact: Fact) -> bool:
+    return generation.text.strip() == fact.answer
+
+
+def _compare(engine: Engine, policy: SkipPolicy, report: Callable[[float], None]) -> Comparison:
+    """The policy beside the dense model on text that neither training nor calibration's search has seen."""
+    from skipkernels.cli.builtin_text import demo_streams
+    from skipkernels.passages import cut_passages
+    from skipkernels.scoring import compare, score
+
+    assert engine.tokenizer is not None  # the demo model has one
+    documents = demo_streams(engine.tokenizer)[:1]
+    _, passages = cut_passages(engine, documents, 2 * _PASSAGES, _PROMPT_TOKENS, _PASSAGE_TOKENS)
+    report(0.4)
+    dense = score(engine, passages, DensePolicy(), keep_log_probs=True)
+    report(0.7)
+    return compare(dense, score(engine, passages, policy, reference=dense), policy.warmup_tokens)
+
+
+def _print_figures(screen: Console, figures: Figures) -> None:
+    (dense, skipping), (dense_answers, answers), held_out = figures.speeds, figures.answers, figures.held_out
+    rows = table("", "dense", "skipping", "")
+    gain = f"{skipping.tokens_per_s / dense.tokens_per_s:.2f}x"
+    rows.add_row("tokens/s", f"{dense.tokens_per_s:.0f}", f"{skipping.tokens_per_s:.0f}", gain)
+    rows.add_row(f"FFNs skipped in {_SPEED_TOKENS} tokens", percent(0.0), percent(skipping.skip_ratio), "")
+    rows.add_row(
+        "facts answered word for word",
+        f"{dense_answers.right}/{dense_answers.asked}",
+        f"{answers.right}/{answers.asked}",
+        f"{percent(answers.skip_ratio)} skipped",
+    )
+    rows.add_row("same next token as dense, new text", percent(1.0), percent(held_out.top1_agreement), "")
+    rows.add_row("perplexity, new text", f"{held_out.dense_perplexity:.2f}", f"{held_out.perplexity:.2f}", "")
+    screen.print()
+    screen.print(rows)
+    screen.print(
+        f"[dim]One row on {len(os.sched_getaffinity(0))} processors, median of {_SPEED_ROUNDS} rounds in turns. "
+        f"New text: {held_out.tokens} tokens that training and calibration have not seen.[/]"
+    )

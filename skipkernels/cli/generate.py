@@ -1,0 +1,158 @@
+"""``skipkernels generate``: streams a continuation, then says what skipping saved."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from skipkernels.cli import options as opt
+from skipkernels.cli.console import err, percent, print_json, progress_bar, table
+from skipkernels.cli.models import ModelOptions, PolicyOptions
+from skipkernels.policy import DensePolicy, Policy
+
+if TYPE_CHECKING:
+    from skipkernels.engine import Engine, Prompt
+    from skipkernels.generation import Generation, SamplingParams
+
+DEFAULT_NEW_TOKENS = 128
+_ROUNDS = 5
+_PATIENCE_S = 4.0
+"""A comparison takes about this long; a model too slow for that gets one round."""
+
+
+def generate(
+    model: opt.Model,
+    prompt: opt.Prompt,
+    max_new_tokens: opt.MaxNewTokens = None,
+    stop: opt.Stop = None,
+    chat: opt.Chat = False,
+    no_compare: Annotated[
+        bool, typer.Option("--no-compare", help="Leave out the dense run that the speed is compared with.")
+    ] = False,
+    json: opt.Json = False,
+    dense: opt.Dense = False,
+    policy: opt.PolicyFile = None,
+    skip_ratio: opt.SkipRatio = None,
+    text: opt.Text = None,
+    threshold: opt.Threshold = None,
+    span: opt.Span = None,
+    cold_start: opt.ColdStart = None,
+    cold_end: opt.ColdEnd = None,
+    warmup_tokens: opt.WarmupTokens = None,
+    batch_rule: opt.BatchRule = None,
+    temperature: opt.Temperature = 0.0,
+    top_k: opt.TopK = 0,
+    top_p: opt.TopP = 1.0,
+    min_p: opt.MinP = 0.0,
+    repetition_penalty: opt.RepetitionPenalty = 1.0,
+    seed: opt.Seed = 0,
+    dtype: opt.Dtype = None,
+    threads: opt.Threads = None,
+    executor: opt.Executor = "auto",
+    max_seq_len: opt.MaxSeqLen = None,
+) -> None:
+    """Continue PROMPT, token by token, and compare the speed with that of the dense model."""
+    from skipkernels.generation import SamplingParams
+
+    policy_options = PolicyOptions(
+        dense, policy, skip_ratio, text, threshold, span, cold_start, cold_end, warmup_tokens, batch_rule
+    )
+    model_options = ModelOptions(model, dtype, threads, executor, max_seq_len)
+    sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    engine = model_options.load()
+    chosen = policy_options.choose(engine, model_options)
+    given: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
+    token_ids = engine.encode(given)
+    if max_new_tokens is None:
+        max_new_tokens = min(DEFAULT_NEW_TOKENS, max(1, engine.max_seq_len - len(token_ids)))
+    generation = _stream(engine, token_ids, max_new_tokens, sampling, stop or [], chosen, silent=json)
+    speeds = {} if no_compare else _compare(engine, token_ids, generation, sampling, chosen)
+    if json:
+        print_json(_document(model, chosen, generation, speeds))
+    else:
+        _print_summary(chosen, generation, speeds)
+
+
+def _stream(
+    engine: Engine,
+    token_ids: list[int],
+    max_new_tokens: int,
+    sampling: SamplingParams,
+    stop: list[str],
+    policy: Policy,
+    *,
+    silent: bool,
+) -> Generation:
+    """Prints the text while it comes, unless ``silent``."""
+    generation = None
+    for chunk in engine.stream(token_ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, policy=policy):
+        if not silent:
+            print(chunk.text, end="", flush=True)
+        generation = chunk.generation
+    if not silent:
+        print()
+    assert generation is not None  # the last chunk carries it
+    return generation
+
+
+def _compare(
+    engine: Engine, token_ids: list[int], generation: Generation, sampling: SamplingParams, policy: Policy
+) -> dict[str, float]:
+    """Tokens per second of the policy and of the dense model on this prompt and number of tokens."""
+    from skipkernels.speed import measure_speeds
+
+    new_tokens = len(generation.token_ids)
+    if new_tokens < 2:
+        return {}
+    policies = [policy] if isinstance(policy, DensePolicy) else [policy, DensePolicy()]
+    run_s = len(policies) * (sum(generation.seconds_per_token) + generation.time_to_first_token_s)
+    rounds = max(1, min(_ROUNDS, int(_PATIENCE_S / run_s)))
+    with progress_bar("comparing with the dense model") as report:
+        speeds = measure_speeds(
+            engine,
+            token_ids,
+            policies,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            sampling=sampling,
+            on_run=lambda share: report("comparing with the dense model", share),
+        )
+    return {policy.kind: speed.tokens_per_s for policy, speed in zip(policies, speeds, strict=True)}
+
+
+def _print_summary(policy: Policy, generation: Generation, speeds: dict[str, float]) -> None:
+    count, kind = len(generation.token_ids), policy.kind
+    rows = table("", "tokens/s", "ms/token", "FFNs skipped")
+    measured = speeds or {kind: generation.tokens_per_s}
+    for name, speed in measured.items():
+        ratio = generation.skip_ratio if name == kind else 0.0
+        rows.add_row("dense" if name == "dense" else policy.label, f"{speed:.1f}", f"{1e3 / speed:.2f}", percent(ratio))
+    err.print(rows)
+    notes = [
+        f"{count} tokens after {generation.prompt_tokens} of the prompt",
+        f"first after {generation.time_to_first_token_s * 1e3:.0f} ms",
+        f"ended by {generation.finish_reason}",
+    ]
+    if len(speeds) == 2:
+        notes.insert(0, f"{speeds[kind] / speeds['dense']:.2f}x the dense model's speed")
+    err.print(f"[dim]{', '.join(notes)}[/]")
+
+
+def _document(model: str, policy: Policy, generation: Generation, speeds: dict[str, float]) -> dict[str, Any]:
+    compared = len(speeds) == 2
+    return {
+        "model": model,
+        "policy": policy.to_dict(),
+        "policy_label": policy.label,
+        "text": generation.text,
+        "token_ids": generation.token_ids,
+        "finish_reason": generation.finish_reason,
+        "prompt_tokens": generation.prompt_tokens,
+        "new_tokens": len(generation.token_ids),
+        "skip_ratio": generation.skip_ratio,
+        "time_to_first_token_s": generation.time_to_first_token_s,
+        "tokens_per_s": speeds.get(policy.kind, generation.tokens_per_s),
+        "dense_tokens_per_s": speeds.get("dense"),
+        "speedup": speeds[policy.kind] / speeds["dense"] if compared else None,
+    }

@@ -1,0 +1,188 @@
+"""From command-line options to an engine, a policy and calibration text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from skipkernels.cli.console import err, progress_bar
+from skipkernels.errors import ModelError, RequestError
+from skipkernels.policy import DensePolicy, Policy, SkipPolicy
+from skipkernels.policy_file import load_policy
+
+if TYPE_CHECKING:
+    from skipkernels.calibration import Calibration
+    from skipkernels.engine import Engine
+
+DEMO = "demo"
+POLICY_FILE = "skip_policy.json"
+CALIBRATION_ROWS = 16
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What decides how a model is loaded."""
+
+    model: str
+    dtype: str | None = None
+    threads: int | None = None
+    executor: str = "auto"
+    max_seq_len: int | None = None
+
+    @property
+    def path(self) -> str:
+        """The folder or hub id behind the name."""
+        if self.model != DEMO:
+            return self.model
+        from skipkernels.demo import demo_model_path
+
+        folder = demo_model_path()
+        if not (folder / "config.json").exists():
+            raise ModelError(
+                f"the demo model is not in this installation ({folder}); "
+                "train it with `python -m skipkernels.demo.train --out DIR`"
+            )
+        return str(folder)
+
+    def load(self, *, max_batch_size: int = 1, policy: Policy | None = None) -> Engine:
+        """The engine; a spinner turns meanwhile."""
+        path = self.path
+        with err.status(f"loading {self.model} ..."):
+            import torch
+            from transformers.utils import logging as transformers_logging
+
+            from skipkernels.engine import Engine
+
+            logging.basicConfig(format="%(levelname)s: %(message)s")
+            transformers_logging.disable_progress_bar()
+            transformers_logging.set_verbosity_error()
+            if self.threads is not None:
+                torch.set_num_threads(self.threads)
+            return Engine.from_pretrained(
+                path,
+                policy=policy,
+                dtype=self.dtype,
+                max_seq_len=self.max_seq_len,
+                max_batch_size=max_batch_size,
+                executor=self.executor,
+                num_threads=self.threads,
+            )
+
+    def with_rows(self, engine: Engine, max_batch_size: int) -> Engine:
+        """Another engine on the same weights, for another number of rows."""
+        return type(engine)(
+            engine.config,
+            engine.weights,
+            tokenizer=engine.tokenizer,
+            max_seq_len=engine.max_seq_len,
+            max_batch_size=max_batch_size,
+            executor=self.executor,
+            num_threads=self.threads,
+        )
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """What decides which FFNs are skipped. None: not given."""
+
+    dense: bool = False
+    policy_file: Path | None = None
+    skip_ratio: float | None = None
+    text: Path | None = None
+    threshold: float | None = None
+    span: str | None = None
+    cold_start: int | None = None
+    cold_end: int | None = None
+    warmup_tokens: int | None = None
+    batch_rule: str | None = None
+
+    def __post_init__(self) -> None:
+        ways = {"--dense": self.dense, "--policy": self.policy_file, "--skip-ratio": self.skip_ratio is not None}
+        given = [name for name, value in ways.items() if value]
+        if len(given) > 1:
+            raise typer.BadParameter(f"{given[0]} and {given[1]} exclude each other")
+        if self.dense and self.fields:
+            raise typer.BadParameter(f"--dense excludes --{next(iter(self.fields)).replace('_', '-')}")
+        if self.skip_ratio is not None and self.threshold is not None:
+            raise typer.BadParameter("--skip-ratio finds the threshold; it excludes --threshold")
+        if self.text is not None and self.skip_ratio is None:
+            raise typer.BadParameter("--text is what --skip-ratio calibrates on; give both")
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of SkipPolicy that were given."""
+        names = ("threshold", "cold_start", "cold_end", "warmup_tokens", "batch_rule")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.span is not None:
+            given["span"] = parse_span(self.span)
+        return given
+
+    def choose(self, engine: Engine, options: ModelOptions) -> Policy:
+        """The policy that the options ask for; says on stderr where it came from."""
+        if self.dense:
+            return DensePolicy()
+        if self.skip_ratio is not None:
+            return self._calibrate(engine, options, self.skip_ratio)
+        beside = Path(options.path) / POLICY_FILE
+        path = self.policy_file or (beside if beside.exists() else None)
+        if path is None and not self.fields:
+            err.print("[dim]no policy: every FFN runs. --policy, --skip-ratio or --threshold choose one[/]")
+            return DensePolicy()
+        base = SkipPolicy() if path is None else load_policy(path, fingerprint=engine.fingerprint)
+        if self.fields and not isinstance(base, SkipPolicy):
+            raise typer.BadParameter(f"a policy of kind {base.kind!r} has no {next(iter(self.fields))}")
+        return replace(base, **self.fields)
+
+    def _calibrate(self, engine: Engine, options: ModelOptions, ratio: float) -> Policy:
+        """Calibrates on the spot, as quickly as is honest."""
+        source, texts = calibration_texts(engine, options.model, self.text)
+        given = self.fields
+        if "span" in given:
+            given["spans"] = (given.pop("span"),)
+        rows = options.with_rows(engine, CALIBRATION_ROWS)
+        calibration = run_calibration(rows, texts, ratio, passages=16, **given)
+        err.print(
+            f"[dim]calibrated on {source}: {calibration.held_out.skip_ratio:.1%} of the FFNs skipped on held-out "
+            f"text, {calibration.held_out.top1_agreement:.1%} the dense model's token. "
+            "`skipkernels calibrate` keeps such a policy in a file[/]"
+        )
+        return calibration.policy
+
+
+def parse_span(text: str) -> int | None:
+    """'all' or a number of layers."""
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise typer.BadParameter(f"--span must be 'all' or a number of layers, got {text!r}")
+    return int(text)
+
+
+def run_calibration(engine: Engine, texts: Sequence[str | Sequence[int]], ratio: float, **options: Any) -> Calibration:
+    """``calibrate`` behind a progress bar."""
+    from skipkernels.calibration import calibrate
+
+    with progress_bar("calibrating") as report:
+        return calibrate(engine, texts, ratio, progress=report, **options)
+
+
+def calibration_texts(engine: Engine, model: str, file: Path | None) -> tuple[str, list[str | Sequence[int]]]:
+    """Text to calibrate on, and what to call it: a file's, or else the built-in text."""
+    if file is not None:
+        try:
+            return str(file), [file.read_text(encoding="utf-8")]
+        except OSError as error:
+            raise RequestError(f"{file}: cannot be read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise RequestError(f"{file}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    from skipkernels.cli.builtin_text import demo_streams, documentation
+
+    with err.status("collecting the standard library's documentation ..."):
+        if model == DEMO and engine.tokenizer is not None:
+            return "documentation and facts", list(demo_streams(engine.tokenizer))
+        return "the standard library's documentation", ["\n\n".join(documentation())]

@@ -1,0 +1,80 @@
+"""Options that several commands share, written once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_MODEL_PANEL = "Model"
+_POLICY_PANEL = "Which FFNs to skip"
+_SAMPLING_PANEL = "Sampling (default: greedy)"
+
+Model = Annotated[str, typer.Argument(help='Checkpoint folder, hub id, or "demo".', show_default=False)]
+Prompt = Annotated[str, typer.Argument(help="Text to continue.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+
+Dtype = Annotated[
+    str | None, typer.Option(help="fp32, bf16 or fp16; default: the checkpoint's own.", rich_help_panel=_MODEL_PANEL)
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Default: all processors.", rich_help_panel=_MODEL_PANEL)]
+Executor = Annotated[str, typer.Option(help="auto, cpu or reference.", rich_help_panel=_MODEL_PANEL)]
+MaxSeqLen = Annotated[
+    int | None,
+    typer.Option(help="Cached positions; default: the model's, at most 4096.", rich_help_panel=_MODEL_PANEL),
+]
+
+Dense = Annotated[bool, typer.Option("--dense", help="Skip nothing.", rich_help_panel=_POLICY_PANEL)]
+PolicyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--policy",
+        help="A file of `skipkernels calibrate`; default: skip_policy.json in the model's folder, where there is one.",
+        rich_help_panel=_POLICY_PANEL,
+    ),
+]
+SkipRatio = Annotated[
+    float | None,
+    typer.Option(help="Calibrate first, for this share of all FFNs skipped.", rich_help_panel=_POLICY_PANEL),
+]
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text to calibrate on; default: documentation of Python's standard library.",
+        rich_help_panel=_POLICY_PANEL,
+    ),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(help="Cosine similarity from which on FFNs are skipped.", rich_help_panel=_POLICY_PANEL),
+]
+Span = Annotated[
+    str | None,
+    typer.Option(help="Layers that one test skips, or 'all' up to the cold end.", rich_help_panel=_POLICY_PANEL),
+]
+ColdStart = Annotated[int | None, typer.Option(help="First layers that always run.", rich_help_panel=_POLICY_PANEL)]
+ColdEnd = Annotated[int | None, typer.Option(help="Last layers that always run.", rich_help_panel=_POLICY_PANEL)]
+WarmupTokens = Annotated[
+    int | None,
+    typer.Option(help="Generated tokens that skip nothing; default: 25.", rich_help_panel=_POLICY_PANEL),
+]
+BatchRule = Annotated[
+    str | None,
+    typer.Option(help="per_row (exact), all or majority; default: per_row.", rich_help_panel=_POLICY_PANEL),
+]
+
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Tokens to generate at most; default: 128 (trace: 48).")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the generation; may be given several times.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Send PROMPT as a user's message through the chat template.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING_PANEL)]
+TopK = Annotated[int, typer.Option(help="Keep the k most likely tokens; 0: all.", rich_help_panel=_SAMPLING_PANEL)]
+TopP = Annotated[
+    float, typer.Option(help="Keep the most likely tokens of this probability.", rich_help_panel=_SAMPLING_PANEL)
+]
+MinP = Annotated[
+    float,
+    typer.Option(help="Keep tokens this fraction as likely as the likeliest.", rich_help_panel=_SAMPLING_PANEL),
+]
+RepetitionPenalty = Annotated[float, typer.Option(help="1 is none.", rich_help_panel=_SAMPLING_PANEL)]
+Seed = Annotated[int, typer.Option(help="Same seed, same tokens.", rich_help_panel=_SAMPLING_PANEL)]

@@ -1,0 +1,92 @@
+"""``skipkernels trace``: the map of what every generated token ran and skipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skipkernels.cli import options as opt
+from skipkernels.cli.console import out, percent, print_json
+from skipkernels.cli.models import ModelOptions, PolicyOptions
+
+
+def trace(
+    model: opt.Model,
+    prompt: opt.Prompt,
+    png: Annotated[Path | None, typer.Option(help="Draw the map to this PNG as well.")] = None,
+    max_new_tokens: opt.MaxNewTokens = 48,
+    stop: opt.Stop = None,
+    chat: opt.Chat = False,
+    json: opt.Json = False,
+    dense: opt.Dense = False,
+    policy: opt.PolicyFile = None,
+    skip_ratio: opt.SkipRatio = None,
+    text: opt.Text = None,
+    threshold: opt.Threshold = None,
+    span: opt.Span = None,
+    cold_start: opt.ColdStart = None,
+    cold_end: opt.ColdEnd = None,
+    warmup_tokens: opt.WarmupTokens = None,
+    batch_rule: opt.BatchRule = None,
+    temperature: opt.Temperature = 0.0,
+    top_k: opt.TopK = 0,
+    top_p: opt.TopP = 1.0,
+    min_p: opt.MinP = 0.0,
+    repetition_penalty: opt.RepetitionPenalty = 1.0,
+    seed: opt.Seed = 0,
+    dtype: opt.Dtype = None,
+    threads: opt.Threads = None,
+    executor: opt.Executor = "auto",
+    max_seq_len: opt.MaxSeqLen = None,
+) -> None:
+    """Show which FFNs every generated token ran and skipped: a line per token, a character per layer."""
+    from skipkernels.generation import SamplingParams
+    from skipkernels.trace import Cell, TraceMap, legend, render
+
+    if png is not None:
+        from skipkernels.plots import pyplot
+
+        pyplot()  # refuses now what would fail after the work
+    policy_options = PolicyOptions(
+        dense, policy, skip_ratio, text, threshold, span, cold_start, cold_end, warmup_tokens, batch_rule
+    )
+    model_options = ModelOptions(model, dtype, threads, executor, max_seq_len)
+    sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    engine = model_options.load()
+    chosen = policy_options.choose(engine, model_options)
+    (generation,) = engine.generate(
+        [[{"role": "user", "content": prompt}] if chat else prompt],
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop or [],
+        policy=chosen,
+    )
+    trace_map = TraceMap.of(generation, engine.tokenizer)
+    summary = f"{percent(generation.skip_ratio)} of the FFNs skipped: {chosen.label}"
+    if png is not None:
+        from skipkernels.plots import plot_trace
+
+        plot_trace(trace_map, png, summary)
+    if json:
+        print_json(
+            {
+                "model": model,
+                "policy": chosen.to_dict(),
+                "policy_label": chosen.label,
+                "text": generation.text,
+                "tokens": trace_map.tokens,
+                "token_ids": generation.token_ids,
+                "skip_ratio": generation.skip_ratio,
+                "skipped": trace_map.skipped.tolist(),
+                "triggered": (trace_map.cells == Cell.TRIGGERED).tolist(),
+                "similarity": generation.similarity_map.tolist(),
+            }
+        )
+        return
+    out.print(render(trace_map, out.width), soft_wrap=True, end="")
+    out.print(legend())
+    out.print(summary)
+    if png is not None:
+        out.print(f"wrote {png}")
