@@ -25,17 +25,22 @@ float penalised(const Sample& op, int row, int64_t token) {
     return logit > 0 ? logit / penalty : logit * penalty;
 }
 
-int32_t greedy(const Sample& op, int row) {
+// As torch's argmax: the first of equals, and a NaN above all. score(token) is asked once for each token.
+template <class Score>
+int32_t argmax(int64_t vocab_size, Score score) {
     int32_t best = 0;
-    float best_score = penalised(op, row, 0);
-    for (int64_t token = 1; token < op.vocab_size; ++token) {
-        const float score = penalised(op, row, token);
-        // as torch's argmax: the first of equals, and a NaN above all
-        if (score > best_score || (std::isnan(score) && !std::isnan(best_score))) {
-            best = static_cast<int32_t>(token), best_score = score;
+    float best_score = score(0);
+    for (int64_t token = 1; token < vocab_size; ++token) {
+        const float value = score(token);
+        if (value > best_score || (std::isnan(value) && !std::isnan(best_score))) {
+            best = static_cast<int32_t>(token), best_score = value;
         }
     }
     return best;
+}
+
+int32_t greedy(const Sample& op, int row) {
+    return argmax(op.vocab_size, [&](int64_t token) { return penalised(op, row, token); });
 }
 
 // Drops from `kept` what top-k removes; ties at the edge stay.
@@ -66,12 +71,13 @@ int32_t draw(const Sample& op, int row) {
     std::vector<float> scores(op.vocab_size);
     for (int64_t token = 0; token < op.vocab_size; ++token)
         scores[token] = penalised(op, row, token) / op.temperature[row];
+    const int32_t top = argmax(op.vocab_size, [&](int64_t token) { return scores[token]; });
+    if (!std::isfinite(scores[top])) return top;
     std::vector<int32_t> kept(op.vocab_size);
     std::iota(kept.begin(), kept.end(), 0);
     apply_top_k(kept, scores, op.top_k[row]);
     apply_top_p(kept, scores, op.top_p[row]);
-    const double floor = op.min_p[row] > 0 ? *std::max_element(scores.begin(), scores.end()) +
-                                                 std::log(static_cast<double>(op.min_p[row]))
+    const double floor = op.min_p[row] > 0 ? scores[top] + std::log(static_cast<double>(op.min_p[row]))
                                            : -std::numeric_limits<double>::infinity();
     int32_t best = kept[0];
     double best_value = -std::numeric_limits<double>::infinity();

@@ -157,6 +157,9 @@ def sample(ins: Instruction) -> None:
             t["next_token"][row] = int(scores.argmax())
             continue
         scores = scores / temperature
+        if not scores.max().isfinite():  # nothing to draw from: NaN, or an infinite score
+            t["next_token"][row] = int(scores.argmax())
+            continue
         keep = kept_tokens(scores, int(t["top_k"][row]), float(t["top_p"][row]), float(t["min_p"][row]))
         ids = keep.nonzero()[:, 0]
         uniform = philox_uniform(int(t["seed"][row]), ids.numpy(), int(t["generated"][row]), SAMPLE_STREAM)

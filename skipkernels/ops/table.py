@@ -210,7 +210,8 @@ OPS: dict[str, Op] = {
 
             In transformers' order: repetition penalty on ``seen`` tokens, temperature, top-k (0: off), top-p (1: off),
             min-p (0: off). The draw is Gumbel-max with one Philox4x32-10 number per token id, keyed by (seed,
-            generated): the same seed gives the same tokens on every executor, alone or in a batch.
+            generated): the same seed gives the same tokens on every executor, alone or in a batch. Where the largest
+            score is NaN or infinite, the argmax is taken (the first NaN, where there is one).
             """,
             {
                 "logits": _t("f32 batch_size vocab_size"),

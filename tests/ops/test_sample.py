@@ -1,6 +1,7 @@
 """The sample op against transformers' logits processors, and its draws against the distribution they leave."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
 
 from skipkernels.ops.reference import kept_tokens, penalised_scores, sample
 from skipkernels.ops.table import Instruction, instruction
+from tests.ops.native import run_natively
 from tests.tolerances import assert_close
 
 VOCAB = 61
@@ -125,3 +127,24 @@ def test_repetition_penalty_decides_greedy_tokens() -> None:
 
 def test_top_p_keeps_at_least_the_likeliest_token() -> None:
     assert kept_tokens(torch.tensor([math.log(0.9), math.log(0.1)]), 0, 1e-6, 0.0).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("logits", "token"),
+    [
+        ([1.0, math.nan, 9.0, math.nan], 1),
+        ([math.nan] * 4, 0),
+        ([1.0, 5.0, math.inf, 2.0], 2),
+        ([-math.inf] * 4, 0),
+    ],
+)
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}, {"top_k": 2, "top_p": 0.5, "min_p": 0.1}]
+)
+@pytest.mark.parametrize("run", [sample, run_natively], ids=["reference", "native"])
+def test_without_finite_scores_there_is_no_draw(
+    run: Callable[[Instruction], None], settings: dict[str, float], logits: list[float], token: int
+) -> None:
+    ins = sample_instruction(torch.tensor(logits), **settings)
+    run(ins)
+    assert ins.tensors["next_token"].tolist() == [token] * 16

@@ -1,24 +1,17 @@
 """The decisions of skip_gate, written out by hand, in the reference and in native code."""
 
 import math
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
-from skipkernels.executors.cpu import CpuExecutor
 from skipkernels.ops.reference import skip_gate
 from skipkernels.ops.table import Instruction, instruction
 from skipkernels.policy import BATCH_RULES, GATE_MODES
-from skipkernels.state import DecodeState
+from tests.ops.native import run_natively
 
 WARMUP = 5
-
-
-def run_natively(ins: Instruction) -> None:
-    state = SimpleNamespace(active=ins.when, k_cache=torch.zeros(1), batch_size=ins.sizes["batch_size"])
-    CpuExecutor((ins,), cast(DecodeState, state), num_threads=1).run_instruction(0)
 
 
 gates = pytest.mark.parametrize("run", [skip_gate, run_natively], ids=["reference", "native"])

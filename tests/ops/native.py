@@ -1,0 +1,15 @@
+"""One instruction on the native executor, without a model around it."""
+
+from types import SimpleNamespace
+from typing import cast
+
+import torch
+
+from skipkernels.executors.cpu import CpuExecutor
+from skipkernels.ops.table import Instruction
+from skipkernels.state import DecodeState
+
+
+def run_natively(ins: Instruction) -> None:
+    state = SimpleNamespace(active=ins.when, k_cache=torch.zeros(1), batch_size=ins.sizes["batch_size"])
+    CpuExecutor((ins,), cast(DecodeState, state), num_threads=1).run_instruction(0)
