@@ -40,8 +40,8 @@ int64_t most_splits(const Instruction& ins) {
 }
 
 // Query heads that share one walk over the keys or values; what they accumulate stays in registers.
-constexpr int kHeadTile = Vec::max_accumulators >= 24 ? 4 : 2;
-constexpr int kVectorTile = 4;
+constexpr int kHeadTile = 4;
+constexpr int kVectorTile = Vec::max_accumulators >= 24 ? 4 : 2;
 
 // scores[g][p] = scaling <query[g], keys[p]> for G heads (rows of d) and n positions
 template <class T, int G>
@@ -61,7 +61,13 @@ void score_keys(const float* query, const T* keys, int64_t n, int64_t d, float s
             const Vec k = load_first(key + whole, left);
             for (int g = 0; g < G; ++g) sum[g] = fma(load_first(query + g * d + whole, left), k, sum[g]);
         }
-        for (int g = 0; g < G; ++g) scores[g * scores_stride + p] = scaling * reduce_add(sum[g]);
+        float total[G];
+        if constexpr (G == 4) {
+            reduce_add_four(sum, total);
+        } else {
+            for (int g = 0; g < G; ++g) total[g] = reduce_add(sum[g]);
+        }
+        for (int g = 0; g < G; ++g) scores[g * scores_stride + p] = scaling * total[g];
     }
 }
 
