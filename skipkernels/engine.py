@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_MAX_SEQ_LEN = 4096
+_KEPT_EXECUTORS = 8
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 """Text, token ids, or a chat as a list of ``{"role": ..., "content": ...}`` messages."""
@@ -153,8 +154,10 @@ class Engine:
         return dtype_name(self.weights.dtype)
 
     def executor_for(self, policy: Policy) -> Executor:
-        """The executor of the program recorded for ``policy``; recorded at its first use."""
+        """The executor of the program recorded for ``policy``; recorded at its first use, and kept for a while."""
         if policy not in self._executors:
+            if len(self._executors) >= _KEPT_EXECUTORS:  # a sweep over policies must not pile up threads
+                del self._executors[next(iter(self._executors))]
             program = build_program(self.config, self.weights, self.state, policy)
             self._executors[policy] = get_executor(
                 self._executor_name, program, self.state, num_threads=self.num_threads
