@@ -128,6 +128,7 @@ def _report(out: Path, trainer: Trainer, corpus: Corpus, facts: list[Fact]) -> d
         "steps": trainer.step,
         "tokens": trainer.step * trainer.schedule.step_tokens,
         "seconds": round(trainer.seconds),
+        "threads": torch.get_num_threads(),
         "schedule": asdict(trainer.schedule),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
     }
