@@ -54,9 +54,9 @@ class Figures:
     held_out: Comparison
 
 
-def demo(json: opt.Json = False) -> None:
+def demo(json: opt.Json = False, threads: opt.Threads = None) -> None:
     """Watch the bundled model decode with skipping, and see what that saves and costs."""
-    options = ModelOptions(DEMO)
+    options = ModelOptions(DEMO, threads=threads)
     engine = options.load()
     policy = load_policy(Path(options.path) / POLICY_FILE, fingerprint=engine.fingerprint)
     if not isinstance(policy, SkipPolicy):
@@ -71,7 +71,7 @@ def demo(json: opt.Json = False) -> None:
     if json:
         print_json({"policy": policy.to_dict(), "story": story.text} | asdict(figures))
     else:
-        _print_figures(screen, figures)
+        _print_figures(screen, figures, threads or len(os.sched_getaffinity(0)))
 
 
 def _introduce(screen: Console, engine: Engine, policy: SkipPolicy) -> None:
@@ -191,7 +191,7 @@ def _compare(engine: Engine, policy: SkipPolicy, report: Callable[[float], None]
     return compare(dense, score(engine, passages, policy, reference=dense), policy.warmup_tokens)
 
 
-def _print_figures(screen: Console, figures: Figures) -> None:
+def _print_figures(screen: Console, figures: Figures, threads: int) -> None:
     (dense, skipping), (dense_answers, answers), held_out = figures.speeds, figures.answers, figures.held_out
     rows = table("", "dense", "skipping", "")
     gain = f"{skipping.tokens_per_s / dense.tokens_per_s:.2f}x"
@@ -208,6 +208,6 @@ def _print_figures(screen: Console, figures: Figures) -> None:
     screen.print()
     screen.print(rows)
     screen.print(
-        f"[dim]One row on {len(os.sched_getaffinity(0))} processors, median of {_SPEED_ROUNDS} rounds in turns. "
+        f"[dim]One row on {threads} threads, median of {_SPEED_ROUNDS} rounds in turns. "
         f"New text: {held_out.tokens} tokens that training and calibration have not seen.[/]"
     )
