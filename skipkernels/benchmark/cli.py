@@ -200,9 +200,8 @@ def _model_systems(
 
 
 def _print_table(rows: list[dict[str, Any]], title: str) -> None:
-    shown = table(
-        "system", "rows", "skipped", "ms/token", "p20..p80", "tok/s", "of probe", "speed-up", "ideal", title=title
-    )
+    headings = ("system", "rows", "skip", "ms/token", "p20..p80", "tok/s", "probe", "speed-up", "ideal")
+    shown = table(*headings, title=title)
     shown.padding = (0, 1)
     for row in rows:
         shown.add_row(
@@ -217,7 +216,10 @@ def _print_table(rows: list[dict[str, Any]], title: str) -> None:
             f"{row['ideal_speedup']:.3f}",
         )
     out.print(shown)
-    out.print("of probe: bytes read per second over the read bandwidth probed around each turn")
+    out.print("probe: bytes read per second over the read bandwidth probed around each turn")
     out.print("speed-up: over the dense row; ideal: what the saved bytes alone would give")
+    gate = max(row["skip_gate_fraction"] for row in rows)
+    if gate:
+        out.print(f"similarity test and decision: {gate:.2%} of a step (skip_gate, by the executor's clock)")
     if any(row["policy"].startswith("timing") for row in rows):
         out.print("timing only: random weights, forced ratio; test and decision real, tokens without meaning")

@@ -60,10 +60,13 @@ def run_decode_bench(
             before = after
             on_turn()
     first_of_batch = {system.batch_size: index for index, system in reversed(list(enumerate(systems)))}
-    return [
-        _row(system, turns[index], turns[first_of_batch[system.batch_size]], rounds)
-        for index, system in enumerate(systems)
-    ]
+    rows = []
+    for index, system in enumerate(systems):
+        row = _row(system, turns[index], turns[first_of_batch[system.batch_size]], rounds)
+        row["instruction_ms"] = spent = system.instruction_ms(prompt_tokens, new_tokens)
+        row["skip_gate_fraction"] = spent.get("skip_gate", 0.0) / sum(spent.values()) if spent else 0.0
+        rows.append(row)
+    return rows
 
 
 def _row(system: System, own: _Turns, baseline: _Turns, rounds: int) -> dict[str, object]:

@@ -10,6 +10,7 @@ import torch
 
 from skipkernels.config import ModelConfig
 from skipkernels.engine import Engine
+from skipkernels.executors.cpu import CpuExecutor
 from skipkernels.policy import DensePolicy, Policy, TimingPolicy
 from skipkernels.weights import ModelWeights, parameter_views
 
@@ -33,6 +34,10 @@ class System(Protocol):
     batch_size: int
 
     def decode(self, prompt_tokens: int, new_tokens: int) -> Measurement: ...
+
+    def instruction_ms(self, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
+        """Milliseconds of a step spent in each op, by the executor's own clock; empty where there is none."""
+        ...
 
 
 class SkipkernelsSystem:
@@ -68,6 +73,17 @@ class SkipkernelsSystem:
             + mean_kv_bytes(config, dtype, self.batch_size, prompt_tokens, new_tokens),
         )
 
+    def instruction_ms(self, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
+        prompts = [self._prompt[:prompt_tokens]] * self.batch_size
+        decoding = self._engine.begin(prompts, max_new_tokens=new_tokens, eos_token_ids=(), policy=self.policy)
+        decoding.step(1)  # the first token skips nothing
+        executor = self._engine.executor_for(self.policy or DensePolicy())
+        assert isinstance(executor, CpuExecutor)
+        spent: dict[str, float] = {}
+        for op, seconds in executor.profile(new_tokens - 1):
+            spent[op] = spent.get(op, 0.0) + 1e3 * seconds / (new_tokens - 1)
+        return spent
+
 
 class TransformersSystem:
     """``generate`` of transformers on the same weights, greedy, with its default cache."""
@@ -101,6 +117,9 @@ class TransformersSystem:
             bytes_per_step=self._config.decode_weight_bytes(dtype)
             + mean_kv_bytes(self._config, dtype, self.batch_size, prompt_tokens, new_tokens),
         )
+
+    def instruction_ms(self, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
+        return {}
 
 
 class _Stamps:

@@ -15,6 +15,7 @@ from skipkernels.cli.app import app
 from skipkernels.config import ModelConfig
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
+from skipkernels.ops.table import OPS
 from skipkernels.policy import DensePolicy, FixedPolicy, TimingPolicy
 from skipkernels.weights import fill_rope, random_weights
 
@@ -39,6 +40,9 @@ class Scripted:
 
     def decode(self, prompt_tokens, new_tokens):
         return Measurement([next(self._turns) / 1e3] * 3, self._ratio, self._bytes)
+
+    def instruction_ms(self, prompt_tokens, new_tokens):
+        return {"lm_head": 3.0, "skip_gate": 1.0}
 
 
 @pytest.fixture
@@ -66,6 +70,7 @@ def test_bytes_and_bandwidth(probe_at_20_gb_per_s):
     assert row["bandwidth_fraction"] == pytest.approx(0.75)
     assert row["ms_per_token"] == pytest.approx(100)
     assert row["tokens_per_s"] == pytest.approx(40)
+    assert row["skip_gate_fraction"] == pytest.approx(0.25)
 
 
 def test_each_batch_size_has_its_own_baseline(probe_at_20_gb_per_s):
@@ -128,6 +133,8 @@ def test_the_command_writes_rows_and_picture(monkeypatch, tmp_path):
     wanted += " bandwidth_fraction speedup_vs_dense ideal_speedup versions commit"
     assert set(wanted.split()) <= set(rows[0])
     assert rows[1]["ffn_skip_ratio"] == pytest.approx(2 / 8)
+    assert [row["skip_gate_fraction"] > 0 for row in rows] == [False, True, False] * 2
+    assert set(rows[0]["instruction_ms"]) == set(OPS) - {"skip_gate"}
     assert picture.stat().st_size > 10_000
 
 
