@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from skipkernels.engine import Engine
+from skipkernels.prefill import CHUNK
 from tests.models import FAMILIES, random_prompt, stock_tokens, tiny_engine, tiny_module
 from tests.tolerances import assert_close
 
@@ -80,9 +81,11 @@ def test_half_precision_checkpoints_decode_on_both_executors_alike(dtype: torch.
     assert first == second
 
 
-def test_prompts_longer_than_a_prefill_chunk_are_cached_whole() -> None:
+@pytest.mark.parametrize("past_a_chunk", [0, 1, 2, 6, 70])
+def test_prompts_longer_than_a_prefill_chunk_are_cached_whole(past_a_chunk: int) -> None:
+    """With 6 tokens in the last chunk, the window of the first decoded token reaches into the chunk before."""
     module = tiny_module("mistral with a sliding window", max_position_embeddings=1200)
-    prompt = random_prompt(1100)
+    prompt = random_prompt(2 * CHUNK + past_a_chunk)
     engine = tiny_engine(module=module, max_seq_len=1200)
     assert engine.generate(prompt, max_new_tokens=16)[0].token_ids == stock_tokens(module, prompt, 16)
 
