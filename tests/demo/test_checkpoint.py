@@ -37,7 +37,7 @@ def test_model_is_a_deep_bf16_llama(model: PreTrainedModel) -> None:
 def test_greedy_decoding_answers_the_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     right = 0
     for fact in SAMPLE:
-        prompt = tokenizer(fact.prompt, return_tensors="pt", return_token_type_ids=False)
+        prompt = tokenizer(fact.prompt, return_tensors="pt")
         output = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0, prompt["input_ids"].shape[1] :]
         right += tokenizer.decode(output, skip_special_tokens=True) == fact.completion
     assert right / len(SAMPLE) >= 0.95
