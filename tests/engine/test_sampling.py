@@ -53,6 +53,14 @@ def test_a_repetition_penalty_counts_prompt_and_output() -> None:
     assert len({*PROMPT, *answer.token_ids}) == len(set(PROMPT)) + 40
 
 
+def test_a_repetition_penalty_knows_nothing_of_the_request_before() -> None:
+    module, sampling = tiny_module(), SamplingParams(repetition_penalty=3.0)
+    expected = tiny_engine(module=module).generate(PROMPT, max_new_tokens=20, sampling=sampling)[0].token_ids
+    engine = tiny_engine(module=module)
+    engine.generate(random_prompt(20, seed=1), max_new_tokens=40, sampling=sampling)
+    assert engine.generate(PROMPT, max_new_tokens=20, sampling=sampling)[0].token_ids == expected
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from skipkernels import _C
 from skipkernels.executors.cpu import CpuExecutor
 from skipkernels.executors.reference import ReferenceExecutor
-from skipkernels.policy import BATCH_RULES, DensePolicy, FixedPolicy, RandomPolicy, SkipPolicy, TimingPolicy
+from skipkernels.policy import BATCH_RULES, DensePolicy, FixedPolicy, Policy, RandomPolicy, SkipPolicy, TimingPolicy
 from skipkernels.state import KV_SPLIT
 from tests.executors.programs import Case, compare_instruction, snapshot
 
@@ -118,3 +118,42 @@ def test_every_batch_size_agrees(isa: str, batch_size: int, dtype: torch.dtype) 
         num_layers=1,
     )
     check(case, isa, num_threads=2)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        SkipPolicy(threshold=-1.0, span=None, cold_start=0, cold_end=0, warmup_tokens=0),
+        SkipPolicy(threshold=-1.0, span=2, cold_start=0, cold_end=1, warmup_tokens=3),
+        SkipPolicy(threshold=0.7, span=1, cold_start=0, cold_end=0, warmup_tokens=2),
+        SkipPolicy(threshold=0.7, span=1, cold_start=0, cold_end=0, warmup_tokens=0, batch_rule="majority"),
+        SkipPolicy(threshold=0.5, span=1, cold_start=0, cold_end=0, warmup_tokens=0, batch_rule="all"),
+        FixedPolicy((0, 2), warmup_tokens=2),
+        RandomPolicy(0.5, seed=-3, cold_start=0, cold_end=0, warmup_tokens=2),
+        TimingPolicy(0.25),
+    ],
+    ids=lambda policy: policy.label,
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_policy_agrees(policy: Policy, seed: int) -> None:
+    """Rows of every kind: in and past their warm-up, with and without a prompt before them, and idle."""
+    case = Case(
+        batch_size=7,
+        seq_lens=(9, 30, 12, 0, 25, 14, 40),
+        active=(True, True, False, True, True, True, True),
+        hidden_size=75,
+        intermediate_size=100,
+        vocab_size=90,
+        head_dim=10,
+        num_key_value_heads=2,
+        group_size=3,
+        sliding_window=20,
+        qk_norm=False,
+        qkv_bias=True,
+        o_proj_bias=True,
+        dtype=torch.float32,
+        policy=policy,
+        seed=seed,
+        num_layers=6,
+    )
+    check(case, "auto", num_threads=1)
