@@ -25,8 +25,10 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return train_tokenizer(DOCUMENTS, vocab_size=300, max_length=64)
 
 
-def _trainer(tokenizer: PreTrainedTokenizerBase, path: Path, schedule: Schedule = SCHEDULE) -> Trainer:
-    model = initial_model(model_config(tokenizer, layers=2, hidden=16, context=64), seed=0)
+def _trainer(
+    tokenizer: PreTrainedTokenizerBase, path: Path, schedule: Schedule = SCHEDULE, hidden: int = 16
+) -> Trainer:
+    model = initial_model(model_config(tokenizer, layers=2, hidden=hidden, context=64), seed=0)
     return Trainer(model, Batches(tokenizer, DOCUMENTS, FACTS, seed=0), schedule, path)
 
 
@@ -85,8 +87,8 @@ def test_batches_depend_on_the_step_alone(tokenizer: PreTrainedTokenizerBase) ->
 
 @pytest.mark.slow
 def test_a_tiny_model_learns_its_facts(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    schedule = Schedule(steps=120, warmup_steps=10, decay_steps=40, step_tokens=256, length=32, decay_length=64)
-    trainer = _trainer(tokenizer, tmp_path / "trainer.pt", schedule)
+    schedule = Schedule(steps=300, warmup_steps=10, decay_steps=150, step_tokens=256, length=64, decay_length=64)
+    trainer = _trainer(tokenizer, tmp_path / "trainer.pt", schedule, hidden=64)
     before = bits_per_byte(trainer.model, tokenizer, DOCUMENTS)
     assert exact_match(trainer.model, tokenizer, FACTS) == 0
     trainer.run(schedule.steps, lambda loss: False)
