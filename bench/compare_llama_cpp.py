@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -131,7 +130,7 @@ def main(
     new_tokens: Annotated[int, typer.Option(help="Steps timed.", min=1)] = 64,
     threads: Annotated[int, typer.Option(help="Threads of both.", min=1)] = os.cpu_count() or 1,
     rounds: Annotated[int, typer.Option(help="Runs of each system.", min=1)] = 7,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the summary and all samples.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the summary and every run.")] = None,
 ) -> None:
     """Compare the dense decode speed of skipkernels with llama.cpp."""
     if dtype not in GGUF_DTYPES:
@@ -148,10 +147,12 @@ def main(
     summary = summarize(samples, samples[SKIPKERNELS][0].report["bytes_per_token"])
     print_table(summary, workload)
     if json_path:
+        ours, theirs = samples[SKIPKERNELS][0].report, samples[LLAMA_CPP][0].report
         details = {
             "workload": asdict(workload),
-            "machine": platform.platform(),
-            "samples": {system: [sample.report for sample in taken] for system, taken in samples.items()},
+            "tokens_per_s": {system: [sample.tokens_per_s for sample in taken] for system, taken in samples.items()},
+            "llama_cpp": {key: theirs[key] for key in ("build_commit", "backends", "n_threads", "type_k")},
+            **{key: ours[key] for key in ("device", "isa", "versions", "commit", "date")},
         }
         json_path.write_text(json.dumps(summary | details, indent=2) + "\n")
 
