@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from skipkernels import __version__
 from skipkernels.errors import PolicyError
 from skipkernels.passages import Passage, cut_passages
 from skipkernels.policy import BatchRule, DensePolicy, SkipPolicy
@@ -95,8 +96,12 @@ class Calibration:
             "similarity": asdict(self.curve),
             "dtype": self.dtype,
             "date": date.today().isoformat(),
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("skipkernels", "torch", "transformers")},
+            "versions": {
+                "skipkernels": __version__,
+                "python": platform.python_version(),
+                "torch": version("torch"),
+                "transformers": version("transformers"),
+            },
         }
 
     def save(self, path: str | Path) -> None:

@@ -47,7 +47,7 @@ def plot_similarity(curve: SimilarityCurve, policy: SkipPolicy, path: str | Path
     axes.yaxis.set_major_formatter(lambda distance, _: f"{1.0 - distance:.6f}".rstrip("0").rstrip("."))
     axes.set(xlim=(-0.5, len(layers) - 0.5), xlabel="layer", ylabel="cosine similarity across the FFN")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(facecolor="white", framealpha=1.0, edgecolor="none", loc="lower right")
     _save(figure, path)
 
 

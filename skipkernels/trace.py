@@ -92,7 +92,7 @@ def legend() -> Text:
 
 def _append_block(lines: Text, trace: TraceMap, start: int, end: int) -> None:
     """Layers ``start`` to ``end`` of the map: header, tokens, totals."""
-    numbers = [f"{layer:>2}" if layer % 2 == 0 else "  " for layer in range(start, end)]
+    numbers = [f"{layer % 100:>2}" if layer % 2 == 0 else "  " for layer in range(start, end)]
     margin = " " * (_TOKEN_WIDTH + 6)
     for digit, name in enumerate(("layer", "")):
         lines.append(f"{name:<{len(margin)}}{''.join(number[digit] for number in numbers)}", "dim")

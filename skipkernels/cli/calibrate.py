@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from skipkernels.cli import options as opt
-from skipkernels.cli.console import err, out, percent, print_json, table
+from skipkernels.cli.console import err, out, percent, print_json, require_folder, table
 from skipkernels.cli.models import (
     CALIBRATION_ROWS,
     POLICY_FILE,
@@ -54,6 +54,7 @@ def calibrate(
 
     What is not given is searched for. The figures are measured on held-out text, which the search has not seen.
     """
+    require_folder(out_file, plot)
     if plot is not None:
         from skipkernels.plots import pyplot
 

@@ -6,12 +6,15 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from skipkernels.errors import RequestError
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -40,6 +43,13 @@ def progress_bar(label: str) -> Iterator[Report]:
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task(label, total=1.0)
         yield lambda stage, share: progress.update(task, description=stage, completed=share)
+
+
+def require_folder(*paths: Path | None) -> None:
+    """Refuses, before the work, a file that could not be written after it."""
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise RequestError(f"{path}: cannot be written (there is no folder {path.parent})")
 
 
 def table(*headings: str, title: str | None = None) -> Table:

@@ -108,18 +108,25 @@ def _ask(screen: Console, engine: Engine, facts: Sequence[Fact], policy: Policy)
 
 
 def _tell(screen: Console, engine: Engine, policy: Policy) -> Generation:
-    """Continues a prompt freely."""
+    """Continues a prompt freely, past the end of a document if it comes."""
     screen.print("\n[bold]Free continuation[/]")
     screen.print(_STORY, style="dim", end="", markup=False)
-    story = _print_stream(screen, engine, _STORY, policy, _STORY_TOKENS)
+    story = _print_stream(screen, engine, _STORY, policy, _STORY_TOKENS, eos_token_ids=())
     screen.print(f"\n[dim]{len(story.token_ids)} tokens, {percent(story.skip_ratio)} of their FFNs skipped[/]")
     return story
 
 
-def _print_stream(screen: Console, engine: Engine, prompt: str, policy: Policy, max_new_tokens: int) -> Generation:
+def _print_stream(
+    screen: Console,
+    engine: Engine,
+    prompt: str,
+    policy: Policy,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int] | None = None,
+) -> Generation:
     """Prints the continuation while it comes, without the line ends that close it."""
     ends = ""
-    for chunk in engine.stream(prompt, max_new_tokens=max_new_tokens, policy=policy):
+    for chunk in engine.stream(prompt, max_new_tokens=max_new_tokens, policy=policy, eos_token_ids=eos_token_ids):
         text = ends + chunk.text
         ends = text[len(text.rstrip("\n")) :]
         screen.print(text.rstrip("\n"), end="", markup=False, soft_wrap=True)
@@ -205,7 +212,6 @@ def _print_figures(screen: Console, figures: Figures, threads: int) -> None:
     )
     rows.add_row("same next token as dense, new text", percent(1.0), percent(held_out.top1_agreement), "")
     rows.add_row("perplexity, new text", f"{held_out.dense_perplexity:.2f}", f"{held_out.perplexity:.2f}", "")
-    screen.print()
     screen.print(rows)
     screen.print(
         f"[dim]One row on {threads} threads, median of {_SPEED_ROUNDS} rounds in turns. "

@@ -106,16 +106,17 @@ class PolicyOptions:
         given = [name for name, value in ways.items() if value]
         if len(given) > 1:
             raise typer.BadParameter(f"{given[0]} and {given[1]} exclude each other")
-        if self.dense and self.fields:
-            raise typer.BadParameter(f"--dense excludes --{next(iter(self.fields)).replace('_', '-')}")
+        parameters = [f"--{name.replace('_', '-')}" for name in self.parameters]
+        if self.dense and parameters:
+            raise typer.BadParameter(f"--dense excludes {parameters[0]}")
         if self.skip_ratio is not None and self.threshold is not None:
             raise typer.BadParameter("--skip-ratio finds the threshold; it excludes --threshold")
         if self.text is not None and self.skip_ratio is None:
             raise typer.BadParameter("--text is what --skip-ratio calibrates on; give both")
 
     @property
-    def fields(self) -> dict[str, Any]:
-        """The fields of SkipPolicy that were given."""
+    def parameters(self) -> dict[str, Any]:
+        """The parameters of SkipPolicy that were given."""
         names = ("threshold", "cold_start", "cold_end", "warmup_tokens", "batch_rule")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.span is not None:
@@ -130,18 +131,20 @@ class PolicyOptions:
             return self._calibrate(engine, options, self.skip_ratio)
         beside = Path(options.path) / POLICY_FILE
         path = self.policy_file or (beside if beside.exists() else None)
-        if path is None and not self.fields:
+        if path is None and not self.parameters:
             err.print("[dim]no policy: every FFN runs. --policy, --skip-ratio or --threshold choose one[/]")
             return DensePolicy()
         base = SkipPolicy() if path is None else load_policy(path, fingerprint=engine.fingerprint)
-        if self.fields and not isinstance(base, SkipPolicy):
-            raise typer.BadParameter(f"a policy of kind {base.kind!r} has no {next(iter(self.fields))}")
-        return replace(base, **self.fields)
+        if path is not None:
+            err.print(f"[dim]policy of {path}[/]")
+        if self.parameters and not isinstance(base, SkipPolicy):
+            raise typer.BadParameter(f"a policy of kind {base.kind!r} has no {next(iter(self.parameters))}")
+        return replace(base, **self.parameters)
 
     def _calibrate(self, engine: Engine, options: ModelOptions, ratio: float) -> Policy:
         """Calibrates on the spot, as quickly as is honest."""
         source, texts = calibration_texts(engine, options.model, self.text)
-        given = self.fields
+        given = self.parameters
         if "span" in given:
             given["spans"] = (given.pop("span"),)
         rows = options.with_rows(engine, CALIBRATION_ROWS)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from skipkernels.cli import options as opt
-from skipkernels.cli.console import out, percent, print_json
+from skipkernels.cli.console import out, percent, print_json, require_folder
 from skipkernels.cli.models import ModelOptions, PolicyOptions
 
 
@@ -45,6 +45,7 @@ def trace(
     from skipkernels.generation import SamplingParams
     from skipkernels.trace import Cell, TraceMap, legend, render
 
+    require_folder(png)
     if png is not None:
         from skipkernels.plots import pyplot
 
