@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 
 from skipkernels.cli import options as opt
@@ -21,14 +21,14 @@ from skipkernels.policy_file import load_policy
 if TYPE_CHECKING:
     from skipkernels.demo import Fact
     from skipkernels.engine import Engine
-    from skipkernels.generation import Generation
+    from skipkernels.generation import Generation, StreamChunk
     from skipkernels.scoring import Comparison
     from skipkernels.speed import Speed
 
 _SHOWN_FACTS = 4
 _COUNTED_FACTS = 96
 _ANSWER_TOKENS = 32
-_STORY = "class Queue(object)\n"
+_STORY = "def sort(items, key)\nReturn"
 _STORY_TOKENS = 160
 _MAPPED = (20, 48)  # tokens of the story, the end of the warm-up among them
 _SPEED_TOKENS, _SPEED_ROUNDS = 256, 5
@@ -54,7 +54,10 @@ class Figures:
     held_out: Comparison
 
 
-def demo(json: opt.Json = False, threads: opt.Threads = None) -> None:
+def demo(
+    json: opt.Json = False,
+    threads: Annotated[int, typer.Option(min=1, help="Its matrices are so small that one does best.")] = 1,
+) -> None:
     """Watch the bundled model decode with skipping, and see what that saves and costs."""
     options = ModelOptions(DEMO, threads=threads)
     engine = options.load()
@@ -71,7 +74,7 @@ def demo(json: opt.Json = False, threads: opt.Threads = None) -> None:
     if json:
         print_json({"policy": policy.to_dict(), "story": story.text} | asdict(figures))
     else:
-        _print_figures(screen, figures, threads or len(os.sched_getaffinity(0)))
+        _print_figures(screen, figures, threads)
 
 
 def _introduce(screen: Console, engine: Engine, policy: SkipPolicy) -> None:
@@ -102,34 +105,32 @@ def _ask(screen: Console, engine: Engine, facts: Sequence[Fact], policy: Policy)
     screen.print("[bold]Facts[/], skipping from the second token on")
     for fact in facts:
         screen.print("  " + fact.prompt.replace("\n", "\n  "), style="dim", end="", markup=False)
-        generation = _print_stream(screen, engine, fact.prompt, policy, _ANSWER_TOKENS)
+        generation = _print_stream(screen, engine.stream(fact.prompt, max_new_tokens=_ANSWER_TOKENS, policy=policy))
         mark = "[green]✓[/]" if _is_right(generation, fact) else f"[red]✗[/] [dim]{fact.answer}[/]"
         screen.print(f"  {mark}  [dim]{percent(generation.skip_ratio)} skipped[/]")
 
 
 def _tell(screen: Console, engine: Engine, policy: Policy) -> Generation:
     """Continues a prompt freely, past the end of a document if it comes."""
+    from skipkernels.generation import SamplingParams
+
     screen.print("\n[bold]Free continuation[/]")
     screen.print(_STORY, style="dim", end="", markup=False)
-    story = _print_stream(screen, engine, _STORY, policy, _STORY_TOKENS, eos_token_ids=())
+    # so small a model repeats itself unless it is kept from it
+    sampling = SamplingParams(repetition_penalty=1.15)
+    chunks = engine.stream(_STORY, max_new_tokens=_STORY_TOKENS, sampling=sampling, eos_token_ids=(), policy=policy)
+    story = _print_stream(screen, chunks)
     screen.print(f"\n[dim]{len(story.token_ids)} tokens, {percent(story.skip_ratio)} of their FFNs skipped[/]")
     return story
 
 
-def _print_stream(
-    screen: Console,
-    engine: Engine,
-    prompt: str,
-    policy: Policy,
-    max_new_tokens: int,
-    eos_token_ids: Sequence[int] | None = None,
-) -> Generation:
-    """Prints the continuation while it comes, without the line ends that close it."""
+def _print_stream(screen: Console, chunks: Iterator[StreamChunk]) -> Generation:
+    """Prints the text while it comes, without the white space that closes it."""
     ends = ""
-    for chunk in engine.stream(prompt, max_new_tokens=max_new_tokens, policy=policy, eos_token_ids=eos_token_ids):
+    for chunk in chunks:
         text = ends + chunk.text
-        ends = text[len(text.rstrip("\n")) :]
-        screen.print(text.rstrip("\n"), end="", markup=False, soft_wrap=True)
+        ends = text[len(text.rstrip()) :]
+        screen.print(text.rstrip(), end="", markup=False, soft_wrap=True)
         if chunk.generation is not None:
             return chunk.generation
     raise AssertionError("the last chunk carries the generation")
@@ -214,6 +215,6 @@ def _print_figures(screen: Console, figures: Figures, threads: int) -> None:
     rows.add_row("perplexity, new text", f"{held_out.dense_perplexity:.2f}", f"{held_out.perplexity:.2f}", "")
     screen.print(rows)
     screen.print(
-        f"[dim]One row on {threads} threads, median of {_SPEED_ROUNDS} rounds in turns. "
+        f"[dim]One row, threads: {threads}; median of {_SPEED_ROUNDS} rounds in turns. "
         f"New text: {held_out.tokens} tokens that training and calibration have not seen.[/]"
     )

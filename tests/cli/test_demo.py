@@ -32,14 +32,14 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_it_shows_facts_a_story_a_map_and_figures(run: Run, model: Path) -> None:
-    result = run("demo", "--threads", "1")
+    result = run("demo")
     assert result.exit_code == 0, result.output
     for part in (POLICY.label, "What is", "Free continuation", "◆", "tokens/s", "facts answered", "perplexity"):
         assert part in result.stdout
 
 
 def test_it_measures_what_the_engine_does(run: Run, model: Path) -> None:
-    result = run("demo", "--threads", "1", "--json")
+    result = run("demo", "--json")
     assert result.exit_code == 0, result.output
     (line,) = result.stdout.splitlines()
     values = json.loads(line)
