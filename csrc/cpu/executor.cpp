@@ -95,7 +95,6 @@ Executor::Executor(std::vector<Instruction> program, const int32_t* active, int6
       batch_size_(batch_size),
       kernels_(select_kernels(isa)),
       pool_(num_threads),
-      barrier_(num_threads),
       seconds_(program_.size(), 0.0) {
     size_t packed = 0, head = 0, arrivals = 0;
     for (const Instruction& ins : program_) {
@@ -123,15 +122,15 @@ Executor::Executor(std::vector<Instruction> program, const int32_t* active, int6
     }
 }
 
-// Where the replay stands. Written by one thread at a time, between a barrier's last arrival and its release.
+// Where the replay stands. Written by one thread at a time: the one that completed an instruction.
 struct Executor::Loop {
-    size_t at;   // the instruction all threads work on
-    size_t end;  // one past the last
-    int64_t max_steps;
-    const std::function<bool()>* keep_going;
-    std::vector<double> step_seconds;
-    Clock::time_point step_started, instruction_started;
-    bool finished = false;
+    const size_t begin, end;  // the instructions of a step
+    const int64_t max_steps;
+    const std::function<bool()>* const keep_going;  // null for a single pass that is no step
+    size_t at = begin;
+    std::vector<double> step_seconds{};
+    Clock::time_point step_started{}, instruction_started{};
+    std::atomic<bool> finished{false};
 };
 
 void Executor::set_profiling(bool on) {
@@ -144,84 +143,89 @@ bool Executor::any_active() const {
 }
 
 std::vector<double> Executor::run(int64_t max_steps, const std::function<bool()>& keep_going) {
-    Loop loop{0, program_.size(), max_steps, &keep_going, {}, {}, {}, false};
+    Loop loop{0, program_.size(), max_steps, &keep_going};
     if (max_steps > 0 && any_active()) replay(loop);
-    return loop.step_seconds;
+    return std::move(loop.step_seconds);
 }
 
 void Executor::run_instruction(int64_t index) {
     check(index >= 0 && index < size(), "instruction ", index, " is outside 0..", size() - 1);
     const auto at = static_cast<size_t>(index);
-    Loop loop{at, at + 1, 1, nullptr, {}, {}, {}, false};
+    Loop loop{at, at + 1, 1, nullptr};
     replay(loop);
 }
 
-// All threads walk the program in lockstep. The last to finish an instruction finds the next that needs all of them:
-// it passes over what no row wants (a skipped FFN costs this check), runs short instructions itself, and ends steps.
 void Executor::replay(Loop& loop) {
-    const size_t begin = loop.at;
-
-    auto find_work = [&] {
-        for (;; ++loop.at) {
-            if (loop.at == loop.end) {
-                if (loop.keep_going) loop.step_seconds.push_back(seconds_since(loop.step_started));
-                const bool more = loop.keep_going && static_cast<int64_t>(loop.step_seconds.size()) < loop.max_steps &&
-                                  any_active() && (*loop.keep_going)();
-                if (!more) {
-                    loop.finished = true;
-                    return;
-                }
-                loop.at = begin;
-                loop.step_started = Clock::now();
-            }
-            const Instruction& ins = program_[loop.at];
-            if (profiling_) loop.instruction_started = Clock::now();
-            if (count_rows(ins) == 0) continue;
-            num_tasks_ = kernel(ins).num_tasks(ins);
-            if (num_tasks_ > 1) {
-                next_task_.store(0, std::memory_order_relaxed);
-                return;
-            }
-            kernel(ins).prepare(ins, scratch_[0]);
-            kernel(ins).run(ins, 0, 1, scratch_[0]);
-            if (profiling_) seconds_[loop.at] += seconds_since(loop.instruction_started);
-        }
-    };
-    auto finish = [&] {
-        if (profiling_) seconds_[loop.at] += seconds_since(loop.instruction_started);
-        ++loop.at;
-        find_work();
-    };
-
     loop.step_started = Clock::now();
-    find_work();
-    if (loop.finished) return;
-    pool_.run([&](int thread) {
-        while (!loop.finished) {
-            work(program_[loop.at], thread);
-            barrier_.arrive(finish);
+    if (find_work(loop)) pool_.run([&](int thread) { help(loop, thread); });
+}
+
+// Walks on to the next instruction that is worth sharing and publishes it; false at the end of the replay. On the way
+// it passes over what no row wants (a skipped FFN costs this check), runs short instructions itself, and ends steps.
+bool Executor::find_work(Loop& loop) {
+    for (;; ++loop.at) {
+        if (loop.at == loop.end) {
+            if (loop.keep_going) loop.step_seconds.push_back(seconds_since(loop.step_started));
+            const bool more = loop.keep_going && static_cast<int64_t>(loop.step_seconds.size()) < loop.max_steps &&
+                              any_active() && (*loop.keep_going)();
+            if (!more) {
+                loop.finished.store(true, std::memory_order_release);
+                return false;
+            }
+            loop.at = loop.begin;
+            loop.step_started = Clock::now();
         }
-    });
+        const Instruction& ins = program_[loop.at];
+        if (profiling_) loop.instruction_started = Clock::now();
+        if (count_rows(ins) == 0) continue;
+        const int64_t tasks = kernel(ins).num_tasks(ins);
+        if (tasks > 1) {
+            at_.store(loop.at, std::memory_order_relaxed);
+            num_tasks_.store(tasks, std::memory_order_relaxed);
+            completed_.store(0, std::memory_order_relaxed);
+            const uint64_t round = (unclaimed_.load(std::memory_order_relaxed) >> 32) + 1;
+            unclaimed_.store(round << 32 | static_cast<uint64_t>(tasks), std::memory_order_release);
+            return true;
+        }
+        kernel(ins).prepare(ins, scratch_[0]);  // nobody else holds a task, so nobody else uses any scratch
+        kernel(ins).run(ins, 0, 1, scratch_[0]);
+        if (profiling_) seconds_[loop.at] += seconds_since(loop.instruction_started);
+    }
 }
 
-void Executor::work(const Instruction& ins, int thread) {
-    int64_t begin, end;
-    if (!claim(begin, end)) return;
-    const Kernel& ops = kernel(ins);
-    ops.prepare(ins, scratch_[thread]);
-    do {
-        ops.run(ins, begin, end, scratch_[thread]);
-    } while (claim(begin, end));
-}
-
-// Takes the next tasks: half of an even share of what is left, so that threads of unequal speed finish together.
-bool Executor::claim(int64_t& begin, int64_t& end) {
-    begin = next_task_.load(std::memory_order_relaxed);
-    do {
-        if (begin >= num_tasks_) return false;
-        end = begin + std::max<int64_t>(1, (num_tasks_ - begin) / (2 * pool_.size()));
-    } while (!next_task_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
-    return true;
+// Takes tasks until the replay is finished. No thread waits for one that has not taken any: on a busy machine, whoever
+// has a processor does the work.
+void Executor::help(Loop& loop, int thread) {
+    uint64_t prepared_round = 0;  // rounds start at 1
+    Backoff backoff;
+    while (!loop.finished.load(std::memory_order_acquire)) {
+        uint64_t seen = unclaimed_.load(std::memory_order_acquire);
+        const auto left = static_cast<int64_t>(seen & 0xffffffffu);
+        if (left == 0) {
+            backoff.wait();
+            continue;
+        }
+        // As long as tasks are unclaimed nothing else is published, so these two belong to `seen` if the exchange
+        // holds.
+        const Instruction& ins = program_[at_.load(std::memory_order_relaxed)];
+        const int64_t num_tasks = num_tasks_.load(std::memory_order_relaxed), begin = num_tasks - left;
+        // half of an even share of what is left, so that threads of unequal speed finish together
+        const int64_t count = std::max<int64_t>(1, left / (2 * pool_.size()));
+        if (!unclaimed_.compare_exchange_weak(seen, seen - static_cast<uint64_t>(count), std::memory_order_acq_rel))
+            continue;
+        backoff.reset();
+        const Kernel& ops = kernel(ins);
+        if (prepared_round != seen >> 32) {
+            ops.prepare(ins, scratch_[thread]);
+            prepared_round = seen >> 32;
+        }
+        ops.run(ins, begin, begin + count, scratch_[thread]);
+        if (completed_.fetch_add(count, std::memory_order_acq_rel) + count == num_tasks) {
+            if (profiling_) seconds_[loop.at] += seconds_since(loop.instruction_started);
+            ++loop.at;
+            find_work(loop);
+        }
+    }
 }
 
 }  // namespace skipkernels::cpu

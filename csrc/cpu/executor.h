@@ -39,8 +39,8 @@ class Executor {
     struct Loop;
 
     void replay(Loop& loop);
-    void work(const Instruction& ins, int thread);
-    bool claim(int64_t& begin, int64_t& end);
+    bool find_work(Loop& loop);
+    void help(Loop& loop, int thread);
     const Kernel& kernel(const Instruction& ins) const { return kernels_.kernels[static_cast<size_t>(ins.op)]; }
     bool any_active() const;
 
@@ -49,12 +49,15 @@ class Executor {
     const int64_t batch_size_;
     const KernelSet& kernels_;
     ThreadPool pool_;
-    Barrier barrier_;
     std::vector<Scratch> scratch_;  // one a thread
     std::vector<std::unique_ptr<float[], void (*)(void*)>> memory_;
     std::unique_ptr<std::atomic<int32_t>[]> arrivals_;
-    alignas(64) std::atomic<int64_t> next_task_{0};
-    int64_t num_tasks_ = 0;
+    // The instruction all threads work on. A thread takes tasks by lowering `unclaimed`, whose upper half counts the
+    // instructions published so far; whoever completes the last task publishes the next instruction.
+    std::atomic<size_t> at_{0};
+    std::atomic<int64_t> num_tasks_{0};
+    alignas(64) std::atomic<uint64_t> unclaimed_{0};
+    alignas(64) std::atomic<int64_t> completed_{0};
     bool profiling_ = false;
     std::vector<double> seconds_;
 };

@@ -34,32 +34,22 @@ class ThreadPool {
     bool stopping_ = false;
 };
 
-// A place where threads wait for one another; the last to arrive runs `last` before all go on.
-// Spins first, since the other threads are at most a task away, then yields the processor.
-class Barrier {
+// How a thread waits for another: it spins first, since what it waits for is at most a task away, then gives its
+// processor away, since with fewer processors than threads the other may need it.
+class Backoff {
   public:
-    explicit Barrier(int num_threads) : num_threads_(num_threads) {}
-
-    template <class Last>
-    void arrive(Last last) {
-        const uint32_t round = round_.load(std::memory_order_acquire);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads_) {
-            arrived_.store(0, std::memory_order_relaxed);
-            last();
-            round_.store(round + 1, std::memory_order_release);
-            return;
-        }
-        for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
-            if (spins < kSpins) {
-                pause();
-            } else {
-                std::this_thread::yield();
-            }
+    void wait() {
+        if (spins_ < kSpins) {
+            ++spins_;
+            pause();
+        } else {
+            std::this_thread::yield();
         }
     }
+    void reset() { spins_ = 0; }
 
   private:
-    static constexpr int kSpins = 4096;  // about 50 us; with fewer processors than threads, yielding must come soon
+    static constexpr int kSpins = 4096;  // about 50 us
 
     static void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -69,9 +59,7 @@ class Barrier {
 #endif
     }
 
-    const int num_threads_;
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<uint32_t> round_{0};
+    int spins_ = 0;
 };
 
 }  // namespace skipkernels::cpu
