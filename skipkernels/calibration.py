@@ -36,10 +36,11 @@ Progress = Callable[[str, float], None]
 """Called as (what is being done, share of the whole calibration that is done)."""
 
 SPANS = (None, 1, 2, 3, 4)
-_FINALISTS_PER_SPAN = 2
+_FINALISTS_PER_SPAN = 3
 RATIO_TOLERANCE = 0.01
 """How far a measured skip ratio may be from the wanted one and still count as reached."""
 _CLOSE_ENOUGH = 0.003  # where the search for a threshold stops
+_RANKED_POSITIONS = 512  # enough to rank candidates by
 _MAX_RUNS = 8  # decodes to find one threshold
 
 
@@ -157,10 +158,11 @@ def calibrate(
         observed.append(passage_similarities)
         read(1)
     similarities = np.concatenate(observed)
-    bounds = windows(similarities, cold_start, cold_end)
+    bounds = windows(engine.config.num_hidden_layers, cold_start, cold_end)
+    sample = similarities[:: max(1, len(similarities) // _RANKED_POSITIONS)]
     ranked = [
         rank(
-            similarities,
+            sample,
             [replace(base, span=span, cold_start=start, cold_end=end) for start, end in bounds],
             wanted_ratio / past_warmup,
         )

@@ -17,7 +17,7 @@ Similarities = npt.NDArray[np.float32]
 """[positions, layers]: cosine of the residual stream before and after each FFN of the dense model."""
 
 _BISECTIONS = 24
-_MAX_WINDOWS = 12
+_GRID = 12
 
 
 def simulate(similarities: Similarities, policy: SkipPolicy) -> npt.NDArray[np.bool_]:
@@ -56,25 +56,16 @@ def between(lower: float, upper: float) -> float:
     return 1.0 - float(np.sqrt((1.0 - lower) * max(1.0 - upper, 1e-7)))
 
 
-def windows(
-    similarities: Similarities, cold_start: int | None = None, cold_end: int | None = None
-) -> list[tuple[int, int]]:
-    """Cold bounds worth trying, as (cold_start, cold_end), where they are not given: of every number of layers between
-    them the ones with the highest mean similarity, thinned to ``_MAX_WINDOWS``."""
-    mean = similarities.mean(axis=0)
-    layers = len(mean)
-    found = []
-    for length in range(1, layers):
-        starts = [
-            start
-            for start in range(1, layers - length + 1)  # layer 0 has no FFN before it that could be tested
-            if cold_start in (None, start - 1) and cold_end in (None, layers - start - length)
-        ]
-        if starts:
-            best = max(starts, key=lambda start: float(mean[start : start + length].sum()))
-            found.append((best - 1, layers - best - length))
-    picked = np.linspace(0, len(found) - 1, min(len(found), _MAX_WINDOWS)).round().astype(int)
-    return [found[index] for index in picked]
+def windows(layers: int, cold_start: int | None = None, cold_end: int | None = None) -> list[tuple[int, int]]:
+    """Cold bounds worth trying in a model of ``layers``, as (cold_start, cold_end), where they are not given.
+
+    A grid, coarser for deeper models, of all that leave a layer to skip: layer ``cold_start`` is tested, those after
+    it may be skipped.
+    """
+    step = -(-layers // _GRID)
+    starts = range(0, layers - 1, step) if cold_start is None else [cold_start]
+    ends = range(0, layers - 1, step) if cold_end is None else [cold_end]
+    return [(start, end) for start in starts for end in ends if start + end <= layers - 2]
 
 
 def rank(similarities: Similarities, policies: Iterable[SkipPolicy], ratio: float) -> list[SkipPolicy]:
