@@ -28,7 +28,7 @@ def env(json: opt.Json = False) -> None:
         return
     for title, entries in sections.items():
         rows = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        rows.add_column(style="dim", width=18, no_wrap=True)
+        rows.add_column(style="dim", width=20, no_wrap=True)
         rows.add_column(overflow="fold")
         for name, value in entries.items():
             rows.add_row(f"  {name}", _shown(value))
