@@ -216,5 +216,5 @@ def _print_figures(screen: Console, figures: Figures, threads: int) -> None:
     screen.print(rows)
     screen.print(
         f"[dim]One row, threads: {threads}; median of {_SPEED_ROUNDS} rounds in turns. "
-        f"New text: {held_out.tokens} tokens that training and calibration have not seen.[/]"
+        f"New text: {held_out.tokens} tokens that neither training nor the search has seen.[/]"
     )
