@@ -10,6 +10,6 @@ from skipkernels.ops.table import Instruction
 from skipkernels.state import DecodeState
 
 
-def run_natively(ins: Instruction) -> None:
-    state = SimpleNamespace(active=ins.when, k_cache=torch.zeros(1), batch_size=ins.sizes["batch_size"])
+def run_natively(ins: Instruction, dtype: torch.dtype = torch.float32) -> None:
+    state = SimpleNamespace(active=ins.when, k_cache=torch.zeros(1, dtype=dtype), batch_size=ins.sizes["batch_size"])
     CpuExecutor((ins,), cast(DecodeState, state), num_threads=1).run_instruction(0)
