@@ -169,6 +169,7 @@ def _model_systems(
     num_threads: int,
 ) -> tuple[list[Any], str]:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
     from skipkernels.benchmark.systems import SkipkernelsSystem, TransformersSystem, policies_for
     from skipkernels.checkpoint import load_tokenizer, resolve_checkpoint
@@ -178,9 +179,10 @@ def _model_systems(
     from skipkernels.policy_file import load_policy
 
     folder = resolve_checkpoint(ModelOptions(model).path if model == DEMO else model)
+    transformers_logging.disable_progress_bar()
     module = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(dtype) if dtype else "auto")
     tokenizer = load_tokenizer(folder)
-    text = "The interpreter reads the file and then returns a new object. " * length
+    text = "The interpreter reads the file and then returns a new object. " * (length // 8 + 1)
     prompt = tokenizer.encode(text)[:length] if tokenizer else list(range(1, length))
     systems: list[Any] = []
     for batch_size in batches:
@@ -202,7 +204,7 @@ def _model_systems(
 def _print_table(rows: list[dict[str, Any]], title: str) -> None:
     headings = ("system", "rows", "skip", "ms/token", "p20..p80", "tok/s", "probe", "speed-up", "ideal")
     shown = table(*headings, title=title)
-    shown.padding = (0, 1)
+    shown.padding = (0, 1, 0, 0)  # 80 columns
     for row in rows:
         shown.add_row(
             row["system"],
@@ -220,6 +222,6 @@ def _print_table(rows: list[dict[str, Any]], title: str) -> None:
     out.print("speed-up: over the dense row; ideal: what the saved bytes alone would give")
     gate = max(row["skip_gate_fraction"] for row in rows)
     if gate:
-        out.print(f"similarity test and decision: {gate:.2%} of a step (skip_gate, by the executor's clock)")
+        out.print(f"similarity test and decision: {gate:.2%} of a step, by the executor's clock")
     if any(row["policy"].startswith("timing") for row in rows):
         out.print("timing only: random weights, forced ratio; test and decision real, tokens without meaning")
