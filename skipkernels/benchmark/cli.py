@@ -202,13 +202,12 @@ def _model_systems(
 
 
 def _print_table(rows: list[dict[str, Any]], title: str) -> None:
-    headings = ("system", "rows", "skip", "ms/token", "p20..p80", "tok/s", "probe", "speed-up", "ideal")
+    headings = ("system", "skip", "ms/token", "p20..p80", "tok/s", "probe", "speed-up", "ideal")
     shown = table(*headings, title=title)
     shown.padding = (0, 1, 0, 0)  # 80 columns
     for row in rows:
         shown.add_row(
-            row["system"],
-            str(row["batch_size"]),
+            row["system"] if row["batch_size"] == 1 else f"{row['system']}, {row['batch_size']} rows",
             percent(row["ffn_skip_ratio"]),
             f"{row['ms_per_token']:.4g}",
             f"{row['ms_per_token_p20']:.3g}..{row['ms_per_token_p80']:.3g}",
