@@ -207,7 +207,7 @@ def _print_table(rows: list[dict[str, Any]], title: str) -> None:
     shown.padding = (0, 1, 0, 0)  # 80 columns
     for row in rows:
         shown.add_row(
-            row["system"] if row["batch_size"] == 1 else f"{row['system']}, {row['batch_size']} rows",
+            row["system"] if row["batch_size"] == 1 else f"{row['system']} x{row['batch_size']}",
             percent(row["ffn_skip_ratio"]),
             f"{row['ms_per_token']:.4g}",
             f"{row['ms_per_token_p20']:.3g}..{row['ms_per_token_p80']:.3g}",
