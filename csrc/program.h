@@ -166,6 +166,4 @@ inline constexpr OpInfo kInstructionSet[] = {SKIPKERNELS_OPS(SKIPKERNELS_OP_INFO
 #undef SKIPKERNELS_INT_MEMBER
 #undef SKIPKERNELS_POINTER_MEMBER
 
-inline std::string_view op_name(OpCode op) { return kInstructionSet[static_cast<size_t>(op)].name; }
-
 }  // namespace skipkernels

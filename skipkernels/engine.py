@@ -141,6 +141,21 @@ class Engine:
             num_threads=num_threads,
         )
 
+    def with_rows(self, max_batch_size: int) -> Engine:
+        """Another engine on the same weights, for another number of rows."""
+        other = Engine(
+            self.config,
+            self.weights,
+            policy=self.policy,
+            tokenizer=self.tokenizer,
+            max_seq_len=self.max_seq_len,
+            max_batch_size=max_batch_size,
+            executor=self._executor_name,
+            num_threads=self.num_threads,
+        )
+        other.default_eos_token_ids = self.default_eos_token_ids
+        return other
+
     @property
     def max_seq_len(self) -> int:
         return self.state.max_seq_len

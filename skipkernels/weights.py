@@ -272,12 +272,13 @@ def pack_module(
             raise ModelError(f"{name!r} is on {parameters[name].device}; move the module to the CPU first")
     own = parameters["model.embed_tokens.weight"].dtype
     weights = allocate_weights(config, dtype or own, max_seq_len)
+    views = parameter_views(config, weights)
     with torch.no_grad():
-        for name, view in parameter_views(config, weights).items():
+        for name, view in views.items():
             view.copy_(parameters[name])
             if view.dtype == parameters[name].dtype and view.dim() == 2:
                 parameters[name].data = view
-    warn_of_nan(parameter_views(config, weights))
+    warn_of_nan(views)
     return weights
 
 

@@ -12,7 +12,7 @@ import skipkernels
 PACKAGE = Path(skipkernels.__file__).parent
 # each room may import from the rooms before it
 ROOMS = [
-    ["errors"],
+    ["errors", "machine"],
     ["config", "generation", "policy", "ops.philox"],
     ["policy_file", "weights", "state", "ops.table", "ops.reference", "ops", "text", "checkpoint"],
     ["program", "prefill"],

@@ -39,25 +39,7 @@ std::unique_ptr<float[], void (*)(void*)> allocate_floats(size_t count) {
     return {static_cast<float*>(memory), std::free};
 }
 
-}  // namespace
-
-const KernelSet& select_kernels(const std::string& isa) {
-    const auto sets = usable_kernels();
-    if (isa == "auto") return *sets.front();
-    std::string names;
-    for (const KernelSet* set : sets) {
-        if (isa == set->isa) return *set;
-        names += std::string(names.empty() ? "" : ", ") + set->isa;
-    }
-    fail("instruction set '", isa, "' is not usable on this processor; usable: auto, ", names);
-}
-
-std::vector<std::string> usable_isas() {
-    std::vector<std::string> names;
-    for (const KernelSet* set : usable_kernels()) names.emplace_back(set->isa);
-    return names;
-}
-
+// Floats of Scratch::x an instruction needs.
 size_t packed_floats(const Instruction& ins) {
     switch (ins.op) {
         case OpCode::qkv_rope_append:
@@ -75,6 +57,7 @@ size_t packed_floats(const Instruction& ins) {
     }
 }
 
+// Floats of Scratch::head an instruction needs.
 size_t head_floats(const Instruction& ins) {
     switch (ins.op) {
         case OpCode::qkv_rope_append:
@@ -86,6 +69,25 @@ size_t head_floats(const Instruction& ins) {
         default:
             return 0;
     }
+}
+
+}  // namespace
+
+const KernelSet& select_kernels(const std::string& isa) {
+    const auto sets = usable_kernels();
+    if (isa == "auto") return *sets.front();
+    std::string names;
+    for (const KernelSet* set : sets) {
+        if (isa == set->isa) return *set;
+        names += std::string(names.empty() ? "" : ", ") + set->isa;
+    }
+    fail("instruction set '", isa, "' is not usable on this processor; usable: auto, ", names);
+}
+
+std::vector<std::string> usable_isas() {
+    std::vector<std::string> names;
+    for (const KernelSet* set : usable_kernels()) names.emplace_back(set->isa);
+    return names;
 }
 
 Executor::Executor(std::vector<Instruction> program, const int32_t* active, int64_t batch_size, int num_threads,

@@ -46,10 +46,6 @@ const KernelSet& avx2_kernels();
 const KernelSet& avx512_kernels();
 #endif
 
-// Floats of Scratch::x and Scratch::head an instruction needs.
-size_t packed_floats(const Instruction& instruction);
-size_t head_floats(const Instruction& instruction);
-
 // static for the reason given in numbers.h
 static inline int count_rows(const Instruction& ins) {
     int count = 0;

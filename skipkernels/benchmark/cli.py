@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from skipkernels.cli.console import err, out, percent, print_json, progress_bar, table
-from skipkernels.cli.models import DEMO, ModelOptions
+from skipkernels.cli.console import err, out, percent, print_json, progress_bar, require_folder, table
+from skipkernels.cli.models import POLICY_FILE, ModelOptions
 from skipkernels.errors import RequestError
+from skipkernels.machine import usable_processors
 
-SPARE_POSITIONS = 1  # the last generated token is not cached
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from skipkernels.engine import Engine
+    from skipkernels.policy import Policy
 
 
 class DecodeByDefault(TyperGroup):
@@ -67,30 +72,38 @@ def decode(
         raise typer.BadParameter(f"--against knows 'transformers', got {against!r}")
     ratios = _numbers(skip_ratio, float, "--skip-ratio")
     batches = _numbers(batch_sizes, int, "--batch-sizes")
+    require_folder(json, plot)
     if plot is not None:
         from skipkernels.plots import pyplot
 
         pyplot()  # a missing matplotlib is an error now, not after the measurement
 
-    import os
-
     import torch
 
     from skipkernels.benchmark.decode import run_decode_bench
     from skipkernels.benchmark.report import environment, write_json
+    from skipkernels.benchmark.systems import SkipkernelsSystem, System, TransformersSystem, policies_for
 
-    num_threads = threads or len(os.sched_getaffinity(0))
+    num_threads = threads or usable_processors()
     torch.set_num_threads(num_threads)
-    length = prompt_tokens + new_tokens + SPARE_POSITIONS
+    length = prompt_tokens + new_tokens
     with err.status(f"loading {shapes or model} ..."):
         if shapes is not None:
-            systems, used_dtype = _random_systems(
-                shapes, dtype or "bf16", ratios, batches, against, test_only, length, num_threads
-            )
+            engine, module = _random_model(shapes, dtype or "bf16", length, num_threads)
+            prompt = list(range(1, length))
+            policies = policies_for(ratios, None, test_only)
         else:
-            systems, used_dtype = _model_systems(
-                str(model), dtype, policy, ratios, batches, against, length, num_threads
-            )
+            engine, module, folder = _trained_model(str(model), dtype, length, num_threads)
+            prompt = _prompt(engine, length)
+            skipping = any(ratio > 0 for ratio in ratios)
+            calibrated = _policy_of(engine, policy or folder / POLICY_FILE, str(model)) if skipping else None
+            policies = policies_for([1.0] if skipping else [], calibrated, with_test_only=False)
+        systems: list[System] = []
+        for batch_size in batches:
+            sized = engine.with_rows(batch_size)
+            systems += [SkipkernelsSystem(sized, chosen, batch_size, prompt) for chosen in policies]
+            if against:
+                systems.append(TransformersSystem(module, engine.config, batch_size, prompt))
     with progress_bar("decoding") as report:
         turns = rounds * len(systems)
         done = iter(range(1, turns + 1))
@@ -106,14 +119,14 @@ def decode(
     settings = {
         "model": shapes or model,
         "random_weights": shapes is not None,
-        "dtype": used_dtype,
+        "dtype": engine.dtype,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "rounds": rounds,
         "threads": num_threads,
     }
-    rows = [{**row, "dtype": used_dtype, **facts} for row in rows]
-    title = f"{shapes or model}, {used_dtype}, {num_threads} threads, {facts['device']}, {facts['date']}"
+    rows = [{**row, "dtype": engine.dtype, **facts} for row in rows]
+    title = f"{shapes or model}, {engine.dtype}, {num_threads} threads, {facts['device']}, {facts['date']}"
     if json is not None and str(json) != "-":
         write_json(json, rows, settings)
     if plot is not None:
@@ -126,18 +139,10 @@ def decode(
         _print_table(rows, title)
 
 
-def _random_systems(
-    shapes: str,
-    dtype: str,
-    ratios: list[float],
-    batches: list[int],
-    against: str | None,
-    test_only: bool,
-    length: int,
-    num_threads: int,
-) -> tuple[list[Any], str]:
+def _random_model(shapes: str, dtype: str, length: int, num_threads: int) -> tuple[Engine, PreTrainedModel]:
+    """Random weights, and a transformers module on the same storage."""
     from skipkernels.benchmark.shapes import shape_config
-    from skipkernels.benchmark.systems import SkipkernelsSystem, TransformersSystem, module_over, policies_for
+    from skipkernels.benchmark.systems import module_over
     from skipkernels.config import ModelConfig, resolve_dtype
     from skipkernels.engine import Engine
     from skipkernels.weights import fill_rope, random_weights
@@ -146,59 +151,43 @@ def _random_systems(
     config = ModelConfig.from_hf(hf_config)
     weights = random_weights(config, resolve_dtype(dtype), length)
     fill_rope(weights, hf_config)
-    module = module_over(weights, config, hf_config) if against else None
-    prompt = list(range(1, length))
-    systems: list[Any] = []
-    for batch_size in batches:
-        engine = Engine(config, weights, max_seq_len=length, max_batch_size=batch_size, num_threads=num_threads)
-        policies = policies_for(ratios, None, test_only)
-        systems += [SkipkernelsSystem(engine, policy, batch_size, prompt) for policy in policies]
-        if module is not None:
-            systems.append(TransformersSystem(module, config, batch_size, prompt))
-    return systems, engine.dtype
+    engine = Engine(config, weights, max_seq_len=length, num_threads=num_threads)
+    return engine, module_over(weights, config, hf_config)
 
 
-def _model_systems(
-    model: str,
-    dtype: str | None,
-    policy_file: Path | None,
-    ratios: list[float],
-    batches: list[int],
-    against: str | None,
-    length: int,
-    num_threads: int,
-) -> tuple[list[Any], str]:
+def _trained_model(
+    model: str, dtype: str | None, length: int, num_threads: int
+) -> tuple[Engine, PreTrainedModel, Path]:
+    """A checkpoint as a transformers module, an engine on the same storage, and the checkpoint's folder."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    from skipkernels.benchmark.systems import SkipkernelsSystem, TransformersSystem, policies_for
     from skipkernels.checkpoint import load_tokenizer, resolve_checkpoint
-    from skipkernels.cli.models import POLICY_FILE
     from skipkernels.config import resolve_dtype
     from skipkernels.engine import Engine
-    from skipkernels.policy_file import load_policy
 
-    folder = resolve_checkpoint(ModelOptions(model).path if model == DEMO else model)
+    folder = resolve_checkpoint(ModelOptions(model).path)
     transformers_logging.disable_progress_bar()
     module = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(dtype) if dtype else "auto")
-    tokenizer = load_tokenizer(folder)
+    engine = Engine.from_pretrained(
+        module, max_seq_len=length, num_threads=num_threads, tokenizer=load_tokenizer(folder)
+    )
+    return engine, module, folder
+
+
+def _prompt(engine: Engine, length: int) -> list[int]:
+    if engine.tokenizer is None:
+        return list(range(1, length))
     text = "The interpreter reads the file and then returns a new object. " * (length // 8 + 1)
-    prompt = tokenizer.encode(text)[:length] if tokenizer else list(range(1, length))
-    systems: list[Any] = []
-    for batch_size in batches:
-        engine = Engine.from_pretrained(
-            module, max_seq_len=length, max_batch_size=batch_size, num_threads=num_threads, tokenizer=tokenizer
-        )
-        path = policy_file or folder / POLICY_FILE
-        skipping = any(ratio > 0 for ratio in ratios)
-        if skipping and not path.exists():
-            raise RequestError(f"{path}: no such policy file; make one with `skipkernels calibrate {model}`")
-        calibrated = load_policy(path, fingerprint=engine.fingerprint) if skipping else None
-        chosen = policies_for([1.0] if skipping else [], calibrated, with_test_only=False)
-        systems += [SkipkernelsSystem(engine, policy, batch_size, prompt) for policy in chosen]
-        if against:
-            systems.append(TransformersSystem(module, engine.config, batch_size, prompt))
-    return systems, engine.dtype
+    return engine.encode(text)[:length]
+
+
+def _policy_of(engine: Engine, path: Path, model: str) -> Policy:
+    from skipkernels.policy_file import load_policy
+
+    if not path.exists():
+        raise RequestError(f"{path}: no such policy file; make one with `skipkernels calibrate {model}`")
+    return load_policy(path, fingerprint=engine.fingerprint)
 
 
 def _print_table(rows: list[dict[str, Any]], title: str) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 
 import skipkernels
 from skipkernels import _C
+from skipkernels.machine import processor_name
 
 
 def environment() -> dict[str, Any]:
     """Device, versions, commit and date of a measurement."""
     packages = ("torch", "transformers", "numpy")
     return {
-        "device": _processor(),
+        "device": processor_name(),
         "isa": _C.usable_isas()[0],
         "versions": {
             "skipkernels": skipkernels.__version__,
@@ -29,13 +30,6 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str:

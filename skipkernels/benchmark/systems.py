@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from skipkernels.config import ModelConfig
+from skipkernels.decoding import Decoding
 from skipkernels.engine import Engine
 from skipkernels.executors.cpu import CpuExecutor
 from skipkernels.policy import DensePolicy, Policy, TimingPolicy
@@ -47,42 +48,38 @@ class SkipkernelsSystem:
 
     def __init__(self, engine: Engine, policy: Policy, batch_size: int, prompt: list[int]) -> None:
         self._engine = engine
+        self._policy = policy
         self.policy: Policy | None = policy
         self.batch_size = batch_size
         self._prompt = prompt
 
     def decode(self, prompt_tokens: int, new_tokens: int) -> Measurement:
-        decoding = self._engine.begin(
-            [self._prompt[:prompt_tokens]] * self.batch_size,
-            max_new_tokens=new_tokens,
-            eos_token_ids=(),
-            policy=self.policy,
-        )
+        decoding = self._begin(prompt_tokens, new_tokens)
         decoding.step(new_tokens)
         seconds = decoding.rows[0].seconds[1:]
         ran = self._engine.state.run_map[: self.batch_size, 1:new_tokens] != 0  # [batch, steps, layers]
         loaded = ran.any(dim=0).float().sum(dim=1).mean()  # an FFN is read once for all rows, if any wants it
         config, dtype = self._engine.config, self._engine.weights.dtype
-        weights = config.decode_weight_bytes(dtype)
         skipped_ffns = config.num_hidden_layers - float(loaded)
         return Measurement(
             seconds=seconds,
             skip_ratio=1.0 - float(ran.float().mean()),
-            bytes_per_step=weights
-            - skipped_ffns * config.ffn_bytes(dtype)
-            + mean_kv_bytes(config, dtype, self.batch_size, prompt_tokens, new_tokens),
+            bytes_per_step=dense_step_bytes(config, dtype, self.batch_size, prompt_tokens, new_tokens)
+            - skipped_ffns * config.ffn_bytes(dtype),
         )
 
     def instruction_ms(self, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
-        prompts = [self._prompt[:prompt_tokens]] * self.batch_size
-        decoding = self._engine.begin(prompts, max_new_tokens=new_tokens, eos_token_ids=(), policy=self.policy)
-        decoding.step(1)  # the first token skips nothing
-        executor = self._engine.executor_for(self.policy or DensePolicy())
+        self._begin(prompt_tokens, new_tokens).step(1)  # the first token skips nothing
+        executor = self._engine.executor_for(self._policy)
         assert isinstance(executor, CpuExecutor)
         spent: dict[str, float] = {}
         for op, seconds in executor.profile(new_tokens - 1):
             spent[op] = spent.get(op, 0.0) + 1e3 * seconds / (new_tokens - 1)
         return spent
+
+    def _begin(self, prompt_tokens: int, new_tokens: int) -> Decoding:
+        prompts = [self._prompt[:prompt_tokens]] * self.batch_size
+        return self._engine.begin(prompts, max_new_tokens=new_tokens, eos_token_ids=(), policy=self._policy)
 
 
 class TransformersSystem:
@@ -114,8 +111,7 @@ class TransformersSystem:
         return Measurement(
             seconds=stamps.intervals(),
             skip_ratio=0.0,
-            bytes_per_step=self._config.decode_weight_bytes(dtype)
-            + mean_kv_bytes(self._config, dtype, self.batch_size, prompt_tokens, new_tokens),
+            bytes_per_step=dense_step_bytes(self._config, dtype, self.batch_size, prompt_tokens, new_tokens),
         )
 
     def instruction_ms(self, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
@@ -136,12 +132,13 @@ class _Stamps:
         return [after - before for before, after in zip(self._times, self._times[1:], strict=False)]
 
 
-def mean_kv_bytes(
+def dense_step_bytes(
     config: ModelConfig, dtype: torch.dtype, batch_size: int, prompt_tokens: int, new_tokens: int
 ) -> float:
-    """Bytes of cached keys and values the mean step past the first reads, of all rows."""
+    """Bytes the mean step past the first reads with every FFN: weights once, cached keys and values of all rows."""
     lengths = range(prompt_tokens + 1, prompt_tokens + new_tokens)
-    return batch_size * sum(config.kv_bytes(length, dtype) for length in lengths) / max(1, len(lengths))
+    cached = batch_size * sum(config.kv_bytes(length, dtype) for length in lengths) / max(1, len(lengths))
+    return config.decode_weight_bytes(dtype) + cached
 
 
 def policies_for(ratios: list[float], calibrated: Policy | None, with_test_only: bool) -> list[Policy]:

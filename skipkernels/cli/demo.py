@@ -70,7 +70,7 @@ def demo(
     _ask(screen, engine, facts[:_SHOWN_FACTS], _from_the_second_token(policy))
     story = _tell(screen, engine, policy)
     _show_map(screen, engine, story)
-    figures = _measure(engine, options.with_rows(engine, CALIBRATION_ROWS), facts[:_COUNTED_FACTS], policy)
+    figures = _measure(engine, engine.with_rows(CALIBRATION_ROWS), facts[:_COUNTED_FACTS], policy)
     if json:
         print_json({"policy": policy.to_dict(), "story": story.text} | asdict(figures))
     else:

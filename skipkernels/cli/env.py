@@ -14,6 +14,7 @@ from rich.table import Table
 from skipkernels import __version__
 from skipkernels.cli import options as opt
 from skipkernels.cli.console import out, print_json
+from skipkernels.machine import processor_name, usable_processors
 
 _EXTRAS = {"plot": ("matplotlib",), "bench": ("gguf",), "test": ("pytest", "hypothesis")}
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -60,22 +61,13 @@ def _machine() -> dict[str, Any]:
 
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor(),
-        "processors usable": len(os.sched_getaffinity(0)),
+        "processor": processor_name(),
+        "processors usable": usable_processors(),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
         "huge pages": _huge_pages(),
         "torch threads": torch.get_num_threads(),
         "gpu": _gpu(),
     }
-
-
-def _processor() -> str:
-    """The model name, as the kernel gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
 
 
 def _huge_pages() -> str:

@@ -73,18 +73,6 @@ class ModelOptions:
                 num_threads=self.threads,
             )
 
-    def with_rows(self, engine: Engine, max_batch_size: int) -> Engine:
-        """Another engine on the same weights, for another number of rows."""
-        return type(engine)(
-            engine.config,
-            engine.weights,
-            tokenizer=engine.tokenizer,
-            max_seq_len=engine.max_seq_len,
-            max_batch_size=max_batch_size,
-            executor=self.executor,
-            num_threads=self.threads,
-        )
-
 
 @dataclass(frozen=True)
 class PolicyOptions:
@@ -147,7 +135,7 @@ class PolicyOptions:
         given = self.parameters
         if "span" in given:
             given["spans"] = (given.pop("span"),)
-        rows = options.with_rows(engine, CALIBRATION_ROWS)
+        rows = engine.with_rows(CALIBRATION_ROWS)
         calibration = run_calibration(rows, texts, ratio, passages=16, **given)
         err.print(
             f"[dim]calibrated on {source}: {calibration.held_out.skip_ratio:.1%} of the FFNs skipped on held-out "

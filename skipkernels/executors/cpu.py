@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 from skipkernels import _C
 from skipkernels.config import dtype_name
 from skipkernels.errors import DeviceError
+from skipkernels.machine import usable_processors
 from skipkernels.ops.table import OPS, Instruction
 from skipkernels.program import Program
 from skipkernels.state import DecodeState
@@ -30,7 +29,7 @@ class CpuExecutor:
                 program=[_native_instruction(ins, dtype) for ins in program],
                 active=state.active.data_ptr(),
                 batch_size=state.batch_size,
-                num_threads=len(os.sched_getaffinity(0)) if num_threads is None else num_threads,
+                num_threads=usable_processors() if num_threads is None else num_threads,
                 isa=isa,
             )
         except ValueError as error:
