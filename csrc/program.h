@@ -27,8 +27,10 @@ enum class BatchRule : int64_t { per_row = 0, all = 1, majority = 2 };
 #define SKIPKERNELS_SKIP_GATE(TENSOR, SIZE, INT, FLOAT)                                                                \
   TENSOR(int32_t, run_ffn) TENSOR(int32_t, skip_remaining) TENSOR(float, similarity)                                   \
   TENSOR(const float, similarity_partials) TENSOR(const int32_t, generated)                                            \
+  TENSOR(int32_t, skipped) TENSOR(float, threshold_scale)                                                              \
   SIZE(num_hidden_layers) SIZE(batch_size) SIZE(num_partials) SIZE(three)                                              \
-  INT(layer) INT(mode) FLOAT(threshold) INT(span) INT(warmup_tokens) INT(batch_rule) FLOAT(probability) INT(seed)
+  INT(layer) INT(mode) FLOAT(threshold) INT(span) INT(warmup_tokens) INT(batch_rule) FLOAT(probability) INT(seed) \
+  FLOAT(target_ratio) INT(ramp_tokens) INT(first_gate)
 
 #define SKIPKERNELS_QKV_ROPE_APPEND(TENSOR, SIZE, INT, FLOAT)                                                          \
   TENSOR(const float, hidden_states) TENSOR(const float, input_layernorm) TENSOR(const void, qkv_proj)                 \
@@ -78,8 +80,9 @@ enum class BatchRule : int64_t { per_row = 0, all = 1, majority = 2 };
   TENSOR(const int32_t, next_token) TENSOR(const int32_t, eos_token_ids) TENSOR(const int32_t, max_new_tokens)         \
   TENSOR(int32_t, input_ids) TENSOR(int32_t, token_ids) TENSOR(uint8_t, seen) TENSOR(int32_t, seq_len)                 \
   TENSOR(int32_t, generated) TENSOR(int32_t, active) TENSOR(int32_t, skip_remaining) TENSOR(int32_t, run_ffn)          \
-  TENSOR(float, similarity) TENSOR(uint8_t, run_map) TENSOR(float, similarity_map)                                     \
-  SIZE(batch_size) SIZE(max_eos) SIZE(token_capacity) SIZE(vocab_size) SIZE(num_hidden_layers) SIZE(max_seq_len)
+  TENSOR(float, similarity) TENSOR(uint8_t, run_map) TENSOR(float, similarity_map) TENSOR(int32_t, progress)           \
+  SIZE(batch_size) SIZE(max_eos) SIZE(token_capacity) SIZE(vocab_size) SIZE(num_hidden_layers) SIZE(max_seq_len)       \
+  SIZE(two)
 
 // OP(name of the op, name of its struct, its fields)
 #define SKIPKERNELS_OPS(OP)                                                                                            \

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class Row:
-    """One prompt's progress: a view of its row of the state, and its text so far."""
+    """One prompt's progress: a view of its row of the state, and its text so far.
+
+    A device may run ahead of what was looked at: the row's tokens here are those of the steps it was told of.
+    """
 
     def __init__(
         self,
@@ -33,21 +36,29 @@ class Row:
         self.prompt_tokens = prompt_tokens
         self.seconds: list[float] = []  # one entry per generated token
         self._text = TextStream(tokenizer, stop) if tokenizer is not None else None
-        self._eos = {int(token) for token in state.eos_token_ids[index] if token >= 0}
+        self._eos = {token for token in state.eos_token_ids[index].tolist() if token >= 0}
         self._taken = 0
+        self._ended = False
 
     @property
     def running(self) -> bool:
-        return bool(self._state.active[self.index])
+        generated, active = self._state.progress[self.index].tolist()
+        return not self._ended and (bool(active) or len(self.seconds) < generated)
 
     @property
     def token_ids(self) -> list[int]:
         """The tokens generated so far."""
-        count = int(self._state.generated[self.index])
-        return self._state.token_ids[self.index, self.prompt_tokens :][:count].tolist()
+        return self._state.token_ids[self.index, self.prompt_tokens :][: len(self.seconds)].tolist()
 
     def end(self) -> None:
+        self._ended = True
         self._state.end_row(self.index)
+
+    def take_steps(self, step_seconds: Sequence[float]) -> None:
+        """Counts steps of the executor; of those past the row's own end it knows nothing."""
+        generated = int(self._state.progress[self.index, 0])
+        if not self._ended:
+            self.seconds += step_seconds[: generated - len(self.seconds)]
 
     def take_text(self) -> str:
         """Feeds new tokens to the text and ends the row at a stop string. Returns the text that became certain."""
@@ -107,7 +118,16 @@ class Decoding:
         """Decodes up to ``max_steps`` tokens of every running row, in one call of the executor."""
         step_seconds = self._executor.run(max_steps)
         for row in self.rows:
-            row.seconds += step_seconds[: len(row.token_ids) - len(row.seconds)]
+            row.take_steps(step_seconds)
+
+    def steps(self) -> Iterator[None]:
+        """Decodes token by token until no row runs; the device need not wait for the caller between two tokens."""
+        for seconds in self._executor.steps():
+            for row in self.rows:
+                row.take_steps([seconds])
+            yield
+            if not self.running:
+                return
 
     def end(self) -> None:
         if not self.taken_over:

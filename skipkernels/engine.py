@@ -210,10 +210,12 @@ class Engine:
             eos_token_ids=eos_token_ids,
             policy=policy,
         )
-        while decoding.running:
-            decoding.step(1 if stop else self.max_seq_len)  # only a stop string has to see every token
-            for row in decoding.rows:
-                row.take_text()
+        if stop:  # which has to see every token
+            for _ in decoding.steps():
+                for row in decoding.rows:
+                    row.take_text()
+        else:
+            decoding.step(self.max_seq_len)
         return decoding.results()
 
     def stream(
@@ -237,8 +239,7 @@ class Engine:
         )
         (row,) = decoding.rows
         try:
-            while decoding.running:
-                decoding.step(1)
+            for _ in decoding.steps():
                 yield StreamChunk(row.take_text(), row.token_ids[-1])
             yield StreamChunk(row.take_rest(), None, decoding.results()[0])
         finally:

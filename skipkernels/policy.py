@@ -17,6 +17,8 @@ BatchRule = Literal["per_row", "all", "majority"]
 BATCH_RULES: tuple[BatchRule, ...] = ("per_row", "all", "majority")
 GateMode = Literal["similarity", "fixed", "random"]
 GATE_MODES: tuple[GateMode, ...] = ("similarity", "fixed", "random")
+RAMP_TOKENS = 64
+"""Tokens after which a held skip ratio is to have come to its target."""
 UNLIMITED_SPAN = 1 << 30  # more layers than any model has: skips run up to the cold end region
 
 
@@ -37,6 +39,8 @@ class GatePlan:
     batch_rule: BatchRule = "per_row"
     probability: float = 1.0
     seed: int = 0
+    target_ratio: float = 0.0
+    ramp_tokens: int = 0
 
     @property
     def tested_layers(self) -> tuple[int, ...]:
@@ -92,6 +96,10 @@ class SkipPolicy(Policy):
             ``majority`` where more than half do. The last two give up exactness for fewer weights read; a row in its
             warm-up keeps its FFNs under every rule.
         layer_thresholds: one threshold per layer instead of ``threshold``.
+        target_ratio: hold the running skip ratio of every row, skipped FFNs over layers x generated tokens, at this
+            value: a controller in the gate moves the row's threshold, starting from the one given. What the warm-up
+            did not skip is made up for within the first ``ramp_tokens`` tokens; from then on the ratio stays within
+            (1 / 2 + target_ratio) / tokens of the target, whatever the similarities are. Only with ``per_row``.
     """
 
     kind: ClassVar[str] = "similarity"
@@ -102,6 +110,7 @@ class SkipPolicy(Policy):
     warmup_tokens: int = 25
     batch_rule: BatchRule = "per_row"
     layer_thresholds: tuple[float, ...] | None = None
+    target_ratio: float | None = None
 
     def __post_init__(self) -> None:
         for value in (self.threshold, *(self.layer_thresholds or ())):
@@ -112,6 +121,26 @@ class SkipPolicy(Policy):
         _check_counts(self, "cold_start", "cold_end", "warmup_tokens")
         if self.batch_rule not in BATCH_RULES:
             raise PolicyError(f"batch_rule must be one of {', '.join(BATCH_RULES)}, got {self.batch_rule!r}")
+        if self.target_ratio is not None:
+            if not 0.0 < self.target_ratio < 1.0:
+                raise PolicyError(f"target_ratio must lie between 0 and 1, got {self.target_ratio}")
+            if self.batch_rule != "per_row":
+                raise PolicyError(
+                    f"target_ratio holds the ratio of each row, which batch_rule {self.batch_rule!r} gives up; "
+                    "use per_row"
+                )
+
+    def reachable_ratio(self, num_layers: int) -> float:
+        """The skip ratio of a token past the warm-up in which every test triggers."""
+        gated = max(0, num_layers - self.cold_end - self.cold_start - 1)
+        return (gated - gated // (self.span + 1) if self.span else gated) / num_layers
+
+    def ramp_tokens(self, num_layers: int) -> int:
+        """Generated tokens after which ``target_ratio`` holds for the warm-up too: 64, more where even skipping all
+        that may be skipped cannot make up for the warm-up by then."""
+        assert self.target_ratio is not None
+        warmup, reachable = max(1, self.warmup_tokens), self.reachable_ratio(num_layers)
+        return max(RAMP_TOKENS, math.ceil(warmup * reachable / (reachable - self.target_ratio)))
 
     def plan(self, num_layers: int) -> GatePlan:
         gated = range(self.cold_start + 1, num_layers - self.cold_end)
@@ -124,6 +153,12 @@ class SkipPolicy(Policy):
             raise PolicyError(
                 f"layer_thresholds has {len(self.layer_thresholds)} entries, the model {num_layers} layers"
             )
+        if self.target_ratio is not None and self.target_ratio >= self.reachable_ratio(num_layers):
+            raise PolicyError(
+                f"target_ratio {self.target_ratio} cannot be held: cold_start={self.cold_start}, "
+                f"cold_end={self.cold_end} and span={self.span} let less than "
+                f"{self.reachable_ratio(num_layers):.3f} of the FFNs of {num_layers} layers be skipped"
+            )
         return GatePlan(
             mode="similarity",
             gated_layers=tuple(gated),
@@ -131,13 +166,16 @@ class SkipPolicy(Policy):
             span=UNLIMITED_SPAN if self.span is None else self.span,
             warmup_tokens=self.warmup_tokens,
             batch_rule=self.batch_rule,
+            target_ratio=self.target_ratio or 0.0,
+            ramp_tokens=self.ramp_tokens(num_layers) if self.target_ratio is not None else 0,
         )
 
     @property
     def label(self) -> str:
         span = "all" if self.span is None else self.span
         threshold = "per layer" if self.layer_thresholds else f"{self.threshold:.4f}"
-        return f"similarity >= {threshold}, span {span}, cold {self.cold_start}+{self.cold_end}"
+        rule = f"similarity >= {threshold}" if self.target_ratio is None else f"ratio held at {self.target_ratio:.1%}"
+        return f"{rule}, span {span}, cold {self.cold_start}+{self.cold_end}"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from skipkernels.config import ModelConfig
 from skipkernels.ops.table import Instruction, instruction
 from skipkernels.policy import BATCH_RULES, GATE_MODES, Policy
-from skipkernels.state import KV_SPLIT, ROWS_PER_PARTIAL, DecodeState
+from skipkernels.state import DecodeState
 from skipkernels.weights import ModelWeights
 
 Program = tuple[Instruction, ...]
@@ -38,6 +38,8 @@ def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState
                 similarity=s.similarity,
                 similarity_partials=s.similarity_partials,
                 generated=s.generated,
+                skipped=s.skipped,
+                threshold_scale=s.threshold_scale,
                 layer=index,
                 mode=GATE_MODES.index(plan.mode),
                 threshold=plan.thresholds[index - 1] if plan.thresholds else 0.0,
@@ -47,6 +49,9 @@ def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState
                 batch_rule=BATCH_RULES.index(plan.batch_rule),
                 probability=plan.probability,
                 seed=plan.seed,
+                target_ratio=plan.target_ratio,
+                ramp_tokens=plan.ramp_tokens,
+                first_gate=index == plan.gated_layers[0],
             )
         record(
             "qkv_rope_append",
@@ -74,7 +79,7 @@ def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState
             attn_output=s.attn_output,
             scaling=config.head_dim**-0.5,
             sliding_window=config.sliding_windows[index] or 0,
-            kv_split=KV_SPLIT,
+            kv_split=s.layout.kv_split,
         )
         record(
             "o_proj_add",
@@ -99,7 +104,7 @@ def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState
             down_proj=layer.down_proj,
             hidden_states=s.hidden_states,
             similarity_partials=s.similarity_partials if index in tested else None,
-            rows_per_partial=ROWS_PER_PARTIAL,
+            rows_per_partial=s.layout.rows_per_partial,
         )
     record(
         "lm_head",
@@ -138,5 +143,6 @@ def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState
         similarity=s.similarity,
         run_map=s.run_map,
         similarity_map=s.similarity_map,
+        progress=s.progress,
     )
     return tuple(program)

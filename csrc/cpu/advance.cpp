@@ -33,6 +33,8 @@ void advance_run(const Instruction& ins, int64_t, int64_t, Scratch& s) {
             run = !done;
             similarity = std::numeric_limits<float>::quiet_NaN();
         }
+        op.progress[2 * row] = generated;
+        op.progress[2 * row + 1] = !done;
     }
 }
 

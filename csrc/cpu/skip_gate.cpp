@@ -1,6 +1,8 @@
 // Decides run_ffn[layer] per row: FFN-SkipLLM's similarity rule (arXiv 2404.03865), a fixed set, or a random draw.
+#include <algorithm>
 #include <cmath>
 
+#include "../ratio_controller.h"
 #include "kernels.h"
 #include "philox.h"
 
@@ -24,15 +26,22 @@ static float cosine(const SkipGate& op, int row) {
 static void gate_by_similarity(const SkipGate& op, const Scratch& s) {
     const int64_t tested = (op.layer - 1) * op.batch_size;
     bool triggered[kMaxBatch];
+    int64_t span[kMaxBatch];
     int wanting = 0;
     bool all_warm = true;
     for (int i = 0; i < s.num_rows; ++i) {
         const int row = s.rows[i];
         const bool warm = op.generated[row] >= op.warmup_tokens;
         triggered[i] = false;
+        span[i] = op.span;
+        const bool held = op.target_ratio > 0;
+        const RatioController controller(op, row);
+        if (held && warm && op.first_gate) op.threshold_scale[row] = controller.adapted(op.threshold_scale[row]);
         if (op.run_ffn[tested + row]) {
             const float similarity = op.similarity[tested + row] = cosine(op, row);
-            triggered[i] = warm && similarity >= op.threshold;
+            if (held) span[i] = std::min(span[i], controller.allowed());
+            triggered[i] = warm && (held ? controller.triggers(similarity, op.threshold, op.threshold_scale[row])
+                                         : similarity >= op.threshold);
         }
         wanting += triggered[i];
         all_warm &= warm;
@@ -43,9 +52,10 @@ static void gate_by_similarity(const SkipGate& op, const Scratch& s) {
     for (int i = 0; i < s.num_rows; ++i) {
         const int row = s.rows[i];
         if (rule == BatchRule::per_row ? triggered[i] : together)
-            op.skip_remaining[row] = static_cast<int32_t>(op.span);
+            op.skip_remaining[row] = static_cast<int32_t>(span[i]);
         if (op.skip_remaining[row] > 0) {
             --op.skip_remaining[row];
+            ++op.skipped[row];
             op.run_ffn[op.layer * op.batch_size + row] = 0;
         }
     }

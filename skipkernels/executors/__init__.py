@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Protocol
 
 from skipkernels.errors import DeviceError
@@ -21,6 +22,11 @@ class Executor(Protocol):
 
     def run(self, max_steps: int) -> list[float]:
         """Runs up to ``max_steps`` steps, until no row is active. Returns each step's seconds."""
+        ...
+
+    def steps(self) -> Iterator[float]:
+        """Runs until no row is active, and yields each step's seconds as it ends. The device may be some steps ahead
+        of what was yielded; when the iterator is closed, it has come to rest."""
         ...
 
     def run_instruction(self, index: int) -> None: ...

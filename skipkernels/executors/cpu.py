@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from skipkernels import _C
 from skipkernels.config import dtype_name
 from skipkernels.errors import DeviceError
@@ -40,6 +42,11 @@ class CpuExecutor:
     def run(self, max_steps: int) -> list[float]:
         """Runs up to ``max_steps`` steps, until no row is active. Returns each step's seconds."""
         return self._native.run(max_steps)
+
+    def steps(self) -> Iterator[float]:
+        """Runs until no row is active, one step at a time, and yields each step's seconds."""
+        while seconds := self.run(1):
+            yield seconds[0]
 
     def run_instruction(self, index: int) -> None:
         """Runs one instruction of the program, for tests that compare buffers after each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -30,6 +31,11 @@ class ReferenceExecutor:
                 self.run_instruction(index)
             seconds.append(time.perf_counter() - started)
         return seconds
+
+    def steps(self) -> Iterator[float]:
+        """Runs until no row is active, one step at a time, and yields each step's seconds."""
+        while seconds := self.run(1):
+            yield seconds[0]
 
     @torch.inference_mode()
     def run_instruction(self, index: int) -> None:

@@ -98,14 +98,14 @@ def hf_generate(
     )
     if skip_streamer is not None:
         skip_streamer.put(input_ids.cpu())
-    # one call for the whole generation, unless somebody wants to see every token
-    steps = 1 if others or skip_streamer is not None else max_length
-    while decoding.running:
-        decoding.step(steps)
-        if skip_streamer is not None:
-            skip_streamer.put(torch.tensor(decoding.rows[0].token_ids[-1:]))
-        if others:
-            _apply(others, decoding, _sequences(input_ids, decoding, pad))
+    if others or skip_streamer is not None:  # somebody wants to see every token
+        for _ in decoding.steps():
+            if skip_streamer is not None:
+                skip_streamer.put(torch.tensor(decoding.rows[0].token_ids[-1:]))
+            if others:
+                _apply(others, decoding, _sequences(input_ids, decoding, pad))
+    else:
+        decoding.step(max_length)
     if skip_streamer is not None:
         skip_streamer.end()
     sequences = _sequences(input_ids, decoding, pad)

@@ -39,18 +39,26 @@ def skip_gate(ins: Instruction) -> None:
     layer, rows, mode = int(p["layer"]), ins.rows, GATE_MODES[int(p["mode"])]
     warm = {row: int(t["generated"][row]) >= p["warmup_tokens"] for row in rows}
     if mode == "similarity":
-        triggered = {}
+        triggered, spans = {}, {}
         for row in rows:
-            triggered[row] = False
+            controller = RatioController(ins, row) if p["target_ratio"] > 0 else None
+            if controller and warm[row] and p["first_gate"]:
+                controller.adapt()
+            triggered[row], spans[row] = False, int(p["span"])
             if t["run_ffn"][layer - 1, row]:
                 similarity = _cosine(t["similarity_partials"][:, row])
                 t["similarity"][layer - 1, row] = similarity
-                triggered[row] = warm[row] and bool(similarity >= p["threshold"])
+                if controller:
+                    spans[row] = min(spans[row], controller.allowed)
+                    triggered[row] = warm[row] and controller.triggers(similarity)
+                else:
+                    triggered[row] = warm[row] and bool(similarity >= p["threshold"])
         for row in _apply_batch_rule(BATCH_RULES[int(p["batch_rule"])], triggered, warm):
-            t["skip_remaining"][row] = int(p["span"])
+            t["skip_remaining"][row] = spans[row]
         for row in rows:
             if t["skip_remaining"][row] > 0:
                 t["skip_remaining"][row] -= 1
+                t["skipped"][row] += 1
                 t["run_ffn"][layer, row] = 0
         return
     for row in rows:
@@ -61,6 +69,50 @@ def skip_gate(ins: Instruction) -> None:
             draw = float(philox_uniform(int(p["seed"]), layer, int(t["generated"][row]), GATE_STREAM))
         if draw < p["probability"]:
             t["run_ffn"][layer, row] = 0
+
+
+class RatioController:
+    """Holds one row's running skip ratio at ``target_ratio``, as ``ops.table`` describes; fp32 throughout."""
+
+    GAIN = 0.25
+    """Share by which threshold_scale grows in a token that is one token's FFNs behind."""
+    SCALE_BOUND = 2.0**20
+
+    def __init__(self, ins: Instruction, row: int) -> None:
+        t, p = ins.tensors, ins.scalars
+        self._p, self._scale, self._layers = p, t["threshold_scale"][row : row + 1], ins.sizes["num_hidden_layers"]
+        self._slack = _f32(self._layers) / 2
+        self._owed_before = self._owed(int(t["generated"][row])) - t["skipped"][row]
+        self._owed_now = self._owed(int(t["generated"][row]) + 1) - t["skipped"][row]
+
+    def _owed(self, tokens: int) -> torch.Tensor:
+        """FFNs to have been skipped after so many tokens."""
+        warmup, ramp = int(self._p["warmup_tokens"]), int(self._p["ramp_tokens"])
+        per_token = _f32(self._p["target_ratio"]) * self._layers
+        if tokens >= ramp:
+            return per_token * tokens
+        return per_token * ramp * max(tokens - warmup, 0) / (ramp - warmup)
+
+    def adapt(self) -> None:
+        behind = (self._owed_before / self._layers).clamp(-1, 1)
+        self._scale.copy_((self._scale * (1 + behind * self.GAIN)).clamp(1 / self.SCALE_BOUND, self.SCALE_BOUND))
+
+    @property
+    def allowed(self) -> int:
+        """FFNs the row may still skip before it runs ahead too far."""
+        return max(0, int(torch.floor(self._owed_now + self._slack)))
+
+    def triggers(self, similarity: torch.Tensor) -> bool:
+        behind = self._owed_now / self._slack
+        if self.allowed == 0 or behind >= 1:
+            return self.allowed > 0
+        limit = (1 - _f32(self._p["threshold"])) * self._scale
+        limit = limit * (1 + behind) if behind >= 0 else limit / (1 - behind)
+        return bool(1 - similarity <= limit)
+
+
+def _f32(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float32)
 
 
 def _cosine(partials: torch.Tensor) -> torch.Tensor:
@@ -211,6 +263,8 @@ def advance(ins: Instruction) -> None:
         t["run_ffn"][:, row] = 0 if done else 1
         t["similarity"][:, row] = float("nan")
         t["skip_remaining"][row] = 0
+        t["progress"][row, 0] = t["generated"][row]
+        t["progress"][row, 1] = t["active"][row]
 
 
 REFERENCE: dict[str, Callable[[Instruction], None]] = {name: globals()[name] for name in OPS}

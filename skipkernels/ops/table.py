@@ -22,17 +22,19 @@ _FIXED_DTYPES = {"f32": torch.float32, "i32": torch.int32, "i64": torch.int64, "
 
 @dataclass(frozen=True)
 class TensorField:
-    """One tensor operand: dtype kind, symbolic shape, whether the op reads and writes it, whether it may be absent."""
+    """One tensor operand: dtype kind, symbolic shape, whether the op reads and writes it, whether it may be absent,
+    and whether it lies in (pinned) memory of the host, where a step's results can be read while a device runs on."""
 
     dtype: str
     shape: tuple[str, ...]
     access: str = "in"
     optional: bool = False
+    on_host: bool = False
 
 
-def _t(spec: str, access: str = "in", optional: bool = False) -> TensorField:
+def _t(spec: str, access: str = "in", optional: bool = False, on_host: bool = False) -> TensorField:
     dtype, *shape = spec.split()
-    return TensorField(dtype, tuple(shape), access, optional)
+    return TensorField(dtype, tuple(shape), access, optional, on_host)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,13 @@ OPS: dict[str, Op] = {
             row decide, 1 (all) and 2 (majority) trigger every row at once or none; a row in its warm-up vetoes.
             mode 1 (fixed): every row past its warm-up skips. mode 2 (random): a row past its warm-up skips where the
             counter-based generator, at (seed, generated, layer), falls below ``probability``.
+
+            ``target_ratio`` above 0 (mode 0, per_row) makes the row's running skip ratio hold that value: the gate
+            owes the row ``target_ratio * num_hidden_layers`` FFNs per token, from ``ramp_tokens`` on for the warm-up
+            too, and counts in ``skipped`` what it got. The limit on 1 - similarity is (1 - threshold) *
+            threshold_scale, widened or narrowed by what is owed now; the step's ``first_gate`` lets threshold_scale
+            follow what was owed before. Half a token's FFNs (num_hidden_layers / 2) are the most a row may run
+            ahead or behind: beyond, it triggers never or always. Every operation is one fp32 rounding.
             """,
             {
                 "run_ffn": _t("i32 num_hidden_layers batch_size", "inout"),
@@ -83,6 +92,8 @@ OPS: dict[str, Op] = {
                 "similarity": _t("f32 num_hidden_layers batch_size", "out"),
                 "similarity_partials": _t("f32 num_partials batch_size three"),
                 "generated": _t("i32 batch_size"),
+                "skipped": _t("i32 batch_size", "inout"),
+                "threshold_scale": _t("f32 batch_size", "inout"),
             },
             {
                 "layer": int,
@@ -93,6 +104,9 @@ OPS: dict[str, Op] = {
                 "batch_rule": int,
                 "probability": float,
                 "seed": int,
+                "target_ratio": float,
+                "ramp_tokens": int,
+                "first_gate": int,
             },
             (("similarity_partials holds 3 sums", lambda s: s["three"] == 3),),
         ),
@@ -230,14 +244,15 @@ OPS: dict[str, Op] = {
             "advance",
             """Ends a row's step: records run_ffn and similarity under ``generated``, appends next_token to token_ids,
             moves seq_len and generated on, clears ``active`` at an end-of-sequence token, at max_new_tokens or when
-            the cache is full, and arms run_ffn, similarity and skip_remaining for the next step.
+            the cache is full, and arms run_ffn, similarity and skip_remaining for the next step. ``progress``, written
+            last, tells the host (generated, active) of the row.
             """,
             {
                 "next_token": _t("i32 batch_size"),
                 "eos_token_ids": _t("i32 batch_size max_eos"),
                 "max_new_tokens": _t("i32 batch_size"),
                 "input_ids": _t("i32 batch_size", "out"),
-                "token_ids": _t("i32 batch_size token_capacity", "inout"),
+                "token_ids": _t("i32 batch_size token_capacity", "inout", on_host=True),
                 "seen": _t("u8 batch_size vocab_size", "inout"),
                 "seq_len": _t("i32 batch_size", "inout"),
                 "generated": _t("i32 batch_size", "inout"),
@@ -245,11 +260,15 @@ OPS: dict[str, Op] = {
                 "skip_remaining": _t("i32 batch_size", "out"),
                 "run_ffn": _t("i32 num_hidden_layers batch_size", "inout"),
                 "similarity": _t("f32 num_hidden_layers batch_size", "inout"),
-                "run_map": _t("u8 batch_size max_seq_len num_hidden_layers", "inout"),
-                "similarity_map": _t("f32 batch_size max_seq_len num_hidden_layers", "inout"),
+                "run_map": _t("u8 batch_size max_seq_len num_hidden_layers", "inout", on_host=True),
+                "similarity_map": _t("f32 batch_size max_seq_len num_hidden_layers", "inout", on_host=True),
+                "progress": _t("i32 batch_size two", "out", on_host=True),
             },
             {},
-            (("token_ids holds max_seq_len + 1 tokens", lambda s: s["token_capacity"] == s["max_seq_len"] + 1),),
+            (
+                ("token_ids holds max_seq_len + 1 tokens", lambda s: s["token_capacity"] == s["max_seq_len"] + 1),
+                ("progress holds 2 numbers", lambda s: s["two"] == 2),
+            ),
         ),
     )
 }
@@ -307,8 +326,9 @@ def instruction(op_name: str, *, when: torch.Tensor, **operands: torch.Tensor | 
             raise ValueError(f"{op_name}: {name} has shape {tuple(tensor.shape)}, expected ({', '.join(spec.shape)})")
         if not tensor.is_contiguous():
             raise ValueError(f"{op_name}: {name} is not contiguous (strides {tensor.stride()})")
-        if tensor.device != when.device:
-            raise ValueError(f"{op_name}: {name} is on {tensor.device}, expected {when.device}")
+        device = "cpu" if spec.on_host else when.device
+        if tensor.device != torch.device(device):
+            raise ValueError(f"{op_name}: {name} is on {tensor.device}, expected {device}")
         for symbol, size in zip(spec.shape, tensor.shape, strict=True):
             if sizes.setdefault(symbol, size) != size:
                 raise ValueError(f"{op_name}: {name} has {symbol}={size}, expected {sizes[symbol]}")

@@ -1,15 +1,19 @@
 """Random programs over guarded buffers: what an executor must not read is NaN, what it must not write is watched."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 
 from skipkernels.config import ModelConfig
+from skipkernels.executors import Executor
+from skipkernels.executors.reference import ReferenceExecutor
 from skipkernels.ops.table import OPS, Instruction
-from skipkernels.policy import Policy
+from skipkernels.policy import BATCH_RULES, DensePolicy, FixedPolicy, Policy, RandomPolicy, SkipPolicy, TimingPolicy
 from skipkernels.program import Program, build_program
-from skipkernels.state import DecodeState
+from skipkernels.state import LAYOUTS, DecodeState, Layout
 from skipkernels.weights import ModelWeights, allocate_weights
 from tests.tolerances import assert_close, name_of
 
@@ -54,6 +58,7 @@ class Case:
     policy: Policy
     seed: int
     num_layers: int = 4
+    layout: Layout = LAYOUTS["cpu"]
 
     @property
     def max_seq_len(self) -> int:
@@ -104,9 +109,10 @@ class Case:
         """Rows in the middle of a generation. The cache behind a row's end and all of an inactive row are NaN."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         config = self.config()
-        state = DecodeState.allocate(config, batch_size=self.batch_size, max_seq_len=self.max_seq_len, dtype=self.dtype)
-        for item in fields(state):
-            tensor = getattr(state, item.name)
+        state = DecodeState.allocate(
+            config, batch_size=self.batch_size, max_seq_len=self.max_seq_len, dtype=self.dtype, layout=self.layout
+        )
+        for _, tensor in state.buffers():
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
         state.top_p.fill_(1.0)
@@ -118,6 +124,8 @@ class Case:
             tokens = torch.randint(self.vocab_size, (seq_len + 1,), generator=generator, dtype=torch.int32)
             state.begin_row(row, tokens)
             state.generated[row] = min(seq_len, int(draw(0, 5)))
+            state.skipped[row] = int(draw(0, 8))
+            state.threshold_scale[row] = draw(0.1, 10.0)
             state.max_new_tokens[row] = int(draw(1, 8))
             state.eos_token_ids[row, 0] = int(draw(0, self.vocab_size))
             for cache in (state.k_cache, state.v_cache):
@@ -131,12 +139,72 @@ class Case:
             state.seed[row] = int(draw(-(2**62), 2**62))
             if not active:
                 state.end_row(row)
-        for item in fields(state):
-            setattr(state, item.name, guarded(getattr(state, item.name)))
+        for name, tensor in list(state.buffers()):
+            setattr(state, name, guarded(tensor))
         return state
 
     def program(self, weights: ModelWeights, state: DecodeState) -> Program:
         return build_program(self.config(), weights, state, self.policy)
+
+
+policies = st.one_of(
+    st.just(DensePolicy()),
+    st.builds(
+        SkipPolicy,
+        threshold=st.sampled_from([-1.0, 0.3, 0.7, 0.9]),
+        span=st.sampled_from([None, 1, 2]),
+        cold_start=st.just(0),
+        cold_end=st.sampled_from([0, 1]),
+        warmup_tokens=st.sampled_from([0, 2]),
+        batch_rule=st.sampled_from(BATCH_RULES),
+    ),
+    st.builds(
+        SkipPolicy,
+        threshold=st.sampled_from([0.3, 0.9]),
+        span=st.sampled_from([None, 1, 2]),
+        cold_start=st.just(0),
+        cold_end=st.just(0),
+        warmup_tokens=st.sampled_from([0, 2]),
+        target_ratio=st.sampled_from([0.1, 0.3]),
+    ),
+    st.builds(FixedPolicy, layers=st.sampled_from([(0,), (1, 3), (0, 1, 2, 3)]), warmup_tokens=st.sampled_from([0, 3])),
+    st.builds(
+        RandomPolicy,
+        ratio=st.sampled_from([0.2, 0.5]),
+        seed=st.integers(-(2**63), 2**63 - 1),
+        warmup_tokens=st.just(2),
+    ),
+    st.builds(TimingPolicy, ratio=st.sampled_from([0.0, 0.25, 0.5])),
+)
+
+
+@st.composite
+def cases(draw: st.DrawFn, layout: Layout = LAYOUTS["cpu"]) -> Case:
+    """Any program over small buffers cut by ``layout``."""
+    split = layout.kv_split
+    longest = draw(st.sampled_from([5, 40, split, 2 * split + 40]))
+    batch_size = draw(st.integers(1, 16 if longest < split else 4))
+    seq_lens = draw(st.lists(st.integers(0, longest), min_size=batch_size, max_size=batch_size))
+    active = draw(st.lists(st.sampled_from([True, True, False]), min_size=batch_size, max_size=batch_size))
+    return Case(
+        batch_size=batch_size,
+        seq_lens=tuple(seq_lens),
+        active=tuple(active),
+        hidden_size=draw(st.integers(1, 140)),
+        intermediate_size=draw(st.integers(1, 140)),
+        vocab_size=draw(st.integers(2, 300)),
+        head_dim=draw(st.sampled_from([2, 6, 10, 64, 80, 96, 128])),
+        num_key_value_heads=draw(st.integers(1, 3)),
+        group_size=draw(st.integers(1, 8)),
+        sliding_window=draw(st.sampled_from([None, 1, 7, split, split + 50])),
+        qk_norm=draw(st.booleans()),
+        qkv_bias=draw(st.booleans()),
+        o_proj_bias=draw(st.booleans()),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        policy=draw(policies),
+        seed=draw(st.integers(0, 1 << 30)),
+        layout=layout,
+    )
 
 
 def _in_dtype(tensor: torch.Tensor | None) -> Any:
@@ -145,7 +213,7 @@ def _in_dtype(tensor: torch.Tensor | None) -> Any:
 
 
 def snapshot(state: DecodeState) -> dict[str, torch.Tensor]:
-    return {item.name: getattr(state, item.name).clone() for item in fields(state)}
+    return {name: tensor.clone() for name, tensor in state.buffers()}
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -160,8 +228,7 @@ def compare_instruction(
     ``ins`` is the one recorded over ``actual``; ``before`` is ``actual`` as it was before the instruction.
     """
     written = _written_fields(ins, actual)
-    for item in fields(actual):
-        name, now = item.name, getattr(actual, item.name)
+    for name, now in actual.buffers():
         what = f"{name} after {ins.op}"
         assert_guards_hold(now, what)
         access = written.get(name)
@@ -178,9 +245,24 @@ def compare_instruction(
     _assert_other_rows_untouched(ins, before, actual, written)
 
 
+def compare_program(case: Case, executor: Callable[[Program, DecodeState], Executor]) -> None:
+    """Runs the case's program in the executor and in the reference and compares after every instruction."""
+    weights, state, expected = case.weights(), case.state(), case.state()
+    program = case.program(weights, state)
+    actual = executor(program, state)
+    reference = ReferenceExecutor(case.program(weights, expected), expected)
+    for index, ins in enumerate(program):
+        before = snapshot(state)
+        actual.run_instruction(index)
+        reference.run_instruction(index)
+        compare_instruction(ins, state, expected, before)
+        for name, buffer in state.buffers():  # the next instruction starts from the same bits again
+            buffer.copy_(getattr(expected, name))
+
+
 def _written_fields(ins: Instruction, state: DecodeState) -> dict[str, str]:
     """State buffers the instruction may write, with their access; a layer's cache is part of the whole one."""
-    spans = {item.name: _span(getattr(state, item.name)) for item in fields(state)}
+    spans = {name: _span(tensor) for name, tensor in state.buffers()}
     written = {}
     for operand, spec in OPS[ins.op].tensors.items():
         tensor = ins.tensors[operand]

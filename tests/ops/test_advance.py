@@ -34,6 +34,7 @@ def ending(**changes: Any) -> Instruction:
         "similarity": torch.tensor([[0.5, math.nan, 0.7], [math.nan, 0.25, 0.7]]),
         "run_map": torch.full((ROWS, MAX_SEQ_LEN, LAYERS), 77, dtype=torch.uint8),
         "similarity_map": torch.full((ROWS, MAX_SEQ_LEN, LAYERS), -7.0),
+        "progress": torch.full((ROWS, 2), -7, dtype=i32),
     }
     for name, value in changes.items():
         tensors[name] = torch.tensor(value, dtype=tensors[name].dtype)
@@ -47,6 +48,7 @@ def test_the_token_is_appended_and_the_row_moves_on(run: Run) -> None:
     assert t["seq_len"].tolist() == [4, 6, 6]
     assert t["generated"].tolist() == [2, 3, 3]
     assert t["input_ids"].tolist() == [4, 7, -5]
+    assert t["progress"].tolist() == [[2, 1], [3, 1], [-7, -7]]
     assert t["token_ids"].tolist() == [[-5] * 4 + [4] + [-5] * 4, [-5] * 6 + [7] + [-5] * 2, [-5] * 9]
     assert [row.nonzero().flatten().tolist() for row in t["seen"]] == [[4], [7], []]
 
@@ -88,5 +90,6 @@ def test_a_row_ends_with_an_eos_token_its_length_or_the_cache(run: Run, changes:
     t = (ins := ending(**changes)).tensors
     run(ins)
     assert t["active"].tolist() == active
+    assert t["progress"][:2, 1].tolist() == active[:2]
     assert t["run_ffn"].tolist() == [[active[0], active[1], 5]] * LAYERS
     assert t["generated"].tolist() == [2, 3, 3]

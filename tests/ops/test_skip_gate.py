@@ -31,6 +31,10 @@ def gate(similarities: list[float], **settings: Any) -> Instruction:
         "span": 1,
         "probability": 1.0,
         "seed": 0,
+        "skipped": [0] * rows,
+        "threshold_scale": [1.0] * rows,
+        "target_ratio": 0.0,
+        "ramp_tokens": 0,
         **settings,
     }
     run_ffn = torch.ones(3, rows, dtype=torch.int32)
@@ -54,6 +58,11 @@ def gate(similarities: list[float], **settings: Any) -> Instruction:
         batch_rule=BATCH_RULES.index(values["batch_rule"]),
         probability=values["probability"],
         seed=values["seed"],
+        skipped=torch.tensor(values["skipped"], dtype=torch.int32),
+        threshold_scale=torch.tensor(values["threshold_scale"]),
+        target_ratio=values["target_ratio"],
+        ramp_tokens=values["ramp_tokens"],
+        first_gate=1,
     )
 
 
