@@ -1,0 +1,167 @@
+"""Compiles CUDA sources with g++ against the headers here, into shared libraries that run them on the CPU.
+
+Objects and libraries are kept in build/cuda_host under names made from everything that went into them, so a second
+test run compiles only what changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CACHE = ROOT / "build" / "cuda_host"
+HARNESS = [*sorted(HERE.glob("src/*.cpp")), HERE / "controls.cpp"]
+
+# -fno-gnu-unique: variables of two such libraries in one process must not become one.
+# -ffp-contract=off: __fmul_rn and __fadd_rn must not become one instruction.
+FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-ffp-contract=off", "-pthread"]
+FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{HERE / 'include'}"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+
+
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+
+
+@cache
+def compiler_version() -> str:
+    return subprocess.run([*compiler(), "--version"], check=True, capture_output=True, text=True).stdout
+
+
+@cache
+def processor_flags() -> list[str]:
+    """-mfma where there is one: fmaf without it is a function call in the innermost loops."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return ["-mfma"] if cpuinfo.exists() and " fma " in cpuinfo.read_text() else []
+
+
+def key_of(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+        digest.update(b"\0")
+    return digest.hexdigest()[:24]
+
+
+def compile_source(source: Path, flags: Sequence[str]) -> Path:
+    """The object made from ``source``, compiled if the source, a header it includes or the command changed."""
+    command = [*compiler(), *flags, *(["-x", "c++"] if source.suffix == ".cu" else []), "-c", str(source)]
+    plan = key_of(compiler_version(), *command)
+    headers = CACHE / f"{plan}.d"
+
+    def object_of_contents() -> Path:
+        made_from = headers.read_text().replace("\\\n", " ").partition(": ")[2].split()
+        return CACHE / f"{source.name}-{key_of(plan, *(Path(path).read_bytes() for path in made_from))}.o"
+
+    try:
+        made = object_of_contents()
+        if made.exists():
+            return made
+    except OSError:  # never compiled, or a header is gone
+        pass
+    CACHE.mkdir(parents=True, exist_ok=True)
+    fresh, fresh_headers = (CACHE / f"{plan}.{os.getpid()}.{suffix}" for suffix in ("o", "d"))
+    run([*command, "-o", str(fresh), "-MMD", "-MF", str(fresh_headers)])
+    fresh_headers.rename(headers)
+    made = object_of_contents()
+    fresh.rename(made)
+    return made
+
+
+def run(command: Sequence[str]) -> None:
+    result = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if result.returncode:
+        raise RuntimeError(f"{shlex.join(command)}\n{result.stdout}")
+
+
+def build_host_extension(
+    sources: Sequence[Path],
+    *,
+    name: str = "cuda_host.so",
+    sanitize: bool = False,
+    cuda_version: int = 13000,
+    flags: Sequence[str] = (),
+    flags_of: Mapping[Path, Sequence[str]] | None = None,
+) -> Path:
+    """A shared library of ``sources`` (.cu, .cpp), the fake runtime and its controls; returns its path.
+
+    ``cuda_version`` is the CUDART_VERSION whose signatures the headers declare, ``flags`` go to every compiler command
+    and ``flags_of`` to that of one source. ``sanitize`` adds AddressSanitizer and UndefinedBehaviorSanitizer: load the
+    library in a process that run_under_asan() started.
+
+    Raises:
+        RuntimeError: A command failed; the message holds it and what it printed.
+    """
+    common = [*FLAGS, *processor_flags(), *(SANITIZE if sanitize else []), f"-DCUDART_VERSION={cuda_version}", *flags]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        objects = list(
+            pool.map(lambda source: compile_source(source, [*common, *(flags_of or {}).get(source, [])]), sources)
+        ) + list(pool.map(lambda source: compile_source(source, common), HARNESS))
+    link = [*compiler(), "-shared", "-pthread", *(SANITIZE if sanitize else []), *map(str, objects), "-ldl"]
+    library = CACHE / key_of(compiler_version(), *link) / name
+    if not library.exists():
+        library.parent.mkdir(exist_ok=True)
+        fresh = library.with_suffix(f".{os.getpid()}")
+        run([*link, "-o", str(fresh)])
+        fresh.rename(library)
+    return library
+
+
+def build_core_extension(*, sanitize: bool = False, cuda_version: int = 13000) -> Path:
+    """The extension that setup.py builds, with its CUDA part compiled for the CPU; load it with load_core_extension."""
+    setup = load_module("skipkernels_setup", ROOT / "setup.py")
+    units = setup.plan_units(setup.CudaBuild(None, "compiled for the CPU"))
+    macros = [f"-D{setup.isa_macro(source)}=1" for source in setup.X86_SOURCES]
+    own_flags = {ROOT / source: flags for source, flags in setup.X86_SOURCES.items()}
+    sources = [ROOT / unit.source for unit in units] + [ROOT / source for source in setup.CUDA_SOURCES]
+    # pybind11 must not take this module's types for those of the installed one
+    flags = ["-DSKIPKERNELS_CUDA_BUILT=1", '-DPYBIND11_COMPILER_TYPE="_cuda_host"', *macros, f"-I{ROOT / 'csrc'}"]
+    flags += ["-isystem", setup.pybind11.get_include(), "-isystem", setup.sysconfig.get_path("include")]
+    return build_host_extension(
+        sources, name="_C.so", sanitize=sanitize, cuda_version=cuda_version, flags=flags, flags_of=own_flags
+    )
+
+
+def load_module(name: str, path: Path) -> ModuleType:
+    """The Python or extension module at ``path``; an extension's init function is that of the last part of ``name``."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_core_extension(library: Path) -> ModuleType:
+    return load_module("cuda_host._C", library)
+
+
+def run_under_asan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with ``arguments`` where sanitized libraries can be loaded; an error ends it with a report on stderr.
+
+    A test runs itself again with ``run_under_asan("-m", "pytest", "-q", "path::name")``.
+    """
+    # libstdc++ too: AddressSanitizer looks for __cxa_throw when it starts, and python itself does not link it
+    names = ("libasan.so", "libstdc++.so")
+    paths = [
+        subprocess.run([*compiler(), f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout
+        for name in names
+    ]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": ":".join(path.strip() for path in paths),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -1,0 +1,255 @@
+// Device, memory, and what depends on their sizes.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "runtime.h"
+#include "scheduler.h"
+
+namespace cuda_host {
+
+namespace {
+
+constexpr size_t kAlignment = 256;  // of cudaMalloc
+
+cudaError_t check_device(int device) {
+    return device >= 0 && device < runtime.settings.device_count ? cudaSuccess : cudaErrorInvalidDevice;
+}
+
+int64_t free_bytes() {
+    int64_t used = 0;
+    for (const auto& [p, bytes] : runtime.device_memory) used += static_cast<int64_t>(bytes);
+    return std::max<int64_t>(0, runtime.settings.free_memory - used);
+}
+
+// Fresh and freed memory is full of NaN.
+cudaError_t allocate(std::map<void*, size_t>& memory, void** p, size_t bytes) {
+    if (!p) return cudaErrorInvalidValue;
+    if (const cudaError_t error = check_unsafe_call()) return error;
+    *p = nullptr;
+    if (bytes == 0) return cudaSuccess;
+    if (posix_memalign(p, kAlignment, bytes) != 0) return cudaErrorMemoryAllocation;
+    std::memset(*p, 0xff, bytes);
+    memory[*p] = bytes;
+    return cudaSuccess;
+}
+
+cudaError_t release(std::map<void*, size_t>& memory, void* p) {
+    if (!p) return cudaSuccess;
+    const auto found = memory.find(p);
+    if (found == memory.end()) return cudaErrorInvalidValue;
+    if (const cudaError_t error = check_unsafe_call()) return error;
+    std::memset(p, 0xff, found->second);
+    memory.erase(found);
+    std::free(p);
+    return cudaSuccess;
+}
+
+}  // namespace
+
+int64_t blocks_per_sm(const void* function, int64_t block_size, size_t shared_bytes) {
+    constexpr int64_t kReserved = 1024;  // shared memory that each block takes besides its own
+    const Settings& settings = runtime.settings;
+    const auto shared = static_cast<int64_t>(shared_bytes);
+    const auto set = runtime.max_shared_bytes.find(function);
+    if (shared > (set == runtime.max_shared_bytes.end() ? settings.shared_bytes_per_block : set->second)) return 0;
+    return std::min({settings.blocks_per_sm, settings.threads_per_sm / ((block_size + 31) / 32 * 32),
+                     settings.shared_bytes_per_sm / (shared + kReserved)});
+}
+
+cudaError_t set_function_attribute(const void* function, cudaFuncAttribute attribute, int value) {
+    return call("cudaFuncSetAttribute", text(function_name(function), attribute, value), [=] {
+        if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+        if (value < 0 || value > runtime.settings.shared_bytes_per_block_optin) return cudaErrorInvalidValue;
+        runtime.max_shared_bytes[function] = value;
+        return cudaSuccess;
+    });
+}
+
+cudaError_t occupancy(int* blocks, const void* function, int block_size, size_t shared_bytes) {
+    return call("cudaOccupancyMaxActiveBlocksPerMultiprocessor",
+                text(function_name(function), block_size, shared_bytes), [=] {
+                    if (!blocks || block_size < 1 || block_size > 1024) return cudaErrorInvalidValue;
+                    *blocks = static_cast<int>(blocks_per_sm(function, block_size, shared_bytes));
+                    return cudaSuccess;
+                });
+}
+
+}  // namespace cuda_host
+
+using namespace cuda_host;
+
+cudaError_t cudaDriverGetVersion(int* version) {
+    return call(
+        "cudaDriverGetVersion", "",
+        [=] {
+            if (!version) return cudaErrorInvalidValue;
+            *version = static_cast<int>(runtime.settings.driver_version);
+            return cudaSuccess;
+        },
+        Needs::nothing);
+}
+
+cudaError_t cudaRuntimeGetVersion(int* version) {
+    return call(
+        "cudaRuntimeGetVersion", "",
+        [=] {
+            if (!version) return cudaErrorInvalidValue;
+            *version = CUDART_VERSION;
+            return cudaSuccess;
+        },
+        Needs::nothing);
+}
+
+cudaError_t cudaGetDeviceCount(int* count) {
+    if (count) *count = 0;
+    return call("cudaGetDeviceCount", "", [=] {
+        if (!count) return cudaErrorInvalidValue;
+        *count = static_cast<int>(runtime.settings.device_count);
+        return cudaSuccess;
+    });
+}
+
+cudaError_t cudaGetDevice(int* device) {
+    return call("cudaGetDevice", "", [=] {
+        if (!device) return cudaErrorInvalidValue;
+        *device = 0;
+        return cudaSuccess;
+    });
+}
+
+cudaError_t cudaSetDevice(int device) {
+    return call("cudaSetDevice", text(device), [=] { return check_device(device); });
+}
+
+cudaError_t cudaDeviceSynchronize() { return call("cudaDeviceSynchronize", "", check_unsafe_call); }
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    return call("cudaDeviceGetAttribute", text(attribute, device), [=] {
+        cudaDeviceProp properties;
+        if (!value) return cudaErrorInvalidValue;
+        if (const cudaError_t error = cudaGetDeviceProperties(&properties, device)) return error;
+        switch (attribute) {
+            case cudaDevAttrMaxThreadsPerBlock:
+                *value = properties.maxThreadsPerBlock;
+                return cudaSuccess;
+            case cudaDevAttrMaxSharedMemoryPerBlock:
+                *value = static_cast<int>(properties.sharedMemPerBlock);
+                return cudaSuccess;
+            case cudaDevAttrWarpSize:
+                *value = properties.warpSize;
+                return cudaSuccess;
+            case cudaDevAttrClockRate:  // kHz
+                *value = 1980000;
+                return cudaSuccess;
+            case cudaDevAttrMultiProcessorCount:
+                *value = properties.multiProcessorCount;
+                return cudaSuccess;
+            case cudaDevAttrMemoryClockRate:  // kHz
+                *value = 3201000;
+                return cudaSuccess;
+            case cudaDevAttrGlobalMemoryBusWidth:
+                *value = properties.memoryBusWidth;
+                return cudaSuccess;
+            case cudaDevAttrL2CacheSize:
+                *value = properties.l2CacheSize;
+                return cudaSuccess;
+            case cudaDevAttrMaxThreadsPerMultiProcessor:
+                *value = properties.maxThreadsPerMultiProcessor;
+                return cudaSuccess;
+            case cudaDevAttrComputeCapabilityMajor:
+                *value = properties.major;
+                return cudaSuccess;
+            case cudaDevAttrComputeCapabilityMinor:
+                *value = properties.minor;
+                return cudaSuccess;
+            case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+                *value = static_cast<int>(properties.sharedMemPerMultiprocessor);
+                return cudaSuccess;
+            case cudaDevAttrCooperativeLaunch:
+                *value = properties.cooperativeLaunch;
+                return cudaSuccess;
+            case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+                *value = static_cast<int>(properties.sharedMemPerBlockOptin);
+                return cudaSuccess;
+            case cudaDevAttrMaxBlocksPerMultiprocessor:
+                *value = properties.maxBlocksPerMultiProcessor;
+                return cudaSuccess;
+            case cudaDevAttrReservedSharedMemoryPerBlock:
+                *value = static_cast<int>(properties.reservedSharedMemPerBlock);
+                return cudaSuccess;
+        }
+        return cudaErrorInvalidValue;
+    });
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+    return call("cudaGetDeviceProperties", text(device), [=] {
+        if (!properties) return cudaErrorInvalidValue;
+        if (const cudaError_t error = check_device(device)) return error;
+        const Settings& settings = runtime.settings;
+        *properties = {};
+        std::strcpy(properties->name, "CPU pretending to be a GPU");
+        properties->totalGlobalMem = static_cast<size_t>(settings.total_memory);
+        properties->sharedMemPerBlock = static_cast<size_t>(settings.shared_bytes_per_block);
+        properties->warpSize = warpSize;
+        properties->maxThreadsPerBlock = 1024;
+        properties->major = static_cast<int>(settings.compute_major);
+        properties->minor = static_cast<int>(settings.compute_minor);
+        properties->multiProcessorCount = static_cast<int>(settings.sm_count);
+        properties->memoryBusWidth = 6144;
+        properties->l2CacheSize = static_cast<int>(settings.l2_bytes);
+        properties->maxThreadsPerMultiProcessor = static_cast<int>(settings.threads_per_sm);
+        properties->sharedMemPerMultiprocessor = static_cast<size_t>(settings.shared_bytes_per_sm);
+        properties->cooperativeLaunch = 1;
+        properties->sharedMemPerBlockOptin = static_cast<size_t>(settings.shared_bytes_per_block_optin);
+        properties->maxBlocksPerMultiProcessor = static_cast<int>(settings.blocks_per_sm);
+        properties->reservedSharedMemPerBlock = 1024;
+        return cudaSuccess;
+    });
+}
+
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+    return call("cudaMemGetInfo", "", [=] {
+        if (!free || !total) return cudaErrorInvalidValue;
+        *free = static_cast<size_t>(free_bytes());
+        *total = static_cast<size_t>(runtime.settings.total_memory);
+        return cudaSuccess;
+    });
+}
+
+cudaError_t cudaMalloc(void** p, size_t bytes) {
+    return call("cudaMalloc", text(bytes), [=] {
+        if (static_cast<int64_t>(bytes) > free_bytes()) return cudaErrorMemoryAllocation;
+        return allocate(runtime.device_memory, p, bytes);
+    });
+}
+
+cudaError_t cudaFree(void* p) {
+    return call(
+        "cudaFree", text(p), [=] { return release(runtime.device_memory, p); }, Needs::device_even_if_it_failed);
+}
+
+cudaError_t cudaMallocHost(void** p, size_t bytes) {
+    return call("cudaMallocHost", text(bytes), [=] { return allocate(runtime.host_memory, p, bytes); });
+}
+
+cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned flags) {
+    return call("cudaHostAlloc", text(bytes, flags), [=] { return allocate(runtime.host_memory, p, bytes); });
+}
+
+cudaError_t cudaFreeHost(void* p) {
+    return call(
+        "cudaFreeHost", text(p), [=] { return release(runtime.host_memory, p); }, Needs::device_even_if_it_failed);
+}
+
+cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned flags) {
+    return call("cudaHostGetDevicePointer", text(host, flags), [=] {
+        auto after = runtime.host_memory.upper_bound(host);
+        if (!device || flags || after == runtime.host_memory.begin()) return cudaErrorInvalidValue;
+        const auto& [begin, bytes] = *--after;
+        if (host >= static_cast<char*>(begin) + bytes) return cudaErrorInvalidValue;
+        *device = host;
+        return cudaSuccess;
+    });
+}

@@ -1,0 +1,35 @@
+#include "runtime.h"
+
+#include <cstdlib>
+
+#include "graph.h"
+
+namespace cuda_host {
+
+Runtime runtime;
+
+Runtime::Runtime() = default;
+Runtime::~Runtime() = default;
+
+void Runtime::reset() {
+    for (auto* memory : {&device_memory, &host_memory}) {
+        for (const auto& [p, bytes] : *memory) std::free(p);
+        memory->clear();
+    }
+    settings = {};
+    log.clear();
+    injected.clear();
+    last_error = sticky_error = cudaSuccess;
+    failure.clear();
+    max_shared_bytes.clear();
+    handles.clear();
+    execs.clear();
+    graphs.clear();
+    bodies.clear();
+    events.clear();
+    streams.clear();
+    *find_stream(cudaStreamLegacy) = {};
+    *find_stream(cudaStreamPerThread) = {};
+}
+
+}  // namespace cuda_host

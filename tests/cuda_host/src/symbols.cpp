@@ -1,0 +1,60 @@
+// The name of a kernel from its address: kernels have internal linkage, so dladdr() does not know them, but this
+// library's own file lists them.
+#include <cxxabi.h>
+#include <dlfcn.h>
+#include <elf.h>
+#include <link.h>
+
+#include <cstdlib>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "scheduler.h"
+
+namespace cuda_host {
+
+namespace {
+
+std::string demangled(const char* symbol) {
+    int status = 0;
+    char* text = abi::__cxa_demangle(symbol, nullptr, nullptr, &status);
+    std::string name = status == 0 ? text : symbol;
+    std::free(text);
+    return name;
+}
+
+// Address relative to the library -> symbol.
+std::map<uintptr_t, std::string> read_symbols(const char* path) {
+    std::ifstream file(path, std::ios::binary);
+    const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
+    std::map<uintptr_t, std::string> symbols;
+    if (bytes.empty()) return symbols;
+    const auto at = [&](size_t offset) { return bytes.data() + offset; };
+    const auto* header = reinterpret_cast<const ElfW(Ehdr)*>(at(0));
+    const auto* sections = reinterpret_cast<const ElfW(Shdr)*>(at(header->e_shoff));
+    for (int i = 0; i < header->e_shnum; ++i) {
+        if (sections[i].sh_type != SHT_SYMTAB) continue;
+        const auto* table = reinterpret_cast<const ElfW(Sym)*>(at(sections[i].sh_offset));
+        const char* names = at(sections[sections[i].sh_link].sh_offset);
+        for (size_t s = 0; s < sections[i].sh_size / sizeof *table; ++s) {
+            if (ELF64_ST_TYPE(table[s].st_info) == STT_FUNC) symbols[table[s].st_value] = names + table[s].st_name;
+        }
+    }
+    return symbols;
+}
+
+}  // namespace
+
+std::string function_name(const void* function) {
+    Dl_info library;
+    if (!dladdr(function, &library)) return "unknown";
+    static const auto symbols = read_symbols(library.dli_fname);
+    const auto base = reinterpret_cast<uintptr_t>(library.dli_fbase);
+    const auto found = symbols.find(reinterpret_cast<uintptr_t>(function) - base);
+    return found == symbols.end() ? "unknown" : demangled(found->second.c_str());
+}
+
+}  // namespace cuda_host
