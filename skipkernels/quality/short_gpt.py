@@ -1,0 +1,73 @@
+"""ShortGPT (Men et al. 2024, arXiv 2403.03853): the layers that change the residual stream least are removed.
+
+Block Influence of a layer is 1 - cosine of the residual stream in front of and behind the whole layer, averaged over
+the tokens of a calibration text. Removal is static: it holds for the prompt as well.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch.nn.functional import cosine_similarity
+
+from skipkernels.errors import PolicyError
+from skipkernels.quality.ffn_methods import round_half_up
+from skipkernels.quality.layer_decoder import LayerDecoder
+from skipkernels.quality.layer_methods import LayerMethod
+from skipkernels.quality.lengths import Lengths
+from skipkernels.quality.method import Found, Method, Progress, RatioOf, ignore
+from skipkernels.quality.setup import Setup
+
+
+class RemovedLayers:
+    """No token runs the removed layers."""
+
+    def __init__(self, removed: list[int]) -> None:
+        self._removed = frozenset(removed)
+
+    def runs(self, layer: int, hidden: torch.Tensor, ran: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(ran, layer not in self._removed)
+
+
+class ShortGPT:
+    """Static removal of the least influential layers."""
+
+    name: ClassVar[str] = "shortgpt"
+    source: ClassVar[str] = "ShortGPT (Men et al. 2024, arXiv 2403.03853)"
+    ratio_of: ClassVar[RatioOf] = "layers"
+
+    def find(self, setup: Setup, ratio: float, lengths: Lengths, progress: Progress = ignore) -> Found:
+        layers = setup.engine.config.num_hidden_layers
+        count = round_half_up(ratio * layers)
+        if not 0 < count < layers:
+            raise PolicyError(
+                f"a ratio of {ratio} removes {count} of {layers} layers; between 1 and {layers - 1} are possible, "
+                f"ratios from {1 / layers:.3f} to {1 - 1 / layers:.3f}"
+            )
+        passages = setup.search_passages(lengths.typical)
+        influence = torch.zeros(layers)
+        for number, passage in enumerate(passages, start=1):
+            influence += block_influence(setup.layer_decoder, torch.tensor(passage.token_ids)) / len(passages)
+            progress("reading the text", number / len(passages))
+        removed = influence.argsort(stable=True)[:count].sort().values
+        return {"removed": removed.tolist(), "block_influence": [round(value, 6) for value in influence.tolist()]}
+
+    def build(self, setup: Setup, found: Found) -> Method:
+        return LayerMethod(setup.engine, setup.layer_decoder, RemovedLayers(found["removed"]), fills_cache=False)
+
+
+def block_influence(decoder: LayerDecoder, tokens: torch.Tensor) -> torch.Tensor:
+    """Block Influence of every layer, f32 [layers], over tokens i64 [tokens]."""
+    streams: list[list[torch.Tensor]] = [[] for _ in range(decoder.config.num_hidden_layers)]
+
+    class Observer:
+        def runs(self, layer: int, hidden: torch.Tensor, ran: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+            streams[layer].append(hidden)
+            return torch.ones_like(ran)
+
+    decoder.begin()
+    last, _ = decoder.read(tokens, Observer(), 0)
+    whole = [*(torch.cat(parts) for parts in streams), last]
+    return torch.stack([1.0 - cosine_similarity(*pair, dim=-1).mean() for pair in pairwise(whole)])
