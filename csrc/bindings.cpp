@@ -16,6 +16,9 @@
 #ifndef SKIPKERNELS_CUDA_BUILT
 #    define SKIPKERNELS_CUDA_BUILT 0
 #endif
+#if SKIPKERNELS_CUDA_BUILT
+#    include "cuda/bindings.h"
+#endif
 #ifndef SKIPKERNELS_BUILD_NOTE
 #    define SKIPKERNELS_BUILD_NOTE "unknown"
 #endif
@@ -133,11 +136,12 @@ PYBIND11_MODULE(_C, m) {
           py::arg("isa") = "auto", py::call_guard<py::gil_scoped_release>(),
           "Seconds of each of `repeats` full reads of `bytes` of memory.");
 
-    py::class_<Instruction>(m, "Instruction")
+    // module-local: tests load a second build of this module beside the first
+    py::class_<Instruction>(m, "Instruction", py::module_local())
         .def(py::init(&make_instruction), py::arg("op"), py::arg("dtype"), py::arg("when"), py::arg("batch_size"),
              py::arg("operands"));
 
-    py::class_<cpu::Executor>(m, "CpuExecutor")
+    py::class_<cpu::Executor>(m, "CpuExecutor", py::module_local())
         .def(py::init([](std::vector<Instruction> program, uintptr_t active, int64_t batch_size, int num_threads,
                          const std::string& isa) {
                  check(num_threads >= 1, "num_threads must be at least 1, got ", num_threads);
@@ -153,4 +157,8 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("profile", &cpu::Executor::profile)
         .def_property_readonly("num_threads", &cpu::Executor::num_threads)
         .def_property_readonly("isa", &cpu::Executor::isa);
+
+#if SKIPKERNELS_CUDA_BUILT
+    cuda::bind(m);
+#endif
 }

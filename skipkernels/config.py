@@ -142,6 +142,17 @@ class ModelConfig:
         head = (self.vocab_size + 1) * self.hidden_size * dtype.itemsize
         return self.num_hidden_layers * per_layer + head
 
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of all matrices."""
+        per_layer = self.attention_bytes(dtype) + self.ffn_bytes(dtype)
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size * dtype.itemsize
+        return self.num_hidden_layers * per_layer + embeddings
+
+    def cache_bytes(self, batch_size: int, max_seq_len: int, dtype: torch.dtype) -> int:
+        """Bytes of a KV cache; sliding layers keep every position too."""
+        per_position = 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * dtype.itemsize
+        return batch_size * max_seq_len * per_position
+
     def kv_bytes(self, seq_len: int, dtype: torch.dtype) -> int:
         """Bytes of cached keys and values one row reads to attend over ``seq_len`` positions, windows respected."""
         positions = sum(min(seq_len, window or seq_len) for window in self.sliding_windows)

@@ -19,7 +19,8 @@ from skipkernels.checkpoint import (
 from skipkernels.config import ModelConfig, dtype_name, resolve_dtype
 from skipkernels.decoding import Decoding, Row
 from skipkernels.errors import DeviceError, RequestError
-from skipkernels.executors import Executor, check_executor, get_executor
+from skipkernels.executors import Executor, get_executor
+from skipkernels.executors.execution import Execution
 from skipkernels.generation import Generation, SamplingParams, StreamChunk
 from skipkernels.policy import DensePolicy, Policy
 from skipkernels.policy_file import load_policy
@@ -51,20 +52,25 @@ class Engine:
         generation_config: GenerationConfig | None = None,
         max_seq_len: int,
         max_batch_size: int = 1,
-        executor: str = "auto",
-        num_threads: int | None = None,
+        execution: Execution | None = None,
     ) -> None:
+        """``execution``, by default every processor of the cpu, is for the device the weights are on."""
         _check_batch_size(max_batch_size)
+        self.execution = (execution or Execution()).resolved()
+        if weights.embed_tokens.is_cuda != self.execution.on_gpu:
+            raise DeviceError(f"the weights are on {weights.embed_tokens.device}, not on {self.execution.device}")
         self.config = config
         self.weights = weights
         self.tokenizer = tokenizer
         self.fingerprint = weights.fingerprint(config)
         self.state = DecodeState.allocate(
-            config, batch_size=max_batch_size, max_seq_len=max_seq_len, dtype=weights.dtype
+            config,
+            batch_size=max_batch_size,
+            max_seq_len=max_seq_len,
+            dtype=weights.dtype,
+            device=self.execution.device,
         )
         self.default_eos_token_ids = default_eos_token_ids(tokenizer, generation_config)
-        self.num_threads = num_threads
-        self._executor_name = executor
         self._executors: dict[Policy, Executor] = {}
         self._decoding: Decoding | None = None
         self.policy = policy or DensePolicy()
@@ -82,6 +88,10 @@ class Engine:
         max_batch_size: int = 1,
         executor: str = "auto",
         num_threads: int | None = None,
+        kernels: str = "auto",
+        conditional: str = "auto",
+        loop: str = "auto",
+        debug: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Engine:
         """Loads a model for decoding.
@@ -90,12 +100,11 @@ class Engine:
             model: a folder with a Hugging Face checkpoint, a hub id, or a loaded ``transformers`` module, whose
                 parameters become views of the packed weights.
             policy: which FFNs to skip: a policy, or the path of a ``skip_policy.json``; None is dense.
-            device: only ``"cpu"`` in this release.
+            device: ``cpu``, ``cuda`` or ``cuda:N``.
             dtype: fp32, bf16 or fp16; None takes the checkpoint's own.
             max_seq_len: cached positions per row; None: the model's maximum, at most 4096.
             max_batch_size: rows decoded together, 1 to 16.
-            executor: ``auto``, ``cpu`` or ``reference``.
-            num_threads: threads of the cpu executor; None: all processors.
+            executor, num_threads, kernels, conditional, loop, debug: see ``Execution``.
             tokenizer: None loads the checkpoint's, where it has one.
 
         Raises:
@@ -103,9 +112,7 @@ class Engine:
         """
         from transformers import PreTrainedModel
 
-        if device != "cpu":
-            raise DeviceError(f"device {device!r} is not available in this release; use 'cpu'")
-        check_executor(executor, num_threads)
+        execution = Execution(device, executor, num_threads, kernels, conditional, loop, debug).resolved()
         _check_batch_size(max_batch_size)
         wanted = None if dtype is None else resolve_dtype(dtype)
         folder = None if isinstance(model, PreTrainedModel) else resolve_checkpoint(model)
@@ -118,12 +125,14 @@ class Engine:
             )
         if isinstance(policy, Policy):
             policy.plan(config.num_hidden_layers)  # before gigabytes are read
+        stored = resolve_dtype(hf_config.dtype or "fp32") if folder else cast("PreTrainedModel", model).dtype
+        _check_memory(config, wanted or stored, length, max_batch_size, device)
         if folder is None:
             module = cast("PreTrainedModel", model)
-            weights = pack_module(module, config, wanted, length)
+            weights = pack_module(module, config, wanted, length, device)
             generation_config: GenerationConfig | None = module.generation_config
         else:
-            weights = load_checkpoint(folder, config, wanted or resolve_dtype(hf_config.dtype or "fp32"), length)
+            weights = load_checkpoint(folder, config, wanted or stored, length, device)
             tokenizer = tokenizer or load_tokenizer(folder)
             generation_config = load_generation_config(folder)
         fill_rope(weights, hf_config)
@@ -137,8 +146,7 @@ class Engine:
             generation_config=generation_config,
             max_seq_len=length,
             max_batch_size=max_batch_size,
-            executor=executor,
-            num_threads=num_threads,
+            execution=execution,
         )
 
     def with_rows(self, max_batch_size: int) -> Engine:
@@ -150,8 +158,7 @@ class Engine:
             tokenizer=self.tokenizer,
             max_seq_len=self.max_seq_len,
             max_batch_size=max_batch_size,
-            executor=self._executor_name,
-            num_threads=self.num_threads,
+            execution=self.execution,
         )
         other.default_eos_token_ids = self.default_eos_token_ids
         return other
@@ -174,9 +181,7 @@ class Engine:
             if len(self._executors) >= _KEPT_EXECUTORS:  # a sweep over policies must not pile up threads
                 del self._executors[next(iter(self._executors))]
             program = build_program(self.config, self.weights, self.state, policy)
-            self._executors[policy] = get_executor(
-                self._executor_name, program, self.state, num_threads=self.num_threads
-            )
+            self._executors[policy] = get_executor(self.execution, program, self.state)
         return self._executors[policy]
 
     def generate(
@@ -285,6 +290,7 @@ class Engine:
 
         if self._decoding:
             self._decoding.taken_over = True
+            self.state.settle()  # an abandoned stream may have left steps behind on the device
         for index in range(self.max_batch_size):
             self.state.end_row(index)
         started = time.perf_counter()
@@ -364,3 +370,18 @@ def _is_batch(prompts: object) -> bool:
         return False
     first = next(iter(prompts), None)  # type: ignore[call-overload]
     return not isinstance(first, int | dict)
+
+
+def _check_memory(config: ModelConfig, dtype: torch.dtype, max_seq_len: int, batch_size: int, device: str) -> None:
+    """Refuses a model that does not fit a GPU before a byte of it is read."""
+    if not device.startswith("cuda"):
+        return
+    weights, cache = config.weight_bytes(dtype), config.cache_bytes(batch_size, max_seq_len, dtype)
+    free, total = torch.cuda.mem_get_info(torch.device(device))
+    if weights + cache > free:
+        gib = 2**30
+        raise DeviceError(
+            f"the model needs {(weights + cache) / gib:.1f} GiB ({weights / gib:.1f} of weights, {cache / gib:.1f} of "
+            f"cache for {batch_size} rows of {max_seq_len} positions), and {device} has {free / gib:.1f} GiB free of "
+            f"{total / gib:.1f}; use a smaller max_seq_len, max_batch_size or dtype"
+        )

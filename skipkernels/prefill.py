@@ -34,9 +34,9 @@ def prefill(
     observe: Observer | None = None,
 ) -> None:
     """Caches ``prompt`` (i32 [tokens], at least one) for ``row`` and makes the row active on its last token."""
-    for start in range(0, prompt.numel() - 1, CHUNK):
-        chunk = prompt[start : min(start + CHUNK, prompt.numel() - 1)]
-        hidden = weights.embed_tokens[chunk.long()]
+    cached = prompt[:-1].to(weights.embed_tokens.device).long()
+    for start in range(0, cached.numel(), CHUNK):
+        hidden = weights.embed_tokens[cached[start : start + CHUNK]]
         for index, layer in enumerate(weights.layers):
             k_cache, v_cache = state.k_cache[index, row], state.v_cache[index, row]
             hidden = hidden + _attention(config, weights, index, hidden, start, k_cache, v_cache)
@@ -70,8 +70,8 @@ def _attention(
     v_cache[:, start:end] = value
     window = config.sliding_windows[index]
     begin = max(0, start + 1 - window) if window else 0
-    positions = torch.arange(begin, end)
-    offsets = torch.arange(start, end)[:, None] - positions
+    positions = torch.arange(begin, end, device=hidden.device)
+    offsets = torch.arange(start, end, device=hidden.device)[:, None] - positions
     mask = offsets >= 0 if window is None else (offsets >= 0) & (offsets < window)
     attended = F.scaled_dot_product_attention(
         apply_rope(query, cos, sin)[None],

@@ -97,7 +97,7 @@ def dense_similarities(engine: Engine, passages: Sequence[Passage]) -> Iterator[
         def observe(
             layer: int, before: torch.Tensor, after: torch.Tensor, chunks: list[list[torch.Tensor]] = chunks
         ) -> None:
-            chunks[layer].append(_cosine(before.float(), after.float()))
+            chunks[layer].append(_cosine(before.float(), after.float()).cpu())
 
         tokens = torch.tensor(passage.token_ids, dtype=torch.int32)
         prefill(engine.config, engine.weights, engine.state, 0, tokens, observe)
@@ -135,7 +135,7 @@ class _Row:
     def take_step(self) -> None:
         """Reads the logits of the step just run and puts the passage's token where the sampled one stands."""
         position, token = self._position, self._targets[self._position]
-        log_probs = torch.log_softmax(self._state.logits[self._index], dim=-1)
+        log_probs = torch.log_softmax(self._state.logits[self._index].cpu(), dim=-1)
         self._argmax[position] = log_probs.argmax()
         self._log_probs[position] = log_probs[token]
         if self.reference is not None:

@@ -176,6 +176,11 @@ class DecodeState:
         self.threshold_scale[row] = 1.0
         self.similarity[:, row] = float("nan")
 
+    def settle(self) -> None:
+        """Waits until the device has done all it was given: from then on the host may write to its buffers."""
+        if self.active.is_cuda:
+            torch.cuda.synchronize(self.active.device)
+
     def end_row(self, row: int) -> None:
         """Stops ``row`` from outside, as ``advance`` does from inside."""
         self.active[row] = 0

@@ -79,7 +79,7 @@ class ModelWeights:
         the same checkpoint has the same fingerprint in every dtype."""
         digest = hashlib.sha256(config.architecture_hash().encode())
         for norm in (self.layers[0].input_layernorm, self.norm):
-            digest.update(norm.bfloat16().view(torch.int16).numpy().tobytes())
+            digest.update(norm.bfloat16().view(torch.int16).cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -113,19 +113,22 @@ def expected_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def allocate_weights(config: ModelConfig, dtype: torch.dtype, max_seq_len: int) -> ModelWeights:
-    """Packed weights with nothing in them yet, on huge pages where the system grants them."""
+def allocate_weights(
+    config: ModelConfig, dtype: torch.dtype, max_seq_len: int, device: torch.device | str = "cpu"
+) -> ModelWeights:
+    """Packed weights with nothing in them yet; on a CPU on huge pages, where the system grants them."""
 
     def matrix(*shape: int) -> torch.Tensor:
         from skipkernels import _C
 
-        tensor = torch.empty(shape, dtype=dtype)
-        # 2 MB pages: a decode streams gigabytes, and 4 KB pages cost it a TLB miss every other row
-        _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        if tensor.device.type == "cpu":
+            # 2 MB pages: a decode streams gigabytes, and 4 KB pages cost it a TLB miss every other row
+            _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
         return tensor
 
-    def vector(size: int, present: bool = True) -> torch.Tensor | None:
-        return torch.empty(size, dtype=torch.float32) if present else None
+    def vector(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
 
     hidden, c = config.hidden_size, config
     embed_tokens = matrix(c.vocab_size, hidden)
@@ -133,23 +136,23 @@ def allocate_weights(config: ModelConfig, dtype: torch.dtype, max_seq_len: int) 
         embed_tokens=embed_tokens,
         layers=[
             LayerWeights(
-                input_layernorm=torch.empty(hidden),
+                input_layernorm=vector(hidden),
                 qkv_proj=matrix(c.qkv_size, hidden),
-                qkv_bias=vector(c.qkv_size, c.qkv_bias),
-                q_norm=vector(c.head_dim, c.qk_norm),
-                k_norm=vector(c.head_dim, c.qk_norm),
+                qkv_bias=vector(c.qkv_size) if c.qkv_bias else None,
+                q_norm=vector(c.head_dim) if c.qk_norm else None,
+                k_norm=vector(c.head_dim) if c.qk_norm else None,
                 o_proj=matrix(hidden, c.attention_size),
-                o_proj_bias=vector(hidden, c.o_proj_bias),
-                post_attention_layernorm=torch.empty(hidden),
+                o_proj_bias=vector(hidden) if c.o_proj_bias else None,
+                post_attention_layernorm=vector(hidden),
                 gate_up_proj=matrix(2 * c.intermediate_size, hidden),
                 down_proj=matrix(hidden, c.intermediate_size),
             )
             for _ in range(c.num_hidden_layers)
         ],
-        norm=torch.empty(hidden),
+        norm=vector(hidden),
         lm_head=embed_tokens if c.tie_word_embeddings else matrix(c.vocab_size, hidden),
-        rope_cos=torch.empty(max_seq_len, c.head_dim // 2),
-        rope_sin=torch.empty(max_seq_len, c.head_dim // 2),
+        rope_cos=vector(max_seq_len, c.head_dim // 2),
+        rope_sin=vector(max_seq_len, c.head_dim // 2),
     )
 
 
@@ -193,7 +196,9 @@ def fill_rope(weights: ModelWeights, hf_config: PreTrainedConfig) -> None:
     weights.rope_sin.copy_(sin[0, :, :half])
 
 
-def load_checkpoint(path: Path, config: ModelConfig, dtype: torch.dtype, max_seq_len: int) -> ModelWeights:
+def load_checkpoint(
+    path: Path, config: ModelConfig, dtype: torch.dtype, max_seq_len: int, device: torch.device | str = "cpu"
+) -> ModelWeights:
     """Reads (sharded) safetensors into packed weights. Peak memory is the weights and one layer's file pages.
 
     Raises:
@@ -216,7 +221,7 @@ def load_checkpoint(path: Path, config: ModelConfig, dtype: torch.dtype, max_seq
                 actual = tuple(file.get_slice(name).get_shape())
                 if actual != shapes[name]:
                     raise ModelError(f"{shard}: tensor {name!r} has shape {actual}, expected {shapes[name]}")
-    weights = allocate_weights(config, dtype, max_seq_len)
+    weights = allocate_weights(config, dtype, max_seq_len, device)
     views = parameter_views(config, weights)
     for shard, names in by_shard.items():
         # reopened every few tensors: closing drops the mapped pages, which would double the resident size
@@ -255,7 +260,11 @@ def _open_shard(path: Path) -> safe_open:
 
 
 def pack_module(
-    module: PreTrainedModel, config: ModelConfig, dtype: torch.dtype | None, max_seq_len: int
+    module: PreTrainedModel,
+    config: ModelConfig,
+    dtype: torch.dtype | None,
+    max_seq_len: int,
+    device: torch.device | str = "cpu",
 ) -> ModelWeights:
     """Packs a loaded module layer by layer and turns its parameters into views of the packed weights.
 
@@ -268,10 +277,10 @@ def pack_module(
             raise ModelError(f"{type(module).__name__}: parameter {name!r} is missing")
         if tuple(parameters[name].shape) != shape:
             raise ModelError(f"{name!r} has shape {tuple(parameters[name].shape)}, expected {shape}")
-        if parameters[name].device.type != "cpu":
-            raise ModelError(f"{name!r} is on {parameters[name].device}; move the module to the CPU first")
+        if parameters[name].device.type != torch.device(device).type:
+            raise ModelError(f"{name!r} is on {parameters[name].device}; move the module to {device} first")
     own = parameters["model.embed_tokens.weight"].dtype
-    weights = allocate_weights(config, dtype or own, max_seq_len)
+    weights = allocate_weights(config, dtype or own, max_seq_len, device)
     views = parameter_views(config, weights)
     with torch.no_grad():
         for name, view in views.items():
@@ -282,11 +291,14 @@ def pack_module(
     return weights
 
 
-def random_weights(config: ModelConfig, dtype: torch.dtype, max_seq_len: int, seed: int = 0) -> ModelWeights:
+def random_weights(
+    config: ModelConfig, dtype: torch.dtype, max_seq_len: int, seed: int = 0, device: torch.device | str = "cpu"
+) -> ModelWeights:
     """Weights of the right shapes and scale, for timing only: one random block, repeated."""
     generator = torch.Generator().manual_seed(seed)
     block = (torch.randn(1 << 20, generator=generator) * 0.02).to(dtype)
-    weights = allocate_weights(config, dtype, max_seq_len)
+    weights = allocate_weights(config, dtype, max_seq_len, device)
+    block = block.to(device)
     for _, tensor in weights.tensors():
         if tensor.dim() == 1:
             tensor.fill_(1.0)

@@ -145,13 +145,14 @@ def _random_model(shapes: str, dtype: str, length: int, num_threads: int) -> tup
     from skipkernels.benchmark.systems import module_over
     from skipkernels.config import ModelConfig, resolve_dtype
     from skipkernels.engine import Engine
+    from skipkernels.executors.execution import Execution
     from skipkernels.weights import fill_rope, random_weights
 
     hf_config = shape_config(shapes, length)
     config = ModelConfig.from_hf(hf_config)
     weights = random_weights(config, resolve_dtype(dtype), length)
     fill_rope(weights, hf_config)
-    engine = Engine(config, weights, max_seq_len=length, num_threads=num_threads)
+    engine = Engine(config, weights, max_seq_len=length, execution=Execution(num_threads=num_threads))
     return engine, module_over(weights, config, hf_config)
 
 

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from skipkernels import __version__
 from skipkernels.benchmark.cli import app as bench
-from skipkernels.benchmark.cli import app as bench_app
+from skipkernels.cli import console
 from skipkernels.cli.calibrate import calibrate
 from skipkernels.cli.demo import demo
 from skipkernels.cli.env import env
@@ -39,11 +39,12 @@ class Commands(TyperGroup):
         **extra: Any,
     ) -> Any:
         given = list(sys.argv[1:] if args is None else args)
+        console.debugging = "--debug" in given
         words = [word for word in given if word != "--debug"] or ["--help"]
         try:
             result = super().main(words, prog_name or "skipkernels", complete_var, standalone_mode=False, **extra)
         except Exception as error:
-            if "--debug" in given:
+            if console.debugging:
                 traceback.print_exc()
             message, code = describe(error)
             print(f"error: {message}", file=sys.stderr)
@@ -78,7 +79,6 @@ app.command()(trace)
 app.add_typer(bench, name="bench")
 app.command()(demo)
 app.command()(env)
-app.add_typer(bench_app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from skipkernels.cli import options as opt
 from skipkernels.cli.console import err, out, percent, print_json, require_folder, table
+from skipkernels.cli.groups import grouped
 from skipkernels.cli.models import (
     CALIBRATION_ROWS,
     POLICY_FILE,
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 _SHOWN_TRIALS = 8
 
 
+@grouped
 def calibrate(
-    model: opt.Model,
+    model_options: ModelOptions,
     skip_ratio: Annotated[float, typer.Option(help="Wanted share of all FFN executions skipped.")] = 0.25,
     text: opt.Text = None,
     out_file: Annotated[Path, typer.Option("--out", help="The policy file to write.")] = Path(POLICY_FILE),
@@ -46,9 +48,6 @@ def calibrate(
     cold_end: opt.ColdEnd = None,
     warmup_tokens: opt.WarmupTokens = None,
     batch_rule: opt.BatchRule = None,
-    dtype: opt.Dtype = None,
-    threads: opt.Threads = None,
-    executor: opt.Executor = "auto",
 ) -> None:
     """Find threshold, span and cold layers for a wanted skip ratio, and write them to a policy file.
 
@@ -68,10 +67,9 @@ def calibrate(
     given = {name: value for name, value in given.items() if value is not None}
     if span is not None:
         given["spans"] = (parse_span(span),)
-    model_options = ModelOptions(model, dtype, threads, executor)
     rows = min(CALIBRATION_ROWS, -(-passages // 2))
     engine = model_options.load(max_batch_size=rows)
-    source, texts = calibration_texts(engine, model, text)
+    source, texts = calibration_texts(engine, model_options.model, text)
     started = time.perf_counter()
     calibration = run_calibration(
         engine, texts, skip_ratio, new_tokens=new_tokens, prompt_tokens=prompt_tokens, passages=passages, **given

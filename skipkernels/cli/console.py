@@ -19,6 +19,9 @@ from skipkernels.errors import RequestError
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+debugging = False
+"""Whether --debug was given."""
+
 Report = Callable[[str, float], None]
 """Called as (what is being done, share that is done)."""
 

@@ -16,20 +16,26 @@ from skipkernels.cli import options as opt
 from skipkernels.cli.console import out, print_json
 from skipkernels.machine import processor_name, usable_processors
 
-_EXTRAS = {"plot": ("matplotlib",), "bench": ("gguf",), "test": ("pytest", "hypothesis")}
+_EXTRAS = {"triton": ("triton",), "plot": ("matplotlib",), "bench": ("gguf",), "test": ("pytest", "hypothesis")}
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def env(json: opt.Json = False) -> None:
     """Show what was built, what can be used on this machine, and why the rest cannot."""
-    sections = {"skipkernels": _package(), "machine": _machine(), "libraries": _libraries(), "extras": _extras()}
+    sections = {
+        "skipkernels": _package(),
+        "machine": _machine(),
+        "gpu": _gpu(),
+        "libraries": _libraries(),
+        "extras": _extras(),
+    }
     if json:
         print_json(sections)
         return
     for title, entries in sections.items():
         rows = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        rows.add_column(style="dim", width=20, no_wrap=True)
+        rows.add_column(style="dim", width=22, no_wrap=True)
         rows.add_column(overflow="fold")
         for name, value in entries.items():
             rows.add_row(f"  {name}", _shown(value))
@@ -47,10 +53,9 @@ def _package() -> dict[str, Any]:
         return entries | {"executors": ["reference"], "extension": f"not usable: {error}"}
     has_demo = (demo_model_path() / "config.json").exists()
     return entries | {
-        "executors": ["cpu", "reference"],
+        "executors": ["cpu", "graph", "reference"],
         "extension": str(_C.__file__),
         "instruction sets": list(_C.usable_isas()),
-        "cuda": f"built: {_C.build_note}" if _C.cuda_built else f"not built: {_C.build_note}",
         "batch rows at most": _C.max_batch_size,
         "demo model": "present" if has_demo else "missing: train it with python -m skipkernels.demo.train",
     }
@@ -66,7 +71,6 @@ def _machine() -> dict[str, Any]:
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
         "huge pages": _huge_pages(),
         "torch threads": torch.get_num_threads(),
-        "gpu": _gpu(),
     }
 
 
@@ -80,12 +84,26 @@ def _huge_pages() -> str:
     return f"{mode}: weights stay on 4 KB pages" if mode == "never" else f"{mode}: weights get 2 MB pages"
 
 
-def _gpu() -> str:
+def _gpu() -> dict[str, Any]:
+    """Each part of the GPU runtime: usable, or why not."""
     import torch
 
-    if not torch.cuda.is_available():
-        return f"none that torch {torch.__version__} can use"
-    return f"{torch.cuda.get_device_name()}; not used by this release"
+    try:
+        from skipkernels import _C
+        from skipkernels.executors.support import CudaSupport
+    except ImportError as error:
+        return {"device cuda": f"not usable: {error}"}
+    support = CudaSupport.probe()
+    parts = {
+        "device cuda": support.device,
+        **{f"kernels {name}": missing for name, missing in support.kernels.items()},
+        "conditional if_node": support.if_node,
+        "loop while": support.while_node,
+    }
+    entries = {name: f"not usable: {missing}" if missing else "usable" for name, missing in parts.items()}
+    if support.device is None:
+        entries["device cuda"] = f"usable: {torch.cuda.get_device_name()}"
+    return entries | {"cuda part": f"{'built' if _C.cuda_built else 'not built'}: {_C.build_note}"}
 
 
 def _libraries() -> dict[str, Any]:

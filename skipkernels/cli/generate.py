@@ -8,7 +8,8 @@ import typer
 
 from skipkernels.cli import options as opt
 from skipkernels.cli.console import err, percent, print_json, progress_bar, table
-from skipkernels.cli.models import ModelOptions, PolicyOptions
+from skipkernels.cli.groups import grouped
+from skipkernels.cli.models import ModelOptions, PolicyOptions, SamplingOptions
 from skipkernels.policy import DensePolicy, Policy
 
 if TYPE_CHECKING:
@@ -21,9 +22,12 @@ _PATIENCE_S = 4.0
 """A comparison takes about this long; a model too slow for that gets one round."""
 
 
+@grouped
 def generate(
-    model: opt.Model,
+    model_options: ModelOptions,
     prompt: opt.Prompt,
+    policy_options: PolicyOptions,
+    sampling_options: SamplingOptions,
     max_new_tokens: opt.MaxNewTokens = None,
     stop: opt.Stop = None,
     chat: opt.Chat = False,
@@ -31,35 +35,9 @@ def generate(
         bool, typer.Option("--no-compare", help="Leave out the dense run that the speed is compared with.")
     ] = False,
     json: opt.Json = False,
-    dense: opt.Dense = False,
-    policy: opt.PolicyFile = None,
-    skip_ratio: opt.SkipRatio = None,
-    text: opt.Text = None,
-    threshold: opt.Threshold = None,
-    span: opt.Span = None,
-    cold_start: opt.ColdStart = None,
-    cold_end: opt.ColdEnd = None,
-    warmup_tokens: opt.WarmupTokens = None,
-    batch_rule: opt.BatchRule = None,
-    temperature: opt.Temperature = 0.0,
-    top_k: opt.TopK = 0,
-    top_p: opt.TopP = 1.0,
-    min_p: opt.MinP = 0.0,
-    repetition_penalty: opt.RepetitionPenalty = 1.0,
-    seed: opt.Seed = 0,
-    dtype: opt.Dtype = None,
-    threads: opt.Threads = None,
-    executor: opt.Executor = "auto",
-    max_seq_len: opt.MaxSeqLen = None,
 ) -> None:
     """Continue PROMPT, token by token, and compare the speed with that of the dense model."""
-    from skipkernels.generation import SamplingParams
-
-    policy_options = PolicyOptions(
-        dense, policy, skip_ratio, text, threshold, span, cold_start, cold_end, warmup_tokens, batch_rule
-    )
-    model_options = ModelOptions(model, dtype, threads, executor, max_seq_len)
-    sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    sampling = sampling_options.params()
     engine = model_options.load()
     chosen = policy_options.choose(engine, model_options)
     given: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
@@ -69,7 +47,7 @@ def generate(
     generation = _stream(engine, token_ids, max_new_tokens, sampling, stop or [], chosen, silent=json)
     speeds = {} if no_compare else _compare(engine, token_ids, generation, sampling, chosen)
     if json:
-        print_json(_document(model, chosen, generation, speeds))
+        print_json(_document(model_options.model, chosen, generation, speeds))
     else:
         _print_summary(chosen, generation, speeds)
 

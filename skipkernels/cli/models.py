@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from skipkernels.cli import console
+from skipkernels.cli import options as opt
 from skipkernels.cli.console import err, progress_bar
 from skipkernels.errors import ModelError, RequestError
 from skipkernels.policy import DensePolicy, Policy, SkipPolicy
@@ -18,6 +20,7 @@ from skipkernels.policy_file import load_policy
 if TYPE_CHECKING:
     from skipkernels.calibration import Calibration
     from skipkernels.engine import Engine
+    from skipkernels.generation import SamplingParams
 
 DEMO = "demo"
 POLICY_FILE = "skip_policy.json"
@@ -28,11 +31,15 @@ CALIBRATION_ROWS = 16
 class ModelOptions:
     """What decides how a model is loaded."""
 
-    model: str
-    dtype: str | None = None
-    threads: int | None = None
-    executor: str = "auto"
-    max_seq_len: int | None = None
+    model: opt.Model
+    dtype: opt.Dtype = None
+    threads: opt.Threads = None
+    max_seq_len: opt.MaxSeqLen = None
+    executor: opt.Executor = "auto"
+    device: opt.Device = "cpu"
+    kernels: opt.Kernels = "auto"
+    conditional: opt.Conditional = "auto"
+    loop: opt.Loop = "auto"
 
     @property
     def path(self) -> str:
@@ -71,26 +78,49 @@ class ModelOptions:
                 max_batch_size=max_batch_size,
                 executor=self.executor,
                 num_threads=self.threads,
+                device=self.device,
+                kernels=self.kernels,
+                conditional=self.conditional,
+                loop=self.loop,
+                debug=console.debugging and self.device != "cpu",
             )
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What decides which token is taken. The fields are those of ``SamplingParams``."""
+
+    temperature: opt.Temperature = 0.0
+    top_k: opt.TopK = 0
+    top_p: opt.TopP = 1.0
+    min_p: opt.MinP = 0.0
+    repetition_penalty: opt.RepetitionPenalty = 1.0
+    seed: opt.Seed = 0
+
+    def params(self) -> SamplingParams:
+        from skipkernels.generation import SamplingParams
+
+        return SamplingParams(**asdict(self))
 
 
 @dataclass(frozen=True)
 class PolicyOptions:
     """What decides which FFNs are skipped. None: not given."""
 
-    dense: bool = False
-    policy_file: Path | None = None
-    skip_ratio: float | None = None
-    text: Path | None = None
-    threshold: float | None = None
-    span: str | None = None
-    cold_start: int | None = None
-    cold_end: int | None = None
-    warmup_tokens: int | None = None
-    batch_rule: str | None = None
+    dense: opt.Dense = False
+    policy: opt.PolicyFile = None
+    skip_ratio: opt.SkipRatio = None
+    text: opt.Text = None
+    threshold: opt.Threshold = None
+    target_ratio: opt.TargetRatio = None
+    span: opt.Span = None
+    cold_start: opt.ColdStart = None
+    cold_end: opt.ColdEnd = None
+    warmup_tokens: opt.WarmupTokens = None
+    batch_rule: opt.BatchRule = None
 
     def __post_init__(self) -> None:
-        ways = {"--dense": self.dense, "--policy": self.policy_file, "--skip-ratio": self.skip_ratio is not None}
+        ways = {"--dense": self.dense, "--policy": self.policy, "--skip-ratio": self.skip_ratio is not None}
         given = [name for name, value in ways.items() if value]
         if len(given) > 1:
             raise typer.BadParameter(f"{given[0]} and {given[1]} exclude each other")
@@ -99,13 +129,15 @@ class PolicyOptions:
             raise typer.BadParameter(f"--dense excludes {parameters[0]}")
         if self.skip_ratio is not None and self.threshold is not None:
             raise typer.BadParameter("--skip-ratio finds the threshold; it excludes --threshold")
+        if self.skip_ratio is not None and self.target_ratio is not None:
+            raise typer.BadParameter("--skip-ratio is reached on average, --target-ratio is held; give one of them")
         if self.text is not None and self.skip_ratio is None:
             raise typer.BadParameter("--text is what --skip-ratio calibrates on; give both")
 
     @property
     def parameters(self) -> dict[str, Any]:
         """The parameters of SkipPolicy that were given."""
-        names = ("threshold", "cold_start", "cold_end", "warmup_tokens", "batch_rule")
+        names = ("threshold", "target_ratio", "cold_start", "cold_end", "warmup_tokens", "batch_rule")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.span is not None:
             given["span"] = parse_span(self.span)
@@ -118,9 +150,10 @@ class PolicyOptions:
         if self.skip_ratio is not None:
             return self._calibrate(engine, options, self.skip_ratio)
         beside = Path(options.path) / POLICY_FILE
-        path = self.policy_file or (beside if beside.exists() else None)
+        path = self.policy or (beside if beside.exists() else None)
         if path is None and not self.parameters:
-            err.print("[dim]no policy: every FFN runs. --policy, --skip-ratio or --threshold choose one[/]")
+            choices = "--policy, --skip-ratio, --target-ratio or --threshold"
+            err.print(f"[dim]no policy: every FFN runs. {choices} choose one[/]")
             return DensePolicy()
         base = SkipPolicy() if path is None else load_policy(path, fingerprint=engine.fingerprint)
         if path is not None:

@@ -19,7 +19,17 @@ Dtype = Annotated[
     str | None, typer.Option(help="fp32, bf16 or fp16; default: the checkpoint's own.", rich_help_panel=_MODEL_PANEL)
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Default: all processors.", rich_help_panel=_MODEL_PANEL)]
-Executor = Annotated[str, typer.Option(help="auto, cpu or reference.", rich_help_panel=_MODEL_PANEL)]
+Executor = Annotated[
+    str, typer.Option(help="auto; or reference, which defines what is right.", rich_help_panel=_MODEL_PANEL)
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", rich_help_panel=_MODEL_PANEL)]
+Kernels = Annotated[str, typer.Option(help="On cuda: auto, cuda or triton.", rich_help_panel=_MODEL_PANEL)]
+Conditional = Annotated[
+    str, typer.Option(help="How a CUDA graph skips: auto, predicate or if_node.", rich_help_panel=_MODEL_PANEL)
+]
+Loop = Annotated[
+    str, typer.Option(help="How CUDA graphs make a generation: auto, replay or while.", rich_help_panel=_MODEL_PANEL)
+]
 MaxSeqLen = Annotated[
     int | None,
     typer.Option(help="Cached positions; default: the model's, at most 4096.", rich_help_panel=_MODEL_PANEL),
@@ -48,6 +58,13 @@ Text = Annotated[
 Threshold = Annotated[
     float | None,
     typer.Option(help="Cosine similarity from which on FFNs are skipped.", rich_help_panel=_POLICY_PANEL),
+]
+TargetRatio = Annotated[
+    float | None,
+    typer.Option(
+        help="Hold the share of FFNs skipped at this value: every row moves its threshold.",
+        rich_help_panel=_POLICY_PANEL,
+    ),
 ]
 Span = Annotated[
     str | None,

@@ -9,40 +9,23 @@ import typer
 
 from skipkernels.cli import options as opt
 from skipkernels.cli.console import out, percent, print_json, require_folder
-from skipkernels.cli.models import ModelOptions, PolicyOptions
+from skipkernels.cli.groups import grouped
+from skipkernels.cli.models import ModelOptions, PolicyOptions, SamplingOptions
 
 
+@grouped
 def trace(
-    model: opt.Model,
+    model_options: ModelOptions,
     prompt: opt.Prompt,
+    policy_options: PolicyOptions,
+    sampling_options: SamplingOptions,
     png: Annotated[Path | None, typer.Option(help="Draw the map to this PNG as well.")] = None,
     max_new_tokens: opt.MaxNewTokens = 48,
     stop: opt.Stop = None,
     chat: opt.Chat = False,
     json: opt.Json = False,
-    dense: opt.Dense = False,
-    policy: opt.PolicyFile = None,
-    skip_ratio: opt.SkipRatio = None,
-    text: opt.Text = None,
-    threshold: opt.Threshold = None,
-    span: opt.Span = None,
-    cold_start: opt.ColdStart = None,
-    cold_end: opt.ColdEnd = None,
-    warmup_tokens: opt.WarmupTokens = None,
-    batch_rule: opt.BatchRule = None,
-    temperature: opt.Temperature = 0.0,
-    top_k: opt.TopK = 0,
-    top_p: opt.TopP = 1.0,
-    min_p: opt.MinP = 0.0,
-    repetition_penalty: opt.RepetitionPenalty = 1.0,
-    seed: opt.Seed = 0,
-    dtype: opt.Dtype = None,
-    threads: opt.Threads = None,
-    executor: opt.Executor = "auto",
-    max_seq_len: opt.MaxSeqLen = None,
 ) -> None:
     """Show which FFNs every generated token ran and skipped: a line per token, a character per layer."""
-    from skipkernels.generation import SamplingParams
     from skipkernels.trace import Cell, TraceMap, legend, render
 
     require_folder(png)
@@ -50,17 +33,12 @@ def trace(
         from skipkernels.plots import pyplot
 
         pyplot()  # refuses now what would fail after the work
-    policy_options = PolicyOptions(
-        dense, policy, skip_ratio, text, threshold, span, cold_start, cold_end, warmup_tokens, batch_rule
-    )
-    model_options = ModelOptions(model, dtype, threads, executor, max_seq_len)
-    sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     engine = model_options.load()
     chosen = policy_options.choose(engine, model_options)
     (generation,) = engine.generate(
         [[{"role": "user", "content": prompt}] if chat else prompt],
         max_new_tokens=max_new_tokens,
-        sampling=sampling,
+        sampling=sampling_options.params(),
         stop=stop or [],
         policy=chosen,
     )
@@ -73,7 +51,7 @@ def trace(
     if json:
         print_json(
             {
-                "model": model,
+                "model": model_options.model,
                 "policy": chosen.to_dict(),
                 "policy_label": chosen.label,
                 "text": generation.text,

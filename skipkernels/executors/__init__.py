@@ -6,13 +6,11 @@ import logging
 from collections.abc import Iterator
 from typing import Protocol
 
-from skipkernels.errors import DeviceError
+from skipkernels.executors.execution import Execution
 from skipkernels.program import Program
 from skipkernels.state import DecodeState
 
 logger = logging.getLogger(__name__)
-
-EXECUTORS = ("auto", "cpu", "reference")
 
 
 class Executor(Protocol):
@@ -32,31 +30,22 @@ class Executor(Protocol):
     def run_instruction(self, index: int) -> None: ...
 
 
-def check_executor(name: str, num_threads: int | None) -> None:
-    """Refuses what ``get_executor`` would refuse, before a model is loaded for it.
+def get_executor(execution: Execution, program: Program, state: DecodeState) -> Executor:
+    """Builds the executor of a resolved ``execution``.
 
     Raises:
-        DeviceError: unknown name, or no thread to run on.
+        DeviceError: it cannot run this program.
     """
-    if name not in EXECUTORS:
-        raise DeviceError(f"unknown executor {name!r}; use one of {', '.join(EXECUTORS)}")
-    if num_threads is not None and num_threads < 1:
-        raise DeviceError(f"num_threads must be at least 1, got {num_threads}")
+    if execution.executor == "reference":
+        from skipkernels.executors.reference import ReferenceExecutor
 
-
-def get_executor(name: str, program: Program, state: DecodeState, *, num_threads: int | None = None) -> Executor:
-    """Builds an executor by name; ``auto`` is resolved once, here, and logged.
-
-    Raises:
-        DeviceError: unknown name, or no thread to run on.
-    """
-    from skipkernels.executors.cpu import CpuExecutor
-    from skipkernels.executors.reference import ReferenceExecutor
-
-    check_executor(name, num_threads)
-    if name == "reference":
         return ReferenceExecutor(program, state)
-    executor = CpuExecutor(program, state, num_threads=num_threads)
-    if name == "auto":
-        logger.info("executor auto: cpu, %s, %d threads", executor.isa, executor.num_threads)
+    if execution.executor == "graph":
+        from skipkernels.executors.graph import GraphExecutor
+
+        return GraphExecutor(program, state, execution)
+    from skipkernels.executors.cpu import CpuExecutor
+
+    executor = CpuExecutor(program, state, num_threads=execution.num_threads)
+    logger.info("executor cpu: %s, %d threads", executor.isa, executor.num_threads)
     return executor

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from skipkernels import _C
-from skipkernels.config import dtype_name
 from skipkernels.errors import DeviceError
+from skipkernels.executors.native import native_program
 from skipkernels.machine import usable_processors
-from skipkernels.ops.table import OPS, Instruction
 from skipkernels.program import Program
 from skipkernels.state import DecodeState
 
@@ -25,10 +24,9 @@ class CpuExecutor:
             raise DeviceError(f"the cpu executor needs buffers on the cpu, got {state.active.device}")
         self.program = program  # keeps the tensors alive whose addresses the native program holds
         self.state = state
-        dtype = dtype_name(state.k_cache.dtype)
         try:
             self._native = _C.CpuExecutor(
-                program=[_native_instruction(ins, dtype) for ins in program],
+                program=native_program(program, state),
                 active=state.active.data_ptr(),
                 batch_size=state.batch_size,
                 num_threads=usable_processors() if num_threads is None else num_threads,
@@ -60,13 +58,3 @@ class CpuExecutor:
             return [(ins.op, seconds) for ins, seconds in zip(self.program, self._native.profile, strict=True)]
         finally:
             self._native.set_profiling(False)
-
-
-def _native_instruction(ins: Instruction, dtype: str) -> _C.Instruction:
-    operands: dict[str, int | float] = {
-        name: 0 if tensor is None else tensor.data_ptr() for name, tensor in ins.tensors.items()
-    }
-    # a size only an absent operand has is zero, and not looked at
-    operands.update({symbol: ins.sizes.get(symbol, 0) for symbol in OPS[ins.op].symbols})
-    operands.update(ins.scalars)
-    return _C.Instruction(ins.op, dtype, ins.when.data_ptr(), ins.sizes["batch_size"], operands)

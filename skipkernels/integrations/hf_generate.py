@@ -180,7 +180,7 @@ def _apply(criteria: StoppingCriteriaList, decoding: Decoding, sequences: torch.
 def _engine_for(model: PreTrainedModel, batch_size: int, max_length: int, num_threads: int | None) -> Engine:
     """The module's engine: built at its first use, and again when it is too small or the module has changed."""
     engine = _engines.get(model)
-    if engine is not None and engine.num_threads == num_threads and _is_current(engine, model):
+    if engine is not None and engine.execution.num_threads == num_threads and _is_current(engine, model):
         if engine.max_batch_size >= batch_size and engine.max_seq_len >= max_length:
             return engine
         batch_size, max_length = max(batch_size, engine.max_batch_size), max(max_length, engine.max_seq_len)
@@ -188,6 +188,7 @@ def _engine_for(model: PreTrainedModel, batch_size: int, max_length: int, num_th
         model,
         max_seq_len=max(max_length, min(DEFAULT_MAX_SEQ_LEN, model.config.max_position_embeddings)),
         max_batch_size=batch_size,
+        device=str(model.device),
         num_threads=num_threads,
     )
     return engine

@@ -16,15 +16,25 @@ Run = Callable[..., Result]
 def test_env_names_what_is_usable(run: Run) -> None:
     result = run("env")
     assert result.exit_code == 0
-    for part in (skipkernels.__version__, "executors", "instruction sets", "generic", "torch", "huge pages", "plot"):
+    for part in (
+        skipkernels.__version__,
+        "executors",
+        "instruction sets",
+        "generic",
+        "torch",
+        "huge pages",
+        "plot",
+        "if_node",
+    ):
         assert part in result.stdout
 
 
 def test_env_as_json(run: Run) -> None:
     values = json.loads(run("env", "--json").stdout)
-    assert values["skipkernels"]["executors"] == ["cpu", "reference"]
+    assert values["skipkernels"]["executors"] == ["cpu", "graph", "reference"]
     assert values["machine"]["processors usable"] >= 1
-    assert set(values["extras"]) == {"plot", "bench", "test"}
+    assert set(values["extras"]) == {"triton", "plot", "bench", "test"}
+    assert values["gpu"]["kernels cuda"].startswith(("usable", "not usable: "))
 
 
 def test_env_says_why_the_extension_is_not_usable(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
