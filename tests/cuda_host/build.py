@@ -21,7 +21,9 @@ from types import ModuleType
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "cuda_host"
-HARNESS = [*sorted(HERE.glob("src/*.cpp")), HERE / "controls.cpp"]
+HARNESS = sorted(HERE.glob("src/*.cpp"))
+
+AWARE_OF_SANITIZER = [HERE / "src/fiber.cpp", HERE / "src/scheduler.cpp"]
 
 # -fno-gnu-unique: variables of two such libraries in one process must not become one.
 # -ffp-contract=off: __fmul_rn and __fadd_rn must not become one instruction.
@@ -103,11 +105,15 @@ def build_host_extension(
     Raises:
         RuntimeError: A command failed; the message holds it and what it printed.
     """
-    common = [*FLAGS, *processor_flags(), *(SANITIZE if sanitize else []), f"-DCUDART_VERSION={cuda_version}", *flags]
+    version = f"-DCUDART_VERSION={cuda_version}"
+    common = [*FLAGS, *processor_flags(), *(SANITIZE if sanitize else []), version, *flags]
+    commands = [(source, [*common, *(flags_of or {}).get(source, [])]) for source in sources]
+    # The harness itself is not instrumented: all libraries share most of its objects.
+    commands += [(source, FLAGS) for source in HARNESS if source not in AWARE_OF_SANITIZER]
+    commands += [(source, [*FLAGS, f"-DCUDA_HOST_ASAN={int(sanitize)}"]) for source in AWARE_OF_SANITIZER]
+    commands += [(HERE / "controls.cpp", [*FLAGS, version])]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        objects = list(
-            pool.map(lambda source: compile_source(source, [*common, *(flags_of or {}).get(source, [])]), sources)
-        ) + list(pool.map(lambda source: compile_source(source, common), HARNESS))
+        objects = list(pool.map(lambda command: compile_source(*command), commands))
     link = [*compiler(), "-shared", "-pthread", *(SANITIZE if sanitize else []), *map(str, objects), "-ldl"]
     library = CACHE / key_of(compiler_version(), *link) / name
     if not library.exists():
@@ -162,6 +168,7 @@ def run_under_asan(*arguments: str) -> subprocess.CompletedProcess[str]:
         **os.environ,
         "LD_PRELOAD": ":".join(path.strip() for path in paths),
         "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONMALLOC": "malloc",  # Python's own allocator has no guarded gaps
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)

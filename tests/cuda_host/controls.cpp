@@ -8,6 +8,8 @@
 
 using namespace cuda_host;
 
+const int cuda_host::kRuntimeVersion = CUDART_VERSION;
+
 CUDA_HOST_EXPORT void cuda_host_reset(uint64_t seed) {
     const std::lock_guard lock(runtime.mutex);
     runtime.reset();

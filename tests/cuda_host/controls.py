@@ -5,6 +5,10 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch  # what run_under_asan() starts is faster without
 
 SEEDS = range(6)  # ascending, descending, and four shuffled schedules
 
@@ -37,6 +41,15 @@ class HostRuntime:
             getattr(self.library, f"cuda_host_{name}").restype = ctypes.c_int64
         self.reset(seed=seed)
 
+    def call(self, function: str, *arguments: int | float | bytes | torch.Tensor | ctypes.Array[Any]) -> int:
+        """Call what ``library`` exports; a tensor stands for its address, an int for any integer or pointer."""
+        return getattr(self.library, function)(*map(_c_argument, arguments))
+
+    def launch(self, function: str, *arguments: int | float | bytes | torch.Tensor | ctypes.Array[Any]) -> None:
+        """The same for a function that returns a cudaError, which is raised as a RuntimeError."""
+        if self.call(function, *arguments):
+            raise RuntimeError(self.failure or self.log[-1].result)
+
     def reset(self, *, seed: int = 0, **settings: int) -> None:
         """Forget every object, call, error and setting (see CUDA_HOST_SETTINGS), then apply ``settings``."""
         self.library.cuda_host_reset(ctypes.c_uint64(seed))
@@ -68,7 +81,7 @@ class HostRuntime:
     @property
     def kernels(self) -> list[str]:
         """The names of the kernels that ran, in order."""
-        return [call.arguments.split("(")[0].split(",")[0] for call in self.log if call.name == "kernel"]
+        return [call.arguments.split(", grid (")[0] for call in self.log if call.name == "kernel"]
 
     @property
     def failure(self) -> str:
@@ -85,3 +98,11 @@ class HostRuntime:
     def switches(self) -> int:
         """How often a thread was resumed, in all."""
         return self.library.cuda_host_switches()
+
+
+def _c_argument(value: int | float | bytes | torch.Tensor | ctypes.Array[Any]) -> object:
+    if isinstance(value, int):
+        return ctypes.c_int64(value)  # registers are wider than int: the callee takes what it needs
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_void_p(value.data_ptr()) if hasattr(value, "data_ptr") else value

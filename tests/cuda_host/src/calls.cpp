@@ -18,7 +18,7 @@ cudaError_t precondition(const char* name, Needs needs) {
         if (now) return now;
     }
     if (needs == Needs::nothing) return cudaSuccess;
-    if (runtime.settings.driver_version / 1000 < CUDART_VERSION / 1000) return cudaErrorInsufficientDriver;
+    if (runtime.settings.driver_version / 1000 < kRuntimeVersion / 1000) return cudaErrorInsufficientDriver;
     if (runtime.settings.device_count == 0) return cudaErrorNoDevice;
     return needs == Needs::device ? runtime.sticky_error : cudaSuccess;
 }

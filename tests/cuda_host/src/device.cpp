@@ -10,7 +10,9 @@ namespace cuda_host {
 
 namespace {
 
-constexpr size_t kAlignment = 256;  // of cudaMalloc
+constexpr size_t kAlignment = 256;    // of cudaMalloc
+constexpr int kReservedBytes = 1024;  // of shared memory, for each block besides its own
+constexpr int kBusWidth = 6144;       // bits
 
 cudaError_t check_device(int device) {
     return device >= 0 && device < runtime.settings.device_count ? cudaSuccess : cudaErrorInvalidDevice;
@@ -45,16 +47,44 @@ cudaError_t release(std::map<void*, size_t>& memory, void* p) {
     return cudaSuccess;
 }
 
+bool get_attribute(cudaDeviceAttr attribute, int& value) {
+    const Settings& settings = runtime.settings;
+    const auto get = [&](int64_t setting) {
+        value = static_cast<int>(setting);
+        return true;
+    };
+    // clang-format off
+    switch (attribute) {
+        case cudaDevAttrMaxThreadsPerBlock: return get(1024);
+        case cudaDevAttrMaxSharedMemoryPerBlock: return get(settings.shared_bytes_per_block);
+        case cudaDevAttrWarpSize: return get(warpSize);
+        case cudaDevAttrClockRate: return get(1980000);  // kHz
+        case cudaDevAttrMultiProcessorCount: return get(settings.sm_count);
+        case cudaDevAttrMemoryClockRate: return get(3201000);  // kHz
+        case cudaDevAttrGlobalMemoryBusWidth: return get(kBusWidth);
+        case cudaDevAttrL2CacheSize: return get(settings.l2_bytes);
+        case cudaDevAttrMaxThreadsPerMultiProcessor: return get(settings.threads_per_sm);
+        case cudaDevAttrComputeCapabilityMajor: return get(settings.compute_major);
+        case cudaDevAttrComputeCapabilityMinor: return get(settings.compute_minor);
+        case cudaDevAttrMaxSharedMemoryPerMultiprocessor: return get(settings.shared_bytes_per_sm);
+        case cudaDevAttrCooperativeLaunch: return get(1);
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: return get(settings.shared_bytes_per_block_optin);
+        case cudaDevAttrMaxBlocksPerMultiprocessor: return get(settings.blocks_per_sm);
+        case cudaDevAttrReservedSharedMemoryPerBlock: return get(kReservedBytes);
+    }
+    // clang-format on
+    return false;
+}
+
 }  // namespace
 
 int64_t blocks_per_sm(const void* function, int64_t block_size, size_t shared_bytes) {
-    constexpr int64_t kReserved = 1024;  // shared memory that each block takes besides its own
     const Settings& settings = runtime.settings;
     const auto shared = static_cast<int64_t>(shared_bytes);
     const auto set = runtime.max_shared_bytes.find(function);
     if (shared > (set == runtime.max_shared_bytes.end() ? settings.shared_bytes_per_block : set->second)) return 0;
     return std::min({settings.blocks_per_sm, settings.threads_per_sm / ((block_size + 31) / 32 * 32),
-                     settings.shared_bytes_per_sm / (shared + kReserved)});
+                     settings.shared_bytes_per_sm / (shared + kReservedBytes)});
 }
 
 cudaError_t set_function_attribute(const void* function, cudaFuncAttribute attribute, int value) {
@@ -95,7 +125,7 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
         "cudaRuntimeGetVersion", "",
         [=] {
             if (!version) return cudaErrorInvalidValue;
-            *version = CUDART_VERSION;
+            *version = kRuntimeVersion;
             return cudaSuccess;
         },
         Needs::nothing);
@@ -126,60 +156,9 @@ cudaError_t cudaDeviceSynchronize() { return call("cudaDeviceSynchronize", "", c
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
     return call("cudaDeviceGetAttribute", text(attribute, device), [=] {
-        cudaDeviceProp properties;
         if (!value) return cudaErrorInvalidValue;
-        if (const cudaError_t error = cudaGetDeviceProperties(&properties, device)) return error;
-        switch (attribute) {
-            case cudaDevAttrMaxThreadsPerBlock:
-                *value = properties.maxThreadsPerBlock;
-                return cudaSuccess;
-            case cudaDevAttrMaxSharedMemoryPerBlock:
-                *value = static_cast<int>(properties.sharedMemPerBlock);
-                return cudaSuccess;
-            case cudaDevAttrWarpSize:
-                *value = properties.warpSize;
-                return cudaSuccess;
-            case cudaDevAttrClockRate:  // kHz
-                *value = 1980000;
-                return cudaSuccess;
-            case cudaDevAttrMultiProcessorCount:
-                *value = properties.multiProcessorCount;
-                return cudaSuccess;
-            case cudaDevAttrMemoryClockRate:  // kHz
-                *value = 3201000;
-                return cudaSuccess;
-            case cudaDevAttrGlobalMemoryBusWidth:
-                *value = properties.memoryBusWidth;
-                return cudaSuccess;
-            case cudaDevAttrL2CacheSize:
-                *value = properties.l2CacheSize;
-                return cudaSuccess;
-            case cudaDevAttrMaxThreadsPerMultiProcessor:
-                *value = properties.maxThreadsPerMultiProcessor;
-                return cudaSuccess;
-            case cudaDevAttrComputeCapabilityMajor:
-                *value = properties.major;
-                return cudaSuccess;
-            case cudaDevAttrComputeCapabilityMinor:
-                *value = properties.minor;
-                return cudaSuccess;
-            case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-                *value = static_cast<int>(properties.sharedMemPerMultiprocessor);
-                return cudaSuccess;
-            case cudaDevAttrCooperativeLaunch:
-                *value = properties.cooperativeLaunch;
-                return cudaSuccess;
-            case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-                *value = static_cast<int>(properties.sharedMemPerBlockOptin);
-                return cudaSuccess;
-            case cudaDevAttrMaxBlocksPerMultiprocessor:
-                *value = properties.maxBlocksPerMultiProcessor;
-                return cudaSuccess;
-            case cudaDevAttrReservedSharedMemoryPerBlock:
-                *value = static_cast<int>(properties.reservedSharedMemPerBlock);
-                return cudaSuccess;
-        }
-        return cudaErrorInvalidValue;
+        if (const cudaError_t error = check_device(device)) return error;
+        return get_attribute(attribute, *value) ? cudaSuccess : cudaErrorInvalidValue;
     });
 }
 
@@ -197,14 +176,14 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
         properties->major = static_cast<int>(settings.compute_major);
         properties->minor = static_cast<int>(settings.compute_minor);
         properties->multiProcessorCount = static_cast<int>(settings.sm_count);
-        properties->memoryBusWidth = 6144;
+        properties->memoryBusWidth = kBusWidth;
         properties->l2CacheSize = static_cast<int>(settings.l2_bytes);
         properties->maxThreadsPerMultiProcessor = static_cast<int>(settings.threads_per_sm);
         properties->sharedMemPerMultiprocessor = static_cast<size_t>(settings.shared_bytes_per_sm);
         properties->cooperativeLaunch = 1;
         properties->sharedMemPerBlockOptin = static_cast<size_t>(settings.shared_bytes_per_block_optin);
         properties->maxBlocksPerMultiProcessor = static_cast<int>(settings.blocks_per_sm);
-        properties->reservedSharedMemPerBlock = 1024;
+        properties->reservedSharedMemPerBlock = kReservedBytes;
         return cudaSuccess;
     });
 }

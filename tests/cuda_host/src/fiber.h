@@ -11,10 +11,8 @@
 #ifdef CUDA_HOST_UCONTEXT
 #    include <ucontext.h>
 #endif
-#ifdef __SANITIZE_ADDRESS__
-#    define CUDA_HOST_ASAN 1
-#else
-#    define CUDA_HOST_ASAN 0
+#ifndef CUDA_HOST_ASAN
+#    define CUDA_HOST_ASAN 0  // 1: the process runs under AddressSanitizer
 #endif
 
 namespace cuda_host {

@@ -20,10 +20,13 @@ struct CUgraphExec_st;
 
 namespace cuda_host {
 
+// The CUDART_VERSION of the sources, from controls.cpp: all else here is compiled once for all versions.
+extern const int kRuntimeVersion;
+
 // What tests may set, with its default: an H200, but with few multiprocessors.
 #define CUDA_HOST_SETTINGS(SETTING)                                                      \
     SETTING(device_count, 1)                                                             \
-    SETTING(driver_version, CUDART_VERSION) /* 0: no driver */                           \
+    SETTING(driver_version, kRuntimeVersion) /* 0: no driver */                          \
     SETTING(compute_major, 9)                                                            \
     SETTING(compute_minor, 0)                                                            \
     SETTING(sm_count, 4)                                                                 \

@@ -325,8 +325,8 @@ void Scheduler::describe_waiting() {
                 } else if (!thread.site.call) {
                     group << "poll";
                 } else if (thread.mask) {
-                    group << "lanes of warp " << thread.number / 32 << " wait at " << text_of(thread.site)
-                          << " with mask 0x" << std::hex << thread.mask;
+                    group << "wait at " << text_of(thread.site) << " in warp " << thread.number / 32 << " with mask 0x"
+                          << std::hex << thread.mask;
                 } else {
                     group << "wait at " << text_of(thread.site);
                 }

@@ -18,12 +18,21 @@ namespace cuda_host {
 
 namespace {
 
-std::string demangled(const char* symbol) {
+// Without return type, parameters and "(anonymous namespace)::".
+std::string readable(const char* symbol) {
     int status = 0;
     char* text = abi::__cxa_demangle(symbol, nullptr, nullptr, &status);
     std::string name = status == 0 ? text : symbol;
     std::free(text);
-    return name;
+    static const std::string anonymous = "(anonymous namespace)::";
+    for (size_t at; (at = name.find(anonymous)) != std::string::npos;) name.erase(at, anonymous.size());
+    size_t end = name.size();
+    for (int depth = 0; end > 0; --end) {
+        depth += (name[end - 1] == ')') - (name[end - 1] == '(');
+        if (depth == 0) break;
+    }
+    if (end > 1) name.resize(end - 1);
+    return name.rfind("void ", 0) == 0 ? name.substr(5) : name;
 }
 
 // Address relative to the library -> symbol.
@@ -54,7 +63,7 @@ std::string function_name(const void* function) {
     static const auto symbols = read_symbols(library.dli_fname);
     const auto base = reinterpret_cast<uintptr_t>(library.dli_fbase);
     const auto found = symbols.find(reinterpret_cast<uintptr_t>(function) - base);
-    return found == symbols.end() ? "unknown" : demangled(found->second.c_str());
+    return found == symbols.end() ? "unknown" : readable(found->second.c_str());
 }
 
 }  // namespace cuda_host
