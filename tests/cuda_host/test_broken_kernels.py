@@ -11,7 +11,7 @@ from tests.cuda_host.build import build_host_extension, run_under_asan
 from tests.cuda_host.controls import SEEDS, HostRuntime
 
 KERNELS = Path(__file__).parent / "kernels"
-SOURCES = [KERNELS / "broken.cu", KERNELS / "last_block.cu", KERNELS / "prefetch.cu"]
+SOURCES = [KERNELS / f"{name}.cu" for name in ("broken", "last_block", "prefetch", "copy")]
 THREADS = 96
 
 
@@ -55,7 +55,7 @@ def test_a_missing_barrier_shows_as_a_wrong_result(runtime, kernel):
         "two_masks": r"16 of 96 threads wait at __shfl_down_sync .* with mask 0xffffffff: \(0,0,0\) to \(15,0,0\)",
         "waits_for_nobody": r"96 of 96 threads poll: \(0,0,0\) to \(95,0,0\)",
         "writes_behind_shared_memory": r"wrote past the end of its 384 bytes of shared memory",
-        "misaligned_weights": r"load_weights: 0x\w+ is not aligned to its 16 bytes",
+        "misaligned_weights": r"load_weights: 0x\w+ is not aligned to 16 bytes",
     }.items(),
 )
 def test_what_cannot_work_fails_the_launch(runtime, kernel, message):
@@ -76,6 +76,19 @@ def last_block_sum(runtime, mistake, seed):
 def test_a_wrong_last_block_shows_as_a_wrong_result(runtime, mistake):
     assert all(last_block_sum(runtime, 0, seed) for seed in SEEDS)
     assert not all(last_block_sum(runtime, mistake, seed) for seed in SEEDS)
+
+
+def reverse(runtime, mistake, seed):
+    runtime.reset(seed=seed)
+    x, y = torch.arange(2 * 3 * 8 * 32).float(), torch.empty(2 * 3 * 8 * 32)
+    runtime.launch("launch_reverse", mistake, x, y, 3, 64)
+    return torch.equal(y, x.reshape(3, -1).flip(1).reshape(-1))
+
+
+@pytest.mark.parametrize("mistake", [1, 2, 3], ids=["no_wait", "waits_for_first_only", "no_barrier"])
+def test_a_copy_not_waited_for_shows_as_a_wrong_result(runtime, mistake):
+    assert all(reverse(runtime, 0, seed) for seed in SEEDS)
+    assert not all(reverse(runtime, mistake, seed) for seed in SEEDS)
 
 
 @pytest.mark.parametrize(("offset", "size"), [(8, 32), (0, 24)])

@@ -68,12 +68,19 @@ def test_grid_barrier_needs_all_blocks_resident(ascending):
         ascending.launch("launch_add_neighbours", x, 7, 40, 1, counter, 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mma_is_a_matrix_product(runtime, dtype):
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("tf32", torch.float32)])
+def test_mma_is_a_matrix_product(runtime, name, dtype):
     a, b, d = small_integers(32, 48).to(dtype), small_integers(24, 48).to(dtype), small_integers(32, 24)
     expected = d + a.float() @ b.float().T
-    runtime.launch("launch_multiply", dtype == torch.bfloat16, a, b, d, 32, 24, 48)
+    runtime.launch(f"launch_multiply_{name}", a, b, d, 32, 24, 48)
     assert torch.equal(d, expected)
+
+
+def test_tf32_ignores_the_lower_13_bits(ascending):
+    a, b, d = torch.zeros(16, 8), torch.zeros(8, 8), torch.zeros(16, 8)
+    a[3, 5], b[6, 5] = 1 + 2**-10 + 2**-11, 1
+    ascending.launch("launch_multiply_tf32", a, b, d, 16, 8, 8)
+    assert d[3, 6] == 1 + 2**-10
 
 
 def all_patterns(dtype):

@@ -1,48 +1,68 @@
-// The twin of the inline PTX in csrc/cuda/ptx.cuh: the same functions, for the CPU.
+// The twin of the inline PTX in csrc/cuda/ptx.cuh: the same functions, for the CPU, stricter where PTX leaves something
+// undefined.
 //
-//   char* shared_memory()                       the block's dynamic shared memory, 16-byte aligned (extern __shared__)
-//   uint4 load_weights(const void* p)           16 bytes, streamed past L1; p 16-byte aligned
-//   uint2 load_weights_8(p), uint32_t load_weights_4(p), uint16_t load_weights_2(p)    the same, narrower
-//   void prefetch_l2(const void* p, uint32_t bytes)    p and bytes multiples of 16; here the range is read
-//   float bf16_to_float(uint16_t), uint16_t float_to_bf16(float)    to nearest even; NaN stays NaN
-//   float fp16_to_float(uint16_t), uint16_t float_to_fp16(float)    the same; overflow to infinity, subnormals
-//   void mma_bf16_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])    d += a @ b, row.col;
-//   void mma_fp16_m16n8k16(...)                 a collective of the 32 lanes, fragments as in the PTX ISA
-//   void grid_dependency_wait(), grid_dependency_launch()    griddepcontrol.wait and .launch_dependents
-//   int atomic_add_acq_rel(int* p, int v)       atom.acq_rel.gpu.add; returns the old value
-//   int load_acquire(const int* p)              ld.acquire.gpu; lets others run, so a loop around it gets somewhere
-//   void store_release_system(int* p, int v)    st.release.sys
-//   void fence_system()                         __threadfence_system
-//   void nanosleep(uint32_t ns)
+//   char* shared_memory()                        the block's dynamic shared memory, 16-byte aligned
+//   uint4 load_weights(const void* p, bool wanted)    p must be aligned to 16 bytes; zeros where not wanted
+//   void prefetch_l2(const void* p, uint32_t bytes)   p and bytes multiples of 16; here the range is read
+//   void copy_async(void* to_shared, const void* from), commit_copies(), wait_copies<pending>()
+//                                                cp.async of 16 bytes; here done when waited for, or a bit earlier
+//   float bf16_to_float(uint16_t), uint16_t float_to_bf16(float), uint32_t floats_to_bf16(float low, float high),
+//   float fp16_to_float(uint16_t), uint16_t float_to_fp16(float)    to nearest even; NaN stays NaN
+//   void mma_bf16_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])    d += a b;
+//   void mma_tf32_m16n8k8(...)                   both collectives of the 32 lanes, fragments as in the PTX ISA
+//   void grid_dependency_wait(), grid_dependency_launch()    griddepcontrol; every thread must wait before it exits
+//   int atomic_add_acq_rel(int* p, int value)    returns the old value
+//   int load_acquire(const int* p)               lets others run, so a loop around it gets somewhere
+//   void store_release_system(int* p, int value), fence_system(), nanosleep(uint32_t ns)
 #pragma once
 
 #include <cuda_runtime.h>
 
 namespace skipkernels::cuda::ptx {
 
-char* shared_memory();  // src/scheduler.cpp, like the next two
+// These are in src/.
+char* shared_memory();
 void grid_dependency_wait();
 void grid_dependency_launch();
+void start_copy(void* to_shared, const void* from);
+void commit_copies();
+void finish_copies(int pending);
 
 template <class T>
-inline T load_aligned(const void* p) {
+inline const T& aligned(const void* p, const char* what) {
     if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) {
-        cuda_host::fail("load_weights: %p is not aligned to its %zu bytes", p, sizeof(T));
+        cuda_host::fail("%s: %p is not aligned to %zu bytes", what, p, sizeof(T));
     }
     return *static_cast<const T*>(p);
 }
-inline uint4 load_weights(const void* p) { return load_aligned<uint4>(p); }
-inline uint2 load_weights_8(const void* p) { return load_aligned<uint2>(p); }
-inline uint32_t load_weights_4(const void* p) { return load_aligned<uint32_t>(p); }
-inline uint16_t load_weights_2(const void* p) { return load_aligned<uint16_t>(p); }
+
+inline uint4 load_weights(const void* p, bool wanted) {
+    return wanted ? aligned<uint4>(p, "load_weights") : make_uint4(0, 0, 0, 0);
+}
+
+// Reads 8 bytes at a time: no address that AddressSanitizer guards lies in between.
+inline void touch(const void* p, uint32_t bytes) {
+    for (uint32_t at = 0; at < bytes; at += 8) {
+        static_cast<void>(*reinterpret_cast<const volatile uint64_t*>(static_cast<const char*>(p) + at));
+    }
+}
 
 inline void prefetch_l2(const void* p, uint32_t bytes) {
     if (reinterpret_cast<uintptr_t>(p) % 16 || bytes % 16) {
         cuda_host::fail("prefetch_l2: address %p and size %u must be multiples of 16", p, bytes);
     }
-    for (uint32_t at = 0; at < bytes; at += 8) {  // 8: no address that AddressSanitizer guards lies between
-        static_cast<void>(*reinterpret_cast<const volatile uint64_t*>(static_cast<const char*>(p) + at));
-    }
+    touch(p, bytes);
+}
+
+inline void copy_async(void* to_shared, const void* from) {
+    touch(&aligned<uint4>(from, "copy_async"), 16);
+    aligned<uint4>(to_shared, "copy_async");
+    start_copy(to_shared, from);
+}
+
+template <int pending>
+inline void wait_copies() {
+    finish_copies(pending);
 }
 
 inline float bf16_to_float(uint16_t bits) { return __uint_as_float(uint32_t{bits} << 16); }
@@ -51,6 +71,10 @@ inline uint16_t float_to_bf16(float value) {
     const uint32_t bits = __float_as_uint(value);
     if (value != value) return 0x7fff;  // as cvt.rn.bf16.f32 has it
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline uint32_t floats_to_bf16(float low, float high) {
+    return float_to_bf16(low) | uint32_t{float_to_bf16(high)} << 16;
 }
 
 inline float fp16_to_float(uint16_t bits) {
@@ -81,40 +105,54 @@ struct MmaOperand {
     const uint32_t (&b)[2];
 };
 
-// Lane 4 g + t holds, low half first:  a[0], a[1]: rows g, g + 8 of A (16 x 16), columns 2 t, 2 t + 1; a[2], a[3]: the
-// same rows, 8 columns on.  b[0], b[1]: rows 2 t, 2 t + 1 and 8 rows on of B (16 x 8), column g.  d: (g, 2 t),
-// (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1) of D (16 x 8).
-template <float (*to_float)(uint16_t)>
-void complete_mma(cuda_host::LaneOperands& operands, uint32_t) {
-    float a[16][16], b[16][8];
-    const auto half = [](uint32_t pair, int which) { return to_float(static_cast<uint16_t>(pair >> 16 * which)); };
-    for (int lane = 0; lane < 32; ++lane) {
-        const auto& operand = *static_cast<const MmaOperand*>(operands[lane]);
-        const int group = lane / 4, pair = lane % 4 * 2;
-        for (int i = 0; i < 2; ++i) {
-            for (int k = 0; k < 2; ++k) b[pair + i + 8 * k][group] = half(operand.b[k], i);
-            for (int r = 0; r < 4; ++r) a[group + r % 2 * 8][pair + i + r / 2 * 8] = half(operand.a[r], i);
-        }
-    }
+// d (16, 8) += a (16, k) b (k, 8). Lane 4 g + t holds of d (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1), and
+// words of a and b that unpack(lane, operand, a, b) writes where they belong.
+template <int k>
+void multiply_add(cuda_host::LaneOperands& operands,
+                  void (*unpack)(int, const MmaOperand&, float (&)[16][k], float (&)[k][8])) {
+    float a[16][k], b[k][8];
+    for (int lane = 0; lane < 32; ++lane) unpack(lane, *static_cast<const MmaOperand*>(operands[lane]), a, b);
     for (int lane = 0; lane < 32; ++lane) {
         const auto& operand = *static_cast<const MmaOperand*>(operands[lane]);
         for (int i = 0; i < 4; ++i) {
             const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-            for (int k = 0; k < 16; ++k) operand.d[i] += a[row][k] * b[k][column];
+            for (int j = 0; j < k; ++j) operand.d[i] += a[row][j] * b[j][column];
         }
     }
+}
+
+// a: {row g, row g + 8} at k = 2t, 2t + 1, then both at k = 2t + 8, 2t + 9; b: column g at the same k. Low half first.
+inline void unpack_bf16(int lane, const MmaOperand& operand, float (&a)[16][16], float (&b)[16][8]) {
+    const int group = lane / 4, first = lane % 4 * 2;
+    for (int i = 0; i < 2; ++i) {
+        const auto value = [&](uint32_t pair) { return bf16_to_float(static_cast<uint16_t>(pair >> 16 * i)); };
+        for (int r = 0; r < 4; ++r) a[group + r % 2 * 8][first + i + r / 2 * 8] = value(operand.a[r]);
+        for (int r = 0; r < 2; ++r) b[first + i + r * 8][group] = value(operand.b[r]);
+    }
+}
+
+// a: {row g, row g + 8} at k = t, then both at k = t + 4; b: column g at the same k. The lower 13 bits do not count.
+inline void unpack_tf32(int lane, const MmaOperand& operand, float (&a)[16][8], float (&b)[8][8]) {
+    const int group = lane / 4, first = lane % 4;
+    const auto value = [](uint32_t bits) { return __uint_as_float(bits & 0xffffe000u); };
+    for (int r = 0; r < 4; ++r) a[group + r % 2 * 8][first + r / 2 * 4] = value(operand.a[r]);
+    for (int r = 0; r < 2; ++r) b[first + r * 4][group] = value(operand.b[r]);
 }
 
 inline void mma_bf16_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                               CUDA_HOST_SITE("mma_bf16_m16n8k16")) {
     MmaOperand operand{d, a, b};
-    cuda_host::warp_collective(site, 0xffffffffu, &operand, complete_mma<bf16_to_float>);
+    cuda_host::warp_collective(site, 0xffffffffu, &operand, [](cuda_host::LaneOperands& operands, uint32_t) {
+        multiply_add<16>(operands, unpack_bf16);
+    });
 }
 
-inline void mma_fp16_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                              CUDA_HOST_SITE("mma_fp16_m16n8k16")) {
+inline void mma_tf32_m16n8k8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                             CUDA_HOST_SITE("mma_tf32_m16n8k8")) {
     MmaOperand operand{d, a, b};
-    cuda_host::warp_collective(site, 0xffffffffu, &operand, complete_mma<fp16_to_float>);
+    cuda_host::warp_collective(site, 0xffffffffu, &operand, [](cuda_host::LaneOperands& operands, uint32_t) {
+        multiply_add<8>(operands, unpack_tf32);
+    });
 }
 
 inline int atomic_add_acq_rel(int* p, int v) { return atomicAdd(p, v); }

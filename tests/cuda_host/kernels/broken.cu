@@ -111,7 +111,7 @@ __global__ void writes_behind_shared_memory(const float* x, float* y) {
 __global__ void reads_behind_global_memory(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x + 1]; }
 
 __global__ void misaligned_weights(const float* x, float* y) {
-    y[threadIdx.x] = __uint_as_float(ptx::load_weights(x + threadIdx.x + 1).x);
+    y[threadIdx.x] = __uint_as_float(ptx::load_weights(x + threadIdx.x + 1, true).x);
 }
 
 using Kernel = void (*)(const float*, float*);

@@ -1,7 +1,5 @@
 #include "scheduler.h"
 
-#include <ptx_host.h>
-
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
@@ -401,11 +399,3 @@ uint32_t vote(Site site, uint32_t mask, bool predicate) {
 }
 
 }  // namespace cuda_host
-
-namespace skipkernels::cuda::ptx {
-
-char* shared_memory() { return cuda_host::scheduler.current().block->shared.get(); }
-void grid_dependency_wait() { cuda_host::scheduler.wait_for_dependency(); }
-void grid_dependency_launch() { cuda_host::scheduler.trigger_dependents(); }
-
-}  // namespace skipkernels::cuda::ptx

@@ -17,6 +17,12 @@ enum class Order { ascending, descending, shuffled };
 struct Block;
 struct Grid;
 
+struct Copy {  // cp.async
+    void* to;
+    const void* from;
+    int group;
+};
+
 struct Thread {
     Block* block;
     uint3 index;
@@ -27,6 +33,8 @@ struct Thread {
     Site site{};  // what it waits at; no call means that it can go on
     uint32_t mask = 0;
     void* operand = nullptr;
+    std::vector<Copy> copies;  // that were not carried out yet
+    int copy_groups = 0;       // committed
 };
 
 struct Block {

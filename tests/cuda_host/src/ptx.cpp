@@ -1,0 +1,53 @@
+// The part of ptx_host.h that needs the scheduler.
+#include <ptx_host.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "scheduler.h"
+
+namespace skipkernels::cuda::ptx {
+
+using cuda_host::Copy;
+using cuda_host::scheduler;
+
+namespace {
+
+// The thread's copies of groups before `end`.
+void carry_out_copies(int end) {
+    auto& copies = scheduler.current().copies;
+    const auto waiting = std::stable_partition(copies.begin(), copies.end(), [&](const Copy& copy) {
+        if (copy.group < end) std::memcpy(copy.to, copy.from, 16);
+        return copy.group >= end;
+    });
+    copies.erase(waiting, copies.end());
+}
+
+}  // namespace
+
+char* shared_memory() { return scheduler.current().block->shared.get(); }
+
+void grid_dependency_wait() { scheduler.wait_for_dependency(); }
+
+void grid_dependency_launch() { scheduler.trigger_dependents(); }
+
+void start_copy(void* to_shared, const void* from) {
+    const cuda_host::Block& block = *scheduler.current().block;
+    const auto* to = static_cast<const char*>(to_shared);
+    if (to < block.shared.get() || to + 16 > block.shared.get() + block.grid->launch->shared_bytes)
+        cuda_host::fail("copy_async: %p is outside of shared memory", to_shared);
+    cuda_host::Thread& thread = scheduler.current();
+    thread.copies.push_back({to_shared, from, thread.copy_groups});
+}
+
+void commit_copies() {
+    const int groups = ++scheduler.current().copy_groups;
+    // A copy may be done at any time after its start. Ascending seeds are late, descending ones early.
+    if (scheduler.order() == cuda_host::Order::descending ||
+        (scheduler.order() == cuda_host::Order::shuffled && scheduler.random_below(2)))
+        carry_out_copies(groups);
+}
+
+void finish_copies(int pending) { carry_out_copies(scheduler.current().copy_groups - pending); }
+
+}  // namespace skipkernels::cuda::ptx
