@@ -111,6 +111,31 @@ def plot_decode(rows: Sequence[dict[str, Any]], path: str | Path, title: str) ->
     _save(figure, path)
 
 
+def plot_kernels(rows: Sequence[dict[str, Any]], path: str | Path, title: str) -> None:
+    """A roofline of decoding, where everything is bound by memory: bytes an instruction moves, and how fast it does,
+    beside the bandwidth that was probed."""
+    figure, axes = pyplot().subplots(figsize=(7.5, 4.6), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    cases = list(dict.fromkeys((row["shapes"], row["batch_size"], row["kv_len"]) for row in rows))
+    markers = {case: "os^Dv<>pP*"[number % 10] for number, case in enumerate(cases)}
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    colours = pyplot().get_cmap("tab10")
+    for row in rows:
+        marker = markers[row["shapes"], row["batch_size"], row["kv_len"]]
+        axes.plot(row["bytes"] / 1e6, row["gb_per_s"], marker, color=colours(ops.index(row["op"]) % 10))
+    probe = float(np.median([row["gb_per_s"] / row["bandwidth_fraction"] for row in rows]))
+    axes.axhline(probe, color=_GREEN, linestyle="--")
+    for op in ops:
+        axes.plot([], [], "s", color=colours(ops.index(op) % 10), label=op)
+    for (shapes, batch, length), marker in markers.items():
+        axes.plot([], [], marker, color="#888888", label=f"{shapes}, batch {batch}, {length} positions")
+    axes.plot([], [], "--", color=_GREEN, label=f"probed bandwidth, {probe:.0f} GB/s")
+    axes.set(xscale="log", yscale="log", xlabel="MB moved by one instruction", ylabel="GB/s")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=7, loc="lower right")
+    _save(figure, path)
+
+
 def pyplot() -> Any:
     """matplotlib's pyplot.
 

@@ -7,11 +7,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from skipkernels import _C
-from skipkernels.benchmark.systems import Measurement, System
+import torch
 
-PROBE_BYTES = 512 << 20  # far beyond any cache
-PROBE_REPEATS = 3
+from skipkernels.benchmark.bandwidth import bandwidth_gb_per_s
+from skipkernels.benchmark.statistics import quantile
+from skipkernels.benchmark.systems import Measurement, System
 
 
 @dataclass
@@ -25,11 +25,6 @@ class _Turns:
         return statistics.median(self.measurements[turn].seconds)
 
 
-def bandwidth_gb_per_s(num_threads: int) -> float:
-    """Read bandwidth now: the median of a few full reads of a large buffer."""
-    return PROBE_BYTES / 1e9 / statistics.median(_C.measure_read(PROBE_BYTES, PROBE_REPEATS, num_threads))
-
-
 def run_decode_bench(
     systems: list[System],
     *,
@@ -37,6 +32,7 @@ def run_decode_bench(
     new_tokens: int,
     rounds: int,
     num_threads: int,
+    device: torch.device | None = None,
     on_turn: Callable[[], None] = lambda: None,
 ) -> list[dict[str, object]]:
     """Decodes ``new_tokens`` with every system in every round, in an order that rotates; returns a row per system.
@@ -47,14 +43,15 @@ def run_decode_bench(
     what is read in that time, ``tokens_per_s`` counts all rows.
     """
     turns: dict[int, _Turns] = defaultdict(_Turns)
+    device = device or torch.device("cpu")
     for system in systems:  # warm-up: touches every page, records every program
         system.decode(prompt_tokens, min(new_tokens, 4))
-    before = bandwidth_gb_per_s(num_threads)
+    before = bandwidth_gb_per_s(device, num_threads)
     for number in range(rounds):
         for offset in range(len(systems)):
             index = (number + offset) % len(systems)
             measurement = systems[index].decode(prompt_tokens, new_tokens)
-            after = bandwidth_gb_per_s(num_threads)
+            after = bandwidth_gb_per_s(device, num_threads)
             turns[index].measurements.append(measurement)
             turns[index].bandwidths.append((before + after) / 2)
             before = after
@@ -70,7 +67,7 @@ def run_decode_bench(
 
 
 def _row(system: System, own: _Turns, baseline: _Turns, rounds: int) -> dict[str, object]:
-    steps = sorted(second for measurement in own.measurements for second in measurement.seconds)
+    steps = [second for measurement in own.measurements for second in measurement.seconds]
     medians = [own.step_seconds(turn) for turn in range(rounds)]
     rates = [
         measurement.bytes_per_step / median / 1e9 for measurement, median in zip(own.measurements, medians, strict=True)
@@ -85,8 +82,8 @@ def _row(system: System, own: _Turns, baseline: _Turns, rounds: int) -> dict[str
         "batch_size": system.batch_size,
         "ffn_skip_ratio": statistics.mean(measurement.skip_ratio for measurement in own.measurements),
         "ms_per_token": median * 1e3,
-        "ms_per_token_p20": _quantile(steps, 0.2) * 1e3,
-        "ms_per_token_p80": _quantile(steps, 0.8) * 1e3,
+        "ms_per_token_p20": quantile(steps, 0.2) * 1e3,
+        "ms_per_token_p80": quantile(steps, 0.8) * 1e3,
         "tokens_per_s": system.batch_size / median,
         "bytes_per_token": bytes_per_step,
         "gb_per_s": statistics.median(rates),
@@ -95,11 +92,7 @@ def _row(system: System, own: _Turns, baseline: _Turns, rounds: int) -> dict[str
             rate / bandwidth for rate, bandwidth in zip(rates, own.bandwidths, strict=True)
         ),
         "speedup_vs_dense": statistics.median(speedups),
-        "speedup_p20": _quantile(sorted(speedups), 0.2),
-        "speedup_p80": _quantile(sorted(speedups), 0.8),
+        "speedup_p20": quantile(speedups, 0.2),
+        "speedup_p80": quantile(speedups, 0.8),
         "ideal_speedup": dense_bytes / bytes_per_step,
     }
-
-
-def _quantile(ordered: list[float], fraction: float) -> float:
-    return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))]

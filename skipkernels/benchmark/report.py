@@ -13,15 +13,15 @@ from typing import Any
 
 import skipkernels
 from skipkernels import _C
+from skipkernels.executors.execution import Execution
 from skipkernels.machine import processor_name
 
 
-def environment() -> dict[str, Any]:
+def environment(execution: Execution) -> dict[str, Any]:
     """Device, versions, commit and date of a measurement."""
     packages = ("torch", "transformers", "numpy")
     return {
-        "device": processor_name(),
-        "isa": _C.usable_isas()[0],
+        **(_gpu(execution) if execution.on_gpu else {"device": processor_name(), "isa": _C.usable_isas()[0]}),
         "versions": {
             "skipkernels": skipkernels.__version__,
             "python": platform.python_version(),
@@ -29,6 +29,20 @@ def environment() -> dict[str, Any]:
         },
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
+    }
+
+
+def _gpu(execution: Execution) -> dict[str, Any]:
+    import torch
+
+    return {
+        "device": torch.cuda.get_device_name(execution.device),
+        "driver": _C.cuda_status()["driver_version"] if _C.cuda_built else "unknown",
+        "cuda": torch.version.cuda,
+        "triton": metadata.version("triton") if execution.kernels == "triton" else None,
+        "kernels": execution.kernels,
+        "conditional": execution.conditional,
+        "loop": execution.loop,
     }
 
 

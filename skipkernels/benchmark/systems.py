@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
 
 from skipkernels.config import ModelConfig
 from skipkernels.decoding import Decoding
 from skipkernels.engine import Engine
-from skipkernels.executors.cpu import CpuExecutor
 from skipkernels.policy import DensePolicy, Policy, TimingPolicy
 from skipkernels.weights import ModelWeights, parameter_views
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
+
+    from skipkernels.executors import ProfilingExecutor
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,7 @@ class SkipkernelsSystem:
 
     def instruction_ms(self, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
         self._begin(prompt_tokens, new_tokens).step(1)  # the first token skips nothing
-        executor = self._engine.executor_for(self._policy)
-        assert isinstance(executor, CpuExecutor)
+        executor = cast("ProfilingExecutor", self._engine.executor_for(self._policy))
         spent: dict[str, float] = {}
         for op, seconds in executor.profile(new_tokens - 1):
             spent[op] = spent.get(op, 0.0) + 1e3 * seconds / (new_tokens - 1)
@@ -87,6 +87,7 @@ class TransformersSystem:
 
     name = "transformers"
     policy: Policy | None = None
+    options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, model: PreTrainedModel, config: ModelConfig, batch_size: int, prompt: list[int]) -> None:
         self._model: Any = model
@@ -97,7 +98,7 @@ class TransformersSystem:
     @torch.inference_mode()
     def decode(self, prompt_tokens: int, new_tokens: int) -> Measurement:
         stamps = _Stamps()
-        input_ids = torch.tensor([self._prompt[:prompt_tokens]] * self.batch_size)
+        input_ids = torch.tensor([self._prompt[:prompt_tokens]] * self.batch_size, device=self._model.device)
         self._model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
@@ -106,6 +107,7 @@ class TransformersSystem:
             do_sample=False,
             pad_token_id=0,
             stopping_criteria=[stamps],
+            **self.options,
         )
         dtype = self._model.dtype
         return Measurement(

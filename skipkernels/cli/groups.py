@@ -16,7 +16,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     a wrong command line.
     """
     signature = inspect.signature(command, eval_str=True)
-    groups = {
+    groups: dict[str, Any] = {
         name: parameter.annotation
         for name, parameter in signature.parameters.items()
         if is_dataclass(parameter.annotation)
@@ -43,7 +43,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         }
         command(**taken, **values)
 
-    del call.__wrapped__  # type: ignore[attr-defined]  # typer would look at the command's own annotations
+    del call.__wrapped__  # typer would look at the command's own annotations
     call.__signature__ = signature.replace(parameters=flat)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
     return call

@@ -30,6 +30,14 @@ class Executor(Protocol):
     def run_instruction(self, index: int) -> None: ...
 
 
+class ProfilingExecutor(Executor, Protocol):
+    """An executor with a clock of its own: all but the reference."""
+
+    def profile(self, steps: int) -> list[tuple[str, float]]:
+        """(op, seconds in ``steps`` steps) of every instruction."""
+        ...
+
+
 def get_executor(execution: Execution, program: Program, state: DecodeState) -> Executor:
     """Builds the executor of a resolved ``execution``.
 

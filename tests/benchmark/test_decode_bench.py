@@ -8,8 +8,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from skipkernels.benchmark import bandwidth, shapes
 from skipkernels.benchmark import decode as bench
-from skipkernels.benchmark import shapes
 from skipkernels.benchmark.systems import Measurement, SkipkernelsSystem, TransformersSystem, module_over
 from skipkernels.cli.app import app
 from skipkernels.config import ModelConfig
@@ -47,7 +47,7 @@ class Scripted:
 
 @pytest.fixture
 def probe_at_20_gb_per_s(monkeypatch):
-    monkeypatch.setattr(bench, "bandwidth_gb_per_s", lambda threads: 20.0)
+    monkeypatch.setattr(bench, "bandwidth_gb_per_s", lambda device, threads: 20.0)
 
 
 def run(systems, rounds):
@@ -118,7 +118,7 @@ def test_transformers_runs_on_the_same_storage(monkeypatch):
 
 def test_the_command_writes_rows_and_picture(monkeypatch, tmp_path):
     monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
-    monkeypatch.setattr(bench, "PROBE_BYTES", 1 << 22)
+    monkeypatch.setattr(bandwidth, "PROBE_BYTES", 1 << 22)
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
     options = "--rounds 2 --new-tokens 4 --prompt-tokens 4 --threads 1 --batch-sizes 1,2 --against transformers"
     arguments = ["bench", "--shapes", "tiny", *options.split(), "--json", str(out), "--plot", str(picture)]

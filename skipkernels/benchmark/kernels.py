@@ -1,0 +1,117 @@
+"""The kernel bench: every op at a model's shapes by the executor's own clock, beside torch on the same matrices."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from skipkernels.benchmark.bandwidth import bandwidth_gb_per_s
+from skipkernels.benchmark.statistics import quantile
+from skipkernels.benchmark.torch_ops import bytes_of, torch_counterpart
+from skipkernels.ops.table import Instruction
+from skipkernels.policy import TimingPolicy
+
+if TYPE_CHECKING:
+    from skipkernels.engine import Engine
+    from skipkernels.executors import ProfilingExecutor
+
+STEPS = 8
+"""Steps of one turn."""
+
+
+def run_kernel_bench(
+    engine: Engine, *, kv_len: int, rounds: int, num_threads: int, on_turn: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """Times every op of a program that tests and never skips, with all rows of ``engine`` at ``kv_len`` positions.
+
+    In each round ours and torch's take turns between two readings of the bandwidth; an op reads the matrices of one
+    layer after the other, so that they come from memory where the model is larger than the caches. A row per op:
+    microseconds per instruction (median, p20, p80), bytes, GB/s, share of the bandwidth, torch's microseconds.
+    """
+    executor: Any = engine.executor_for(TimingPolicy(0.0))
+    ops = list(dict.fromkeys(ins.op for ins in executor.program))
+    ours: dict[str, list[float]] = {op: [] for op in ops}
+    theirs: dict[str, list[float]] = {op: [] for op in ops}
+    shares: dict[str, list[float]] = {op: [] for op in ops}
+    bytes_per_op: dict[str, int] = {}
+    device = engine.state.active.device
+    for number in range(rounds + 1):  # the first is the warm-up
+        _place_rows(engine, kv_len)
+        instructions = {op: [ins for ins in executor.program if ins.op == op] for op in ops}
+        bytes_per_op = {op: bytes_of(listed[0]) for op, listed in instructions.items()}
+        before = bandwidth_gb_per_s(device, num_threads)
+        spent = _seconds_per_instruction(executor)
+        after = bandwidth_gb_per_s(device, num_threads)
+        for op in ops:
+            seconds = _torch_seconds(instructions[op], device)
+            if number == 0:
+                continue
+            ours[op].append(spent[op])
+            shares[op].append(bytes_per_op[op] / spent[op] / 1e9 / ((before + after) / 2))
+            if seconds is not None:
+                theirs[op].append(seconds)
+        on_turn()
+    return [_row(op, ours[op], theirs[op], shares[op], bytes_per_op[op]) for op in ops]
+
+
+def _place_rows(engine: Engine, kv_len: int) -> None:
+    """Every row at ``kv_len`` cached positions; what they hold does not change the time."""
+    state = engine.state
+    state.max_new_tokens.fill_(engine.max_seq_len)
+    for row in range(engine.max_batch_size):
+        state.begin_row(row, torch.zeros(kv_len + 1, dtype=torch.int32))
+
+
+def _seconds_per_instruction(executor: ProfilingExecutor) -> dict[str, float]:
+    spent: dict[str, list[float]] = {}
+    for op, seconds in executor.profile(STEPS):
+        spent.setdefault(op, []).append(seconds / STEPS)
+    return {op: statistics.mean(values) for op, values in spent.items()}
+
+
+def _torch_seconds(instructions: list[Instruction], device: torch.device) -> float | None:
+    """Seconds of torch's own op, one layer after the other; as a CUDA graph on a GPU, as ours are."""
+    calls = [torch_counterpart(ins) for ins in instructions]
+    listed = [call for call in calls if call is not None]
+    if not listed:
+        return None
+
+    def once() -> None:
+        for call in listed:
+            call()
+
+    with torch.inference_mode():
+        once()
+        replay: Callable[[], None] = once
+        if device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                once()
+            replay = graph.replay
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        for _ in range(STEPS):
+            replay()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - started) / STEPS / len(listed)
+
+
+def _row(op: str, ours: list[float], theirs: list[float], shares: list[float], size: int) -> dict[str, Any]:
+    median = statistics.median(ours)
+    ratios = [other / own for own, other in zip(ours, theirs, strict=False)]
+    return {
+        "op": op,
+        "us": median * 1e6,
+        "us_p20": quantile(ours, 0.2) * 1e6,
+        "us_p80": quantile(ours, 0.8) * 1e6,
+        "bytes": size,
+        "gb_per_s": size / median / 1e9,
+        "bandwidth_fraction": statistics.median(shares),
+        "torch_us": statistics.median(theirs) * 1e6 if theirs else None,
+        "speedup_vs_torch": statistics.median(ratios) if ratios else None,
+    }
