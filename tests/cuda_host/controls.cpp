@@ -58,6 +58,10 @@ CUDA_HOST_EXPORT const char* cuda_host_log() {
     return log.c_str();
 }
 
+CUDA_HOST_EXPORT const char* cuda_host_error_name(int error) {
+    return cudaGetErrorName(static_cast<cudaError_t>(error));
+}
+
 CUDA_HOST_EXPORT void cuda_host_clear_log() {
     const std::lock_guard lock(runtime.mutex);
     runtime.log.clear();

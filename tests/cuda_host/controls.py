@@ -33,7 +33,7 @@ class HostRuntime:
 
     def __init__(self, library: Path, *, seed: int = 0) -> None:
         self.library = ctypes.CDLL(str(library))
-        for name in ("log", "failure"):
+        for name in ("log", "failure", "error_name"):
             getattr(self.library, f"cuda_host_{name}").restype = ctypes.c_char_p
         for name in ("set", "inject"):
             getattr(self.library, f"cuda_host_{name}").restype = ctypes.c_bool
@@ -43,12 +43,16 @@ class HostRuntime:
 
     def call(self, function: str, *arguments: int | float | bytes | torch.Tensor | ctypes.Array[Any]) -> int:
         """Call what ``library`` exports; a tensor stands for its address, an int for any integer or pointer."""
-        return getattr(self.library, function)(*map(_c_argument, arguments))
+        return getattr(self.library, function)(*map(c_argument, arguments))
+
+    def error_name(self, error: int) -> str:
+        return self.library.cuda_host_error_name(error).decode()
 
     def launch(self, function: str, *arguments: int | float | bytes | torch.Tensor | ctypes.Array[Any]) -> None:
         """The same for a function that returns a cudaError, which is raised as a RuntimeError."""
-        if self.call(function, *arguments):
-            raise RuntimeError(self.failure or self.log[-1].result)
+        error = self.call(function, *arguments)
+        if error:
+            raise RuntimeError(self.failure or self.error_name(error))
 
     def reset(self, *, seed: int = 0, **settings: int) -> None:
         """Forget every object, call, error and setting (see CUDA_HOST_SETTINGS), then apply ``settings``."""
@@ -100,7 +104,7 @@ class HostRuntime:
         return self.library.cuda_host_switches()
 
 
-def _c_argument(value: int | float | bytes | torch.Tensor | ctypes.Array[Any]) -> object:
+def c_argument(value: int | float | bytes | torch.Tensor | ctypes.Array[Any]) -> object:
     if isinstance(value, int):
         return ctypes.c_int64(value)  # registers are wider than int: the callee takes what it needs
     if isinstance(value, float):

@@ -55,16 +55,18 @@ cudaError_t instantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long 
 cudaError_t run(const std::vector<ExecNode>& nodes);
 
 cudaError_t run_conditional(const ExecNode& node) {
+    const Condition& condition = running->conditions.at(node.handle);
     const bool loop = node.condition == cudaGraphCondTypeWhile;
-    for (int64_t iterations = 0;; ++iterations) {
-        const Condition& condition = running->conditions.at(node.handle);
+    int64_t iterations = 0;
+    do {
         if (!condition.known) return fail_launch("a conditional node's value was never set and has no default");
         record(loop ? "while" : "if", text(condition.value));
-        if (condition.value == 0 || (!loop && iterations == 1)) return cudaSuccess;
-        if (iterations == runtime.settings.while_limit)
-            return fail_launch("a WHILE node ran " + std::to_string(iterations) + " times, the setting while_limit");
+        if (condition.value == 0) break;
+        if (iterations++ == runtime.settings.while_limit)
+            return fail_launch("a WHILE node ran " + std::to_string(iterations - 1) + " times (setting while_limit)");
         if (const cudaError_t error = run(node.body)) return error;
-    }
+    } while (loop);
+    return cudaSuccess;
 }
 
 cudaError_t run(const std::vector<ExecNode>& nodes) {
