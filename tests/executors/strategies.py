@@ -1,0 +1,67 @@
+"""Hypothesis draws the programs of ``programs``."""
+
+import torch
+from hypothesis import strategies as st
+
+from skipkernels.policy import BATCH_RULES, DensePolicy, FixedPolicy, RandomPolicy, SkipPolicy, TimingPolicy
+from skipkernels.state import LAYOUTS, Layout
+from tests.executors.programs import Case
+
+policies = st.one_of(
+    st.just(DensePolicy()),
+    st.builds(
+        SkipPolicy,
+        threshold=st.sampled_from([-1.0, 0.3, 0.7, 0.9]),
+        span=st.sampled_from([None, 1, 2]),
+        cold_start=st.just(0),
+        cold_end=st.sampled_from([0, 1]),
+        warmup_tokens=st.sampled_from([0, 2]),
+        batch_rule=st.sampled_from(BATCH_RULES),
+    ),
+    st.builds(
+        SkipPolicy,
+        threshold=st.sampled_from([0.3, 0.9]),
+        span=st.sampled_from([None, 1, 2]),
+        cold_start=st.just(0),
+        cold_end=st.just(0),
+        warmup_tokens=st.sampled_from([0, 2]),
+        target_ratio=st.sampled_from([0.1, 0.3]),
+    ),
+    st.builds(FixedPolicy, layers=st.sampled_from([(0,), (1, 3), (0, 1, 2, 3)]), warmup_tokens=st.sampled_from([0, 3])),
+    st.builds(
+        RandomPolicy,
+        ratio=st.sampled_from([0.2, 0.5]),
+        seed=st.integers(-(2**63), 2**63 - 1),
+        warmup_tokens=st.just(2),
+    ),
+    st.builds(TimingPolicy, ratio=st.sampled_from([0.0, 0.25, 0.5])),
+)
+
+
+@st.composite
+def cases(draw: st.DrawFn, layout: Layout = LAYOUTS["cpu"]) -> Case:
+    """Any program over small buffers cut by ``layout``."""
+    split = layout.kv_split
+    longest = draw(st.sampled_from([5, 40, split, 2 * split + 40]))
+    batch_size = draw(st.integers(1, 16 if longest < split else 4))
+    seq_lens = draw(st.lists(st.integers(0, longest), min_size=batch_size, max_size=batch_size))
+    active = draw(st.lists(st.sampled_from([True, True, False]), min_size=batch_size, max_size=batch_size))
+    return Case(
+        batch_size=batch_size,
+        seq_lens=tuple(seq_lens),
+        active=tuple(active),
+        hidden_size=draw(st.integers(1, 140)),
+        intermediate_size=draw(st.integers(1, 140)),
+        vocab_size=draw(st.integers(2, 300)),
+        head_dim=draw(st.sampled_from([2, 6, 10, 64, 80, 96, 128])),
+        num_key_value_heads=draw(st.integers(1, 3)),
+        group_size=draw(st.integers(1, 8)),
+        sliding_window=draw(st.sampled_from([None, 1, 7, split, split + 50])),
+        qk_norm=draw(st.booleans()),
+        qkv_bias=draw(st.booleans()),
+        o_proj_bias=draw(st.booleans()),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        policy=draw(policies),
+        seed=draw(st.integers(0, 1 << 30)),
+        layout=layout,
+    )
