@@ -8,20 +8,20 @@ that it left with. CALM's models are trained to predict at every layer; here the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
-import numpy as np
 import torch
 
 from skipkernels.errors import PolicyError
+from skipkernels.passages import Passage
 from skipkernels.quality.layer_decoder import LayerDecoder
 from skipkernels.quality.layer_methods import LayerMethod
 from skipkernels.quality.lengths import Lengths
+from skipkernels.quality.matching import match, skip_ratio
 from skipkernels.quality.method import Found, Method, Progress, RatioOf, ignore
 from skipkernels.quality.setup import Setup
 
-_BISECTIONS = 16
-_CLOSE_ENOUGH = 0.003
 _LOG_ODDS = 16.0  # of a confidence: fp32 tells it from 1 up to here
 
 
@@ -55,37 +55,23 @@ class EarlyExit:
     source: ClassVar[str] = "early exit by softmax confidence (CALM, Schuster et al. 2022, arXiv 2207.07061), untrained"
     ratio_of: ClassVar[RatioOf] = "layers"
 
-    def find(self, setup: Setup, ratio: float, lengths: Lengths, progress: Progress = ignore) -> Found:
-        """Bisects the threshold, each one measured by decoding the calibration text."""
-        wanted = lengths.share_past(ratio, setup.warmup_tokens)
-        layers = setup.engine.config.num_hidden_layers
-        if wanted > 1 - 1 / layers:
+    def find(self, setup: Setup, ratio: float, alike: Sequence[Passage], progress: Progress = ignore) -> Found:
+        lengths, layers = Lengths.of(alike), setup.engine.config.num_hidden_layers
+        reachable = ratio / lengths.share_past(ratio, setup.warmup_tokens) * (1 - 1 / layers)
+        if ratio > reachable:
             raise PolicyError(
                 f"a ratio of {ratio} cannot be reached: the first of {layers} layers and {setup.warmup_tokens} warm-up "
-                f"tokens always run, so generations of {lengths.label} skip at most "
-                f"{ratio / wanted * (1 - 1 / layers):.3f}"
+                f"tokens always run, so generations of {lengths.label} skip at most {reachable:.3f}"
             )
-        new_tokens = max(lengths.typical, setup.warmup_tokens + 1)
-        passages = setup.search_passages(new_tokens)
-        past_warmup = 1 - setup.warmup_tokens / new_tokens
-
-        def skipped(threshold: float) -> float:
-            readings = self._method(setup, threshold).score(passages)
-            return float(np.mean([reading.work.ffn_skip_ratio for reading in readings])) / past_warmup
-
         # in log-odds, because untrained models are hardly ever sure, and trained ones often nearly certain
-        low, high = -_LOG_ODDS, _LOG_ODDS  # skips too much, too little
-        measured: dict[float, float] = {}
-        for run in range(_BISECTIONS):
-            middle = (low + high) / 2
-            threshold = 1.0 / (1.0 + math.exp(-middle))
-            measured[threshold] = skipped(threshold)
-            progress(f"trying confidence {threshold:.6f}", (run + 1) / _BISECTIONS)
-            if abs(measured[threshold] - wanted) <= _CLOSE_ENOUGH:
-                break
-            low, high = (middle, high) if measured[threshold] > wanted else (low, middle)
-        best = min(measured, key=lambda threshold: abs(measured[threshold] - wanted))
-        return {"confidence": best}
+        log_odds, _ = match(
+            lambda log_odds: skip_ratio(self._method(setup, _probability(log_odds)).score(alike)),
+            ratio,
+            -_LOG_ODDS,
+            _LOG_ODDS,
+            progress,
+        )
+        return {"confidence": _probability(log_odds)}
 
     def build(self, setup: Setup, found: Found) -> Method:
         return self._method(setup, found["confidence"])
@@ -93,3 +79,7 @@ class EarlyExit:
     def _method(self, setup: Setup, threshold: float) -> LayerMethod:
         rule = ConfidentExit(setup.layer_decoder, threshold, setup.warmup_tokens)
         return LayerMethod(setup.engine, setup.layer_decoder, rule, fills_cache=True)
+
+
+def _probability(log_odds: float) -> float:
+    return 1.0 / (1.0 + math.exp(-log_odds))

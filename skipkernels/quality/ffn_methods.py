@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import ClassVar, cast
 
 import numpy as np
 
 from skipkernels.calibration import calibrate
 from skipkernels.engine import Engine
+from skipkernels.errors import PolicyError
 from skipkernels.passages import Passage
-from skipkernels.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy, policy_from_dict
+from skipkernels.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy, SkipPolicy, policy_from_dict
 from skipkernels.quality.lengths import Lengths
+from skipkernels.quality.matching import match, skip_ratio
 from skipkernels.quality.method import Answer, Found, Method, OnItem, Progress, RatioOf, Reading, ignore
 from skipkernels.quality.setup import Setup
 from skipkernels.quality.work import Work
 from skipkernels.scoring import Score, dense_similarities, score
+
+_LOG_FACTOR = 9.0  # of the distance of a threshold from 1: more than its seven digits tell
+_TOLERANCE = 0.01
 
 
 class EngineMethod:
@@ -82,7 +89,7 @@ class Full:
     source: ClassVar[str] = "the model itself, on the engine"
     ratio_of: ClassVar[RatioOf] = "nothing"
 
-    def find(self, setup: Setup, ratio: float, lengths: Lengths, progress: Progress = ignore) -> Found:
+    def find(self, setup: Setup, ratio: float, alike: Sequence[Passage], progress: Progress = ignore) -> Found:
         return {"policy": DensePolicy().to_dict()}
 
     def build(self, setup: Setup, found: Found) -> Method:
@@ -96,20 +103,49 @@ class FFNSkip:
     source: ClassVar[str] = "FFN-SkipLLM (Jaiswal et al. 2024, arXiv 2404.03865), calibrated by this package"
     ratio_of: ClassVar[RatioOf] = "FFN executions"
 
-    def find(self, setup: Setup, ratio: float, lengths: Lengths, progress: Progress = ignore) -> Found:
-        new_tokens = max(lengths.typical, setup.warmup_tokens + 1)
-        past_warmup = lengths.share_past(ratio, setup.warmup_tokens)
+    def find(self, setup: Setup, ratio: float, alike: Sequence[Passage], progress: Progress = ignore) -> Found:
+        Lengths.of(alike).share_past(ratio, setup.warmup_tokens)  # refuses what no policy reaches
+        calibrated = setup.remember(f"calibration at {ratio}", lambda: self._calibrate(setup, ratio, progress))
+        return {"policy": self._matched(setup, policy_from_dict(calibrated), ratio, alike, progress).to_dict()}
+
+    def _calibrate(self, setup: Setup, ratio: float, progress: Progress) -> Found:
         calibration = calibrate(
             setup.engine,
             setup.texts,
-            past_warmup * (1 - setup.warmup_tokens / new_tokens),
+            ratio,
             prompt_tokens=setup.prompt_tokens,
-            new_tokens=new_tokens,
-            passages=setup.passage_count(new_tokens),
+            new_tokens=setup.new_tokens,
+            passages=setup.passages,
             warmup_tokens=setup.warmup_tokens,
             progress=progress,
         )
-        return {"policy": calibration.policy.to_dict(), "calibrated_ratio": calibration.held_out.skip_ratio}
+        return calibration.policy.to_dict()
+
+    def _matched(
+        self, setup: Setup, policy: Policy, ratio: float, alike: Sequence[Passage], progress: Progress
+    ) -> SkipPolicy:
+        """The policy with its thresholds moved, all by the same factor of their distance from 1."""
+        assert isinstance(policy, SkipPolicy)
+
+        def moved(log_factor: float) -> SkipPolicy:
+            factor = math.exp(-log_factor)
+            return replace(
+                policy,
+                threshold=_moved(policy.threshold, factor),
+                layer_thresholds=policy.layer_thresholds and tuple(_moved(t, factor) for t in policy.layer_thresholds),
+            )
+
+        def measure(log_factor: float) -> float:
+            chosen = moved(log_factor)
+            return skip_ratio(EngineMethod(setup.engine, lambda batch: chosen).score(alike))
+
+        log_factor, measured = match(measure, ratio, -_LOG_FACTOR, _LOG_FACTOR, progress)
+        if measured < ratio - _TOLERANCE:
+            raise PolicyError(
+                f"a ratio of {ratio} cannot be reached: {policy.label}, calibrated on the text, skips at most "
+                f"{measured:.3f} of generations of {Lengths.of(alike).label}"
+            )
+        return moved(log_factor)
 
     def build(self, setup: Setup, found: Found) -> Method:
         return EngineMethod(setup.engine, lambda batch: policy_from_dict(found["policy"]))
@@ -126,8 +162,8 @@ class RandomSkip:
     source: ClassVar[str] = "random FFN skip, a baseline of FFN-SkipLLM (arXiv 2404.03865)"
     ratio_of: ClassVar[RatioOf] = "FFN executions"
 
-    def find(self, setup: Setup, ratio: float, lengths: Lengths, progress: Progress = ignore) -> Found:
-        past_warmup = lengths.share_past(ratio, setup.warmup_tokens)
+    def find(self, setup: Setup, ratio: float, alike: Sequence[Passage], progress: Progress = ignore) -> Found:
+        past_warmup = Lengths.of(alike).share_past(ratio, setup.warmup_tokens)
         policy = RandomPolicy(past_warmup, seed=setup.seed, warmup_tokens=setup.warmup_tokens)
         policy.plan(setup.engine.config.num_hidden_layers)  # refuses what it cannot reach
         return {"policy": policy.to_dict()}
@@ -144,17 +180,25 @@ class FixedSkip:
     source: ClassVar[str] = "non-adaptive FFN skip, a baseline of FFN-SkipLLM (arXiv 2404.03865)"
     ratio_of: ClassVar[RatioOf] = "FFN executions"
 
-    def find(self, setup: Setup, ratio: float, lengths: Lengths, progress: Progress = ignore) -> Found:
+    def find(self, setup: Setup, ratio: float, alike: Sequence[Passage], progress: Progress = ignore) -> Found:
         layers = setup.engine.config.num_hidden_layers
-        count = round_half_up(lengths.share_past(ratio, setup.warmup_tokens) * layers)
-        passages = setup.search_passages(lengths.typical)
-        similarities = np.concatenate(list(dense_similarities(setup.engine, passages)))
-        chosen = np.argsort(-similarities.mean(axis=0), kind="stable")[:count]
-        policy = FixedPolicy(tuple(chosen.tolist()), warmup_tokens=setup.warmup_tokens)
+        count = round_half_up(Lengths.of(alike).share_past(ratio, setup.warmup_tokens) * layers)
+        similarities = setup.remember("mean similarity", lambda: _mean_similarity(setup))
+        chosen = sorted(range(layers), key=lambda layer: -similarities[layer])[:count]
+        policy = FixedPolicy(tuple(chosen), warmup_tokens=setup.warmup_tokens)
         return {"policy": policy.to_dict()}
 
     def build(self, setup: Setup, found: Found) -> Method:
         return EngineMethod(setup.engine, lambda batch: policy_from_dict(found["policy"]))
+
+
+def _mean_similarity(setup: Setup) -> list[float]:
+    similarities = np.concatenate(list(dense_similarities(setup.engine, setup.text_passages)))
+    return [round(value, 6) for value in similarities.mean(axis=0).tolist()]
+
+
+def _moved(threshold: float, factor: float) -> float:
+    return round(max(-1.0, 1.0 - (1.0 - threshold) * factor), 7)
 
 
 def round_half_up(value: float) -> int:

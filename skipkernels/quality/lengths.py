@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from skipkernels.errors import PolicyError
+from skipkernels.passages import Passage
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Generated tokens of each generation, the first one included. Short answers skip less than their share, because
-    the first token comes out of the prompt; that can be made up for only where the lengths are known."""
+    """Generated tokens of each generation, the first one included. In short answers the warm-up weighs more; that can
+    be made up for only where the lengths are known."""
 
     counts: tuple[int, ...]
 
-    @property
-    def typical(self) -> int:
-        """The length to calibrate with."""
-        return max(2, round(float(np.mean(self.counts))))
+    @classmethod
+    def of(cls, passages: Sequence[Passage]) -> Lengths:
+        return cls(tuple(passage.decoded_tokens for passage in passages))
 
     @property
     def longest(self) -> int:
@@ -35,7 +36,7 @@ class Lengths:
     def label(self) -> str:
         if len(set(self.counts)) == 1:
             return f"{self.longest} tokens"
-        return f"{min(self.counts)} to {self.longest} tokens, {np.mean(self.counts):.3f} on average"
+        return f"{min(self.counts)} to {self.longest} tokens, {np.mean(self.counts):.1f} on average"
 
     def share_past(self, ratio: float, warmup_tokens: int) -> float:
         """What a token past the warm-up has to leave out, so that all tokens together leave out ``ratio``.

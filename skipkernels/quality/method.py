@@ -14,7 +14,6 @@ import numpy.typing as npt
 import torch
 
 from skipkernels.passages import Passage
-from skipkernels.quality.lengths import Lengths
 from skipkernels.quality.work import Work
 
 if TYPE_CHECKING:
@@ -114,8 +113,11 @@ class MethodKind(Protocol):
     """The paper, and what is done differently here."""
     ratio_of: ClassVar[RatioOf]
 
-    def find(self, setup: Setup, ratio: float, lengths: Lengths, progress: Progress = ignore) -> Found:
-        """What leaves out ``ratio`` in generations of these lengths.
+    def find(self, setup: Setup, ratio: float, alike: Sequence[Passage], progress: Progress = ignore) -> Found:
+        """What leaves out ``ratio`` of the passages ``alike`` when they are decoded by force.
+
+        What else there is to choose is chosen on the text of the setup; ``alike`` resembles what will be measured, and
+        only sets the ratio.
 
         Raises:
             PolicyError: the ratio cannot be reached; the message says what can.

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
 from skipkernels.passages import Passage, cut_passages
 from skipkernels.quality.layer_decoder import LayerDecoder
-
-_PASSAGES = (16, 128)  # fewest and most: shorter passages are more, but each costs a prefill
 
 
 @dataclass
@@ -21,18 +20,20 @@ class Setup:
     Args:
         engine: decodes the methods that skip FFNs, and lends its weights to those that skip layers.
         texts: text or token ids. Methods are found on the first half of each; the second is held out.
-        prompt_tokens: tokens of each calibration passage that are prefilled.
+        prompt_tokens, new_tokens, passages: of the passages cut from the texts, as in ``calibrate``.
         warmup_tokens: generated tokens that run in full, at least 1: the first one is part of the prompt.
-        calibration_tokens: decoded tokens to find methods on, as far as whole passages allow.
         seed: of everything that is drawn.
+        memory: what was found before, by its description; plain JSON, so that it can be kept in a file.
     """
 
     engine: Engine
     texts: Sequence[str | Sequence[int]]
     prompt_tokens: int = 32
+    new_tokens: int = 128
+    passages: int = 32
     warmup_tokens: int = 1
-    calibration_tokens: int = 4096
     seed: int = 0
+    memory: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.warmup_tokens < 1:
@@ -45,18 +46,17 @@ class Setup:
         """The reference path of the methods that skip whole layers."""
         return LayerDecoder(self.engine.config, self.engine.weights, self.engine.max_seq_len)
 
-    def passage_count(self, new_tokens: int) -> int:
-        """How many passages of ``new_tokens`` decoded tokens to calibrate on, the held-out half included."""
-        fewest, most = _PASSAGES
-        return max(fewest, min(most, self.calibration_tokens // new_tokens))
-
-    def search_passages(self, new_tokens: int) -> list[Passage]:
-        """Passages to find methods on.
+    @cached_property
+    def text_passages(self) -> list[Passage]:
+        """Passages of the texts to find methods on.
 
         Raises:
             RequestError: there is not enough text.
         """
-        search, _ = cut_passages(
-            self.engine, self.texts, self.passage_count(new_tokens), self.prompt_tokens, new_tokens
-        )
-        return search
+        return cut_passages(self.engine, self.texts, self.passages, self.prompt_tokens, self.new_tokens)[0]
+
+    def remember(self, what: str, find: Callable[[], Any]) -> Any:
+        """What was found under this description, or else is found now; it must be plain JSON."""
+        if what not in self.memory:
+            self.memory[what] = find()
+        return self.memory[what]

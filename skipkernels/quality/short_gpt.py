@@ -6,6 +6,7 @@ the tokens of a calibration text. Removal is static: it holds for the prompt as 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import ClassVar
 
@@ -13,10 +14,10 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from skipkernels.errors import PolicyError
+from skipkernels.passages import Passage
 from skipkernels.quality.ffn_methods import round_half_up
 from skipkernels.quality.layer_decoder import LayerDecoder
 from skipkernels.quality.layer_methods import LayerMethod
-from skipkernels.quality.lengths import Lengths
 from skipkernels.quality.method import Found, Method, Progress, RatioOf, ignore
 from skipkernels.quality.setup import Setup
 
@@ -38,7 +39,7 @@ class ShortGPT:
     source: ClassVar[str] = "ShortGPT (Men et al. 2024, arXiv 2403.03853)"
     ratio_of: ClassVar[RatioOf] = "layers"
 
-    def find(self, setup: Setup, ratio: float, lengths: Lengths, progress: Progress = ignore) -> Found:
+    def find(self, setup: Setup, ratio: float, alike: Sequence[Passage], progress: Progress = ignore) -> Found:
         layers = setup.engine.config.num_hidden_layers
         count = round_half_up(ratio * layers)
         if not 0 < count < layers:
@@ -46,16 +47,21 @@ class ShortGPT:
                 f"a ratio of {ratio} removes {count} of {layers} layers; between 1 and {layers - 1} are possible, "
                 f"ratios from {1 / layers:.3f} to {1 - 1 / layers:.3f}"
             )
-        passages = setup.search_passages(lengths.typical)
-        influence = torch.zeros(layers)
-        for number, passage in enumerate(passages, start=1):
-            influence += block_influence(setup.layer_decoder, torch.tensor(passage.token_ids)) / len(passages)
-            progress("reading the text", number / len(passages))
-        removed = influence.argsort(stable=True)[:count].sort().values
-        return {"removed": removed.tolist(), "block_influence": [round(value, 6) for value in influence.tolist()]}
+        influence = setup.remember("block influence", lambda: _mean_influence(setup, progress))
+        removed = sorted(range(layers), key=lambda layer: influence[layer])[:count]
+        return {"removed": sorted(removed)}
 
     def build(self, setup: Setup, found: Found) -> Method:
         return LayerMethod(setup.engine, setup.layer_decoder, RemovedLayers(found["removed"]), fills_cache=False)
+
+
+def _mean_influence(setup: Setup, progress: Progress) -> list[float]:
+    passages = setup.text_passages
+    total = torch.zeros(setup.engine.config.num_hidden_layers)
+    for number, passage in enumerate(passages, start=1):
+        total += block_influence(setup.layer_decoder, torch.tensor(passage.token_ids))
+        progress("reading the text", number / len(passages))
+    return [round(value, 6) for value in (total / len(passages)).tolist()]
 
 
 def block_influence(decoder: LayerDecoder, tokens: torch.Tensor) -> torch.Tensor:

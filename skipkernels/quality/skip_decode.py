@@ -10,19 +10,25 @@ The paper fine-tunes the model for its schedule; here, as for every other method
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from skipkernels.errors import PolicyError
+from skipkernels.passages import Passage
+from skipkernels.quality.layer_decoder import EveryLayer
 from skipkernels.quality.layer_methods import LayerMethod
 from skipkernels.quality.lengths import Lengths
+from skipkernels.quality.matching import CLOSE_ENOUGH, match
 from skipkernels.quality.method import Found, Method, Progress, RatioOf, ignore
 from skipkernels.quality.setup import Setup
 
-_BISECTIONS = 20
+_FALLS = (0.25, 0.5, 1.0)
+"""Where a schedule begins, from the depth that would do without a fall (0) to the full depth (1)."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,27 @@ class SkipDecode:
     source: ClassVar[str] = "SkipDecode (Del Corro et al. 2023, arXiv 2307.02628), without its fine-tuning"
     ratio_of: ClassVar[RatioOf] = "layers"
 
-    def find(self, setup: Setup, ratio: float, lengths: Lengths, progress: Progress = ignore) -> Found:
-        """Bounds that skip the wanted ratio: the full depth and what it takes below it, or, where even the lowest bound
-        is not enough below the full depth, a lower first one too."""
+    def find(self, setup: Setup, ratio: float, alike: Sequence[Passage], progress: Progress = ignore) -> Found:
+        """Of several schedules at the wanted ratio, from a slow to the steepest fall, the one closest to the full model
+        (mean KL divergence) on ``alike``."""
+        candidates = self._candidates(setup, ratio, Lengths.of(alike))
+        expected = LayerMethod(setup.engine, setup.layer_decoder, EveryLayer(), fills_cache=False).score(
+            alike, keep_log_probs=True
+        )
+        divergences = []
+        for number, schedule in enumerate(candidates, start=1):
+            readings = self.build(setup, asdict(schedule)).score(alike, reference=expected)
+            divergences.append(np.concatenate([reading.kl for reading in readings if reading.kl is not None]).mean())
+            progress(f"trying depths {schedule.most:.1f} to {schedule.fewest:.1f}", number / len(candidates))
+        return asdict(candidates[int(np.argmin(divergences))])
+
+    def build(self, setup: Setup, found: Found) -> Method:
+        return LayerMethod(setup.engine, setup.layer_decoder, DepthSchedule(**found), fills_cache=False)
+
+    def _candidates(self, setup: Setup, ratio: float, lengths: Lengths) -> list[DepthSchedule]:
+        """Schedules that skip ``ratio`` in generations of these lengths."""
         layers = setup.engine.config.num_hidden_layers
-        floor = DepthSchedule.warmup_layers + 1  # one layer at the top
+        floor = float(DepthSchedule.warmup_layers + 1)  # one layer at the top
         steps = torch.from_numpy(lengths.steps)
 
         def schedule(most: float, fewest: float) -> DepthSchedule:
@@ -72,23 +94,17 @@ class SkipDecode:
         reachable = skipped(floor, floor)
         if not 0.0 < ratio <= reachable:
             raise PolicyError(
-                f"a ratio of {ratio} cannot be reached: SkipDecode runs at least {floor} of {layers} layers and "
+                f"a ratio of {ratio} cannot be reached: SkipDecode runs at least {floor:.0f} of {layers} layers and "
                 f"{setup.warmup_tokens} warm-up tokens in full, so generations of {lengths.label} skip at most "
                 f"{reachable:.3f}"
             )
-        if skipped(layers, floor) >= ratio:
-            found = schedule(layers, _bound(lambda fewest: skipped(layers, fewest), ratio, floor, layers))
-        else:
-            found = schedule(_bound(lambda most: skipped(most, floor), ratio, floor, layers), floor)
-        return asdict(found)
-
-    def build(self, setup: Setup, found: Found) -> Method:
-        return LayerMethod(setup.engine, setup.layer_decoder, DepthSchedule(**found), fills_cache=False)
-
-
-def _bound(skipped: Callable[[float], float], ratio: float, low: float, high: float) -> float:
-    """The highest bound that skips at least ``ratio``, or the one just above it where that is closer."""
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if skipped(middle) >= ratio else (low, middle)
-    return min(low, high, key=lambda bound: abs(skipped(bound) - ratio))
+        level, _ = match(lambda depth: skipped(depth, depth), ratio, floor, layers, ignore)
+        found = []
+        for share in _FALLS:
+            most = level + share * (layers - level)
+            fewest, measured = match(partial(skipped, most), ratio, floor, most, ignore)
+            if abs(measured - ratio) > CLOSE_ENOUGH:  # even the lowest bound is not enough below so high a start
+                fewest = floor
+                most, _ = match(lambda most: skipped(most, floor), ratio, floor, layers, ignore)
+            found.append(schedule(most, fewest))
+        return found

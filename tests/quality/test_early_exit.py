@@ -1,5 +1,7 @@
 """Early exit: the confidence, where tokens leave, and the threshold for a ratio."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -7,10 +9,11 @@ from skipkernels.errors import PolicyError
 from skipkernels.passages import Passage
 from skipkernels.quality.early_exit import ConfidentExit, EarlyExit, confidence
 from skipkernels.quality.layer_decoder import EveryLayer
-from skipkernels.quality.lengths import Lengths
+from skipkernels.quality.matching import skip_ratio
+from skipkernels.quality.method import Found
 from skipkernels.quality.setup import Setup
 from tests.models import random_prompt, tiny_engine, tiny_module
-from tests.quality.conftest import LAYERS
+from tests.quality.conftest import ALIKE, LAYERS, RATIO
 from tests.tolerances import assert_close
 
 PROMPT, TOKENS, WARMUP = 6, 20, 3
@@ -72,16 +75,10 @@ def test_confidence_is_the_margin_of_the_best_token(setup: Setup) -> None:
         assert float(value) == pytest.approx(first - second, abs=1e-6)
 
 
-def test_the_threshold_skips_the_wanted_share(setup: Setup) -> None:
-    lengths = Lengths((3, 30, 30))
-    found = EarlyExit().find(setup, 0.3, lengths)
-    method = EarlyExit().build(setup, found)
-    passages = setup.search_passages(lengths.typical)
-    total = sum(r.work.ffns_skipped for r in method.score(passages)) / sum(p.decoded_tokens for p in passages) / LAYERS
-    past_warmup = 60 / 63  # three of the 63 tokens are the first of their generation
-    assert total / (1 - 1 / lengths.typical) == pytest.approx(0.3 / past_warmup, abs=0.01)
+def test_the_threshold_skips_the_wanted_share(setup: Setup, found: Callable[[str], Found]) -> None:
+    assert skip_ratio(EarlyExit().build(setup, found("exit")).score(ALIKE)) == pytest.approx(RATIO, abs=0.005)
 
 
 def test_an_impossible_ratio_names_the_reachable_one(setup: Setup) -> None:
     with pytest.raises(PolicyError, match=r"skip at most 0\.675"):  # nine of ten layers in three of four tokens
-        EarlyExit().find(setup, 0.7, Lengths((4,)))
+        EarlyExit().find(setup, 0.7, [Passage((1,) * 6, 2)])

@@ -7,11 +7,10 @@ from torch import nn
 from skipkernels.errors import PolicyError
 from skipkernels.passages import Passage
 from skipkernels.quality import layer_decoder
-from skipkernels.quality.lengths import Lengths
 from skipkernels.quality.setup import Setup
 from skipkernels.quality.short_gpt import ShortGPT, block_influence
 from tests.models import random_prompt, stock_tokens, tiny_engine, tiny_module
-from tests.quality.conftest import LAYERS
+from tests.quality.conftest import ALIKE, LAYERS
 from tests.tolerances import assert_close
 
 REMOVED = [2, 3, 7]
@@ -63,15 +62,15 @@ def test_block_influence_is_that_of_transformers_hidden_states(monkeypatch: pyte
 
 
 def test_the_least_influential_layers_are_removed(setup: Setup) -> None:
-    found = ShortGPT().find(setup, 0.25, Lengths((20,)))
-    influence = found["block_influence"]
+    removed = ShortGPT().find(setup, 0.25, ALIKE)["removed"]
+    influence = setup.memory["block influence"]
     assert len(influence) == LAYERS
-    assert len(found["removed"]) == 3  # 2.5 layers of 10, rounded up
-    others = [influence[layer] for layer in range(LAYERS) if layer not in found["removed"]]
-    assert max(influence[layer] for layer in found["removed"]) <= min(others)
+    assert len(removed) == 3  # 2.5 layers of 10, rounded up
+    others = [influence[layer] for layer in range(LAYERS) if layer not in removed]
+    assert max(influence[layer] for layer in removed) <= min(others)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 0.99])
 def test_an_impossible_ratio_names_the_possible_ones(setup: Setup, ratio: float) -> None:
     with pytest.raises(PolicyError, match=r"ratios from 0\.100 to 0\.900"):
-        ShortGPT().find(setup, ratio, Lengths((20,)))
+        ShortGPT().find(setup, ratio, ALIKE)

@@ -1,13 +1,19 @@
 """SkipDecode: which layers a token runs, that bypassed entries are never attended to, and the wanted ratio."""
 
+from dataclasses import asdict
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from skipkernels.errors import PolicyError
+from skipkernels.passages import Passage
 from skipkernels.quality.layer_decoder import LayerDecoder
 from skipkernels.quality.lengths import Lengths
+from skipkernels.quality.matching import skip_ratio
+from skipkernels.quality.methods import METHODS
 from skipkernels.quality.setup import Setup
 from skipkernels.quality.skip_decode import DepthSchedule, SkipDecode
 from tests.models import random_prompt, tiny_engine, tiny_module
@@ -68,16 +74,33 @@ def test_what_a_bypassed_layer_caches_is_never_read() -> None:
             poisoned._v_cache[layer, :, position] = float("nan")
 
 
-@pytest.mark.parametrize("counts", [(40,), (3, 5, 5, 8, 20), (128, 128)])
+@pytest.mark.parametrize("counts", [(40,), (3, 5, 5, 8, 20), (70, 70)])
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5])
 def test_the_schedule_skips_the_wanted_share(setup: Setup, counts: tuple[int, ...], ratio: float) -> None:
-    lengths = Lengths(counts)
-    schedule = DepthSchedule(**SkipDecode().find(setup, ratio, lengths))
-    skipped = [LAYERS - len(layers_run(schedule, int(step))) for step in lengths.steps]
-    one_step = 1 / (LAYERS * len(skipped)) * counts.count(max(counts)) * 3  # layers are whole, and so are tokens
-    assert sum(skipped) / (LAYERS * len(skipped)) == pytest.approx(ratio, abs=max(0.01, one_step))
+    alike = [Passage(tuple(random_prompt(4 + count, seed=count)), 4) for count in counts]
+    found = SkipDecode().find(setup, ratio, alike)
+    readings = SkipDecode().build(setup, found).score(alike)
+    one_layer = 1 / LAYERS / len(set(counts))  # layers are whole: a bound moves several tokens by one
+    assert skip_ratio(readings) == pytest.approx(ratio, abs=max(0.01, one_layer / 5))
+    assert found["most"] > found["fewest"] >= 2
+    assert found["new_tokens"] == max(counts)
+
+
+def test_of_the_schedules_at_the_ratio_the_closest_to_the_full_model_is_taken(setup: Setup) -> None:
+    alike = [Passage(tuple(random_prompt(44, seed)), 4) for seed in range(3)]
+    full = METHODS["full"].build(setup, METHODS["full"].find(setup, 0.0, alike)).score(alike, keep_log_probs=True)
+    kind = SkipDecode()
+    schedules = kind._candidates(setup, 0.3, Lengths.of(alike))
+    assert len({schedule.most for schedule in schedules}) == 3
+    divergences = []
+    for schedule in schedules:
+        readings = kind.build(setup, asdict(schedule)).score(alike, reference=full)
+        assert skip_ratio(readings) == pytest.approx(0.3, abs=0.02)
+        divergences.append(np.mean([reading.kl for reading in readings]))
+    assert kind.find(setup, 0.3, alike) == asdict(schedules[int(np.argmin(divergences))])
+    assert max(divergences) > 1.01 * min(divergences)
 
 
 def test_an_impossible_ratio_names_the_reachable_one(setup: Setup) -> None:
     with pytest.raises(PolicyError, match=r"at least 2 of 10 layers and 1 warm-up tokens.* skip at most 0\.600"):
-        SkipDecode().find(setup, 0.65, Lengths((4,)))
+        SkipDecode().find(setup, 0.65, [Passage((1,) * 6, 2)])
