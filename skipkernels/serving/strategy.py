@@ -102,7 +102,7 @@ class ModalityModel(Protocol):
     strategies: tuple[Strategy, ...]
 
     def run(self, batch: Sequence[Inputs], strategy: Strategy) -> Sequence[Any]:
-        """One output per request, in order.
+        """One output per request, in order, once they are ready.
 
         Called from one thread at a time, and not the one that accepts jobs. Inputs may hold more modalities than
         ``strategy`` keeps: those cost nothing here.

@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from skipkernels.serving.demand import Demand
 from skipkernels.serving.job import Answer, Job, JobAnswer
+from skipkernels.serving.menu import Menu
 from skipkernels.serving.profile import StrategyProfile
 from skipkernels.serving.strategy import Inputs, Strategy
 
 
-@dataclass(eq=False)
 class Ticket:
     """Made by ``Scheduler.submit``. Done once ``answer`` or ``failure`` is set, never both."""
 
-    job: Job
-    number: int  # in order of arrival
-    arrival_ms: float
-    waiting: deque[int]  # positions of the job's requests that no batch holds
-    answers: list[Answer | None]
-    promised_sum: float = 0.0  # over the requests that run or are answered
-    attempts: dict[int, int] = field(default_factory=dict)  # position -> batches that failed with it
-    answer: JobAnswer | None = None
-    failure: str | None = None
-
-    @property
-    def deadline_ms(self) -> float:
-        """On the scheduler's clock; infinity: none."""
-        return self.arrival_ms + self.job.deadline_ms
+    def __init__(self, job: Job, number: int, arrival_ms: float, menu: Menu) -> None:
+        self.job = job
+        self.number = number  # in order of arrival
+        self.arrival_ms = arrival_ms
+        self.answer: JobAnswer | None = None
+        self.failure: str | None = None
+        self.answers: list[Answer | None] = [None] * len(job.requests)
+        self.promised_sum = 0.0  # over the requests that have a strategy
+        self._waiting = deque(range(len(job.requests)))  # positions of those that have none yet
+        self.demand = Demand(
+            requests=len(job.requests),
+            needed_sum=job.min_accuracy * len(job.requests),
+            work=max(request.work for request in job.requests),
+            deadline_ms=arrival_ms + job.deadline_ms,
+            menu=menu,
+        )
 
     @property
     def done(self) -> bool:
         return self.answer is not None or self.failure is not None
+
+    def take(self, count: int, promised_accuracy: float) -> list[int]:
+        """Positions of ``count`` waiting requests, which from now on have a strategy of that accuracy."""
+        taken = [self._waiting.popleft() for _ in range(count)]
+        self.promised_sum += count * promised_accuracy
+        self.demand.remain(len(self._waiting), self.demand.needed_sum - count * promised_accuracy)
+        return taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +50,12 @@ class Batch:
 
     number: int
     worker: int
+    index: int  # of the strategy in the profile
     profiled: StrategyProfile
     members: tuple[tuple[Ticket, int], ...]  # a ticket and the position of one of its requests
     started_ms: float
     expected_ms: float  # duration
+    retry: bool
 
     @property
     def strategy(self) -> Strategy:
@@ -52,3 +64,8 @@ class Batch:
     @property
     def inputs(self) -> list[Inputs]:
         return [ticket.job.requests[position].inputs for ticket, position in self.members]
+
+    @property
+    def work(self) -> float:
+        """Of the largest request."""
+        return max(ticket.job.requests[position].work for ticket, position in self.members)
