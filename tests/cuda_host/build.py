@@ -24,6 +24,7 @@ CACHE = ROOT / "build" / "cuda_host"
 HARNESS = sorted(HERE.glob("src/*.cpp"))
 
 AWARE_OF_SANITIZER = [HERE / "src/fiber.cpp", HERE / "src/scheduler.cpp"]
+RACES = ["-fsanitize=thread"]  # in the kernels alone: src/race.cpp takes the place of ThreadSanitizer's library
 
 # -fno-gnu-unique: variables of two such libraries in one process must not become one.
 # -ffp-contract=off: __fmul_rn and __fadd_rn must not become one instruction.
@@ -92,6 +93,7 @@ def build_host_extension(
     *,
     name: str = "cuda_host.so",
     sanitize: bool = False,
+    races: bool = False,
     cuda_version: int = 13000,
     flags: Sequence[str] = (),
     flags_of: Mapping[Path, Sequence[str]] | None = None,
@@ -100,14 +102,17 @@ def build_host_extension(
 
     ``cuda_version`` is the CUDART_VERSION whose signatures the headers declare, ``flags`` go to every compiler command
     and ``flags_of`` to that of one source. ``sanitize`` adds AddressSanitizer and UndefinedBehaviorSanitizer: load the
-    library in a process that run_under_asan() started.
+    library in a process that run_under_asan() started. ``races`` fails every launch that holds a data race.
 
     Raises:
         RuntimeError: A command failed; the message holds it and what it printed.
     """
     version = f"-DCUDART_VERSION={cuda_version}"
     common = [*FLAGS, *processor_flags(), *(SANITIZE if sanitize else []), version, *flags]
-    commands = [(source, [*common, *(flags_of or {}).get(source, [])]) for source in sources]
+    own_flags = {source: [*(flags_of or {}).get(source, [])] for source in sources}
+    if races:
+        own_flags = {source: own + RACES * (source.suffix == ".cu") for source, own in own_flags.items()}
+    commands = [(source, [*common, *own]) for source, own in own_flags.items()]
     # The harness itself is not instrumented: all libraries share most of its objects.
     commands += [(source, FLAGS) for source in HARNESS if source not in AWARE_OF_SANITIZER]
     commands += [(source, [*FLAGS, f"-DCUDA_HOST_ASAN={int(sanitize)}"]) for source in AWARE_OF_SANITIZER]

@@ -41,7 +41,7 @@ inline uint4 load_weights(const void* p, bool wanted) {
 }
 
 // Reads 8 bytes at a time: no address that AddressSanitizer guards lies in between.
-inline void touch(const void* p, uint32_t bytes) {
+CUDA_HOST_UNWATCHED inline void touch(const void* p, uint32_t bytes) {
     for (uint32_t at = 0; at < bytes; at += 8) {
         static_cast<void>(*reinterpret_cast<const volatile uint64_t*>(static_cast<const char*>(p) + at));
     }
@@ -57,6 +57,8 @@ inline void prefetch_l2(const void* p, uint32_t bytes) {
 inline void copy_async(void* to_shared, const void* from) {
     touch(&aligned<uint4>(from, "copy_async"), 16);
     aligned<uint4>(to_shared, "copy_async");
+    cuda_host::watch_read(from, 16);
+    cuda_host::watch_write(to_shared, 16);
     start_copy(to_shared, from);
 }
 
@@ -155,14 +157,19 @@ inline void mma_tf32_m16n8k8(float (&d)[4], const uint32_t (&a)[4], const uint32
     });
 }
 
-inline int atomic_add_acq_rel(int* p, int v) { return atomicAdd(p, v); }
+inline int atomic_add_acq_rel(int* p, int value) {
+    return cuda_host::atomic(p, [=](int old) { return old + value; }, cuda_host::AtomicOrder::acquire_release);
+}
 
 inline int load_acquire(const int* p) {
     cuda_host::wait_a_while();
-    return *static_cast<const volatile int*>(p);
+    cuda_host::watch_atomic(p, sizeof *p, cuda_host::AtomicOrder::acquire);
+    return cuda_host::load_unwatched(p);
 }
 
-inline void store_release_system(int* p, int v) { atomicExch(p, v); }
+inline void store_release_system(int* p, int value) {
+    cuda_host::atomic(p, [=](int) { return value; }, cuda_host::AtomicOrder::release);
+}
 
 inline void fence_system() { __threadfence_system(); }
 

@@ -1,25 +1,29 @@
-// Wrong ways to find out which block is the last to finish. Each block adds its row of x to a partial, and the last
-// one adds the partials.
+// Ways to find out which block is the last to finish, most of them wrong. Each block adds its row of x to a partial,
+// and the last one adds the partials.
 #include "launch.h"
 
 namespace {
 
-enum Mistake { none, last_by_number, not_atomic, partial_after_count };
+enum Way { correct, last_by_number, not_atomic, partial_after_count, plain_atomic, plain_atomic_and_fences };
 
-__global__ void sum(int mistake, const int* x, int* partials, int* arrivals, int* total) {
+__global__ void sum(int way, const int* x, int* partials, int* arrivals, int* total) {
     if (threadIdx.x != 0) return;
     const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
-    if (mistake != partial_after_count) partials[block] = x[block];
+    if (way != partial_after_count) partials[block] = x[block];
     int earlier;
-    if (mistake == last_by_number) {
+    if (way == last_by_number) {
         earlier = block;
-    } else if (mistake == not_atomic) {
+    } else if (way == not_atomic) {
         earlier = *arrivals;
         *arrivals = earlier + 1;
+    } else if (way == plain_atomic || way == plain_atomic_and_fences) {
+        if (way == plain_atomic_and_fences) __threadfence();
+        earlier = atomicAdd(arrivals, 1);
+        if (way == plain_atomic_and_fences) __threadfence();
     } else {
         earlier = ptx::atomic_add_acq_rel(arrivals, 1);
     }
-    if (mistake == partial_after_count) partials[block] = x[block];
+    if (way == partial_after_count) partials[block] = x[block];
     if (earlier != blocks - 1) return;
     int result = 0;
     for (int i = 0; i < blocks; ++i) result += partials[i];
@@ -28,6 +32,6 @@ __global__ void sum(int mistake, const int* x, int* partials, int* arrivals, int
 
 }  // namespace
 
-EXPORT int launch_sum(int mistake, const int* x, int blocks, int* partials, int* arrivals, int* total) {
-    return launch(sum, blocks, 32, 0, mistake, x, partials, arrivals, total);
+EXPORT int launch_sum(int way, const int* x, int blocks, int* partials, int* arrivals, int* total) {
+    return launch(sum, blocks, 32, 0, way, x, partials, arrivals, total);
 }

@@ -43,27 +43,19 @@ namespace cuda_host {
 
 namespace {
 
-constexpr size_t kGuardBytes = 4096;
-constexpr size_t kStackBytes = CUDA_HOST_ASAN ? 512 << 10 : 256 << 10;  // address space; pages come when touched
 Fiber* starting = nullptr;
 
 }  // namespace
 
-Fiber::Fiber(unsigned number) {
-    void* memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    mprotect(memory, kGuardBytes, PROT_NONE);
-    memory_ = static_cast<char*>(memory);
+Fiber::Fiber(char* memory, size_t number) : bottom_(memory + kGuardBytes) {
+    mprotect(bottom_, kStackBytes, PROT_READ | PROT_WRITE);
     // Were all tops aligned alike, the frames of all fibers would compete for the same few cache sets.
-    top_ = memory_ + kGuardBytes + kStackBytes - number % 16 * 256;
+    top_ = bottom_ + kStackBytes - number % 16 * 256;
 }
-
-Fiber::~Fiber() { munmap(memory_, kGuardBytes + kStackBytes); }
 
 void Fiber::arm(Entry entry, void* argument) {
 #if CUDA_HOST_ASAN
-    __asan_unpoison_memory_region(memory_ + kGuardBytes, kStackBytes);  // frames that were abandoned
+    __asan_unpoison_memory_region(bottom_, kStackBytes);  // frames that were abandoned
     own_.fake_stack = nullptr;
 #endif
     entry_ = entry;
@@ -71,8 +63,8 @@ void Fiber::arm(Entry entry, void* argument) {
     returning_ = false;
 #ifdef CUDA_HOST_UCONTEXT
     getcontext(&own_.saved);
-    own_.saved.uc_stack.ss_sp = memory_ + kGuardBytes;
-    own_.saved.uc_stack.ss_size = static_cast<size_t>(top_ - memory_) - kGuardBytes;
+    own_.saved.uc_stack.ss_sp = bottom_;
+    own_.saved.uc_stack.ss_size = static_cast<size_t>(top_ - bottom_);
     own_.saved.uc_link = nullptr;
     makecontext(&own_.saved, &Fiber::begin, 0);
 #else
@@ -86,7 +78,7 @@ void Fiber::arm(Entry entry, void* argument) {
 
 void Fiber::resume() {
     starting = this;
-    leave(resumer_, own_, memory_ + kGuardBytes, kStackBytes);
+    leave(resumer_, own_, bottom_, kStackBytes);
 }
 
 void Fiber::suspend() { leave(own_, resumer_, resumer_bottom_, resumer_size_); }
@@ -121,8 +113,16 @@ void Fiber::begin() {
 }
 
 Fiber* FiberPool::take() {
+    constexpr size_t kBytes = Fiber::kGuardBytes + Fiber::kStackBytes;
     if (idle_.empty()) {
-        all_.push_back(std::make_unique<Fiber>(static_cast<unsigned>(all_.size())));
+        if (!memory_) {
+            void* memory =
+                mmap(nullptr, kMaxFibers * kBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+            if (memory == MAP_FAILED) throw std::bad_alloc();
+            memory_ = static_cast<char*>(memory);
+        }
+        if (all_.size() == kMaxFibers) throw std::length_error("more than 16384 threads wait at the same time");
+        all_.push_back(std::make_unique<Fiber>(memory_ + all_.size() * kBytes, all_.size()));
         return all_.back().get();
     }
     Fiber* fiber = idle_.back();

@@ -21,10 +21,12 @@ class Fiber {
   public:
     using Entry = void (*)(void* argument);
 
-    explicit Fiber(unsigned number);  // how many there are already
-    ~Fiber();
+    Fiber(char* memory, size_t number);  // which holds kStackBytes behind kGuardBytes
     Fiber(const Fiber&) = delete;
     Fiber& operator=(const Fiber&) = delete;
+
+    static constexpr size_t kGuardBytes = 4096;
+    static constexpr size_t kStackBytes = CUDA_HOST_ASAN ? 512 << 10 : 256 << 10;  // pages come when touched
 
     void arm(Entry entry, void* argument);  // a fiber that did not return is abandoned: its frames are not unwound
     void resume();                          // on the scheduler's stack
@@ -44,7 +46,7 @@ class Fiber {
 
     Entry entry_ = nullptr;
     void* argument_ = nullptr;
-    char* memory_;
+    char* bottom_;
     char* top_;
     Context own_, resumer_;
     const void* resumer_bottom_ = nullptr;
@@ -55,11 +57,17 @@ class Fiber {
 // Fibers that nobody uses. Last in, first out: a stack that was just used is still in the cache.
 class FiberPool {
   public:
+    static constexpr size_t kMaxFibers = 16384;  // each is two mappings, of which Linux allows 65530
+
     Fiber* take();
     void put(Fiber* fiber) { idle_.push_back(fiber); }
     void put_all_back();  // whoever still holds one has abandoned it
+    bool is_stack(const void* p) const {
+        return p >= memory_ && p < memory_ + kMaxFibers * (Fiber::kGuardBytes + Fiber::kStackBytes);
+    }
 
   private:
+    char* memory_ = nullptr;  // of all stacks, each behind a guard page
     std::vector<std::unique_ptr<Fiber>> all_;
     std::vector<Fiber*> idle_;
 };

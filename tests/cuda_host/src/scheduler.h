@@ -4,11 +4,13 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "fiber.h"
+#include "race.h"
 
 namespace cuda_host {
 
@@ -35,10 +37,17 @@ struct Thread {
     void* operand = nullptr;
     std::vector<Copy> copies;  // that were not carried out yet
     int copy_groups = 0;       // committed
+    race::Clock clock;
 };
+
+struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+};
+using SharedMemory = std::unique_ptr<char, Free>;
 
 struct Block {
     Grid* grid;
+    unsigned number;  // among those of all grids that run
     uint3 index;
     std::vector<Thread> threads;
     std::vector<uint32_t> waiting_lanes;  // of each warp: lanes in a collective
@@ -46,12 +55,13 @@ struct Block {
     const Thread* first_arrived = nullptr;
     unsigned exited = 0;
     bool triggered = false;  // its part of griddepcontrol.launch_dependents
-    std::unique_ptr<char, void (*)(void*)> shared;
+    SharedMemory shared;
 };
 
 struct Grid {
     const Launch* launch;
-    Grid* primary;  // the launch that griddepcontrol.wait waits for, if any
+    Grid* primary;             // the launch that griddepcontrol.wait waits for, if any
+    unsigned first_block = 0;  // its number
     std::vector<unsigned> block_order;
     unsigned max_resident = 1;
     unsigned started = 0, triggered = 0, finished = 0;  // blocks
@@ -77,6 +87,8 @@ class Scheduler {
     // of the thread that is running
     Thread& current() { return *current_; }
     bool in_kernel() const { return current_ != nullptr; }
+    bool is_stack(const void* p) const { return fibers_.is_stack(p); }
+    std::string describe(unsigned block, unsigned thread) const;
     void barrier(Site site);
     void collective(Site site, uint32_t mask, void* operand, void (*complete)(LaneOperands&, uint32_t));
     void maybe_yield();
@@ -113,13 +125,20 @@ class Scheduler {
     bool may_start_blocks_ = false;
     bool early_dependents_ = true;
     unsigned idle_rounds_ = 0;  // of polling, since anything happened
+    unsigned live_threads_ = 0;
     Thread* current_ = nullptr;
     std::string failure_;
 };
 
 extern Scheduler scheduler;
+uint3 unravel(unsigned number, const dim3& size);
 
-std::string function_name(const void* function);  // symbols.cpp
+// report.cpp
 std::string text_of(uint3 index);
+std::string text_of(const Site& site);
+
+// symbols.cpp
+std::string function_name(const void* function);
+std::string source_line(const void* return_address);
 
 }  // namespace cuda_host

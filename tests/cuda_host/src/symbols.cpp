@@ -1,14 +1,16 @@
-// The name of a kernel from its address: kernels have internal linkage, so dladdr() does not know them, but this
-// library's own file lists them.
+// Names for addresses. Kernels have internal linkage, so dladdr() does not know them, but this library's own file
+// lists them.
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <elf.h>
 #include <link.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
 #include <map>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -64,6 +66,27 @@ std::string function_name(const void* function) {
     const auto base = reinterpret_cast<uintptr_t>(library.dli_fbase);
     const auto found = symbols.find(reinterpret_cast<uintptr_t>(function) - base);
     return found == symbols.end() ? "unknown" : readable(found->second.c_str());
+}
+
+// file:line of a call, as addr2line has it: of calls inlined into one another, the innermost outside of the harness.
+std::string source_line(const void* return_address) {
+    Dl_info library;
+    if (!dladdr(return_address, &library)) return "unknown line";
+    std::ostringstream command;
+    command << "addr2line -i -s -e '" << library.dli_fname << "' 0x" << std::hex
+            << static_cast<const char*>(return_address) - static_cast<const char*>(library.dli_fbase) - 1
+            << " 2>/dev/null";
+    std::string found = "unknown line";
+    FILE* output = popen(command.str().c_str(), "r");
+    for (char buffer[256]; output && std::fgets(buffer, sizeof buffer, output);) {
+        const std::string line = buffer;
+        const bool is_harness = line.rfind("ptx_host.h", 0) == 0 || line.rfind("device.h", 0) == 0;
+        if (is_harness || line[0] == '?') continue;
+        found = line.substr(0, line.find_first_of(" \n"));
+        break;
+    }
+    if (output) pclose(output);
+    return found;
 }
 
 }  // namespace cuda_host

@@ -2,6 +2,7 @@
 // could not belong to many resident blocks at once.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -17,6 +18,8 @@
 #define __align__(bytes) alignas(bytes)
 
 #define CUDA_HOST_INTERNAL __attribute__((visibility("hidden")))
+// Accesses of these functions are not announced to the race detector (src/race.h).
+#define CUDA_HOST_UNWATCHED __attribute__((noinline, no_sanitize("thread")))
 
 // The scheduler sets these whenever it resumes a thread.
 extern CUDA_HOST_INTERNAL uint3 threadIdx, blockIdx;
@@ -33,13 +36,14 @@ struct Site {
 };
 #define CUDA_HOST_SITE(call) ::cuda_host::Site site = {call, __builtin_FILE(), __builtin_LINE()}
 
-// All implemented in src/scheduler.cpp; all may run other threads before they return.
+// Implemented in src/collectives.cpp; most may run other threads before they return.
 using LaneOperands = void* const[32];
 void block_barrier(Site site);
 // Waits until every lane of `mask` stands at the same site with the same mask; the last one to arrive runs
 // complete(operands of the lanes, mask) for all of them.
 void warp_collective(Site site, uint32_t mask, void* operand, void (*complete)(LaneOperands& operands, uint32_t mask));
-void maybe_yield();                            // under shuffling seeds, others may run here
+void maybe_yield();  // under shuffling seeds, others may run here
+void fence();
 void wait_a_while();                           // everybody else runs first: belongs into every loop that polls
 void made_progress();                          // memory changed that others may poll: the launch is not stuck
 [[noreturn]] void fail(const char* what, ...)  // ends the launch with an error; printf-like
@@ -64,11 +68,27 @@ T shuffle(Site site, uint32_t mask, T value, int source) {
 
 uint32_t vote(Site site, uint32_t mask, bool predicate);  // bit set of the lanes of mask whose predicate holds
 
+// For the race detector, src/race.cpp.
+enum class AtomicOrder { relaxed, acquire, release, acquire_release };
+void watch_atomic(const void* p, size_t bytes, AtomicOrder order);
+void watch_read(const void* p, size_t bytes);
+void watch_write(const void* p, size_t bytes);
+
+template <class T>
+CUDA_HOST_UNWATCHED T load_unwatched(const T* p) {
+    return *static_cast<const volatile T*>(p);
+}
+template <class T>
+CUDA_HOST_UNWATCHED void store_unwatched(T* p, T value) {
+    *p = value;
+}
+
 template <class T, class Change>
-T atomic(T* p, Change change) {
+T atomic(T* p, Change change, AtomicOrder order = AtomicOrder::relaxed) {
     maybe_yield();
-    const T old = *p, changed = change(old);
-    *p = changed;
+    watch_atomic(p, sizeof *p, order);
+    const T old = load_unwatched(p), changed = change(old);
+    store_unwatched(p, changed);
     if (changed != old) made_progress();
     maybe_yield();
     return old;
@@ -113,9 +133,9 @@ inline int __all_sync(uint32_t mask, bool predicate, CUDA_HOST_SITE("__all_sync"
     return cuda_host::vote(site, mask, predicate) == mask;
 }
 
-inline void __threadfence() { cuda_host::maybe_yield(); }
-inline void __threadfence_block() { cuda_host::maybe_yield(); }
-inline void __threadfence_system() { cuda_host::maybe_yield(); }
+inline void __threadfence() { cuda_host::fence(); }
+inline void __threadfence_block() { cuda_host::fence(); }
+inline void __threadfence_system() { cuda_host::fence(); }
 inline void __nanosleep(unsigned) { cuda_host::wait_a_while(); }
 
 #define CUDA_HOST_ATOMICS(T)                                                             \
