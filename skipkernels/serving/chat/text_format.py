@@ -1,0 +1,83 @@
+"""Chats for models of text alone."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+from skipkernels.errors import RequestError
+from skipkernels.generation import SamplingParams
+from skipkernels.serving.chat.chat import DEFAULT_NEW_TOKENS, Chat
+from skipkernels.serving.job import Request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROFILED_NEW_TOKENS = 32
+"""New tokens of the request whose cost is 1."""
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """The ``text`` modality of a request: what to decode from, and how."""
+
+    token_ids: tuple[int, ...]
+    max_new_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+
+
+class TextFormat:
+    """A ``ChatFormat``: the tokenizer's chat template, or else a single message that is the prompt itself.
+
+    Args:
+        max_seq_len: positions that the model's cache holds.
+        prefill_share: what a token of the prompt costs, as a share of a new token.
+    """
+
+    modalities: tuple[str, ...] = ("text",)
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, prefill_share: float) -> None:
+        self._tokenizer = copy.deepcopy(tokenizer)  # the model's own decodes meanwhile, in another thread
+        self._max_seq_len = max_seq_len
+        self._prefill_share = prefill_share
+
+    def request(self, chat: Chat) -> Request:
+        token_ids = self._encode(chat)
+        room = self._max_seq_len - len(token_ids) + 1  # the last token is not cached
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens, this model takes {self._max_seq_len}; shorten it"
+            )
+        new_tokens = chat.max_new_tokens if chat.max_new_tokens is not None else min(DEFAULT_NEW_TOKENS, room)
+        if new_tokens > room:
+            raise RequestError(
+                f"{new_tokens} new tokens do not fit: the prompt's {len(token_ids)} leave room for {room} in a context "
+                f"of {self._max_seq_len}; ask for fewer or shorten the prompt"
+            )
+        cost = new_tokens + self._prefill_share * len(token_ids)
+        prompt = TextPrompt(tuple(token_ids), new_tokens, chat.sampling, chat.stop)
+        return Request({"text": prompt}, work=cost / PROFILED_NEW_TOKENS)
+
+    def _encode(self, chat: Chat) -> list[int]:
+        if not any(message.text for message in chat.messages):
+            raise RequestError("the messages hold no text; say something")
+        if self._tokenizer.chat_template:
+            return self._apply_template(chat)
+        if len(chat.messages) != 1 or chat.messages[0].role != "user":
+            raise RequestError(
+                f"this model has no chat template: its prompt is the text of one user message, got "
+                f"{len(chat.messages)} messages, the first by {chat.messages[0].role!r}"
+            )
+        return list(self._tokenizer.encode(chat.messages[0].text))
+
+    def _apply_template(self, chat: Chat) -> list[int]:
+        messages = [{"role": message.role, "content": message.text} for message in chat.messages]
+        try:
+            encoded = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        except ImportError:
+            raise
+        except Exception as error:  # whatever a checkpoint's template does with messages it was not written for
+            raise RequestError(f"this model's chat template refuses these messages: {error}") from error
+        return list(cast(dict[str, list[int]], encoded)["input_ids"])
