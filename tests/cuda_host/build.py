@@ -31,6 +31,7 @@ RACES = ["-fsanitize=thread"]  # in the kernels alone: src/race.cpp takes the pl
 FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-ffp-contract=off", "-pthread"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{HERE / 'include'}"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+SANITIZE += ["-fno-optimize-sibling-calls"]  # every function in the stack trace
 
 
 def compiler() -> list[str]:

@@ -116,8 +116,8 @@ else:
     [
         ("launch_rotate", "correct", None),
         ("launch_prefetch", "384", None),
-        ("launch_rotate", "reads_behind_global_memory", "reads_behind_global_memory"),
-        ("launch_rotate", "writes_behind_shared_memory", "writes_behind_shared_memory"),
+        ("launch_rotate", "reads_behind_global_memory", "memory, block (0,0,0), thread (95,0,0)"),
+        ("launch_rotate", "writes_behind_shared_memory", "memory, block (0,0,0), thread (95,0,0)"),
         ("launch_prefetch", "400", "prefetch_l2"),
     ],
 )

@@ -30,10 +30,14 @@ void fail(const char* what, ...) {
     scheduler.fail(message);
 }
 
+std::string Scheduler::place() const {
+    const Block& block = *current_->block;
+    return "kernel " + function_name(block.grid->launch->function) + ", block " + text_of(block.index) + ", thread " +
+           text_of(current_->index);
+}
+
 void Scheduler::fail(const std::string& message) {
-    const Grid& grid = *current_->block->grid;
-    failure_ = "kernel " + function_name(grid.launch->function) + ", block " + text_of(current_->block->index) +
-               ", thread " + text_of(current_->index) + ": " + message;
+    failure_ = place() + ": " + message;
     current_->fiber->suspend();
     std::abort();  // a failed launch resumes nobody
 }

@@ -5,6 +5,12 @@
 #include <cstring>
 #include <numeric>
 
+#if CUDA_HOST_ASAN
+#    include <sanitizer/asan_interface.h>
+
+#    include <cstdio>
+#endif
+
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
@@ -34,6 +40,12 @@ bool canary_is_intact(const Block& block) {
     return CUDA_HOST_ASAN || std::all_of(end, end + kCanaryBytes, [](char byte) { return byte == 0x5a; });
 }
 
+#if CUDA_HOST_ASAN
+void add_place_to_report(const char*) {
+    if (scheduler.in_kernel()) std::fprintf(stderr, "In %s\n", scheduler.place().c_str());
+}
+#endif
+
 }  // namespace
 
 uint3 unravel(unsigned number, const dim3& size) {
@@ -55,6 +67,9 @@ void Scheduler::set_seed(uint64_t seed) {
 }
 
 std::string Scheduler::run(const std::vector<const Launch*>& chain, unsigned max_resident_blocks) {
+#if CUDA_HOST_ASAN
+    __asan_set_error_report_callback(add_place_to_report);
+#endif
     random_.state = seed_ << 32 | runs_++;
     early_dependents_ = order_ == Order::ascending || (order_ == Order::shuffled && random_below(2));
     grids_.reserve(chain.size());  // threads point to their grid

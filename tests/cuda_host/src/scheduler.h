@@ -88,6 +88,7 @@ class Scheduler {
     Thread& current() { return *current_; }
     bool in_kernel() const { return current_ != nullptr; }
     bool is_stack(const void* p) const { return fibers_.is_stack(p); }
+    std::string place() const;  // kernel, block and thread
     std::string describe(unsigned block, unsigned thread) const;
     void barrier(Site site);
     void collective(Site site, uint32_t mask, void* operand, void (*complete)(LaneOperands&, uint32_t));
