@@ -7,8 +7,8 @@
 #include <numeric>
 #include <vector>
 
+#include "../philox.h"
 #include "kernels.h"
-#include "philox.h"
 
 namespace skipkernels::cpu {
 

@@ -2,9 +2,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../philox.h"
 #include "../ratio_controller.h"
 #include "kernels.h"
-#include "philox.h"
 
 namespace skipkernels::cpu {
 

@@ -1,14 +1,16 @@
-// Philox4x32-10 (Salmon et al., SC 2011). The Python twin is skipkernels/ops/philox.py.
+// Philox4x32-10 (Salmon et al., SC 2011), for every native executor. The Python twin is skipkernels/ops/philox.py.
 #pragma once
 
 #include <cstdint>
+
+#include "host_device.h"
 
 namespace skipkernels {
 
 constexpr uint32_t kSampleStream = 0, kGateStream = 1;
 
 // A number in (0, 1): lane index % 4 of the block at counter (index / 4, step, stream, 0) under key seed.
-inline double philox_uniform(uint64_t seed, uint32_t index, uint32_t step, uint32_t stream) {
+SKIPKERNELS_HOST_DEVICE inline double philox_uniform(uint64_t seed, uint32_t index, uint32_t step, uint32_t stream) {
     uint32_t c[4] = {index / 4, step, stream, 0};
     uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
     for (int round = 0; round < 10; ++round) {
