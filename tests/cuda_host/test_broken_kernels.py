@@ -55,7 +55,7 @@ def test_a_missing_barrier_shows_as_a_wrong_result(runtime, kernel):
         "two_masks": r"16 of 96 threads wait at __shfl_down_sync .* with mask 0xffffffff: \(0,0,0\) to \(15,0,0\)",
         "waits_for_nobody": r"96 of 96 threads poll: \(0,0,0\) to \(95,0,0\)",
         "writes_behind_shared_memory": r"wrote past the end of its 384 bytes of shared memory",
-        "misaligned_weights": r"load_weights: 0x\w+ is not aligned to 16 bytes",
+        "misaligned_copy": r"thread \(1,0,0\): copy_async: 0x\w+ is not aligned to 16 bytes",
     }.items(),
 )
 def test_what_cannot_work_fails_the_launch(runtime, kernel, message):
@@ -91,10 +91,10 @@ def test_a_copy_not_waited_for_shows_as_a_wrong_result(runtime, mistake):
     assert not all(reverse(runtime, mistake, seed) for seed in SEEDS)
 
 
-@pytest.mark.parametrize(("offset", "size"), [(8, 32), (0, 24)])
-def test_prefetch_wants_multiples_of_sixteen(runtime, offset, size):
+@pytest.mark.parametrize(("offset", "size", "error"), [(8, 32, "is not aligned"), (0, 24, "size 24 is not a multiple")])
+def test_prefetch_wants_multiples_of_sixteen(runtime, offset, size, error):
     runtime.reset()
-    with pytest.raises(RuntimeError, match=r"prefetch_l2: .* must be multiples of 16"):
+    with pytest.raises(RuntimeError, match=rf"prefetch_l2: .*{error}"):
         runtime.launch("launch_prefetch", torch.zeros(64, dtype=torch.uint8)[offset:], size)
 
 

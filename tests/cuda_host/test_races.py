@@ -91,3 +91,15 @@ def test_overlapping_kernels(runtime, mistake):
     error = api.launch_graph(api.end_capture(stream), stream)
     assert error == ("cudaErrorLaunchFailure" if mistake else "cudaSuccess")
     assert mistake == 0 or "kernel link" in runtime.failure
+
+
+@pytest.mark.parametrize("triggers_early", [False, True])
+def test_what_was_written_two_kernels_before_may_be_read_early_if_the_one_between_waited_first(runtime, triggers_early):
+    api, zeros, (a, b, c, d) = Api(runtime), torch.zeros(192).int(), torch.ones(4, 192).int()
+    stream = api.stream()
+    api.begin_capture(stream)
+    for from_, earlier, to in [(a, zeros, b), (b, zeros, c), (c, b, d)]:
+        assert api.launch_add_earlier(stream, triggers_early, from_, earlier, to, 3, 64) == "cudaSuccess"
+    error = api.launch_graph(api.end_capture(stream), stream)
+    assert error == ("cudaErrorLaunchFailure" if triggers_early else "cudaSuccess")
+    assert triggers_early or d.unique().tolist() == [2]

@@ -2,7 +2,6 @@
 // undefined.
 //
 //   char* shared_memory()                        the block's dynamic shared memory, 16-byte aligned
-//   uint4 load_weights(const void* p, bool wanted)    p must be aligned to 16 bytes; zeros where not wanted
 //   void prefetch_l2(const void* p, uint32_t bytes)   p and bytes multiples of 16; here the range is read
 //   void copy_async(void* to_shared, const void* from), commit_copies(), wait_copies<pending>()
 //                                                cp.async of 16 bytes; here done when waited for, or a bit earlier
@@ -28,16 +27,8 @@ void start_copy(void* to_shared, const void* from);
 void commit_copies();
 void finish_copies(int pending);
 
-template <class T>
-inline const T& aligned(const void* p, const char* what) {
-    if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) {
-        cuda_host::fail("%s: %p is not aligned to %zu bytes", what, p, sizeof(T));
-    }
-    return *static_cast<const T*>(p);
-}
-
-inline uint4 load_weights(const void* p, bool wanted) {
-    return wanted ? aligned<uint4>(p, "load_weights") : make_uint4(0, 0, 0, 0);
+inline void check_alignment(const void* p, const char* what) {
+    if (reinterpret_cast<uintptr_t>(p) % 16) cuda_host::fail("%s: %p is not aligned to 16 bytes", what, p);
 }
 
 // Reads 8 bytes at a time: no address that AddressSanitizer guards lies in between.
@@ -48,15 +39,15 @@ CUDA_HOST_UNWATCHED inline void touch(const void* p, uint32_t bytes) {
 }
 
 inline void prefetch_l2(const void* p, uint32_t bytes) {
-    if (reinterpret_cast<uintptr_t>(p) % 16 || bytes % 16) {
-        cuda_host::fail("prefetch_l2: address %p and size %u must be multiples of 16", p, bytes);
-    }
+    check_alignment(p, "prefetch_l2");
+    if (bytes % 16) cuda_host::fail("prefetch_l2: the size %u is not a multiple of 16", bytes);
     touch(p, bytes);
 }
 
 inline void copy_async(void* to_shared, const void* from) {
-    touch(&aligned<uint4>(from, "copy_async"), 16);
-    aligned<uint4>(to_shared, "copy_async");
+    check_alignment(from, "copy_async");
+    check_alignment(to_shared, "copy_async");
+    touch(from, 16);
     cuda_host::watch_read(from, 16);
     cuda_host::watch_write(to_shared, 16);
     start_copy(to_shared, from);

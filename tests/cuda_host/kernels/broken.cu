@@ -110,8 +110,9 @@ __global__ void writes_behind_shared_memory(const float* x, float* y) {
 
 __global__ void reads_behind_global_memory(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x + 1]; }
 
-__global__ void misaligned_weights(const float* x, float* y) {
-    y[threadIdx.x] = __uint_as_float(ptx::load_weights(x + threadIdx.x + 1, true).x);
+__global__ void misaligned_copy(const float* x, float* y) {
+    ptx::copy_async(shared_floats() + threadIdx.x, x);
+    y[threadIdx.x] = x[after(threadIdx.x, blockDim.x)];
 }
 
 using Kernel = void (*)(const float*, float*);
@@ -136,7 +137,7 @@ constexpr struct {
     KERNEL(waits_for_nobody),
     KERNEL(writes_behind_shared_memory),
     KERNEL(reads_behind_global_memory),
-    KERNEL(misaligned_weights),
+    KERNEL(misaligned_copy),
 };
 
 }  // namespace

@@ -53,7 +53,7 @@ EXPORT void* api(const char* name) {
         FUNCTION(cudaGraphAddNode),
         FUNCTION(cudaGraphGetNodes),
         FUNCTION(cudaGraphConditionalHandleCreate),
-        FUNCTION(cudaGraphInstantiate),
+        OVERLOADED(cudaGraphInstantiate, cudaGraphExec_t*, cudaGraph_t, unsigned long long),
         FUNCTION(cudaGraphLaunch),
         FUNCTION(cudaGraphExecDestroy),
         FUNCTION(cudaLaunchHostFunc),
@@ -85,6 +85,17 @@ __global__ void link(int mistake, const int* from, int* to) {
     if (mistake == writes_before_wait) to[i] = -1;
     if (mistake != no_wait) ptx::grid_dependency_wait();
     to[i] = (mistake == reads_before_wait ? early : from[i]) + 1;
+}
+
+// to = from + earlier, where `earlier` is read before the wait: right if it was written two kernels before and the one
+// in between let this one start after its own wait.
+__global__ void add_earlier(bool triggers_early, const int* from, const int* earlier, int* to) {
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (triggers_early) ptx::grid_dependency_launch();
+    const int value = earlier[i];
+    ptx::grid_dependency_wait();
+    if (!triggers_early) ptx::grid_dependency_launch();
+    to[i] = from[i] + value;
 }
 
 template <class... Parameters, class... Arguments>
@@ -120,6 +131,11 @@ EXPORT int launch_count_down(cudaStream_t stream, cudaGraphConditionalHandle han
 
 EXPORT int launch_link(cudaStream_t stream, int mistake, const int* from, int* to, int blocks, int threads) {
     return launch_on(stream, link, blocks, threads, true, mistake, from, to);
+}
+
+EXPORT int launch_add_earlier(cudaStream_t stream, bool triggers_early, const int* from, const int* earlier, int* to,
+                              int blocks, int threads) {
+    return launch_on(stream, add_earlier, blocks, threads, true, triggers_early, from, earlier, to);
 }
 
 EXPORT int launch_with_shared_bytes(int* x, size_t bytes) { return launch(add, 1, 1, bytes, x, 1); }

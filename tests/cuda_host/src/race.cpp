@@ -119,7 +119,7 @@ bool Detector::is_known(const Thread& thread, const Access& earlier) const {
     const uint32_t block = earlier.thread / kThreadsPerBlock, number = earlier.thread % kThreadsPerBlock;
     if (block == thread.block->number) return time_of(thread.clock.own_block, number) >= earlier.time;
     const Grid& grid = *thread.block->grid;
-    if (block < grid.first_block && thread.waited_for_dependency) return true;  // of a kernel before this one
+    if (block < (thread.waited_for_dependency ? grid.first_block : grid.ended_before)) return true;
     if (!thread.clock.other_blocks) return false;
     const auto known = thread.clock.other_blocks->find(block);
     return known != thread.clock.other_blocks->end() && time_of(known->second, number) >= earlier.time;

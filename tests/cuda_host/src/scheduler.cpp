@@ -114,6 +114,7 @@ Grid Scheduler::make_grid(const Launch& launch, Grid* primary, unsigned max_resi
     if (launch.cooperative && grid.num_blocks() * volume(launch.block) > kMaxThreads)
         failure_ = "a cooperative launch of more than " + std::to_string(kMaxThreads) + " threads: configure fewer SMs";
     if (primary) grid.first_block = primary->first_block + primary->num_blocks();
+    grid.ended_by_trigger = grid.first_block;
     return grid;
 }
 
@@ -124,6 +125,7 @@ void Scheduler::start_blocks() {
             !(early_dependents_ && grid.primary->triggered == grid.primary->num_blocks()))
             break;
         const bool overlaps = grid.primary && !grid.primary->complete();
+        if (grid.primary) grid.ended_before = grid.primary->ended_by_trigger;
         while (grid.started < grid.num_blocks() && grid.resident.size() < grid.max_resident &&
                !(overlaps && live_threads_ + volume(grid.launch->block) > kMaxThreads))
             start_block(grid);
@@ -249,7 +251,10 @@ void Scheduler::wait_a_while() {
 void Scheduler::trigger_dependents() {
     Block& block = *current_->block;
     if (std::exchange(block.triggered, true)) return;
-    ++block.grid->triggered;
+    Grid& grid = *block.grid;
+    ++grid.triggered;
+    // a block that has waited starts dependents behind the end of all that came before it
+    if (!current_->waited_for_dependency) grid.ended_by_trigger = grid.ended_before;
     may_start_blocks_ = true;
     maybe_yield();
 }

@@ -60,8 +60,10 @@ struct Block {
 
 struct Grid {
     const Launch* launch;
-    Grid* primary;             // the launch that griddepcontrol.wait waits for, if any
-    unsigned first_block = 0;  // its number
+    Grid* primary;                  // the launch that griddepcontrol.wait waits for, if any
+    unsigned first_block = 0;       // its number
+    unsigned ended_before = 0;      // blocks with lower numbers have ended when it starts
+    unsigned ended_by_trigger = 0;  // and when it lets the next one start
     std::vector<unsigned> block_order;
     unsigned max_resident = 1;
     unsigned started = 0, triggered = 0, finished = 0;  // blocks

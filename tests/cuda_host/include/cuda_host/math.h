@@ -22,6 +22,8 @@ inline uint32_t __float_as_uint(float value) { return cuda_host::bits_as<uint32_
 inline int __float_as_int(float value) { return cuda_host::bits_as<int>(value); }
 inline float __uint_as_float(uint32_t bits) { return cuda_host::bits_as<float>(bits); }
 inline float __int_as_float(int bits) { return cuda_host::bits_as<float>(bits); }
+inline long long __double_as_longlong(double value) { return cuda_host::bits_as<long long>(value); }
+inline double __longlong_as_double(long long bits) { return cuda_host::bits_as<double>(bits); }
 
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
@@ -32,6 +34,7 @@ inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __ddiv_rn(double a, double b) { return a / b; }
 
 // On a GPU these are approximations of a few ulp.
 inline float __expf(float a) { return expf(a); }
