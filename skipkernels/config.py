@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -14,7 +14,7 @@ from skipkernels.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_omni_text")
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -111,12 +111,19 @@ class ModelConfig:
             max_position_embeddings=config.max_position_embeddings,
             rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=bool(config.tie_word_embeddings),
-            qkv_bias=attention_bias or family == "qwen2",
+            qkv_bias=attention_bias or family in ("qwen2", "qwen2_5_omni_text"),
             o_proj_bias=attention_bias,
             qk_norm=family == "qwen3",
             sliding_windows=_sliding_windows(config),
-            rope_parameters=tuple(sorted(rope.items())),
+            rope_parameters=tuple(sorted((name, _hashable(value)) for name, value in rope.items())),
         )
+
+    @property
+    def position_axes(self) -> tuple[int, ...] | None:
+        """Which of a token's positions in time (0), height (1) and width (2) rotates each pair of channels; None where
+        a token has one position (M-RoPE: Qwen2-VL, arXiv 2409.12191)."""
+        sections = cast("tuple[int, ...] | None", dict(self.rope_parameters).get("mrope_section"))
+        return sections and tuple(axis for axis, pairs in enumerate(sections) for _ in range(pairs))
 
     @property
     def qkv_size(self) -> int:
@@ -161,6 +168,10 @@ class ModelConfig:
     def architecture_hash(self) -> str:
         """Twelve hex digits over every field; part of the fingerprint that binds a policy file to a model."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _hashable(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:

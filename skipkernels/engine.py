@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,8 +27,9 @@ from skipkernels.policy import DensePolicy, Policy
 from skipkernels.policy_file import load_policy
 from skipkernels.prefill import prefill
 from skipkernels.program import build_program
+from skipkernels.prompt import EmbeddedPrompt
 from skipkernels.state import MAX_BATCH_SIZE, MAX_EOS, DecodeState
-from skipkernels.weights import ModelWeights, fill_rope, load_checkpoint, pack_module
+from skipkernels.weights import ModelWeights, fill_rope, load_checkpoint, pack_module, shares_embeddings
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,8 +37,8 @@ if TYPE_CHECKING:
 DEFAULT_MAX_SEQ_LEN = 4096
 _KEPT_EXECUTORS = 8
 
-Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
-"""Text, token ids, or a chat as a list of ``{"role": ..., "content": ...}`` messages."""
+Prompt = str | Sequence[int] | Sequence[dict[str, Any]] | EmbeddedPrompt
+"""Text, token ids, a chat as a list of ``{"role": ..., "content": ...}`` messages, or embeddings."""
 
 
 class Engine:
@@ -98,7 +100,7 @@ class Engine:
 
         Args:
             model: a folder with a Hugging Face checkpoint, a hub id, or a loaded ``transformers`` module, whose
-                parameters become views of the packed weights.
+                parameters become views of the packed weights. Of a multimodal module its text decoder is taken.
             policy: which FFNs to skip: a policy, or the path of a ``skip_policy.json``; None is dense.
             device: ``cpu``, ``cuda`` or ``cuda:N``.
             dtype: fp32, bf16 or fp16; None takes the checkpoint's own.
@@ -116,8 +118,10 @@ class Engine:
         _check_batch_size(max_batch_size)
         wanted = None if dtype is None else resolve_dtype(dtype)
         folder = None if isinstance(model, PreTrainedModel) else resolve_checkpoint(model)
-        hf_config = cast("PreTrainedModel", model).config if folder is None else load_config(folder)
+        hf_config = load_config(folder) if folder else cast("PreTrainedModel", model).config.get_text_config()
         config = ModelConfig.from_hf(hf_config)
+        if folder is None:
+            config = replace(config, tie_word_embeddings=shares_embeddings(cast("PreTrainedModel", model)))
         length = max_seq_len if max_seq_len is not None else min(config.max_position_embeddings, DEFAULT_MAX_SEQ_LEN)
         if not 1 <= length <= config.max_position_embeddings:
             raise RequestError(
@@ -197,7 +201,7 @@ class Engine:
         """Generates for up to ``max_batch_size`` prompts together and returns their answers in order.
 
         Args:
-            prompts: one prompt or several; a prompt is text, token ids, or a chat.
+            prompts: one prompt or several; a prompt is text, token ids, a chat, or embeddings.
             max_new_tokens: None: until an end-of-sequence token or a full cache.
             sampling: one for all prompts or one each; None is greedy.
             stop: strings that end a generation; they are not part of its text.
@@ -264,7 +268,7 @@ class Engine:
 
         The lower half of ``generate`` and ``stream``, for callers with a loop of their own. Arguments as there.
         """
-        listed = cast(list[Prompt], list(prompts) if _is_batch(prompts) else [prompts])
+        listed = list(cast(Sequence[Prompt], prompts)) if _is_batch(prompts) else [cast(Prompt, prompts)]
         if not listed:
             raise RequestError("no prompt was given")
         if len(listed) > self.max_batch_size:
@@ -286,6 +290,10 @@ class Engine:
         if len(eos) > MAX_EOS:
             raise RequestError(f"{len(eos)} end-of-sequence tokens; at most {MAX_EOS} are possible")
         token_ids = [self._checked_tokens(self.encode(prompt), max_new_tokens) for prompt in listed]
+        embedded = [prompt if isinstance(prompt, EmbeddedPrompt) else None for prompt in listed]
+        for given in embedded:
+            if given is not None:
+                given.check(self.config, self.weights.embed_tokens, self.max_seq_len)
         executor = self.executor_for(policy or self.policy)
 
         if self._decoding:
@@ -295,15 +303,18 @@ class Engine:
             self.state.end_row(index)
         started = time.perf_counter()
         rows = []
-        for index, (tokens, param) in enumerate(zip(token_ids, sampling, strict=True)):
+        for index, (tokens, param, given) in enumerate(zip(token_ids, sampling, embedded, strict=True)):
             self._set_row(index, param, max_new_tokens, eos)
-            prefill(self.config, self.weights, self.state, index, torch.tensor(tokens, dtype=torch.int32))
+            ids = torch.tensor(tokens, dtype=torch.int32)
+            prefill(self.config, self.weights, self.state, index, ids, embedded=given)
             rows.append(Row(self.state, index, len(tokens), self.tokenizer, stop))
         self._decoding = Decoding(executor, rows, time.perf_counter() - started)
         return self._decoding
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text with the tokenizer's special tokens, a chat through its template."""
+        if isinstance(prompt, EmbeddedPrompt):
+            return list(prompt.token_ids)
         if isinstance(prompt, str):
             return list(self._require_tokenizer("a text prompt").encode(prompt))
         if len(prompt) and isinstance(prompt[0], dict):
@@ -366,7 +377,7 @@ def _check_batch_size(max_batch_size: int) -> None:
 
 def _is_batch(prompts: object) -> bool:
     """A list of prompts, as opposed to one prompt that is itself a list (of ids or of messages)."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | EmbeddedPrompt):
         return False
     first = next(iter(prompts), None)  # type: ignore[call-overload]
     return not isinstance(first, int | dict)

@@ -266,12 +266,14 @@ def pack_module(
     max_seq_len: int,
     device: torch.device | str = "cpu",
 ) -> ModelWeights:
-    """Packs a loaded module layer by layer and turns its parameters into views of the packed weights.
+    """Packs a loaded module layer by layer and turns its parameters into views of the packed weights. Of a multimodal
+    module its text decoder is packed.
 
     Norms and biases are copied to fp32; matrices move. With another ``dtype`` than the module's the module is left
     alone, since views cannot change dtype.
     """
-    parameters = dict(module.named_parameters())
+    parameters = {f"model.{name}": parameter for name, parameter in module.get_decoder().named_parameters()}
+    parameters["lm_head.weight"] = _head(module).weight
     for name, shape in expected_parameters(config).items():
         if name not in parameters:
             raise ModelError(f"{type(module).__name__}: parameter {name!r} is missing")
@@ -289,6 +291,19 @@ def pack_module(
                 parameters[name].data = view
     warn_of_nan(views)
     return weights
+
+
+def shares_embeddings(module: PreTrainedModel) -> bool:
+    """Whether the head of a module is its embedding table. What its text decoder's configuration says of that does not
+    hold in every multimodal module."""
+    return _head(module).weight is module.get_input_embeddings().weight
+
+
+def _head(module: PreTrainedModel) -> torch.nn.Module:
+    head = module.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(module).__name__} has no language-model head; load the module that has one")
+    return head
 
 
 def random_weights(

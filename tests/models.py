@@ -82,21 +82,25 @@ def tiny_module(
     family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> PreTrainedModel:
     """A random ``transformers`` model whose biases and norms are no zeros and ones, and whose tokens vary."""
+    return randomise(AutoModelForCausalLM.from_config(tiny_config(family, **overrides)), seed).to(dtype).eval()
+
+
+@torch.no_grad()
+def randomise(module: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """New weights for a module: matrices that keep the scale of what passes through, biases and norms that count."""
     generator = torch.Generator().manual_seed(seed)
-    module = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.2 * noise)
-            elif parameter.dim() == 1:
-                parameter.copy_(0.3 * noise)
-            elif "embed_tokens" in name:
-                # a tied token would be its own best successor if the residual stream were mostly its embedding
-                parameter.copy_(noise * (0.02 if module.config.tie_word_embeddings else 1.0))
-            else:
-                parameter.copy_(noise / parameter.shape[1] ** 0.5)
-    return module.to(dtype).eval()
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            parameter.copy_(1 + 0.2 * noise)
+        elif parameter.dim() == 1:
+            parameter.copy_(0.3 * noise)
+        elif "embed_tokens" in name:
+            # a tied token would be its own best successor if the residual stream were mostly its embedding
+            parameter.copy_(noise * (0.02 if getattr(module.config, "tie_word_embeddings", False) else 1.0))
+        else:
+            parameter.copy_(noise / (parameter.numel() / len(parameter)) ** 0.5)
+    return module
 
 
 def tiny_engine(family: str = "llama", *, module: PreTrainedModel | None = None, **options: Any) -> Engine:

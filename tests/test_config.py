@@ -10,6 +10,7 @@ from transformers import GPT2Config, LlamaConfig, MixtralConfig, PreTrainedConfi
 from skipkernels.config import ModelConfig, dtype_name, resolve_dtype
 from skipkernels.errors import ModelError
 from tests.models import FAMILIES, tiny_config, tiny_engine
+from tests.multimodal import omni_config
 
 
 @pytest.mark.parametrize("config", [GPT2Config(), MixtralConfig()], ids=lambda config: config.model_type)
@@ -105,3 +106,11 @@ def test_dtypes_go_by_any_of_their_names(given: str | torch.dtype, expected: tor
 def test_another_dtype_is_refused(dtype: str | torch.dtype) -> None:
     with pytest.raises(ModelError, match="use one of fp32, bf16, fp16"):
         resolve_dtype(dtype)
+
+
+def test_each_channel_pair_turns_by_one_of_three_positions() -> None:
+    assert ModelConfig.from_hf(tiny_config("qwen2")).position_axes is None
+    config = ModelConfig.from_hf(omni_config().get_text_config())
+    assert config.position_axes == (0, 1, 1, 2, 2)
+    assert config.qkv_bias
+    assert hash(config) == hash(ModelConfig.from_hf(omni_config().get_text_config()))

@@ -14,7 +14,7 @@ PACKAGE = Path(skipkernels.__file__).parent
 ROOMS = [
     ["errors", "machine"],
     ["config", "generation", "policy", "ops.philox"],
-    ["policy_file", "weights", "state", "ops.table", "ops.reference", "ops", "text", "checkpoint"],
+    ["policy_file", "prompt", "weights", "state", "ops.table", "ops.reference", "ops", "text", "checkpoint"],
     ["program", "prefill"],
     ["executors"],
     ["decoding"],
