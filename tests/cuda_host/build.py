@@ -10,10 +10,13 @@ import hashlib
 import importlib.util
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +24,7 @@ from types import ModuleType
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "cuda_host"
+KEPT_SECONDS = 3 * 24 * 3600
 HARNESS = sorted(HERE.glob("src/*.cpp"))
 
 AWARE_OF_SANITIZER = [HERE / "src/fiber.cpp", HERE / "src/scheduler.cpp"]
@@ -50,6 +54,10 @@ def processor_flags() -> list[str]:
     return ["-mfma"] if cpuinfo.exists() and " fma " in cpuinfo.read_text() else []
 
 
+def environment_flags() -> list[str]:
+    return shlex.split(os.environ.get("CXXFLAGS", ""))
+
+
 def key_of(*parts: str | bytes) -> str:
     digest = hashlib.sha256()
     for part in parts:
@@ -60,27 +68,53 @@ def key_of(*parts: str | bytes) -> str:
 
 def compile_source(source: Path, flags: Sequence[str]) -> Path:
     """The object made from ``source``, compiled if the source, a header it includes or the command changed."""
-    command = [*compiler(), *flags, *(["-x", "c++"] if source.suffix == ".cu" else []), "-c", str(source)]
+    command = [
+        *compiler(),
+        *flags,
+        *environment_flags(),
+        *(["-x", "c++"] if source.suffix == ".cu" else []),
+        "-c",
+        str(source),
+    ]
     plan = key_of(compiler_version(), *command)
     headers = CACHE / f"{plan}.d"
 
-    def object_of_contents() -> Path:
-        made_from = headers.read_text().replace("\\\n", " ").partition(": ")[2].split()
-        return CACHE / f"{source.name}-{key_of(plan, *(Path(path).read_bytes() for path in made_from))}.o"
+    def made_from() -> list[Path]:
+        return [Path(path) for path in headers.read_text().replace("\\\n", " ").partition(": ")[2].split()]
 
-    try:
-        made = object_of_contents()
-        if made.exists():
+    def object_of_contents() -> Path:
+        return CACHE / f"{source.name}-{key_of(plan, *(path.read_bytes() for path in made_from()))}.o"
+
+    with suppress(FileNotFoundError):  # a header is gone
+        if is_kept(headers) and is_kept(made := object_of_contents()):
             return made
-    except OSError:  # never compiled, or a header is gone
-        pass
     CACHE.mkdir(parents=True, exist_ok=True)
     fresh, fresh_headers = (CACHE / f"{plan}.{os.getpid()}.{suffix}" for suffix in ("o", "d"))
-    run([*command, "-o", str(fresh), "-MMD", "-MF", str(fresh_headers)])
-    fresh_headers.rename(headers)
+    while True:
+        started = time.time()
+        run([*command, "-o", str(fresh), "-MMD", "-MF", str(fresh_headers)])
+        fresh_headers.rename(headers)
+        if all(path.stat().st_mtime < started for path in made_from()):  # nobody wrote while the compiler read
+            break
     made = object_of_contents()
     fresh.rename(made)
     return made
+
+
+def is_kept(made: Path) -> bool:
+    """Whether ``made`` exists; if so, notes that it was used."""
+    try:
+        os.utime(made)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def forget_unused() -> None:
+    """Remove what nobody has used for some days."""
+    for made in CACHE.iterdir():
+        if time.time() - made.stat().st_mtime > KEPT_SECONDS:
+            shutil.rmtree(made) if made.is_dir() else made.unlink()
 
 
 def run(command: Sequence[str]) -> None:
@@ -122,7 +156,8 @@ def build_host_extension(
         objects = list(pool.map(lambda command: compile_source(*command), commands))
     link = [*compiler(), "-shared", "-pthread", *(SANITIZE if sanitize else []), *map(str, objects), "-ldl"]
     library = CACHE / key_of(compiler_version(), *link) / name
-    if not library.exists():
+    if not is_kept(library.parent) or not library.exists():
+        forget_unused()
         library.parent.mkdir(exist_ok=True)
         fresh = library.with_suffix(f".{os.getpid()}")
         run([*link, "-o", str(fresh)])
@@ -150,7 +185,7 @@ def load_module(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for their module
     spec.loader.exec_module(module)
     return module
 

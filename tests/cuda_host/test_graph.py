@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.cuda_host.api import ASSIGN_DEFAULT, GLOBAL, IF, RELAXED, WHILE, Api
+from tests.cuda_host.api import ASSIGN_DEFAULT, GLOBAL, IF, RELAXED, THREAD_LOCAL, WHILE, Api
 from tests.cuda_host.build import build_host_extension
 from tests.cuda_host.controls import SEEDS, HostRuntime
 
@@ -213,6 +214,17 @@ def test_one_instance_at_a_time_of_a_graph_with_conditions(api):
     assert api.cudaGraphInstantiate(ctypes.byref(out), graph, 0) == OK
 
 
+def test_a_conditional_node_cannot_begin_while_a_kernel_runs(api):
+    x, stream, body = integers(0), api.stream(), ctypes.c_void_p()
+    api.begin_capture(stream)
+    graph = api.new("get_capture_graph", first=stream)
+    handle = api.new("cudaGraphConditionalHandleCreate", graph, 0, ASSIGN_DEFAULT)
+    api.launch_add(stream, x, 1)
+    assert api.make_dependency_programmatic(stream) == OK
+    assert api.add_conditional(stream, handle, IF, ctypes.byref(body)) == "cudaErrorLossyQuery"
+    assert api.add_conditional_with_edges(stream, handle) == "cudaErrorInvalidValue"
+
+
 HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -255,6 +267,25 @@ def test_a_relaxed_capture_allows_allocations(api):
     memory = api.new("cudaMalloc", 16)
     assert api.cudaFree(memory) == OK
     api.end_capture(stream)
+
+
+def in_another_thread(function, *arguments):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def test_captures_belong_to_a_thread_unless_relaxed(api):
+    stream, graph, out = api.stream(), ctypes.c_void_p(), ctypes.c_void_p()
+    api.begin_capture(stream, THREAD_LOCAL)
+    assert in_another_thread(api.cudaMalloc, ctypes.byref(out), 16) == OK
+    assert (
+        in_another_thread(api.cudaStreamEndCapture, stream, ctypes.byref(graph)) == "cudaErrorStreamCaptureWrongThread"
+    )
+    assert api.cudaStreamEndCapture(stream, ctypes.byref(graph)) == OK
+    api.begin_capture(stream, RELAXED)
+    assert in_another_thread(api.cudaStreamEndCapture, stream, ctypes.byref(graph)) == OK
+    api.begin_capture(stream, GLOBAL)
+    assert in_another_thread(api.cudaMalloc, ctypes.byref(out), 16) == "cudaErrorStreamCaptureUnsupported"
 
 
 def test_a_failed_launch_invalidates_the_capture(api):

@@ -8,7 +8,10 @@
 //   include/ptx_host.h           the twin of csrc/cuda/ptx.cuh, which holds all inline PTX
 //   src/fiber.*                  a CUDA thread is a fiber: a stack and a context switch of a few instructions
 //   src/scheduler.*              runs the threads of a grid on one processor, in an order that a seed decides
-//   src/runtime.*, graph.*, ...  the fake runtime: executes, records every call, fails calls on request, counts leaks
+//   src/collectives.cpp, ptx.cpp, report.cpp    where threads wait for each other; what a failed launch says
+//   src/race.*                   finds accesses that nothing orders, if kernels were compiled for it
+//   src/runtime.*, calls.cpp, device.cpp, stream.cpp, capture.cpp, graph.*, exec.cpp    the fake runtime: executes at
+//                                once, records every call, fails calls on request, counts what was not destroyed
 //   controls.cpp, controls.py    a test's hands on all of that
 //   build.py                     compiles sources into a shared library, reusing what did not change
 //
@@ -17,10 +20,13 @@
 // descending order, and every other seed shuffles threads, warps and blocks, many blocks resident at once. A missing
 // barrier therefore reads what another thread has not yet written under some of these seeds, and shared memory and
 // cudaMalloc start out filled with NaN. Diverged or exited lanes of a collective, a __syncthreads that some threads
-// never reach, and endless waiting end the launch with an error that lists who waits where. AddressSanitizer sees
-// every memory access of a kernel (build.py, sanitize=True).
+// never reach, and endless waiting end the launch with an error that lists who waits where. In a graph, kernels with
+// programmatic edges overlap, as early as they may or not at all.
 //
-// Not modelled: weak memory order (a missing fence goes unseen), time, streams that overlap.
+// Two more ways to build (build.py): sanitize=True lets AddressSanitizer see every access of a kernel; races=True fails
+// every launch in which two accesses are not ordered by barriers, atomics or fences, even if this schedule was kind.
+//
+// Not modelled: weak memory order of single instructions, time, streams that run side by side.
 #pragma once
 
 #define CUDA_HOST 1

@@ -11,6 +11,7 @@
 //   void mma_tf32_m16n8k8(...)                   both collectives of the 32 lanes, fragments as in the PTX ISA
 //   void grid_dependency_wait(), grid_dependency_launch()    griddepcontrol; every thread must wait before it exits
 //   int atomic_add_acq_rel(int* p, int value)    returns the old value
+//   int load_relaxed(const int* p)               past the first-level cache
 //   int load_acquire(const int* p)               lets others run, so a loop around it gets somewhere
 //   void store_release_system(int* p, int value), fence_system(), nanosleep(uint32_t ns)
 #pragma once
@@ -151,6 +152,8 @@ inline void mma_tf32_m16n8k8(float (&d)[4], const uint32_t (&a)[4], const uint32
 inline int atomic_add_acq_rel(int* p, int value) {
     return cuda_host::atomic(p, [=](int old) { return old + value; }, cuda_host::AtomicOrder::acquire_release);
 }
+
+inline int load_relaxed(const int* p) { return *p; }
 
 inline int load_acquire(const int* p) {
     cuda_host::wait_a_while();

@@ -165,8 +165,9 @@ EXPORT int add_conditional(cudaStream_t stream, cudaGraphConditionalHandle handl
 #if CUDART_VERSION >= 13000
     error = cudaStreamGetCaptureInfo(stream, &status, nullptr, &graph, &dependencies, nullptr, &count);
     if (!error) error = cudaGraphAddNode(&node, graph, dependencies, nullptr, count, &parameters);
-    if (!error)
+    if (!error) {
         error = cudaStreamUpdateCaptureDependencies(stream, &node, nullptr, 1, cudaStreamSetCaptureDependencies);
+    }
 #else
     error = cudaStreamGetCaptureInfo_v2(stream, &status, nullptr, &graph, &dependencies, &count);
     if (!error) error = cudaGraphAddNode(&node, graph, dependencies, count, &parameters);
@@ -174,6 +175,48 @@ EXPORT int add_conditional(cudaStream_t stream, cudaGraphConditionalHandle handl
 #endif
     if (!error) *body = parameters.conditional.phGraph_out[0];
     return error;
+}
+
+// The same forms with edge data under one name.
+#if CUDART_VERSION >= 13000
+#    define WITH_EDGES(name, version) name
+#else
+#    define WITH_EDGES(name, version) name##version
+#endif
+
+// Lets what the stream captures next begin while the kernel before it still runs.
+EXPORT int make_dependency_programmatic(cudaStream_t stream) {
+    cudaStreamCaptureStatus status;
+    const cudaGraphNode_t* dependencies;
+    const cudaGraphEdgeData* edges;
+    size_t count;
+    cudaError_t error =
+        WITH_EDGES(cudaStreamGetCaptureInfo, _v3)(stream, &status, nullptr, nullptr, &dependencies, &edges, &count);
+    if (error || count != 1) return error ? error : cudaErrorUnknown;
+    cudaGraphNode_t kernel = dependencies[0];
+    cudaGraphEdgeData edge{};
+    edge.from_port = cudaGraphKernelNodePortProgrammatic;
+    edge.type = cudaGraphDependencyTypeProgrammatic;
+    return WITH_EDGES(cudaStreamUpdateCaptureDependencies, _v2)(stream, &kernel, &edge, 1,
+                                                                cudaStreamSetCaptureDependencies);
+}
+
+// Adds a conditional node with whatever edges the stream's dependencies have.
+EXPORT int add_conditional_with_edges(cudaStream_t stream, cudaGraphConditionalHandle handle) {
+    cudaStreamCaptureStatus status;
+    cudaGraph_t graph;
+    const cudaGraphNode_t* dependencies;
+    const cudaGraphEdgeData* edges;
+    size_t count;
+    cudaError_t error =
+        WITH_EDGES(cudaStreamGetCaptureInfo, _v3)(stream, &status, nullptr, &graph, &dependencies, &edges, &count);
+    if (error) return error;
+    cudaGraphNodeParams parameters{};
+    parameters.type = cudaGraphNodeTypeConditional;
+    parameters.conditional.handle = handle;
+    parameters.conditional.size = 1;
+    cudaGraphNode_t node;
+    return WITH_EDGES(cudaGraphAddNode, _v2)(&node, graph, dependencies, edges, count, &parameters);
 }
 
 EXPORT int get_capture_graph(cudaStream_t stream, cudaGraph_t* graph) {

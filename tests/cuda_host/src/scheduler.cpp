@@ -22,8 +22,8 @@ namespace {
 
 constexpr size_t kCanaryBytes = 64;  // behind shared memory, where no AddressSanitizer watches
 constexpr unsigned kMaxIdleRounds = 1000;
-constexpr unsigned kMaxThreads =
-    FiberPool::kMaxFibers / 2;  // of one kernel; the rest is for those that overlap with it
+// Resident threads of one kernel; the rest is for those that overlap with it.
+constexpr unsigned kMaxThreads = FiberPool::kMaxFibers / 2;
 
 unsigned volume(const dim3& size) { return size.x * size.y * size.z; }
 
@@ -61,7 +61,7 @@ uint64_t Scheduler::Random::operator()() {
 
 void Scheduler::set_seed(uint64_t seed) {
     seed_ = seed;
-    runs_ = 0;
+    runs_before_seed_ = runs_;
     order_ = seed == 0 ? Order::ascending : seed == 1 ? Order::descending : Order::shuffled;
     random_.state = seed;
 }
@@ -70,7 +70,7 @@ std::string Scheduler::run(const std::vector<const Launch*>& chain, unsigned max
 #if CUDA_HOST_ASAN
     __asan_set_error_report_callback(add_place_to_report);
 #endif
-    random_.state = seed_ << 32 | runs_++;
+    random_.state = seed_ << 32 | (runs_++ - runs_before_seed_);
     early_dependents_ = order_ == Order::ascending || (order_ == Order::shuffled && random_below(2));
     grids_.reserve(chain.size());  // threads point to their grid
     for (const Launch* launch : chain) {

@@ -78,7 +78,7 @@ class Scheduler {
   public:
     void set_seed(uint64_t seed);
     uint64_t switches() const { return switches_; }
-    uint64_t runs() const { return runs_; }
+    uint64_t runs() const { return runs_; }  // of all time
     uint64_t random_below(uint64_t bound) { return (random_() >> 32) * bound >> 32; }
     Order order() const { return order_; }
 
@@ -118,7 +118,7 @@ class Scheduler {
     void describe_waiting();
     static void run_thread(void* thread);
 
-    uint64_t seed_ = 0, runs_ = 0, switches_ = 0;
+    uint64_t seed_ = 0, runs_ = 0, runs_before_seed_ = 0, switches_ = 0;
     Order order_ = Order::ascending;
     Random random_;
     FiberPool fibers_;
