@@ -1,0 +1,54 @@
+// hidden_states (batch, hidden) += down_proj (hidden, intermediate) @ intermediate (batch, intermediate)
+// and, where asked for, similarity_partials (tiles, batch, 3): sums of h h', h^2 and h'^2 over the tile's 16 channels,
+// taken while both are in registers. The similarity test costs no pass of its own.
+//
+// Llama-2-7B, bf16: 4096 x 11008 weights, 90 MB, 21 us at 4.3 TB/s; all else is below 0.1 MB.
+#include "linear_kernel.cuh"
+#include "ops.h"
+
+namespace skipkernels::cuda {
+
+namespace {
+
+struct AddDownProj {
+    static constexpr bool kNormed = false, kFinishesTiles = false;
+    using Early = float;  // h
+    DownProjAdd op;
+
+    __device__ Tile tile(int index) const { return tile_of_neighbours(index, op.hidden_size); }
+    __device__ float* hidden(int index, int row, int r) const {
+        return op.hidden_states + row * op.hidden_size + int64_t{index} * kTileRows + r;
+    }
+    __device__ float early(int index, int row, int r) const {
+        return tile(index).has(r) ? *hidden(index, row, r) : 0.0f;
+    }
+    __device__ void operator()(int index, int row, int r, float value, float before) const {
+        const bool has_channel = row >= 0 && tile(index).has(r);
+        const float after = before + value;
+        if (has_channel) *hidden(index, row, r) = after;
+        if (!op.similarity_partials) return;
+        float sums[3] = {before * after, before * before, after * after};
+#pragma unroll
+        for (float& sum : sums) {
+            if (!has_channel) sum = 0.0f;
+#pragma unroll
+            for (int lanes = kTileRows / 2; lanes; lanes /= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+        }
+        if (row < 0 || r >= 3) return;
+        float* part = op.similarity_partials + (index * op.batch_size + row) * 3;
+        part[r] = r == 0 ? sums[0] : r == 1 ? sums[1] : sums[2];
+    }
+};
+
+}  // namespace
+
+cudaError_t launch_down_proj_add(const Step& step, const LaunchContext& context) {
+    const DownProjAdd& op = step.ins.down_proj_add;
+    return with_weight_type(step.ins.weight_dtype, [&](auto type) {
+        const auto in = make_linear<decltype(type)>(step, op.down_proj, op.intermediate, op.intermediate_size,
+                                                    ceil_div(op.hidden_size, kTileRows));
+        return launch_linear(in, AddDownProj{op}, context);
+    });
+}
+
+}  // namespace skipkernels::cuda

@@ -1,0 +1,40 @@
+// hidden_states (batch, hidden) = embed_tokens (vocab, hidden)[input_ids (batch)]
+#include <algorithm>
+
+#include "common.cuh"
+#include "ops.h"
+
+namespace skipkernels::cuda {
+
+namespace {
+
+constexpr int kThreads = 256, kChannelsOfThread = 4;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) embed_kernel(const __grid_constant__ Embed op, const int32_t* when) {
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    const int64_t row = blockIdx.y;
+    if (!when[row]) return;
+    const T* from = static_cast<const T*>(op.embed_tokens) + op.input_ids[row] * op.hidden_size;
+    float* to = op.hidden_states + row * op.hidden_size;
+    const int64_t first = int64_t{blockIdx.x} * kThreads * kChannelsOfThread + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kChannelsOfThread; ++i) {
+        const int64_t channel = first + i * kThreads;
+        if (channel < op.hidden_size) to[channel] = to_float(from[channel]);
+    }
+}
+
+}  // namespace
+
+cudaError_t launch_embed(const Step& step, const LaunchContext& context) {
+    const Embed& op = step.ins.embed;
+    const dim3 grid(static_cast<unsigned>(ceil_div(op.hidden_size, kThreads * kChannelsOfThread)),
+                    static_cast<unsigned>(op.batch_size));
+    return with_weight_type(step.ins.weight_dtype, [&](auto type) {
+        return launch_kernel(context, embed_kernel<decltype(type)>, grid, kThreads, 0, op, step.ins.when);
+    });
+}
+
+}  // namespace skipkernels::cuda

@@ -1,0 +1,120 @@
+#include "kernels.h"
+
+#include <limits>
+
+#include "checks.h"
+#include "ops.h"
+
+namespace skipkernels::cuda {
+
+namespace {
+
+constexpr int64_t kMostTokens = 1 << 19;  // whose weights sample can add up, see sample_truncated.cuh
+constexpr int64_t kLargestHead = 256;
+
+void check_size(const char* op, const char* name, int64_t size) {
+    skipkernels::check(size > 0 && size <= std::numeric_limits<int32_t>::max(), op, ": ", name,
+                       " must lie in 1..2^31-1, got ", size);
+}
+
+}  // namespace
+
+bool may_write_flags(const Instruction& ins, const Instruction& reader) {
+    if (ins.op == OpCode::advance) return true;
+    return ins.op == OpCode::skip_gate &&
+           reader.when == ins.skip_gate.run_ffn + ins.skip_gate.layer * ins.skip_gate.batch_size;
+}
+
+int64_t num_arrivals(const Instruction& ins) {
+    switch (ins.op) {
+        case OpCode::qkv_rope_append: {
+            const QkvRopeAppend& op = ins.qkv_rope_append;
+            return op.q_norm || op.k_norm ? op.num_attention_heads + op.num_key_value_heads : 0;
+        }
+        case OpCode::decode_attention:
+            return ins.batch_size * ins.decode_attention.num_attention_heads;
+        case OpCode::sample:
+            return ins.batch_size;
+        default:
+            return 0;
+    }
+}
+
+int64_t scratch_floats(const Instruction& ins) {
+    switch (ins.op) {
+        case OpCode::qkv_rope_append:
+            return ins.batch_size * num_arrivals(ins) * ins.qkv_rope_append.head_dim;
+        case OpCode::sample:
+            return sample_scratch_floats(ins.sample);
+        default:
+            return 0;
+    }
+}
+
+void check(const Instruction& ins) {
+    using skipkernels::check;  // of a condition
+    check(ins.batch_size >= 1 && ins.batch_size <= kMaxBatch, "batch_size must lie in 1..", kMaxBatch, " on CUDA, got ",
+          ins.batch_size);
+    switch (ins.op) {
+        case OpCode::embed:
+            check_size("embed", "hidden_size", ins.embed.hidden_size);
+            break;
+        case OpCode::skip_gate:
+            break;
+        case OpCode::qkv_rope_append:
+            check_size("qkv_rope_append", "hidden_size", ins.qkv_rope_append.hidden_size);
+            check_size("qkv_rope_append", "qkv_size", ins.qkv_rope_append.qkv_size);
+            break;
+        case OpCode::decode_attention: {
+            const DecodeAttention& op = ins.decode_attention;
+            check(op.kv_split == kKvSplit, "decode_attention: kv_split must be ", kKvSplit, " on CUDA, got ",
+                  op.kv_split, "; allocate the state for a CUDA device");
+            check(op.head_dim <= kLargestHead, "decode_attention: head_dim must be at most ", kLargestHead,
+                  " on CUDA, got ", op.head_dim);
+            check_size("decode_attention", "max_seq_len", op.max_seq_len);
+            break;
+        }
+        case OpCode::o_proj_add:
+            check_size("o_proj_add", "hidden_size", ins.o_proj_add.hidden_size);
+            check_size("o_proj_add", "attention_size", ins.o_proj_add.attention_size);
+            break;
+        case OpCode::gate_up_silu:
+            check_size("gate_up_silu", "hidden_size", ins.gate_up_silu.hidden_size);
+            check_size("gate_up_silu", "gate_up_size", ins.gate_up_silu.gate_up_size);
+            break;
+        case OpCode::down_proj_add: {
+            const DownProjAdd& op = ins.down_proj_add;
+            check_size("down_proj_add", "hidden_size", op.hidden_size);
+            check_size("down_proj_add", "intermediate_size", op.intermediate_size);
+            check(!op.similarity_partials || op.rows_per_partial == kRowsPerPartial,
+                  "down_proj_add: rows_per_partial must be ", kRowsPerPartial, " on CUDA, got ", op.rows_per_partial,
+                  "; allocate the state for a CUDA device");
+            break;
+        }
+        case OpCode::lm_head:
+            check_size("lm_head", "hidden_size", ins.lm_head.hidden_size);
+            check_size("lm_head", "vocab_size", ins.lm_head.vocab_size);
+            break;
+        case OpCode::sample:
+            check(ins.sample.vocab_size <= kMostTokens, "sample: vocab_size must be at most ", kMostTokens,
+                  " on CUDA, got ", ins.sample.vocab_size);
+            break;
+        case OpCode::advance:
+            check(reinterpret_cast<uintptr_t>(ins.advance.progress) % 8 == 0,
+                  "advance: progress must be aligned to 8 bytes on CUDA, got ", ins.advance.progress);
+            break;
+    }
+}
+
+cudaError_t launch(const Step& step, const LaunchContext& context) {
+    switch (step.ins.op) {
+#define SKIPKERNELS_LAUNCH(op, Struct, FIELDS) \
+    case OpCode::op:                           \
+        return launch_##op(step, context);
+        SKIPKERNELS_OPS(SKIPKERNELS_LAUNCH)
+#undef SKIPKERNELS_LAUNCH
+    }
+    return cudaErrorInvalidValue;
+}
+
+}  // namespace skipkernels::cuda

@@ -1,0 +1,71 @@
+// The kernel of the linear family and its launch: chooses the way for the rows there are.
+#pragma once
+
+#include <algorithm>
+
+#include "linear_mma.cuh"
+#include "linear_rows.cuh"
+
+namespace skipkernels::cuda {
+
+// Rows from which the tensor cores are used; 2 since one row leaves 7 of their 8 columns idle.
+constexpr int kMmaRows = 2;
+
+// kColumnTiles 0: never on the tensor cores.
+template <class T, int V, int kColumnTiles, int kTiles, class Epilogue>
+__global__ void __launch_bounds__(kLinearThreads, 2)
+    linear_kernel(const __grid_constant__ Linear<T> in, const __grid_constant__ Epilogue epilogue) {
+    if (!in.when_is_settled) ptx::grid_dependency_wait();
+    const Rows rows(in.when, in.batch_size);
+    if (rows.count() == 0) {
+        ptx::grid_dependency_wait();
+        return;
+    }
+    if constexpr (kColumnTiles > 0) {
+        if (rows.count() >= kMmaRows) return linear_mma<T, kColumnTiles, kTiles>(in, epilogue, rows);
+    }
+    linear_rows<T, V>(in, epilogue, rows);
+}
+
+template <class T, int V, int kColumnTiles, int kTiles, class Epilogue>
+cudaError_t launch_linear_kernel(const Linear<T>& in, const Epilogue& epilogue, const LaunchContext& context) {
+    size_t shared_bytes = kRowsSharedBytes;
+    if constexpr (kColumnTiles > 0)
+        shared_bytes = std::max(shared_bytes, kSumsAt + MmaSums<kColumnTiles, kTiles>::kBytes);
+    const int units = static_cast<int>(ceil_div(in.tiles, kColumnTiles ? kTiles : 1));
+    return launch_kernel(context, linear_kernel<T, V, kColumnTiles, kTiles, Epilogue>,
+                         static_cast<unsigned>(std::min(units, context.num_sms)), kLinearThreads, shared_bytes, in,
+                         epilogue);
+}
+
+// The operands that every projection has: w (m, k), of which a tile is kTileRows rows, and x (batch_size, k).
+template <class T>
+Linear<T> make_linear(const Step& step, const void* w, const float* x, int64_t k, int64_t tiles,
+                      const float* norm = nullptr, float eps = 0.0f) {
+    return {static_cast<const T*>(w),
+            x,
+            norm,
+            eps,
+            step.ins.when,
+            step.flags_are_settled,
+            static_cast<int>(step.ins.batch_size),
+            static_cast<int>(k),
+            static_cast<int>(tiles)};
+}
+
+template <class T, class Epilogue>
+cudaError_t launch_linear(const Linear<T>& in, const Epilogue& epilogue, const LaunchContext& context) {
+    constexpr int V = kVector<T>;
+    const bool vectors = in.k % V == 0 && is_aligned(in.w) && is_aligned(in.x) && is_aligned(in.norm);
+    if (!vectors) return launch_linear_kernel<T, 1, 0, 1>(in, epilogue, context);
+    if constexpr (V == 8) {
+        if (in.batch_size > 8) return launch_linear_kernel<T, V, 2, 2>(in, epilogue, context);
+        if (in.batch_size >= kMmaRows) {
+            if (in.tiles >= 2 * context.num_sms) return launch_linear_kernel<T, V, 1, 2>(in, epilogue, context);
+            return launch_linear_kernel<T, V, 1, 1>(in, epilogue, context);
+        }
+    }
+    return launch_linear_kernel<T, V, 0, 1>(in, epilogue, context);
+}
+
+}  // namespace skipkernels::cuda

@@ -1,0 +1,15 @@
+// The launcher of every op, one a file: <op>.cu.
+#pragma once
+
+#include "kernels.h"
+
+namespace skipkernels::cuda {
+
+#define SKIPKERNELS_LAUNCHER(op, Struct, FIELDS) \
+    cudaError_t launch_##op(const Step& step, const LaunchContext& context);
+SKIPKERNELS_OPS(SKIPKERNELS_LAUNCHER)
+#undef SKIPKERNELS_LAUNCHER
+
+int64_t sample_scratch_floats(const Sample& op);
+
+}  // namespace skipkernels::cuda

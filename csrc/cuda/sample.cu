@@ -1,0 +1,75 @@
+// next_token (batch) from logits (batch, vocab): argmax, or Gumbel-max over the tokens that survive top-k, top-p and
+// min-p. The definition is sample() in skipkernels/ops/reference.py.
+//
+// Both are an argmax, which many blocks find together: each takes 4096 tokens of a row, and the last one of the row to
+// finish compares their winners. Of equals the lower id wins and NaN beats all, so the order of comparisons is without
+// influence. Llama-3-8B: 128256 logits a row, 0.5 MB, by 32 blocks.
+//
+// What top-k, top-p and min-p leave is decided by that last block alone (sample_truncated.cuh).
+#include "ops.h"
+#include "sample_truncated.cuh"
+
+namespace skipkernels::cuda {
+
+namespace {
+
+constexpr int kTokensOfBlock = 4096;
+
+__global__ void __launch_bounds__(kSampleThreads)
+    sample_kernel(const __grid_constant__ Sample op, const int32_t* when, int* arrivals, Winners* of_blocks) {
+    ptx::grid_dependency_wait();
+    ptx::grid_dependency_launch();
+    const int row = static_cast<int>(blockIdx.y), thread = static_cast<int>(threadIdx.x);
+    const int blocks = static_cast<int>(gridDim.x);
+    if (!when[row]) return;
+    const RowScores scores(op, row);
+    const bool draws_here = scores.draws && !scores.truncates;
+    Winners winners;
+    const int begin = static_cast<int>(blockIdx.x) * kTokensOfBlock;
+    const int end = min(begin + kTokensOfBlock, scores.vocab_size);
+    for (int token = begin + thread; token < end; token += kSampleThreads) {
+        const float score = scores.of(token);
+        winners.top.challenge({ordered(static_cast<double>(score)), token});
+        if (draws_here) winners.drawn.challenge({ordered(scores.with_noise(score, token)), token});
+    }
+    auto& shared = *reinterpret_cast<SampleShared*>(ptx::shared_memory());
+    block_winners(winners, shared);
+
+    of_blocks += row * blocks;
+    if (thread == 0) {
+        of_blocks[blockIdx.x] = winners;
+        shared.is_last = ptx::atomic_add_acq_rel(arrivals + row, 1) == blocks - 1;
+        if (shared.is_last) arrivals[row] = 0;
+    }
+    __syncthreads();
+    if (!shared.is_last) return;
+    winners = {};
+    for (int block = thread; block < blocks; block += kSampleThreads) {
+        winners.top.challenge(of_blocks[block].top);
+        winners.drawn.challenge(of_blocks[block].drawn);
+    }
+    block_winners(winners, shared);
+    const double top = unordered(winners.top.value);
+    int token = winners.top.token;
+    if (scores.draws && isfinite(top)) {
+        token = scores.truncates ? TruncatedDraw(scores, static_cast<float>(top), shared).token() : winners.drawn.token;
+    }
+    if (thread == 0) op.next_token[row] = token;
+}
+
+int64_t blocks_of_row(const Sample& op) { return ceil_div(op.vocab_size, kTokensOfBlock); }
+
+}  // namespace
+
+int64_t sample_scratch_floats(const Sample& op) {
+    return op.batch_size * blocks_of_row(op) * static_cast<int64_t>(sizeof(Winners) / sizeof(float));
+}
+
+cudaError_t launch_sample(const Step& step, const LaunchContext& context) {
+    const Sample& op = step.ins.sample;
+    const dim3 grid(static_cast<unsigned>(blocks_of_row(op)), static_cast<unsigned>(op.batch_size));
+    return launch_kernel(context, sample_kernel, grid, kSampleThreads, sizeof(SampleShared), op, step.ins.when,
+                         step.arrivals, reinterpret_cast<Winners*>(step.scratch));
+}
+
+}  // namespace skipkernels::cuda
