@@ -103,7 +103,11 @@ class ChatModel(ModalityModel, Protocol):
     format: ChatFormat
 
 
+def modality_of(part: Part) -> str:
+    """By name."""
+    return {str: "text", Image: "image", Audio: "audio"}[type(part)]
+
+
 def modalities_of(messages: Sequence[Message]) -> frozenset[str]:
     """What the messages hold, by modality name."""
-    names = {str: "text", Image: "image", Audio: "audio"}
-    return frozenset(names[type(part)] for message in messages for part in message.parts)
+    return frozenset(modality_of(part) for message in messages for part in message.parts)

@@ -45,17 +45,7 @@ class TextFormat:
 
     def request(self, chat: Chat) -> Request:
         token_ids = self._encode(chat)
-        room = self._max_seq_len - len(token_ids) + 1  # the last token is not cached
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {len(token_ids)} tokens, this model takes {self._max_seq_len}; shorten it"
-            )
-        new_tokens = chat.max_new_tokens if chat.max_new_tokens is not None else min(DEFAULT_NEW_TOKENS, room)
-        if new_tokens > room:
-            raise RequestError(
-                f"{new_tokens} new tokens do not fit: the prompt's {len(token_ids)} leave room for {room} in a context "
-                f"of {self._max_seq_len}; ask for fewer or shorten the prompt"
-            )
+        new_tokens = allowed_new_tokens(chat, len(token_ids), self._max_seq_len)
         cost = new_tokens + self._prefill_share * len(token_ids)
         prompt = TextPrompt(tuple(token_ids), new_tokens, chat.sampling, chat.stop)
         return Request({"text": prompt}, work=cost / PROFILED_NEW_TOKENS)
@@ -81,3 +71,22 @@ class TextFormat:
         except Exception as error:  # whatever a checkpoint's template does with messages it was not written for
             raise RequestError(f"this model's chat template refuses these messages: {error}") from error
         return list(cast(dict[str, list[int]], encoded)["input_ids"])
+
+
+def allowed_new_tokens(chat: Chat, prompt_tokens: int, max_seq_len: int) -> int:
+    """How many new tokens a chat gets.
+
+    Raises:
+        RequestError: the prompt, or what the chat asks for after it, does not fit a cache of ``max_seq_len``.
+    """
+    room = max_seq_len - prompt_tokens + 1  # the last token is not cached
+    if room < 1:
+        raise RequestError(f"the prompt has {prompt_tokens} tokens, this model takes {max_seq_len}; shorten it")
+    if chat.max_new_tokens is None:
+        return min(DEFAULT_NEW_TOKENS, room)
+    if chat.max_new_tokens > room:
+        raise RequestError(
+            f"{chat.max_new_tokens} new tokens do not fit: the prompt's {prompt_tokens} leave room for {room} in a "
+            f"context of {max_seq_len}; ask for fewer or shorten the prompt"
+        )
+    return chat.max_new_tokens

@@ -7,20 +7,14 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import TYPE_CHECKING
 
-from skipkernels.decoding import Row
 from skipkernels.engine import Engine
 from skipkernels.errors import PolicyError, RequestError
 from skipkernels.policy import Policy
 from skipkernels.serving.chat.chat import ChatFormat, Completion
-from skipkernels.serving.chat.progress import Progress, progress_of
-from skipkernels.serving.chat.text_format import TextFormat, TextPrompt
+from skipkernels.serving.chat.reply import complete
+from skipkernels.serving.chat.text_format import TextFormat
 from skipkernels.serving.strategy import Inputs, Strategy
-from skipkernels.text import TextStream
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Metric = Callable[[str, str], float]
 """(text, expected text) -> score in [0, 1]."""
@@ -53,92 +47,40 @@ class TextModel:
     def __init__(self, name: str, engine: Engine, policies: Mapping[float, Policy], metric: Metric) -> None:
         if engine.tokenizer is None:
             raise RequestError(f"{name} has no tokenizer, and chats are text; serve a checkpoint with one")
-        for level, policy in policies.items():
-            if (policy.plan(engine.config.num_hidden_layers) is None) != (level == 0.0):
-                raise PolicyError(f"skip level {level} stands for policy {policy.label}; only level 0 skips nothing")
+        check_policies(policies, engine.config.num_hidden_layers)
         self.name = name
         self.device = engine.execution.device
         self.dtype = engine.dtype
         self.strategies = tuple(Strategy(("text",), level) for level in policies)
-        written = json.dumps({str(level): policy.to_dict() for level, policy in policies.items()}, sort_keys=True)
-        self.fingerprint = f"{engine.fingerprint}-{hashlib.sha256(written.encode()).hexdigest()[:8]}"
-        self.format: ChatFormat = TextFormat(engine.tokenizer, engine.max_seq_len, _prefill_share(engine))
+        self.fingerprint = f"{engine.fingerprint}-{policies_hash(policies)}"
+        self.format: ChatFormat = TextFormat(engine.tokenizer, engine.max_seq_len, prefill_share(engine))
         self._engine = engine
-        self._tokenizer = engine.tokenizer
         self._policies = {strategy: policies[strategy.skip_level] for strategy in self.strategies}
         self._metric = metric
 
     def run(self, batch: Sequence[Inputs], strategy: Strategy) -> list[Completion]:
         """Decodes the prompts together; each row ends at its own limit, stop string or end of sequence."""
-        prompts: list[TextPrompt] = [inputs["text"] for inputs in batch]
-        decoding = self._engine.begin(
-            [prompt.token_ids for prompt in prompts],
-            sampling=[prompt.sampling for prompt in prompts],
-            policy=self._policies[strategy],
-        )
-        eos = frozenset(self._engine.default_eos_token_ids)
-        replies = [
-            _Reply(row, prompt, progress_of(inputs), self._tokenizer, eos)
-            for row, prompt, inputs in zip(decoding.rows, prompts, batch, strict=True)
-        ]
-        for _ in decoding.steps():
-            for reply in replies:
-                reply.take()
-        ran = self._engine.state.run_map
-        return [reply.completion(1.0 - float(ran[reply.index, : reply.tokens].float().mean())) for reply in replies]
+        prompts = [inputs["text"].token_ids for inputs in batch]
+        return complete(self._engine, self._policies[strategy], batch, prompts)
 
     def score(self, output: Completion, expected: str) -> float:
         return self._metric(output.text, expected)
 
 
-class _Reply:
-    """One row's text while it comes."""
-
-    def __init__(
-        self,
-        row: Row,
-        prompt: TextPrompt,
-        progress: Progress,
-        tokenizer: PreTrainedTokenizerBase,
-        eos: frozenset[int],
-    ) -> None:
-        self.index = row.index
-        self.tokens = 0
-        self._row = row
-        self._limit = prompt.max_new_tokens
-        self._progress = progress
-        self._eos = eos
-        self._text = TextStream(tokenizer, prompt.stop)
-        self._ended_by_itself = False
-        progress.restart()
-
-    def take(self) -> None:
-        """Hands on what the row's new tokens say, and ends it where it has to end."""
-        for token in self._row.token_ids[self.tokens :]:
-            self.tokens += 1
-            if token in self._eos:
-                self._ended_by_itself = True
-                return
-            self._progress.add(self._text.push(token))
-            self._ended_by_itself = self._text.stopped
-            if self._text.stopped or self.tokens == self._limit:
-                self._row.end()
-                return
-        if self._progress.given_up:
-            self._row.end()
-
-    def completion(self, skip_ratio: float) -> Completion:
-        self._progress.add(self._text.flush())
-        return Completion(
-            text=self._text.text,
-            finish_reason="stop" if self._ended_by_itself else "length",
-            prompt_tokens=self._row.prompt_tokens,
-            new_tokens=self.tokens,
-            skip_ratio=skip_ratio,
-        )
+def check_policies(policies: Mapping[float, Policy], num_layers: int) -> None:
+    """Raises PolicyError for a policy that a model of this depth cannot have, or that its skip level belies."""
+    for level, policy in policies.items():
+        if (policy.plan(num_layers) is None) != (level == 0.0):
+            raise PolicyError(f"skip level {level} stands for policy {policy.label}; only level 0 skips nothing")
 
 
-def _prefill_share(engine: Engine) -> float:
+def policies_hash(policies: Mapping[float, Policy]) -> str:
+    """Eight hex digits over the policies of all skip levels, for fingerprints."""
+    written = json.dumps({str(level): policy.to_dict() for level, policy in policies.items()}, sort_keys=True)
+    return hashlib.sha256(written.encode()).hexdigest()[:8]
+
+
+def prefill_share(engine: Engine) -> float:
     """What a token of the prompt costs, as a share of a new token; measured, dense, batch 1."""
     tokens = min(_TIMED_PROMPT, engine.max_seq_len // 2)
     steps = min(_TIMED_STEPS, engine.max_seq_len - tokens)
