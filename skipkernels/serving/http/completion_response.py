@@ -40,7 +40,7 @@ class CompletionResponse(Response):
         except ClientDisconnect:
             self._service.metrics.disconnected()
         except SkipkernelsError as error:
-            await self._refuse(HttpError.of(error), send)
+            await self._refuse(self._service.error(error), send)
 
     async def _answer(self, body: bytes, send: Send) -> None:
         asked = await self._service.convert(body)
@@ -66,7 +66,7 @@ class CompletionResponse(Response):
         try:
             await self._stream_rest(asked, exchange, documents, text, writer)
         except SkipkernelsError as error:
-            failure = HttpError.of(error)
+            failure = self._service.error(error)
             self._service.metrics.failed(failure.status, failure.code)
             await writer.event(failure.document)
         await writer.end_events()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 
 import uvicorn
 
+from skipkernels.errors import SkipkernelsError
 from skipkernels.serving.http.app import create_app
 from skipkernels.serving.http.service import Service
 
@@ -14,22 +16,20 @@ LOOPBACK = "127.0.0.1"
 
 
 class Server(uvicorn.Server):
-    """Serves until SIGTERM or SIGINT. Then it takes no more connections and requests, and ends when every accepted
+    """Serves until it is told to stop. Then it takes no more connections and requests, and ends when every accepted
     request is answered; those that are not within ``grace_s`` are answered with an error."""
 
-    def __init__(self, service: Service, *, host: str = LOOPBACK, port: int = 8000, grace_s: float = 30.0) -> None:
+    def __init__(self, service: Service, *, grace_s: float) -> None:
         self._service = service
         self._grace_s = grace_s
         config = uvicorn.Config(
             create_app(service),
-            host=host,
-            port=port,
             # named, because "auto" takes whatever else is installed
             loop="asyncio",
             http="h11",
             ws="none",
             lifespan="on",
-            log_level="warning",
+            log_level="error",  # below, every client that sends garbage writes a line
             access_log=False,
             server_header=False,
             proxy_headers=False,
@@ -40,3 +40,31 @@ class Server(uvicorn.Server):
         closing = asyncio.create_task(self._service.close(self._grace_s))
         await super().shutdown(sockets)
         await closing
+
+
+def listen(host: str = LOOPBACK, port: int = 0) -> socket.socket:
+    """A socket to serve on; port 0 takes a free one.
+
+    Raises:
+        SkipkernelsError: the address cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # only where the protocol is named does asyncio send small pieces at once; else tokens would wait 40 ms
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise SkipkernelsError(f"cannot listen on {host}, port {port}: {error.strerror}; choose another") from error
+    return listener
+
+
+def serve(service: Service, listener: socket.socket, *, grace_s: float) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    # uvicorn raises the signal again when it is done, for handlers that were there before
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        asyncio.run(Server(service, grace_s=grace_s).serve(sockets=[listener]))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+from skipkernels.errors import SkipkernelsError
 from skipkernels.serving.chat.chat import ChatFormat
-from skipkernels.serving.errors import ServiceClosed
+from skipkernels.serving.errors import JobFailed, ServiceClosed
 from skipkernels.serving.http.backend import Backend
 from skipkernels.serving.http.conversion import Asked, convert
 from skipkernels.serving.http.documents import Documents, model_document
@@ -127,6 +128,12 @@ class Service:
         exchange = Exchange(self.backend, asked.job, self._exchanges.discard)
         self._exchanges.add(exchange)
         return exchange
+
+    def error(self, error: SkipkernelsError) -> HttpError:
+        """What to answer a request that failed."""
+        if self.closing and isinstance(error, JobFailed):
+            return HttpError.of(ServiceClosed(str(error)))
+        return HttpError.of(error)
 
     def documents(self) -> Documents:
         return Documents(self.profile.model, self.profile.fingerprint)

