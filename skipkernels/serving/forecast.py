@@ -8,6 +8,7 @@ from collections import deque
 from itertools import accumulate
 
 _JOBS = 64
+_ENOUGH = 16  # jobs, to tell a rate from
 _HURRIED = 0.1  # the share of jobs that cannot wait as long as ``patience_ms``
 
 
@@ -36,7 +37,7 @@ class Forecast:
         """What jobs that come from now on with deadlines before ``until_ms`` take at their cheapest, if they come as
         they did lately: those with deadline d count that come before ``until_ms - d``."""
         jobs, within_ms = len(self._jobs), until_ms - now_ms
-        span_ms = now_ms - self._jobs[0][0] if jobs > 1 else 0.0
+        span_ms = now_ms - self._jobs[0][0] if jobs >= _ENOUGH else 0.0
         earlier = bisect_left(self._deadlines_ms, within_ms)
         if not earlier or span_ms <= 0.0 or within_ms == math.inf:
             return 0.0

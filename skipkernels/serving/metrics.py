@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from skipkernels.serving.errors import JobError
 from skipkernels.serving.job import Job, JobAnswer
 
 
@@ -46,9 +47,18 @@ class Summary:
 def summarise(outcomes: Sequence[Outcome]) -> Summary:
     """
     Args:
-        outcomes: of one run; at least two jobs came and one was answered.
+        outcomes: of one run.
+
+    Raises:
+        JobError: fewer than two jobs came, or none was answered.
     """
     answered = [(outcome, outcome.answer) for outcome in outcomes if outcome.answer is not None]
+    if len(outcomes) < 2 or not answered:
+        reasons = [outcome.failure for outcome in outcomes if outcome.failure]
+        raise JobError(
+            f"a run of {len(outcomes)} jobs with {len(answered)} answered has no figures; two and one are needed"
+            + (f". The first reason: {reasons[0]}" if reasons else "")
+        )
     first_ms = min(outcome.at_ms for outcome in outcomes)
     coming_ms = max(outcome.at_ms for outcome in outcomes) - first_ms
     running_ms = max(outcome.at_ms + answer.time_ms for outcome, answer in answered) - first_ms

@@ -22,7 +22,8 @@ from skipkernels.serving.optimiser import Split
 from skipkernels.serving.plan import Limits, Plan, lay_out
 from skipkernels.serving.policies import SelectionPolicy
 
-_ROUNDS = 2  # of choosing in step 2
+_ROUNDS = 3  # of choosing in step 2, at most
+_ROUND_JOBS = 256  # in all rounds together: what can be decided in 2 ms
 
 
 class Planner:
@@ -60,20 +61,15 @@ class Planner:
             plan = self._comfortable(demands, least, free_ms, now_ms, short)
             if plan:
                 return plan, []
-        plan = lay_out(everyone, least, range(len(everyone)), free_ms, self._latency, short)
-        missed = _missed(plan, demands)
-        if not missed:
-            return plan, []
-
-        prices = self._latency.request_ms(sum(demand.requests for demand in demands))
-        budgets_ms = [_time_ms(demand.deadline_ms, free_ms) for demand in demands]
-        given_up = without_hope(budgets_ms, _costs(demands, least, prices))
+        for demand in demands:
+            demand.budget_ms = _time_ms(demand.deadline_ms, free_ms)
+        given_up = without_hope([demand.budget_ms for demand in demands], _costs(demands, least, self._prices(demands)))
         in_time = [position for position in range(len(demands)) if position not in given_up]
         order = [*in_time, *sorted(given_up), *range(len(demands), len(everyone))]
-        for limits in (short, Limits(self._latency.largest_batches)):
-            other = lay_out(everyone, least, order, free_ms, self._latency, limits)
-            if _missed(other, demands) < missed:
-                plan, missed = other, _missed(other, demands)
+        plan = lay_out(everyone, least, order, free_ms, self._latency, short)
+        if _missed(plan, demands):
+            large = lay_out(everyone, least, order, free_ms, self._latency, Limits(self._latency.largest_batches))
+            plan = min(plan, large, key=lambda plan: _missed(plan, demands))
         lost = []
         for position in given_up:
             at_once_ms = self._latency.alone_ms(least[position]) * demands[position].work / len(free_ms)
@@ -111,7 +107,7 @@ class Planner:
             taken_ms = self._forecast.taken_ms(now_ms, demand.deadline_ms)
             demand.due_ms = demand.deadline_ms - taken_ms / len(free_ms)
             demand.budget_ms = _time_ms(demand.due_ms, free_ms)
-        prices = self._latency.request_ms(sum(demand.requests for demand in demands))
+        prices = self._prices(demands)
         most = [self._policy.most(demand) for demand in demands]
         if _fits(demands, most, prices):
             plan = lay_out(demands, most, range(len(demands)), free_ms, self._latency, limits)
@@ -119,7 +115,7 @@ class Planner:
                 return plan
         if not _fits(demands, least, prices):
             return None
-        for _ in range(_ROUNDS):
+        for _ in range(max(1, min(_ROUNDS, _ROUND_JOBS // len(demands)))):
             splits = self._policy.select(demands, prices, self._promised)
             plan = lay_out(demands, splits, range(len(demands)), free_ms, self._latency, limits)
             over = _over(plan, demands)
@@ -128,6 +124,9 @@ class Planner:
             for position, ms in over:
                 demands[position].budget_ms -= ms
         return None
+
+    def _prices(self, demands: Sequence[Demand]) -> list[float]:
+        return self._latency.request_ms(max(1, sum(demand.requests for demand in demands)))
 
 
 def _time_ms(until_ms: float, free_ms: Sequence[float]) -> float:

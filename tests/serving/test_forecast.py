@@ -12,8 +12,11 @@ def test_nothing_is_expected_of_nothing() -> None:
     forecast = Forecast()
     assert forecast.taken_ms(0.0, 1e9) == 0.0
     assert forecast.patience_ms == math.inf
-    forecast.note(5.0, 10.0, 1.0)
-    assert forecast.taken_ms(5.0, 1e9) == 0.0  # no rate can be told from one moment
+    for number in range(15):
+        forecast.note(float(number), 10.0, 1.0)
+        assert forecast.taken_ms(20.0, 1e9) == 0.0  # no rate can be told from so few
+    forecast.note(15.0, 10.0, 1.0)
+    assert forecast.taken_ms(20.0, 1e9) > 0.0
 
 
 def test_jobs_that_keep_coming_take_their_share() -> None:
@@ -31,17 +34,17 @@ def test_jobs_that_keep_coming_take_their_share() -> None:
 
 def test_silence_is_noticed() -> None:
     forecast = Forecast()
-    for number in range(10):
+    for number in range(20):
         forecast.note(float(number), 5.0, 1.0)
-    assert forecast.taken_ms(1000.0, 1100.0) < 0.02 * forecast.taken_ms(9.0, 109.0)
+    assert forecast.taken_ms(1000.0, 1100.0) < 0.03 * forecast.taken_ms(19.0, 119.0)
 
 
 def test_jobs_without_deadline_never_come_before() -> None:
     forecast = Forecast()
-    for number in range(10):
+    for number in range(20):
         forecast.note(float(number), math.inf, 1.0)
-    assert forecast.taken_ms(9.0, 1e6) == 0.0
-    assert forecast.taken_ms(9.0, math.inf) == 0.0
+    assert forecast.taken_ms(19.0, 1e6) == 0.0
+    assert forecast.taken_ms(19.0, math.inf) == 0.0
     assert forecast.patience_ms == math.inf
 
 

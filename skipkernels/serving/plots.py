@@ -1,0 +1,87 @@
+"""Pictures of profiles and comparisons, as PNG; matplotlib is the optional extra ``plot``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from skipkernels.errors import SkipkernelsError
+from skipkernels.plots import pyplot
+from skipkernels.serving.comparison import PolicyResult
+from skipkernels.serving.profile import Profile
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_BLUE, _ORANGE, _GREY = "#2f6db5", "#f0a030", "#b8bfc8"
+_DPI = 150
+
+
+def plot_frontier(profile: Profile, path: str | Path) -> None:
+    """Accuracy over time of one request, by strategy: the measured mean and down to what is promised. Strategies that
+    another one dominates are grey.
+
+    Raises:
+        SkipkernelsError: there is no matplotlib, or the file cannot be written.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(8.0, 4.6), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    frontier = profile.frontier(profile.modalities)
+    line = sorted((entry.median_ms(1), entry.promised_accuracy) for entry in frontier)
+    axes.step(*zip(*line, strict=True), where="post", color=_BLUE, linewidth=1, alpha=0.6)
+    for entry in profile.strategies:
+        colour = _BLUE if entry in frontier else _GREY
+        below = [[entry.accuracy - entry.promised_accuracy], [0.0]]
+        axes.errorbar(entry.median_ms(1), entry.accuracy, yerr=below, color=colour, marker="o", capsize=3)
+        axes.annotate(
+            entry.strategy.name,
+            (entry.median_ms(1), entry.accuracy),
+            xytext=(5, 5),
+            textcoords="offset points",
+            fontsize=8,
+            color=colour,
+        )
+    axes.set(xlabel="median time of one request (ms)", ylabel="accuracy, down to the promised bound")
+    axes.set_title(f"{profile.model} · {profile.device} · {profile.source.partition(':')[0]}", loc="left", fontsize=10)
+    _save(figure, path)
+
+
+def plot_comparison(results: Sequence[PolicyResult], path: str | Path, title: str) -> None:
+    """By policy: throughput with few violations, completion time and violations under overload, and accuracy.
+
+    Raises:
+        SkipkernelsError: there is no matplotlib, or the file cannot be written.
+    """
+    plt = pyplot()
+    figure, panels = plt.subplots(1, 4, figsize=(12.0, 3.4), layout="constrained")
+    policies = [result.policy for result in results]
+    overload = f"at {results[0].overload.offered_per_s:.0f}/s"
+    rows = (
+        ("requests/s with few violations", [result.capacity.throughput_per_s for result in results]),
+        (f"mean completion time (ms) {overload}", [result.overload.completion_mean_ms for result in results]),
+        (f"violation ratio {overload}", [result.overload.violation_ratio for result in results]),
+        (f"accuracy {overload}", [result.overload.achieved_accuracy or 0.0 for result in results]),
+    )
+    for axes, (label, values) in zip(panels, rows, strict=True):
+        axes.spines[["top", "right"]].set_visible(False)
+        bars = axes.bar(policies, values, color=_BLUE)
+        axes.bar_label(bars, [f"{value:.3g}" for value in values], fontsize=8)
+        axes.set_title(label, fontsize=9)
+        axes.tick_params(labelsize=8)
+    panels[1].set_yscale("log")
+    required = results[0].overload.required_accuracy
+    panels[3].axhline(required, color=_ORANGE, linestyle="--")
+    panels[3].set_ylim(bottom=0.9 * required)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    try:
+        figure.savefig(path, dpi=_DPI)
+    except OSError as error:
+        raise SkipkernelsError(f"{path}: the picture cannot be written ({error.strerror})") from error
+    finally:
+        pyplot().close(figure)
