@@ -13,7 +13,7 @@ from tests.cuda_host.controls import SEEDS, HostRuntime
 
 KERNELS = Path(__file__).parent / "kernels"
 NAN = float("nan")
-SOURCES = [KERNELS / f"{name}.cu" for name in ("reduce", "grid_barrier", "mma", "numbers")]
+SOURCES = [KERNELS / f"{name}.cu" for name in ("reduce", "grid_barrier", "mma", "numbers", "schedule")]
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +157,22 @@ def test_every_thread_knows_where_it_is(runtime):
     ]
     expected = torch.tensor([(*place, 5, 2, 4, 2, 3, 2) for place in places], dtype=torch.int32)
     assert torch.equal(out, expected)
+
+
+def test_the_seed_decides_the_order_of_blocks_and_threads(library):
+    orders = []
+    for seed in SEEDS:
+        library.reset(seed=seed)
+        order = torch.full((4 * 40,), -1, dtype=torch.int32)
+        library.launch("launch_record_order", torch.zeros(1, dtype=torch.int32), order, 4, 40)
+        orders.append(order.tolist())
+    everyone = list(range(160))
+    assert (orders[0], orders[1]) == (everyone, everyone[::-1])
+    assert all(sorted(order) == everyone for order in orders[2:])
+    assert len({tuple(order) for order in orders}) == len(orders)
+
+
+def test_shared_memory_starts_as_nan_in_every_block(runtime):
+    out = torch.zeros(128)
+    runtime.launch("launch_read_fresh_shared_memory", out)
+    assert out.isnan().all()
