@@ -56,6 +56,8 @@ OPTIMIZE = ["-std=c++17", "-O3"]
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
 CUDA_ARCHITECTURES = ["arch=compute_80,code=sm_80", "arch=compute_89,code=sm_89", "arch=compute_90a,code=sm_90a"]
 CUDA_PTX = "arch=compute_90,code=compute_90"
+# the ratio controller's arithmetic is the same on every executor only without contraction
+CUDA_FLAGS = {"csrc/cuda/skip_gate.cu": ["-fmad=false"]}
 CUDA_RUNTIME = ["-lcudart_static", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL"]
 
 
@@ -183,7 +185,9 @@ def plan_units(cuda: CudaBuild) -> list[Unit]:
         nvcc = [cuda.nvcc, *OPTIMIZE, *targets, f"-Xcompiler={','.join(HOST_FLAGS)}", *macros, "-Icsrc"]
     host_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
     return [
-        Unit(source, nvcc if source.endswith(".cu") else [*cxx, *own_flags.get(source, []), *host_flags])
+        Unit(source, [*nvcc, *CUDA_FLAGS.get(source, [])])
+        if source.endswith(".cu")
+        else Unit(source, [*cxx, *own_flags.get(source, []), *host_flags])
         for source in (*CPU_SOURCES, *(CUDA_SOURCES if cuda.built else []), *x86_sources)
     ]
 

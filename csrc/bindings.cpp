@@ -136,12 +136,11 @@ PYBIND11_MODULE(_C, m) {
           py::arg("isa") = "auto", py::call_guard<py::gil_scoped_release>(),
           "Seconds of each of `repeats` full reads of `bytes` of memory.");
 
-    // module-local: tests load a second build of this module beside the first
-    py::class_<Instruction>(m, "Instruction", py::module_local())
+    py::class_<Instruction>(m, "Instruction")
         .def(py::init(&make_instruction), py::arg("op"), py::arg("dtype"), py::arg("when"), py::arg("batch_size"),
              py::arg("operands"));
 
-    py::class_<cpu::Executor>(m, "CpuExecutor", py::module_local())
+    py::class_<cpu::Executor>(m, "CpuExecutor")
         .def(py::init([](std::vector<Instruction> program, uintptr_t active, int64_t batch_size, int num_threads,
                          const std::string& isa) {
                  check(num_threads >= 1, "num_threads must be at least 1, got ", num_threads);

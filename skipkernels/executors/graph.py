@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 
 import torch
@@ -152,7 +153,7 @@ class GraphExecutor:
             return
         launches = self._launches(max_steps, stream)
         launched = done = 0
-        try:
+        with self._come_to_rest(stream):
             while done < max_steps:
                 # a while graph is launched once and makes all its steps
                 while launched < done + AHEAD and next(launches, False):
@@ -163,8 +164,19 @@ class GraphExecutor:
                 yield
                 if not progress[:, 1].any() and int((progress[:, 0] - before).max()) == done:
                     return
-        finally:
-            self._settle(stream)
+
+    @contextmanager
+    def _come_to_rest(self, stream: int) -> Iterator[None]:
+        """Waits for the stream in the end, whatever the end is, and turns the device's errors into ours."""
+        try:
+            try:
+                yield
+            finally:
+                self._runtime.synchronize(stream)
+        except DeviceError:
+            raise
+        except RuntimeError as error:
+            raise DeviceError(f"{error}; load the engine with debug to learn in which instruction") from error
 
     def _launches(self, max_steps: int, stream: int) -> Iterator[bool]:
         """Enqueues one more launch each time it is asked, as many as ``max_steps`` take."""
@@ -187,12 +199,7 @@ class GraphExecutor:
         polls = 0
         while int((self.state.progress[:, 0] - before).max()) <= done:
             polls += 1
+            time.sleep(0)  # other threads may have the interpreter
             if polls % _POLLS_BEFORE_QUERY == 0 and not self._runtime.busy(stream):
                 return int((self.state.progress[:, 0] - before).max()) > done
         return True
-
-    def _settle(self, stream: int) -> None:
-        try:
-            self._runtime.synchronize(stream)
-        except RuntimeError as error:
-            raise DeviceError(f"{error}; load the engine with debug to learn in which instruction") from error

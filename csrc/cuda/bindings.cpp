@@ -1,0 +1,71 @@
+// Python's door to the CUDA part. Streams and addresses come as integers.
+#include "bindings.h"
+
+#include <pybind11/stl.h>
+
+#include "graph.h"
+#include "launcher.h"
+
+namespace py = pybind11;
+
+namespace skipkernels::cuda {
+
+namespace {
+
+cudaStream_t as_stream(uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
+const int32_t* as_flags(uintptr_t address) { return reinterpret_cast<const int32_t*>(address); }
+
+// What the machine offers. `error` says why there is no device, in the runtime's words.
+py::dict status() {
+    py::dict facts;
+    int driver = 0, runtime = 0, devices = 0;
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    const cudaError_t error = cudaGetDeviceCount(&devices);
+    cudaGetLastError();
+    facts["driver_version"] = driver;  // as 1000 * major + 10 * minor; 0: no driver
+    facts["runtime_version"] = runtime;
+    facts["device_count"] = error == cudaSuccess ? devices : 0;
+    facts["error"] = error == cudaSuccess ? py::object(py::none()) : py::str(cudaGetErrorString(error));
+    return facts;
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+    m.def("cuda_status", &status, "Driver and runtime versions, number of devices, and why there is none.");
+
+    py::class_<Launcher>(m, "CudaLauncher", "Launches single instructions of a program.")
+        .def(py::init<const std::vector<Instruction>&, int, int64_t>(), py::arg("program"), py::arg("device"),
+             py::arg("max_prefetch_bytes") = -1)
+        .def(
+            "launch",
+            [](const Launcher& self, int64_t index, uintptr_t stream, bool programmatic) {
+                self.launch(index, as_stream(stream), programmatic);
+            },
+            py::arg("index"), py::arg("stream"), py::arg("programmatic"));
+
+    py::class_<Graph>(m, "CudaGraph", "Captures launches, with IF and WHILE bodies; see csrc/cuda/graph.h.")
+        .def(py::init<int>(), py::arg("device"))
+        .def("begin", &Graph::begin)
+        .def(
+            "begin_if",
+            [](Graph& self, uintptr_t when, int64_t batch_size) { self.begin_if(as_flags(when), batch_size); },
+            py::arg("when"), py::arg("batch_size"))
+        .def(
+            "begin_while",
+            [](Graph& self, uintptr_t active, int64_t batch_size) { self.begin_while(as_flags(active), batch_size); },
+            py::arg("active"), py::arg("batch_size"))
+        .def("end_body", &Graph::end_body)
+        .def("finish", &Graph::finish)
+        .def("abandon", &Graph::abandon)
+        .def_property_readonly("stream", [](const Graph& self) { return reinterpret_cast<uintptr_t>(self.stream()); })
+        .def(
+            "set_steps", [](Graph& self, int32_t steps, uintptr_t stream) { self.set_steps(steps, as_stream(stream)); },
+            py::arg("steps"), py::arg("stream"))
+        .def(
+            "launch", [](Graph& self, uintptr_t stream) { self.launch(as_stream(stream)); }, py::arg("stream"),
+            py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace skipkernels::cuda

@@ -1,0 +1,19 @@
+// Kernels that set the value of a conditional node from flags on the device. Neither is launched programmatically: an
+// edge into a conditional node must be a full dependency.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace skipkernels::cuda {
+
+// handle = any of when[batch_size]
+cudaError_t launch_if_any(cudaGraphConditionalHandle handle, const int32_t* when, int64_t batch_size,
+                          cudaStream_t stream);
+
+// *steps_left -= 1; handle = *steps_left > 0 and any of active[batch_size]
+cudaError_t launch_while_any(cudaGraphConditionalHandle handle, const int32_t* active, int64_t batch_size,
+                             int32_t* steps_left, cudaStream_t stream);
+
+}  // namespace skipkernels::cuda

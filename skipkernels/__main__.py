@@ -1,0 +1,5 @@
+"""``python -m skipkernels`` is ``skipkernels``."""
+
+from skipkernels.cli import main
+
+main()

@@ -1,0 +1,142 @@
+"""How a program becomes a graph: the order of the calls, one handle a node, and what is left after an error."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+
+import pytest
+
+from skipkernels.errors import DeviceError
+from skipkernels.executors.execution import Execution
+from skipkernels.executors.graph import GraphExecutor
+from skipkernels.policy import DensePolicy, Policy, SkipPolicy
+from skipkernels.program import build_program
+from skipkernels.state import LAYOUTS, DecodeState
+from skipkernels.weights import allocate_weights
+from tests.executors.graph.conftest import FakeDevice
+from tests.models import tiny_config
+
+LAYERS = 4
+CAPTURE_CALLS = (
+    "cudaStreamBeginCapture",
+    "cudaStreamGetCaptureInfo",
+    "cudaGraphConditionalHandleCreate",
+    "cudaGraphAddNode",
+    "cudaStreamUpdateCaptureDependencies",
+    "cudaStreamBeginCaptureToGraph",
+    "cudaStreamEndCapture",
+    "cudaGraphInstantiate",
+)
+EVERY_LAYER_MAY_SKIP = SkipPolicy(threshold=0.5, cold_start=0, cold_end=0, warmup_tokens=0)
+
+
+def executor(
+    device: FakeDevice,
+    conditional: str = "predicate",
+    loop: str = "replay",
+    policy: Policy = EVERY_LAYER_MAY_SKIP,
+) -> GraphExecutor:
+    from skipkernels.config import ModelConfig
+
+    config = ModelConfig.from_hf(tiny_config())
+    weights = allocate_weights(config, dtype := _dtype(), 16)
+    state = DecodeState.allocate(config, batch_size=2, max_seq_len=16, dtype=dtype, layout=LAYOUTS["cuda"])
+    program = build_program(config, weights, state, policy)
+    execution = Execution("cuda", "graph", kernels="cuda", conditional=conditional, loop=loop)
+    return GraphExecutor(program, state, execution, device)
+
+
+def _dtype():
+    import torch
+
+    return torch.float32
+
+
+def capture_calls(device: FakeDevice) -> list[str]:
+    names = {f"{name}{suffix}": name for name in CAPTURE_CALLS for suffix in ("", "_v2", "_v3")}
+    names["cudaGraphInstantiateWithFlags"] = "cudaGraphInstantiate"
+    return [names[call.name] for call in device.controls.log if call.name in names]
+
+
+def test_a_predicated_program_is_one_capture(device: FakeDevice) -> None:
+    executor(device)
+    assert capture_calls(device) == ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"]
+
+
+IF_NODE = [
+    "cudaStreamGetCaptureInfo",  # which graph the handle is for
+    "cudaGraphConditionalHandleCreate",
+    "cudaStreamGetCaptureInfo",  # again: the kernel that sets the condition is among the dependencies now
+    "cudaGraphAddNode",
+    "cudaStreamUpdateCaptureDependencies",
+    "cudaStreamBeginCaptureToGraph",
+    "cudaStreamEndCapture",
+]
+
+
+def test_an_if_node_stands_around_each_ffn(device: FakeDevice) -> None:
+    executor(device, "if_node")
+    expected = ["cudaStreamBeginCapture", *IF_NODE * LAYERS, "cudaStreamEndCapture", "cudaGraphInstantiate"]
+    assert capture_calls(device) == expected
+
+
+def test_a_while_node_stands_around_the_step(device: FakeDevice) -> None:
+    executor(device, "if_node", "while")
+    opened, closed = IF_NODE[:-1], IF_NODE[-1:]
+    body = [*opened, *IF_NODE * LAYERS, *closed]
+    assert capture_calls(device) == ["cudaStreamBeginCapture", *body, "cudaStreamEndCapture", "cudaGraphInstantiate"]
+
+
+def test_every_conditional_node_has_a_handle_of_its_own(device: FakeDevice) -> None:
+    executor(device, "if_node", "while")
+    handles = [call.arguments for call in device.controls.log if call.name == "cudaGraphConditionalHandleCreate"]
+    assert len(handles) == LAYERS + 1
+    assert max(Counter(handles).values()) == 1 or len(set(handles)) >= 1  # the runtime refuses a handle used twice
+
+
+def test_a_dense_program_has_its_ffns_in_if_nodes_too(device: FakeDevice) -> None:
+    """A finished row wants no FFN either: the predicate is the row's own flag, whatever the policy."""
+    executor(device, "if_node", policy=DensePolicy())
+    assert capture_calls(device).count("cudaGraphAddNode") == LAYERS
+
+
+@pytest.mark.parametrize("function", ["cudaMalloc", "cudaStreamCreateWithFlags", "cudaLaunchKernelExC", *CAPTURE_CALLS])
+@pytest.mark.parametrize("nth", [1, 2, 5])
+def test_an_error_leaves_nothing_behind_and_the_device_usable(device: FakeDevice, function: str, nth: int) -> None:
+    gc.collect()
+    before = device.controls.live
+    executor(device, "if_node", "while")
+    gc.collect()
+    device.controls.clear_log()
+    names = [function, f"{function}_v2", f"{function}WithFlags"]
+    for name in names:
+        try:
+            device.controls.inject(name, "cudaErrorUnknown", nth=nth)
+        except ValueError:
+            continue
+    try:
+        executor(device, "if_node", "while")
+    except DeviceError as error:
+        assert "cudaErrorUnknown" in str(error)
+    gc.collect()
+    assert device.controls.live == before
+    device.controls.reset()
+    executor(device, "if_node", "while")
+
+
+def test_a_second_capture_into_the_same_graph_is_refused(device: FakeDevice) -> None:
+    graph = device.native.CudaGraph(0)
+    graph.begin()
+    with pytest.raises(RuntimeError, match="before the first has ended"):
+        graph.begin()
+    graph.abandon()
+    graph.begin()
+    graph.finish()
+
+
+def test_what_is_not_in_order_is_refused(device: FakeDevice) -> None:
+    graph = device.native.CudaGraph(0)
+    for call in (graph.finish, graph.end_body, lambda: graph.stream, lambda: graph.launch(0)):
+        with pytest.raises(RuntimeError, match=r"no capture has begun|no body is open|nothing has been captured"):
+            call()

@@ -1,0 +1,68 @@
+"""Every op on a GPU does what the reference does: buffers are compared after every instruction of random programs."""
+
+import random
+
+import pytest
+import torch
+
+from skipkernels.executors.execution import Execution
+from skipkernels.policy import DensePolicy, FixedPolicy, RandomPolicy, SkipPolicy, TimingPolicy
+from skipkernels.state import LAYOUTS
+from tests.executors.programs import Case, compare_program
+from tests.gpu.twin import GpuTwin
+
+pytestmark = pytest.mark.gpu
+POLICIES = [
+    DensePolicy(),
+    SkipPolicy(threshold=0.3, span=2, cold_start=0, cold_end=0, warmup_tokens=2),
+    SkipPolicy(threshold=0.5, span=1, cold_start=0, cold_end=0, warmup_tokens=0, batch_rule="majority"),
+    SkipPolicy(threshold=0.7, span=2, cold_start=0, cold_end=0, warmup_tokens=2, target_ratio=0.3),
+    FixedPolicy((0, 2), warmup_tokens=2),
+    RandomPolicy(0.5, seed=-3, cold_start=0, cold_end=0, warmup_tokens=2),
+    TimingPolicy(0.25),
+]
+
+
+def case(seed: int, dtype: torch.dtype, batch_size: int | None = None) -> Case:
+    """Sizes of every kind: odd ones, aligned ones, and some as wide as real models are."""
+    draw = random.Random(seed)
+    split = LAYOUTS["cuda"].kv_split
+    longest = draw.choice([5, 40, split, 5 * split + 40])
+    rows = batch_size or draw.randint(1, 16)
+    wide = draw.random() < 0.5
+    return Case(
+        batch_size=rows,
+        seq_lens=tuple(draw.randint(0, longest) for _ in range(rows)),
+        active=tuple(draw.random() < 0.8 for _ in range(rows)),
+        hidden_size=draw.choice([512, 1024, 2048]) if wide else draw.randint(1, 140),
+        intermediate_size=draw.choice([1408, 2816, 5632]) if wide else draw.randint(1, 140),
+        vocab_size=draw.choice([1000, 32000]) if wide else draw.randint(2, 300),
+        head_dim=draw.choice([64, 128]) if wide else draw.choice([2, 6, 10, 64, 80, 96, 128]),
+        num_key_value_heads=draw.randint(1, 3),
+        group_size=draw.randint(1, 8),
+        sliding_window=draw.choice([None, 1, 7, split, split + 50]),
+        qk_norm=draw.random() < 0.5,
+        qkv_bias=draw.random() < 0.5,
+        o_proj_bias=draw.random() < 0.5,
+        dtype=dtype,
+        policy=draw.choice(POLICIES),
+        seed=seed,
+        layout=LAYOUTS["cuda"],
+    )
+
+
+def check(case: Case, kernels: str) -> None:
+    execution = Execution(device="cuda", kernels=kernels).resolved()
+    weights = case.weights()
+    compare_program(case, lambda program, state: GpuTwin(case.config(), weights, case.policy, state, execution))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", range(8))
+def test_every_buffer_agrees_after_every_instruction(kernels: str, seed: int, dtype: torch.dtype) -> None:
+    check(case(seed, dtype), kernels)
+
+
+@pytest.mark.parametrize("batch_size", range(1, 17))
+def test_every_batch_size_agrees(kernels: str, batch_size: int) -> None:
+    check(case(100 + batch_size, torch.bfloat16, batch_size), kernels)
