@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ from skipkernels.serving.errors import JobError
 
 Times = npt.NDArray[np.float64]
 """Arrival times in ms, ascending from 0 on."""
+
+Process = Callable[[float, int, np.random.Generator], Times]
+"""Draws the times of so many jobs at so many per second."""
 
 
 def poisson(jobs_per_s: float, jobs: int, rng: np.random.Generator) -> Times:
@@ -82,6 +86,20 @@ def read_trace(path: str | Path) -> Times:
     if not seconds:
         raise JobError(f"{path}: holds no arrival times")
     return (np.array(seconds) - seconds[0]) * 1e3
+
+
+def as_recorded(trace: Times) -> Process:
+    """A trace as a process: its shape at any rate. Jobs beyond its end start it over."""
+    if len(trace) < 2 or trace[-1] <= trace[0]:
+        raise JobError(f"a rate cannot be told from a trace of {len(trace)} arrivals at one moment")
+    period_ms = trace[-1] * len(trace) / (len(trace) - 1)
+
+    def process(jobs_per_s: float, jobs: int, rng: np.random.Generator) -> Times:
+        _check(jobs_per_s)
+        turn, place = np.divmod(np.arange(jobs), len(trace))
+        return (turn * period_ms + trace[place]) * (len(trace) / period_ms * 1e3 / jobs_per_s)
+
+    return process
 
 
 def _check(jobs_per_s: float) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from skipkernels.serving.arrivals import Times, poisson
+from skipkernels.serving.arrivals import Process, Times, poisson
 from skipkernels.serving.errors import JobError
 from skipkernels.serving.metrics import Summary, summarise
 from skipkernels.serving.policies import POLICIES
@@ -42,7 +42,7 @@ class Load:
         workload: Workload,
         jobs: int,
         seed: int,
-        process: Callable[[float, int, np.random.Generator], Times] = poisson,
+        process: Process = poisson,
     ) -> Load:
         rng = np.random.default_rng(seed)
         return cls(process(1.0, jobs, rng), workload.sizes(jobs, rng))
@@ -70,7 +70,7 @@ def compare_policies(
     policies: Sequence[str] = tuple(POLICIES),
     max_violations: float = 0.01,
     jobs: int = 3000,
-    process: Callable[[float, int, np.random.Generator], Times] = poisson,
+    process: Process = poisson,
     workers: int = 1,
     seed: int = 0,
     progress: Progress = lambda stage, share: None,

@@ -41,7 +41,8 @@ class Job:
 
     Args:
         requests: at least one, all of the same modalities.
-        deadline_ms: from arrival to the completion of the last request; infinity: none.
+        deadline_ms: from arrival to the completion of the last request; infinity: none, and served when all jobs that
+            have one leave room.
         min_accuracy: the least mean over the job's requests of what their strategies promise, in [0, 1]. A promise is
             a lower confidence bound on the model's mean score over inputs like the validation set's. It is a guarantee
             on the average, not for each request.

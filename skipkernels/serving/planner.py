@@ -4,7 +4,7 @@
 2. Else the policy chooses, and its choice is laid out. What the plan is over is taken off the budgets, and the policy
    chooses again: how long a job takes depends on the batches it shares, which only the plan shows.
 3. If someone would still be late, everyone takes the cheapest split: no job is late for another one's accuracy. Those
-   that are late all the same go behind the others, as few as possible.
+   that are late all the same go behind the others, as few as possible, and before those without a deadline.
 
 In 1 and 2, in time means with room for the jobs to come that have earlier deadlines. And batches are kept short, since
 whoever comes has to wait for the one that runs; they are not when jobs would be late by it.
@@ -12,6 +12,7 @@ whoever comes has to wait for the one that runs; they are not when jobs would be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from skipkernels.serving.demand import Demand, without_hope
@@ -65,7 +66,8 @@ class Planner:
             demand.budget_ms = _time_ms(demand.deadline_ms, free_ms)
         given_up = without_hope([demand.budget_ms for demand in demands], _costs(demands, least, self._prices(demands)))
         in_time = [position for position in range(len(demands)) if position not in given_up]
-        order = [*in_time, *sorted(given_up), *range(len(demands), len(everyone))]
+        hurried = sum(demands[position].deadline_ms < math.inf for position in in_time)
+        order = [*in_time[:hurried], *sorted(given_up), *range(len(demands), len(everyone)), *in_time[hurried:]]
         plan = lay_out(everyone, least, order, free_ms, self._latency, short)
         if _missed(plan, demands):
             large = lay_out(everyone, least, order, free_ms, self._latency, Limits(self._latency.largest_batches))

@@ -6,7 +6,8 @@ decided again when the next worker is free, with what has arrived and been learn
 for more requests to come.
 
 Jobs run in order of their deadlines, which count from arrival to completion, without tolerance. A job that cannot be in
-time at its cheapest split, or only at the cost of others, is served after all jobs that can.
+time at its cheapest split, or only at the cost of others, is served after all jobs that can. As long as it waits nobody
+gets more than the cheapest split, so that it is served at all.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class Scheduler:
         self._promised = [entry.promised_accuracy for entry in profile.strategies]
         self._forecast = Forecast()
         self._planner = Planner(self.policy, self.latency, self._promised, self._forecast)
-        self._menus: dict[frozenset[str], Menu] = {}
+        everything = profile.modalities
+        self._menus = {everything: Menu(profile, everything, self.latency)}  # others at their first request
         self._queue: list[tuple[float, int, Ticket]] = []  # by deadline, then arrival
         self._late: list[Ticket] = []  # those that have lost their deadline, in the order in which they did
         self._retries: deque[tuple[Ticket, int, int]] = deque()  # ticket, position of the request, strategy

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from skipkernels.serving.arrivals import bursty, poisson, read_trace
+from skipkernels.serving.arrivals import as_recorded, bursty, poisson, read_trace
 from skipkernels.serving.errors import JobError
 
 
@@ -69,9 +69,17 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
             read_trace(tmp_path / name)
 
 
+def test_a_trace_keeps_its_shape_at_any_rate() -> None:
+    trace = np.array([0.0, 10.0, 20.0, 90.0])
+    times = as_recorded(trace)(40.0, 10, np.random.default_rng(0))
+    assert np.diff(times) == pytest.approx(np.array([10, 10, 70, 30, 10, 10, 70, 30, 10]) * 100 / 120)
+    with pytest.raises(JobError, match="cannot be told from a trace of 2 arrivals"):
+        as_recorded(np.zeros(2))
+
+
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
 def test_an_impossible_rate_is_refused(rate: float) -> None:
-    for process in (poisson, bursty):
+    for process in (poisson, bursty, as_recorded(np.array([0.0, 1.0]))):
         with pytest.raises(JobError, match="positive number of jobs per second"):
             process(rate, 5, np.random.default_rng(0))
     with pytest.raises(JobError, match="bursts need burst >= 1"):

@@ -291,6 +291,13 @@ def test_without_deadlines_everything_is_used() -> None:
     assert set(driver.drain()) == {FULL}
 
 
+def test_who_has_no_deadline_waits_for_those_who_have_lost_theirs() -> None:
+    driver = Driver(policy="full")
+    endless, late, timely = (driver.scheduler.submit(job(2, deadline_ms)) for deadline_ms in (math.inf, 1.0, 21.0))
+    driver.drain()
+    assert [ticket.answer.time_ms for ticket in (timely, late, endless) if ticket.answer] == [21.0, 42.0, 63.0]
+
+
 def test_large_requests_are_charged_for() -> None:
     driver = Driver()
     driver.scheduler.submit(Job([Request(dict.fromkeys(BOTH, 0), work=4.0)], 40.0))
