@@ -107,8 +107,8 @@ class Scheduler:
             raise
         self.counters.accepted += 1
         self._queue.insert(place, (ticket.demand.deadline_ms, ticket.number, ticket))
-        cheapest_ms = self.latency.alone_ms(ticket.demand.cheapest) * ticket.demand.work
-        self._forecast.note(ticket.arrival_ms, job.deadline_ms, cheapest_ms)
+        least_ms = self.latency.alone_ms(self.policy.least(ticket.demand)) * ticket.demand.work
+        self._forecast.note(ticket.arrival_ms, job.deadline_ms, least_ms)
         return ticket
 
     def next_batch(self, worker: int) -> Batch | None:
