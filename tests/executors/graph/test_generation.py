@@ -130,7 +130,7 @@ def test_an_error_in_a_replay_is_reported_and_debug_names_the_instruction(
     with pytest.raises(DeviceError, match="cudaErrorIllegalAddress"):
         engine.generate(PROMPTS[:1], max_new_tokens=4)
     engine = gpu_engine(debug=True)
-    device.controls.inject("cudaLaunchKernelExC", "cudaErrorIllegalAddress", nth=4)
+    device.controls.inject("cudaLaunchKernelEx", "cudaErrorIllegalAddress", nth=4)
     with pytest.raises(DeviceError, match=r"instruction 3 \(o_proj_add\): .*cudaErrorIllegalAddress"):
         engine.generate(PROMPTS[:1], max_new_tokens=4)
 
