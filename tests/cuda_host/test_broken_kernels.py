@@ -27,8 +27,9 @@ def rotate(runtime, kernel, seed=0):
     return torch.equal(y, x[:THREADS].roll(-1))
 
 
-def test_the_correct_kernel_passes_under_every_seed(runtime):
-    assert all(rotate(runtime, "correct", seed) for seed in range(50))
+@pytest.mark.parametrize("kernel", ["correct", "correct_by_warps"])
+def test_correct_kernels_pass_under_every_seed(runtime, kernel):
+    assert all(rotate(runtime, kernel, seed) for seed in range(50))
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,9 @@ def test_missing_barriers(runtime, kernel, race):
         rotate(runtime, kernel)
 
 
-def test_barriers_order(runtime):
-    rotate(runtime, b"correct")
+@pytest.mark.parametrize("kernel", [b"correct", b"correct_by_warps"])
+def test_barriers_order(runtime, kernel):
+    rotate(runtime, kernel)
 
 
 def test_kernels_without_races(runtime):
@@ -65,12 +66,16 @@ def last_block_sum(runtime, way):
     runtime.launch("launch_sum", way, x, 7, partials, arrivals, total)
 
 
-@pytest.mark.parametrize("way", [0, 5], ids=["correct", "plain_atomic_and_fences"])
+@pytest.mark.parametrize("way", [0, 7], ids=["correct", "fences"])
 def test_the_last_block_may_read_what_the_others_wrote(runtime, way):
     last_block_sum(runtime, way)
 
 
-@pytest.mark.parametrize("way", [1, 2, 3, 4], ids=["last_by_number", "not_atomic", "partial_after_count", "no_fence"])
+@pytest.mark.parametrize(
+    "way",
+    range(1, 7),
+    ids=["last_by_number", "not_atomic", "partial_after_count", "no_fence", "fence_before_only", "fence_after_only"],
+)
 def test_it_may_not_without_an_atomic_that_orders(runtime, way):
     with pytest.raises(RuntimeError, match=r"race: .* of global memory .*last_block.cu"):
         last_block_sum(runtime, way)
@@ -93,13 +98,13 @@ def test_overlapping_kernels(runtime, mistake):
     assert mistake == 0 or "kernel link" in runtime.failure
 
 
-@pytest.mark.parametrize("triggers_early", [False, True])
-def test_what_was_written_two_kernels_before_may_be_read_early_if_the_one_between_waited_first(runtime, triggers_early):
+@pytest.mark.parametrize("carelessness", [0, 1, 2], ids=["careful", "triggers_early", "reads_from_cache"])
+def test_reading_before_the_wait_what_was_written_two_kernels_before(runtime, carelessness):
     api, zeros, (a, b, c, d) = Api(runtime), torch.zeros(192).int(), torch.ones(4, 192).int()
     stream = api.stream()
     api.begin_capture(stream)
     for from_, earlier, to in [(a, zeros, b), (b, zeros, c), (c, b, d)]:
-        assert api.launch_add_earlier(stream, triggers_early, from_, earlier, to, 3, 64) == "cudaSuccess"
+        assert api.launch_add_earlier(stream, carelessness, from_, earlier, to, 3, 64) == "cudaSuccess"
     error = api.launch_graph(api.end_capture(stream), stream)
-    assert error == ("cudaErrorLaunchFailure" if triggers_early else "cudaSuccess")
-    assert triggers_early or d.unique().tolist() == [2]
+    assert error == ("cudaErrorLaunchFailure" if carelessness else "cudaSuccess")
+    assert carelessness or d.unique().tolist() == [2]

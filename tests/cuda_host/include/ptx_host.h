@@ -153,7 +153,10 @@ inline int atomic_add_acq_rel(int* p, int value) {
     return cuda_host::atomic(p, [=](int old) { return old + value; }, cuda_host::AtomicOrder::acquire_release);
 }
 
-inline int load_relaxed(const int* p) { return *p; }
+inline int load_relaxed(const int* p) {
+    cuda_host::watch_read_past_l1(p, sizeof *p);
+    return cuda_host::load_unwatched(p);
+}
 
 inline int load_acquire(const int* p) {
     cuda_host::wait_a_while();

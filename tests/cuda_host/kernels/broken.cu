@@ -1,4 +1,5 @@
-// Kernels with one mistake each, of the kind the harness is there to find. All rotate x by one: y[i] = x[i + 1].
+// Two correct kernels, and others with one mistake each, of the kind the harness is there to find. All rotate x by one:
+// y[i] = x[i + 1].
 #include "launch.h"
 
 namespace {
@@ -12,6 +13,14 @@ __global__ void correct(const float* x, float* y) {
     shared[threadIdx.x] = x[threadIdx.x];
     __syncthreads();
     y[threadIdx.x] = shared[after(threadIdx.x, blockDim.x)];
+}
+
+// no thread needs another warp's value from shared memory
+__global__ void correct_by_warps(const float* x, float* y) {
+    float* shared = shared_floats();
+    shared[threadIdx.x] = x[threadIdx.x];
+    __syncwarp();
+    y[threadIdx.x] = threadIdx.x % 32 < 31 ? shared[threadIdx.x + 1] : x[after(threadIdx.x, blockDim.x)];
 }
 
 __global__ void no_barrier(const float* x, float* y) {
@@ -30,12 +39,8 @@ __global__ void warp_barrier_instead_of_block_barrier(const float* x, float* y) 
 
 __global__ void no_warp_barrier(const float* x, float* y) {
     float* shared = shared_floats();
-    const unsigned warp = threadIdx.x / 32 * 32;
     shared[threadIdx.x] = x[threadIdx.x];
-    const unsigned next = warp + after(threadIdx.x % 32, 32);
-    y[threadIdx.x] = shared[next];
-    __syncwarp();
-    if (threadIdx.x % 32 == 31) y[threadIdx.x] = x[after(threadIdx.x, blockDim.x)];
+    y[threadIdx.x] = threadIdx.x % 32 < 31 ? shared[threadIdx.x + 1] : x[after(threadIdx.x, blockDim.x)];
 }
 
 // the second round overwrites what slow threads still read of the first
@@ -122,6 +127,7 @@ constexpr struct {
 } kKernels[] = {
 #define KERNEL(name) {#name, name}
     KERNEL(correct),
+    KERNEL(correct_by_warps),
     KERNEL(no_barrier),
     KERNEL(warp_barrier_instead_of_block_barrier),
     KERNEL(no_warp_barrier),

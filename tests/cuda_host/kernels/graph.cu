@@ -87,14 +87,16 @@ __global__ void link(int mistake, const int* from, int* to) {
     to[i] = (mistake == reads_before_wait ? early : from[i]) + 1;
 }
 
-// to = from + earlier, where `earlier` is read before the wait: right if it was written two kernels before and the one
-// in between let this one start after its own wait.
-__global__ void add_earlier(bool triggers_early, const int* from, const int* earlier, int* to) {
+// to = from + earlier, where `earlier` is read before the wait: right if it was written two kernels before, the one in
+// between let this one start after its own wait, and the first-level cache is passed by.
+enum Carelessness { careful, triggers_early, reads_from_cache };
+
+__global__ void add_earlier(int carelessness, const int* from, const int* earlier, int* to) {
     const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (triggers_early) ptx::grid_dependency_launch();
-    const int value = earlier[i];
+    if (carelessness == triggers_early) ptx::grid_dependency_launch();
+    const int value = carelessness == reads_from_cache ? earlier[i] : ptx::load_relaxed(earlier + i);
     ptx::grid_dependency_wait();
-    if (!triggers_early) ptx::grid_dependency_launch();
+    if (carelessness != triggers_early) ptx::grid_dependency_launch();
     to[i] = from[i] + value;
 }
 
@@ -133,9 +135,9 @@ EXPORT int launch_link(cudaStream_t stream, int mistake, const int* from, int* t
     return launch_on(stream, link, blocks, threads, true, mistake, from, to);
 }
 
-EXPORT int launch_add_earlier(cudaStream_t stream, bool triggers_early, const int* from, const int* earlier, int* to,
+EXPORT int launch_add_earlier(cudaStream_t stream, int carelessness, const int* from, const int* earlier, int* to,
                               int blocks, int threads) {
-    return launch_on(stream, add_earlier, blocks, threads, true, triggers_early, from, earlier, to);
+    return launch_on(stream, add_earlier, blocks, threads, true, carelessness, from, earlier, to);
 }
 
 EXPORT int launch_with_shared_bytes(int* x, size_t bytes) { return launch(add, 1, 1, bytes, x, 1); }

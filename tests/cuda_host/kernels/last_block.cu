@@ -1,10 +1,11 @@
-// Ways to find out which block is the last to finish, most of them wrong. Each block adds its row of x to a partial,
-// and the last one adds the partials.
+// Ways to find out which block is the last to finish, most of them wrong; `way` may be plain_atomic + fences. Each
+// block adds its row of x to a partial, and the last one adds the partials.
 #include "launch.h"
 
 namespace {
 
-enum Way { correct, last_by_number, not_atomic, partial_after_count, plain_atomic, plain_atomic_and_fences };
+enum Way { correct, last_by_number, not_atomic, partial_after_count, plain_atomic };
+enum Fence { before = 1, after = 2 };  // of the plain atomic
 
 __global__ void sum(int way, const int* x, int* partials, int* arrivals, int* total) {
     if (threadIdx.x != 0) return;
@@ -16,10 +17,11 @@ __global__ void sum(int way, const int* x, int* partials, int* arrivals, int* to
     } else if (way == not_atomic) {
         earlier = *arrivals;
         *arrivals = earlier + 1;
-    } else if (way == plain_atomic || way == plain_atomic_and_fences) {
-        if (way == plain_atomic_and_fences) __threadfence();
+    } else if (way >= plain_atomic) {
+        const int fences = way - plain_atomic;
+        if (fences & before) __threadfence();
         earlier = atomicAdd(arrivals, 1);
-        if (way == plain_atomic_and_fences) __threadfence();
+        if (fences & after) __threadfence();
     } else {
         earlier = ptx::atomic_add_acq_rel(arrivals, 1);
     }

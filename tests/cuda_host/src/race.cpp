@@ -114,34 +114,35 @@ void Detector::forget(const void* p, size_t bytes) {
     for (size_t i = 0; i < bytes; ++i) *bytes_at(reinterpret_cast<uintptr_t>(p) + i) = {};
 }
 
-bool Detector::is_known(const Thread& thread, const Access& earlier) const {
+bool Detector::is_known(const Thread& thread, const Access& earlier, Kind kind) const {
     if (earlier.time == 0 || earlier.thread == number_of(thread)) return true;
     const uint32_t block = earlier.thread / kThreadsPerBlock, number = earlier.thread % kThreadsPerBlock;
     if (block == thread.block->number) return time_of(thread.clock.own_block, number) >= earlier.time;
     const Grid& grid = *thread.block->grid;
-    if (block < (thread.waited_for_dependency ? grid.first_block : grid.ended_before)) return true;
+    if (thread.waited_for_dependency && block < grid.first_block) return true;
+    if (kind != Kind::read && block < grid.ended_before) return true;
     if (!thread.clock.other_blocks) return false;
     const auto known = thread.clock.other_blocks->find(block);
     return known != thread.clock.other_blocks->end() && time_of(known->second, number) >= earlier.time;
 }
 
-void Detector::access(Thread& thread, const void* p, size_t bytes, bool is_write, const void* where) {
+void Detector::access(Thread& thread, const void* p, size_t bytes, Kind kind, const void* where) {
     const auto begin = reinterpret_cast<uintptr_t>(p);
     const Access now{number_of(thread), thread.clock.time, where};
+    const char* does = kind == Kind::write ? "writes" : "reads";
     Access known;  // most bytes of an access remember the same
     for (uintptr_t address = begin; address < begin + bytes; ++address) {
         Byte& byte = *bytes_at(address);
-        const char* writes = is_write ? "writes" : "reads";
-        if (!(byte.write == known) && !is_known(thread, byte.write))
-            report(p, bytes, writes, where, byte.write, byte.atomic ? "changed by an atomic" : "wrote");
+        if (!(byte.write == known) && !is_known(thread, byte.write, kind))
+            report(p, bytes, does, where, byte.write, byte.atomic ? "changed atomically" : "wrote");
         known = byte.write;
-        if (is_write) {
+        if (kind == Kind::write) {
             for (const Access& read : {byte.first_read, byte.last_read}) {
-                if (!is_known(thread, read)) report(p, bytes, writes, where, read, "read");
+                if (!is_known(thread, read, kind)) report(p, bytes, does, where, read, "read");
             }
             byte = {now, {}, {}, false};
         } else {
-            if (is_known(thread, byte.first_read)) byte.first_read = now;
+            if (is_known(thread, byte.first_read, Kind::write)) byte.first_read = now;
             byte.last_read = now;
         }
     }
@@ -153,10 +154,11 @@ void Detector::atomic(Thread& thread, const void* p, size_t bytes, AtomicOrder o
     const char* does = is_write ? "changes atomically" : "reads atomically";
     for (size_t i = 0; i < bytes; ++i) {
         Byte& byte = *bytes_at(reinterpret_cast<uintptr_t>(p) + i);
-        if (!byte.atomic && !is_known(thread, byte.write)) report(p, bytes, does, where, byte.write, "wrote");
+        if (!byte.atomic && !is_known(thread, byte.write, Kind::write))
+            report(p, bytes, does, where, byte.write, "wrote");
         if (!is_write) continue;
         for (const Access& read : {byte.first_read, byte.last_read}) {
-            if (!is_known(thread, read)) report(p, bytes, does, where, read, "read");
+            if (!is_known(thread, read, Kind::write)) report(p, bytes, does, where, read, "read");
         }
         byte = {{number_of(thread), thread.clock.time, where}, {}, {}, true};
     }
@@ -181,9 +183,9 @@ void Detector::report(const void* p, size_t bytes, const char* does, const void*
 
 namespace {
 
-inline void announce(const void* p, size_t bytes, bool is_write, const void* where) {
+inline void announce(const void* p, size_t bytes, Kind kind, const void* where) {
     if (!scheduler.in_kernel() || scheduler.is_stack(p)) return;
-    detector.access(scheduler.current(), p, bytes, is_write, where);
+    detector.access(scheduler.current(), p, bytes, kind, where);
 }
 
 }  // namespace
@@ -197,11 +199,15 @@ void watch_atomic(const void* p, size_t bytes, AtomicOrder order) {
 }
 
 void watch_read(const void* p, size_t bytes) {
-    if (race::enabled) race::announce(p, bytes, false, __builtin_return_address(0));
+    if (race::enabled) race::announce(p, bytes, race::Kind::read, __builtin_return_address(0));
+}
+
+void watch_read_past_l1(const void* p, size_t bytes) {
+    if (race::enabled) race::announce(p, bytes, race::Kind::read_past_l1, __builtin_return_address(0));
 }
 
 void watch_write(const void* p, size_t bytes) {
-    if (race::enabled) race::announce(p, bytes, true, __builtin_return_address(0));
+    if (race::enabled) race::announce(p, bytes, race::Kind::write, __builtin_return_address(0));
 }
 
 }  // namespace cuda_host
@@ -212,22 +218,24 @@ void __tsan_init() { cuda_host::race::enabled = true; }
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 char __tsan_atomic8_load(const volatile char* p, int order) { return __atomic_load_n(p, order); }  // static locals
-#define CUDA_HOST_ACCESS(name, bytes, is_write) \
-    void __tsan_##name##bytes(void* p) { cuda_host::race::announce(p, bytes, is_write, __builtin_return_address(0)); }
-#define CUDA_HOST_ACCESSES(bytes)                  \
-    CUDA_HOST_ACCESS(read, bytes, false)           \
-    CUDA_HOST_ACCESS(write, bytes, true)           \
-    CUDA_HOST_ACCESS(unaligned_read, bytes, false) \
-    CUDA_HOST_ACCESS(unaligned_write, bytes, true)
+#define CUDA_HOST_ACCESS(name, bytes, kind)                                                            \
+    void __tsan_##name##bytes(void* p) {                                                               \
+        cuda_host::race::announce(p, bytes, cuda_host::race::Kind::kind, __builtin_return_address(0)); \
+    }
+#define CUDA_HOST_ACCESSES(bytes)                 \
+    CUDA_HOST_ACCESS(read, bytes, read)           \
+    CUDA_HOST_ACCESS(write, bytes, write)         \
+    CUDA_HOST_ACCESS(unaligned_read, bytes, read) \
+    CUDA_HOST_ACCESS(unaligned_write, bytes, write)
 CUDA_HOST_ACCESSES(1)
 CUDA_HOST_ACCESSES(2)
 CUDA_HOST_ACCESSES(4)
 CUDA_HOST_ACCESSES(8)
 CUDA_HOST_ACCESSES(16)
 void __tsan_read_range(void* p, unsigned long bytes) {
-    cuda_host::race::announce(p, bytes, false, __builtin_return_address(0));
+    cuda_host::race::announce(p, bytes, cuda_host::race::Kind::read, __builtin_return_address(0));
 }
 void __tsan_write_range(void* p, unsigned long bytes) {
-    cuda_host::race::announce(p, bytes, true, __builtin_return_address(0));
+    cuda_host::race::announce(p, bytes, cuda_host::race::Kind::write, __builtin_return_address(0));
 }
 }

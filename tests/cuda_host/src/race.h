@@ -6,6 +6,9 @@
 // threads all they know, an atomic tells what its address was told before. Each byte of memory remembers who wrote and
 // read it last and when. An access is a race if it touches what a thread did at a time this one does not know of.
 //
+// Before its griddepcontrol.wait, a kernel knows of those that had ended when it was let start; but a plain read may
+// still find in the first-level cache what was there before them (ptx::load_relaxed does not).
+//
 // Told and asked are: atomic_add_acq_rel and the like, or plain atomics with a __threadfence before and after.
 #pragma once
 
@@ -53,6 +56,8 @@ struct Byte {
 
 extern bool enabled;  // kernels were compiled for it
 
+enum class Kind { read, read_past_l1, write };
+
 class Detector {
   public:
     void begin_run() {
@@ -63,13 +68,13 @@ class Detector {
     void forget(const void* p, size_t bytes);  // memory with a new life
     void join(const std::vector<Thread*>& threads);
     void fence(Thread& thread);
-    void access(Thread& thread, const void* p, size_t bytes, bool is_write, const void* where);
+    void access(Thread& thread, const void* p, size_t bytes, Kind kind, const void* where);
     void atomic(Thread& thread, const void* p, size_t bytes, AtomicOrder order, const void* where);
 
   private:
     static constexpr size_t kPageBytes = 1024;
     Byte* bytes_at(uintptr_t address);
-    bool is_known(const Thread& thread, const Access& earlier) const;
+    bool is_known(const Thread& thread, const Access& earlier, Kind kind) const;
     void tell(Thread& thread, SharedKnowledge& told);
     void hear(Thread& thread, const SharedKnowledge& told);
     [[noreturn]] void report(const void* p, size_t bytes, const char* does, const void* where, const Access& earlier,

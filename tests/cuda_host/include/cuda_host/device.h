@@ -72,6 +72,7 @@ uint32_t vote(Site site, uint32_t mask, bool predicate);  // bit set of the lane
 enum class AtomicOrder { relaxed, acquire, release, acquire_release };
 void watch_atomic(const void* p, size_t bytes, AtomicOrder order);
 void watch_read(const void* p, size_t bytes);
+void watch_read_past_l1(const void* p, size_t bytes);
 void watch_write(const void* p, size_t bytes);
 
 template <class T>
