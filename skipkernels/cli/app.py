@@ -16,6 +16,7 @@ from skipkernels.cli import console
 from skipkernels.cli.calibrate import calibrate
 from skipkernels.cli.demo import demo
 from skipkernels.cli.env import env
+from skipkernels.cli.eval import evaluate
 from skipkernels.cli.generate import generate
 from skipkernels.cli.trace import trace
 from skipkernels.errors import SkipkernelsError
@@ -76,6 +77,7 @@ app = typer.Typer(cls=Commands, context_settings={"help_option_names": ["-h", "-
 app.command()(generate)
 app.command()(calibrate)
 app.command()(trace)
+app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")
 app.command()(demo)
 app.command()(env)

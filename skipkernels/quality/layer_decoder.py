@@ -54,14 +54,15 @@ class LayerDecoder:
     def __init__(self, config: ModelConfig, weights: ModelWeights, max_seq_len: int) -> None:
         self.config = config
         self.dtype = weights.dtype
+        self._device = weights.embed_tokens.device
         self.max_seq_len = max_seq_len
         self._embed_tokens = weights.embed_tokens
         self._layers = [_in_fp32(layer) for layer in weights.layers]
         self._norm, self._lm_head = weights.norm, weights.lm_head.float()
         self._rope_cos, self._rope_sin = weights.rope_cos, weights.rope_sin
         shape = (config.num_hidden_layers, config.num_key_value_heads, max_seq_len, config.head_dim)
-        self._k_cache = torch.zeros(shape, dtype=weights.dtype)
-        self._v_cache = torch.zeros(shape, dtype=weights.dtype)
+        self._k_cache = torch.zeros(shape, dtype=weights.dtype, device=self._device)
+        self._v_cache = torch.zeros_like(self._k_cache)
         self._length = 0
 
     def begin(self) -> None:
@@ -80,8 +81,8 @@ class LayerDecoder:
             The residual stream after the last layer, f32 [tokens, hidden], and which layers ran, bool [tokens, layers].
         """
         parts = []
-        for chunk in tokens.split(_CHUNK):
-            steps = first_step + torch.arange(len(chunk))
+        for chunk in tokens.to(self._device).split(_CHUNK):
+            steps = first_step + torch.arange(len(chunk), device=self._device)
             parts.append(self._read_chunk(chunk, rule, steps))
             self._length += len(chunk)
             first_step += len(chunk)
@@ -97,7 +98,7 @@ class LayerDecoder:
         self, tokens: torch.Tensor, rule: LayerRule, steps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = self._embed_tokens[tokens].float()
-        ran = torch.ones(len(tokens), dtype=torch.bool)
+        ran = torch.ones_like(tokens, dtype=torch.bool)
         maps = []
         for index, layer in enumerate(self._layers):
             ran = rule.runs(index, hidden, ran, steps)
@@ -130,7 +131,8 @@ class LayerDecoder:
         tokens, start = query.shape[1], self._length
         window = self.config.sliding_windows[index]
         begin = max(0, start + 1 - window) if window else 0
-        offsets = torch.arange(start, start + tokens)[:, None] - torch.arange(begin, start + tokens)
+        positions = torch.arange(begin, start + tokens, device=self._device)
+        offsets = positions[-tokens:, None] - positions
         mask = (offsets >= 0) & (offsets < window) if window else offsets >= 0
         attended = F.scaled_dot_product_attention(
             query[None],

@@ -102,7 +102,7 @@ class LayerMethod:
         tokens = torch.tensor(passage.token_ids)
         self._decoder.begin()
         hidden, ran = self._decoder.read(tokens[:-1], self._rule, -given)
-        log_probs = self._decoder.logits(hidden[given:]).log_softmax(dim=-1)
+        log_probs = self._decoder.logits(hidden[given:]).log_softmax(dim=-1).cpu()
         targets = tokens[given + 1 :, None]
         kl = None if expected is None else (expected.exp() * (expected - log_probs)).sum(dim=-1).numpy()
         return Reading(
@@ -114,5 +114,5 @@ class LayerMethod:
         )
 
     def _work(self, ran: torch.Tensor) -> Work:
-        skipped = np.logical_not(ran.numpy())
+        skipped = np.logical_not(ran.cpu().numpy())
         return Work.of_layers(self._engine.config, self._decoder.dtype, skipped, fills_cache=self._fills_cache)

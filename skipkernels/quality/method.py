@@ -19,6 +19,8 @@ from skipkernels.quality.work import Work
 if TYPE_CHECKING:
     from skipkernels.quality.setup import Setup
 
+FULL = "full"
+"""The method that leaves nothing out."""
 OnItem = Callable[[int], None]
 """Called with the number of prompts or passages that were finished."""
 Progress = Callable[[str, float], None]

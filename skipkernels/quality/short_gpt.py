@@ -76,4 +76,4 @@ def block_influence(decoder: LayerDecoder, tokens: torch.Tensor) -> torch.Tensor
     decoder.begin()
     last, _ = decoder.read(tokens, Observer(), 0)
     whole = [*(torch.cat(parts) for parts in streams), last]
-    return torch.stack([1.0 - cosine_similarity(*pair, dim=-1).mean() for pair in pairwise(whole)])
+    return torch.stack([1.0 - cosine_similarity(*pair, dim=-1).mean() for pair in pairwise(whole)]).cpu()

@@ -9,7 +9,8 @@ import pytest
 from skipkernels.errors import PolicyError
 from skipkernels.passages import Passage
 from skipkernels.policy import FixedPolicy, RandomPolicy, SkipPolicy, policy_from_dict
-from skipkernels.quality.ffn_methods import FFNSkip, FixedSkip, Full, RandomSkip
+from skipkernels.quality.ffn_methods import FixedSkip, Full, RandomSkip
+from skipkernels.quality.ffn_skip import FFNSkip, HeldSkip
 from skipkernels.quality.matching import skip_ratio
 from skipkernels.quality.method import Found, Method
 from skipkernels.quality.setup import Setup
@@ -91,11 +92,28 @@ def test_thresholds_per_layer_are_moved_together(setup: Setup) -> None:
     assert skip_ratio(FFNSkip().build(other, found).score(ALIKE)) == pytest.approx(0.2, abs=0.02)
 
 
-def test_a_calibrated_policy_that_cannot_reach_the_ratio_says_so(setup: Setup) -> None:
-    narrow = SkipPolicy(span=1, cold_start=5, cold_end=2, warmup_tokens=1)
-    other = Setup(setup.engine, [], memory={"calibration at 0.3": narrow.to_dict()})
+def test_a_calibrated_policy_that_cannot_reach_the_ratio_gives_way_to_one_that_can(setup: Setup) -> None:
+    narrow = SkipPolicy(span=1, cold_start=5, cold_end=2, warmup_tokens=1).to_dict()
+    wide = SkipPolicy(span=None, cold_start=1, cold_end=1, warmup_tokens=1).to_dict()
+    memory = {"calibration at 0.3": narrow, "calibration at 0.35": wide}
+    found = FFNSkip().find(Setup(setup.engine, [], memory=memory), 0.3, ALIKE)
+    assert found["policy"]["cold_start"] == 1
+    assert skip_ratio(FFNSkip().build(setup, found).score(ALIKE)) == pytest.approx(0.3, abs=0.01)
     with pytest.raises(PolicyError, match=r"span 1, cold 5\+2, calibrated on the text, skips at most 0\.09"):
-        FFNSkip().find(other, 0.3, ALIKE)
+        FFNSkip().find(Setup(setup.engine, [], memory=dict.fromkeys(memory, narrow)), 0.3, ALIKE)
+
+
+def test_the_controller_holds_the_ratio_in_every_row(setup: Setup) -> None:
+    exact = SkipPolicy(span=1, cold_start=3, cold_end=0, warmup_tokens=1)
+    assert exact.reachable_ratio(LAYERS) == 0.3  # which leaves a controller no room
+    wide = SkipPolicy(span=None, cold_start=1, cold_end=1, warmup_tokens=1)
+    memory = {"calibration at 0.3": exact.to_dict(), "calibration at 0.35": wide.to_dict()}
+    other = Setup(setup.engine, [], memory=memory)
+    found = HeldSkip().find(other, 0.3, ALIKE)
+    assert found["policy"] == replace(wide, target_ratio=0.3).to_dict()
+    long = [Passage(tuple(random_prompt(8 + 80, seed)), 8) for seed in range(3)]
+    for reading in HeldSkip().build(other, found).score(long):
+        assert reading.work.ffn_skip_ratio == pytest.approx(0.3, abs=0.02)
 
 
 def test_a_batch_is_read_against_its_own_reference(setup: Setup) -> None:

@@ -1,0 +1,175 @@
+"""``skipkernels eval``: what skipping costs, on every method, ratio and task, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from skipkernels.cli.console import err, out, print_json, progress_bar, require_folder, table
+from skipkernels.cli.eval_tasks import TaskOptions
+from skipkernels.cli.groups import grouped
+from skipkernels.cli.models import ModelOptions
+
+if TYPE_CHECKING:
+    from skipkernels.engine import Engine
+    from skipkernels.quality.evaluation import Entry
+    from skipkernels.quality.setup import Setup
+    from skipkernels.quality.task import Task
+
+_ROWS = 16
+_STDOUT = Path("-")
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What is measured, and at which ratios."""
+
+    methods: Annotated[
+        str, typer.Option(help="full, skip, held, random, fixed, skipdecode, shortgpt, exit; with commas between.")
+    ] = "full,skip,random,fixed,skipdecode,shortgpt,exit"
+    ratios: Annotated[str, typer.Option(help="Shares of the FFN executions, or of the layers, to leave out.")] = (
+        "0.1,0.2,0.25,0.35"
+    )
+    policy: Annotated[
+        Path | None, typer.Option(help="A file of `skipkernels calibrate` for the method skip, instead of --ratios.")
+    ] = None
+    warmup_tokens: Annotated[
+        int, typer.Option(min=1, help="Generated tokens that run in full; answers may be shorter than the usual 25.")
+    ] = 1
+
+    def ratio_list(self) -> list[float]:
+        try:
+            ratios = [float(part) for part in self.ratios.split(",")]
+        except ValueError as error:
+            raise typer.BadParameter(f"--ratios takes numbers with commas between, got {self.ratios!r}") from error
+        wrong = [ratio for ratio in ratios if not 0.0 < ratio < 1.0]
+        if wrong:
+            raise typer.BadParameter(f"a ratio must lie between 0 and 1, got {wrong[0]:g}")
+        return ratios
+
+    def entries(self, setup: Setup) -> list[Entry]:
+        """The plan; the full model comes first, because others are compared with it."""
+        from skipkernels.policy_file import load_policy
+        from skipkernels.quality.evaluation import Entry
+        from skipkernels.quality.ffn_skip import FFNSkip, GivenPolicy
+        from skipkernels.quality.method import FULL
+        from skipkernels.quality.methods import method_kind
+
+        ratios = self.ratio_list()
+        kinds = [method_kind(name) for name in dict.fromkeys(self.methods.split(","))]
+        entries = []
+        for kind in sorted(kinds, key=lambda kind: kind.name != FULL):
+            if kind.name == FULL:
+                entries.append(Entry(kind, [0.0]))
+            elif kind.name == FFNSkip.name and self.policy is not None:
+                given = GivenPolicy(load_policy(self.policy, fingerprint=setup.engine.fingerprint), setup.warmup_tokens)
+                entries.append(Entry(given, [given.ratio(setup)]))
+            else:
+                entries.append(Entry(kind, ratios))
+        return entries
+
+
+@grouped
+def evaluate(
+    model_options: ModelOptions,
+    method_options: MethodOptions,
+    task_options: TaskOptions,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn: facts, random skips, resamples.")] = 0,
+    json: Annotated[
+        Path | None, typer.Option(help="Write everything here, cell by cell; '-' prints it alone, at the end.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the --json file of the same command.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Picture: quality over skip ratio, with intervals.")] = None,
+) -> None:
+    """Measure what leaving out work costs: facts, perplexity, generation and more, on every method at every ratio.
+
+    At a ratio, methods that skip FFNs leave out that share of the FFN executions, those that skip layers that share of
+    the layers. What was measured is stated in both terms. Run it once for every model.
+    """
+    method_options.ratio_list()  # a wrong command line is refused before a model is loaded
+    if resume and json is None:
+        raise typer.BadParameter("--resume goes on with the file of --json; give both")
+    require_folder(None if json == _STDOUT else json, plot)
+    if plot is not None:
+        from skipkernels.plots import pyplot
+
+        pyplot()  # a missing matplotlib is an error now, not after the measurement
+    engine = model_options.load(max_batch_size=_ROWS)
+
+    from skipkernels.benchmark.report import environment
+    from skipkernels.quality.evaluation import evaluate as fill_cells
+    from skipkernels.quality.results_file import ResultsFile
+
+    with err.status("collecting text and tasks ..."):
+        setup, tasks = task_options.prepare(
+            engine, model_options, warmup_tokens=method_options.warmup_tokens, seed=seed
+        )
+        entries = method_options.entries(setup)
+    results = ResultsFile(
+        None if json == _STDOUT else json,
+        settings=_settings(engine, setup, task_options, tasks, method_options),
+        environment=environment(engine.execution),
+        resume=resume,
+    )
+    with progress_bar("measuring") as report:
+        unfinished = fill_cells(setup, entries, tasks, results, report)
+    if plot is not None:
+        from skipkernels.quality.plot import plot_quality
+
+        panels = [(task.name, metric) for task in tasks for metric in task.metrics]
+        plot_quality(results.cells, panels, plot, f"{model_options.model}, {engine.dtype}")
+    if json == _STDOUT:
+        print_json(results.document)
+    else:
+        _print_tables(results.cells, tasks, method_options.warmup_tokens)
+        written = [str(path) for path in (json, plot) if path is not None]
+        if written:
+            out.print(f"wrote {' and '.join(written)}")
+    if unfinished:
+        raise unfinished[0]
+
+
+def _settings(
+    engine: Engine, setup: Setup, task_options: TaskOptions, tasks: Sequence[Task], method_options: MethodOptions
+) -> dict[str, Any]:
+    from skipkernels.quality.jsonl import digest
+
+    return {
+        "fingerprint": engine.fingerprint,
+        "dtype": engine.dtype,
+        "device": str(engine.execution.device),
+        "calibration_text": digest(str([list(text) for text in setup.texts])),
+        "prompt_tokens": setup.prompt_tokens,
+        "new_tokens": setup.new_tokens,
+        "passages": setup.passages,
+        "warmup_tokens": setup.warmup_tokens,
+        "policy": None if method_options.policy is None else digest(method_options.policy.read_text()),
+        "seed": setup.seed,
+        "tasks": {task.name: task.settings for task in tasks},
+    }
+
+
+def _print_tables(cells: list[dict[str, Any]], tasks: Sequence[Task], warmup_tokens: int) -> None:
+    from skipkernels.quality.report import group_table, tables, unreachable
+
+    for task in tasks:
+        details = (f"{name.replace('_', ' ')} {value}" for name, value in task.settings.items() if name != "digest")
+        title: str | None = f"{task.name}: {', '.join(details)}"
+        found = [*tables(cells, task.name, task.metrics), group_table(cells, task.name, task.metrics[0])]
+        for headings, rows in filter(None, found):
+            shown = table(*headings, title=title)
+            shown.padding = (0, 1, 0, 0)  # 80 columns
+            for row in rows:
+                shown.add_row(*row)
+            out.print(shown)
+            title = None
+    out.print(
+        f"[dim]FFNs: executions skipped. Bytes: of the layers' weights, not read. Both per generated token, of which "
+        f"the first {warmup_tokens} of every answer run in full. In brackets: 95 %, bootstrap over items.[/]"
+    )
+    for line in unreachable(cells):
+        err.print(f"[yellow]not measured:[/] {line}", markup=True)

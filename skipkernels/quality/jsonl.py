@@ -1,0 +1,66 @@
+"""Files of one JSON object per line, with errors that name the line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from skipkernels.errors import RequestError
+
+
+def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+    """The objects of a file. Empty lines are passed over.
+
+    Args:
+        fields: what each object must have, and of which type; other fields are kept as they are.
+
+    Raises:
+        RequestError: the file cannot be read or holds nothing; or a line is no JSON object, or lacks a field, or has
+            one of another type. The message names the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    objects = [
+        _parse(f"{path}, line {number}", line, fields)
+        for number, line in enumerate(text.split("\n"), start=1)
+        if line.strip()
+    ]
+    if not objects:
+        raise RequestError(f"{path}: is empty; expected one JSON object per line with {_names(fields)}")
+    return objects
+
+
+def digest(text: str) -> str:
+    """Twelve hex digits that change when the text does."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _parse(place: str, line: str, fields: Mapping[str, type]) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{place}: is not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(value, dict):
+        raise RequestError(f"{place}: expected an object with {_names(fields)}, got {type(value).__name__}")
+    for name, kind in fields.items():
+        if name not in value:
+            raise RequestError(f"{place}: the field {name!r} is missing; expected {_names(fields)}")
+        if not isinstance(value[name], kind):
+            raise RequestError(
+                f"{place}: the field {name!r} must be {_TYPES[kind]}, got {_TYPES.get(type(value[name]), 'null')}"
+            )
+    return value
+
+
+_TYPES = {str: "a text", list: "a list", int: "a whole number", float: "a number", dict: "an object", bool: "a truth"}
+
+
+def _names(fields: Mapping[str, type]) -> str:
+    return ", ".join(repr(name) for name in fields)
