@@ -103,11 +103,23 @@ def test_maximize_is_near_the_exact_integer_program(
 
 
 def test_maximize_is_exact_where_steps_come_out_even() -> None:
-    """All steps save 8 ms: the fractional optimum is whole."""
-    queue = Queue(two_speeds(batch_ms=0.001), [(3, 0.0, 1.0, 1.0)] * 4)
-    for position, demand in enumerate(queue.demands):
-        demand.budget_ms = (30.0, 44.1, 90.0, 96.1)[position]
-    assert queue.accuracy(queue.select("maximize")) == pytest.approx(queue.best_accuracy())
+    """All steps save 8 ms: the fractional optimum is whole. Two steps are needed for the first job, four in all."""
+    queue = Queue(two_speeds(batch_ms=0.001), [(6, 0.0, 1.0, 1.0)] * 2)
+    for demand, budget_ms in zip(queue.demands, (44.1, 88.1), strict=True):
+        demand.budget_ms = budget_ms
+    splits = queue.select("maximize")
+    assert sum(split.get(AUDIO, 0) for split in splits) == 4
+    assert queue.accuracy(splits) == pytest.approx(queue.best_accuracy())
+
+
+@pytest.mark.parametrize("policy", ["cheapest", "random", "maximize"])
+def test_a_strategy_below_the_hull_is_used_where_the_hull_has_none(policy: str) -> None:
+    """From the best the hull goes straight to the worst, which promises too little."""
+    profile = profile_of(
+        entry("audio+video", 0.9, 10.0), entry("audio+video@0.2", 0.72, 8.0), entry("audio+video@0.5", 0.3, 1.0)
+    )
+    queue = Queue(profile, [(2, 0.75, 1.0, 1.0)] * 2)
+    assert queue.select(policy) == [{1: 2}, {1: 2}]
 
 
 def test_every_prefix_has_its_own_budget() -> None:
@@ -120,6 +132,13 @@ def test_every_prefix_has_its_own_budget() -> None:
         splits = queue.select(policy)
         assert {AUDIO: 1} in splits[:2]
         assert splits[2] == {FULL: 1}
+
+
+def test_cheapest_lowers_everyone_up_to_the_violator() -> None:
+    queue = Queue(two_speeds(batch_ms=0.001), [(1, 0.0, 1.0, 1.0)] * 4)
+    for demand, budget_ms in zip(queue.demands, (100.0, 100.0, 29.0, 100.0), strict=True):
+        demand.budget_ms = budget_ms
+    assert queue.select("cheapest") == [{AUDIO: 1}, {AUDIO: 1}, {AUDIO: 1}, {FULL: 1}]
 
 
 def test_full_changes_nothing() -> None:
