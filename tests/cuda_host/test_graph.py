@@ -164,6 +164,8 @@ def test_an_endless_while_node_fails_the_launch(api):
     assert api.launch_graph(graph, stream) == "cudaErrorLaunchFailure"
     assert (x.item(), "20 times" in api.runtime.failure) == (60, True)
     assert api.cudaStreamSynchronize(stream) == "cudaErrorLaunchFailure", "the error is sticky"
+    assert api.launch_add(stream, x, 1) == "cudaErrorLaunchFailure"
+    assert x.item() == 60
 
 
 def test_racing_threads_may_not_set_a_condition(api):
