@@ -15,6 +15,7 @@ from skipkernels.serving.errors import (
     WorkerLost,
 )
 
+JOB_FAILED = "job_failed"
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 # most specific first
 _STATUSES: tuple[tuple[type[SkipkernelsError], int, str], ...] = (
@@ -23,7 +24,7 @@ _STATUSES: tuple[tuple[type[SkipkernelsError], int, str], ...] = (
     (RequestError, 400, "invalid_request"),
     (ServiceClosed, 503, "service_closed"),
     (WorkerLost, 503, "worker_lost"),
-    (JobFailed, 500, "job_failed"),
+    (JobFailed, 500, JOB_FAILED),
 )
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from skipkernels.errors import SkipkernelsError
 from skipkernels.serving.chat.chat import ChatFormat
-from skipkernels.serving.errors import JobFailed, ServiceClosed
+from skipkernels.serving.errors import ServiceClosed
 from skipkernels.serving.http.backend import Backend
 from skipkernels.serving.http.conversion import Asked, convert
 from skipkernels.serving.http.documents import Documents, model_document
-from skipkernels.serving.http.errors import HttpError
+from skipkernels.serving.http.errors import JOB_FAILED, HttpError
 from skipkernels.serving.http.exchange import Exchange
 from skipkernels.serving.http.limits import Limits
 from skipkernels.serving.http.metrics import Metrics
@@ -131,9 +131,10 @@ class Service:
 
     def error(self, error: SkipkernelsError) -> HttpError:
         """What to answer a request that failed."""
-        if self.closing and isinstance(error, JobFailed):
-            return HttpError.of(ServiceClosed(str(error)))
-        return HttpError.of(error)
+        answer = HttpError.of(error)
+        if self.closing and answer.code == JOB_FAILED:
+            return HttpError.of(ServiceClosed(str(error)))  # another server may answer it
+        return answer
 
     def documents(self) -> Documents:
         return Documents(self.profile.model, self.profile.fingerprint)

@@ -56,13 +56,14 @@ CONTENTS: list[Any] = [
 URLS: list[Any] = [
     "", "x", "http://127.0.0.1:1/x.png", "https://example.org/x.png", "file:///etc/passwd", "ftp://example.org/x",
     "data:", "data:image/png", "data:image/png,abc", "data:image/png;base64", "data:image/png;base64,", "//x", "\u0000",
-    "data:text/plain;base64,eA==", "data:image/png;base64,%%%", "data:image/png;base64,eA", "DATA:image/png;base64,eA==",
+    "data:text/plain;base64,eA==", "data:image/png;base64,%%%", "data:image/png;base64,eA", "DATA:image/png;base64,e",
     5, None, [], {},
 ]  # fmt: skip
 ROLES = [None, 5, "", "tool", "function", "User", [], {}, "x" * 100]
 ROUTES = [
     ("GET", COMPLETIONS), ("PUT", COMPLETIONS), ("DELETE", COMPLETIONS), ("HEAD", COMPLETIONS),
-    ("OPTIONS", COMPLETIONS), ("POST", "/"), ("POST", "/v1"), ("POST", COMPLETIONS + "x"), ("POST", "/v1/completions"), ("POST", "/v1/models"),
+    ("OPTIONS", COMPLETIONS), ("POST", "/"),
+    ("POST", "/v1"), ("POST", COMPLETIONS + "x"), ("POST", "/v1/completions"), ("POST", "/v1/models"),
     ("POST", "/../v1/chat"), ("GET", "/docs"), ("GET", "/.env"), ("GET", "/v1/models/other"), ("BREW", COMPLETIONS),
     ("GET", "/%00"), ("GET", "/\u2603"), ("PATCH", "/health"),
 ]  # fmt: skip

@@ -22,7 +22,7 @@ def test_metrics_count_what_happened() -> None:
         async with client_of(echo_service(EchoModel())) as client:
             await client.post(COMPLETIONS, json=body(min_accuracy=0.75))
             await client.post(COMPLETIONS, json=body(min_accuracy=0.75, stream=True, max_tokens=2))
-            await client.post(COMPLETIONS, json=body(deadline_ms=1800, stream=True))
+            await client.post(COMPLETIONS, json=body(deadline_ms=2800, stream=True))
             await client.post(COMPLETIONS, json=body(deadline_ms=1e-3))
             await client.post(COMPLETIONS, json=body("stumble"))
             await client.post(COMPLETIONS, json=body("fail"))
