@@ -38,7 +38,12 @@ def plot_similarity(curve: SimilarityCurve, policy: SkipPolicy, path: str | Path
     mean, p10, p90 = (np.maximum(1.0 - np.array(row), 1e-7) for row in (curve.mean, curve.p10, curve.p90))
     axes.fill_between(layers, p10, p90, color=_BLUE, alpha=0.18, linewidth=0, label="10th to 90th percentile")
     axes.plot(layers, mean, color=_BLUE, marker="o", markersize=4, label="mean")
-    axes.axhline(1.0 - policy.threshold, color=_ORANGE, linestyle="--", label=f"threshold {policy.threshold:.4f}")
+    if policy.layer_thresholds is None:
+        axes.axhline(1.0 - policy.threshold, color=_ORANGE, linestyle="--", label=f"threshold {policy.threshold:.4f}")
+    else:
+        tested = list(policy.plan(len(layers)).tested_layers)
+        distances = np.maximum(1.0 - np.array(policy.layer_thresholds)[tested], 1e-7)
+        axes.plot(tested, distances, color=_ORANGE, marker="_", linestyle="none", markersize=12, label="thresholds")
     first, last = policy.cold_start, len(layers) - policy.cold_end - 1
     for begin, end in ((-0.5, first + 0.5), (last + 0.5, len(layers) - 0.5)):
         axes.axvspan(begin, end, color=_GREY, zorder=0, label="always run" if begin < 0 else None)

@@ -1,10 +1,11 @@
 """The skip rule on recorded similarities: what a policy would skip if skipping changed nothing after it.
 
-Thousands of policies a second, to find the few that are worth decoding with.
+Hundreds of policies a second, to find the few that are worth decoding with.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -17,7 +18,8 @@ Similarities = npt.NDArray[np.float32]
 """[positions, layers]: cosine of the residual stream before and after each FFN of the dense model."""
 
 _BISECTIONS = 24
-_GRID = 12
+_LOG_FACTOR = 9.0  # of the distance of a threshold from 1: more than its seven digits tell
+_SLACK = 0.01  # of a ratio: a set of layers that misses it by less is worth a look
 
 
 def simulate(similarities: Similarities, policy: SkipPolicy) -> npt.NDArray[np.bool_]:
@@ -39,46 +41,51 @@ def reachable_ratio(policy: SkipPolicy, layers: int) -> float:
     return float(simulate(np.ones((1, layers), dtype=np.float32), policy).mean())
 
 
-def threshold_for(similarities: Similarities, policy: SkipPolicy, ratio: float) -> float:
-    """The threshold at which ``policy`` skips ``ratio`` of the FFNs, or as near as the similarities allow."""
-    lower, upper = -1.0, 1.0  # skips too much, too little
-    for _ in range(_BISECTIONS):
-        middle = between(lower, upper)
-        if simulate(similarities, replace(policy, threshold=middle)).mean() > ratio:
-            lower = middle
-        else:
-            upper = middle
-    return upper
+def tuned(similarities: Similarities, policy: SkipPolicy, ratio: float) -> SkipPolicy:
+    """``policy`` with the threshold at which it skips ``ratio`` of the FFNs, or as near below as similarities allow.
 
-
-def between(lower: float, upper: float) -> float:
-    """Halfway between two similarities, on the logarithmic scale of their distance from 1."""
-    return 1.0 - float(np.sqrt((1.0 - lower) * max(1.0 - upper, 1e-7)))
-
-
-def windows(layers: int, cold_start: int | None = None, cold_end: int | None = None) -> list[tuple[int, int]]:
-    """Cold bounds worth trying in a model of ``layers``, as (cold_start, cold_end), where they are not given.
-
-    A grid, coarser for deeper models, of all that leave a layer to skip: layer ``cold_start`` is tested, those after
-    it may be skipped.
+    Where ``policy`` cannot skip more than that, every test passes. Thresholds per layer are moved together, the
+    distance of each from 1 by the same factor.
     """
-    step = -(-layers // _GRID)
-    starts = range(0, layers - 1, step) if cold_start is None else [cold_start]
-    ends = range(0, layers - 1, step) if cold_end is None else [cold_end]
-    return [(start, end) for start in starts for end in ends if start + end <= layers - 2]
+    if policy.layer_thresholds is None:
+        policy = replace(policy, threshold=0.99)
+    fewer, more = -_LOG_FACTOR, _LOG_FACTOR
+    if simulate(similarities, _scaled(policy, more)).mean() <= ratio:
+        return _scaled(policy, more)
+    for _ in range(_BISECTIONS):
+        middle = (fewer + more) / 2
+        if simulate(similarities, _scaled(policy, middle)).mean() > ratio:
+            more = middle
+        else:
+            fewer = middle
+    return _scaled(policy, fewer)
+
+
+def _scaled(policy: SkipPolicy, log_factor: float) -> SkipPolicy:
+    """The distance of each threshold from 1 times e to ``log_factor``."""
+
+    def scaled(threshold: float) -> float:
+        return round(max(-1.0, 1.0 - (1.0 - threshold) * math.exp(log_factor)), 7)
+
+    if policy.layer_thresholds is None:
+        return replace(policy, threshold=scaled(policy.threshold))
+    return replace(policy, layer_thresholds=tuple(scaled(threshold) for threshold in policy.layer_thresholds))
 
 
 def rank(similarities: Similarities, policies: Iterable[SkipPolicy], ratio: float) -> list[SkipPolicy]:
-    """The policies that can skip ``ratio``, each with its threshold for it, the least change left out first.
+    """The policies that can skip about ``ratio``, each tuned to it, the least change left out first.
 
-    The change of a skipped FFN is taken as 1 - similarity. Of policies that skip the same FFNs one is kept.
+    The change of a skipped FFN is taken as 1 - similarity, and that of a token as growing with the square of its
+    skipped FFNs where the ratio is missed. Of policies that skip the same FFNs one is kept.
     """
     costs: dict[bytes, tuple[float, SkipPolicy]] = {}
     for policy in policies:
-        if reachable_ratio(policy, similarities.shape[1]) < ratio:
+        if reachable_ratio(policy, similarities.shape[1]) < ratio - _SLACK:
             continue
-        tuned = replace(policy, threshold=threshold_for(similarities, policy, ratio))
-        skipped = simulate(similarities, tuned)
+        candidate = tuned(similarities, policy, ratio)
+        skipped = simulate(similarities, candidate)
+        if not skipped.any():
+            continue
         left_out = float(((1.0 - similarities) * skipped).sum(axis=1).mean())
-        costs[np.packbits(skipped).tobytes()] = (left_out, tuned)
+        costs[np.packbits(skipped).tobytes()] = (left_out * float(ratio / skipped.mean()) ** 2, candidate)
     return [policy for _, policy in sorted(costs.values(), key=lambda entry: entry[0])]

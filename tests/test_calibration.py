@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from skipkernels.calibration import RATIO_TOLERANCE, Calibration, calibrate
+from skipkernels.calibration import Calibration, calibrate
 from skipkernels.engine import Engine
 from skipkernels.errors import PolicyError, RequestError
 from skipkernels.passages import Passage, cut_passages
-from skipkernels.policy import SkipPolicy
+from skipkernels.policy import BatchRule
 from skipkernels.policy_file import load_policy
+from skipkernels.tuning import RATIO_TOLERANCE
 from tests.models import BOS, byte_tokenizer, random_prompt, tiny_engine, tiny_module
 
 LAYERS = 10
@@ -33,15 +34,26 @@ def test_the_wanted_ratio_is_reached(calibration: Calibration) -> None:
     found = calibration.trials[0].comparison
     assert calibration.reached
     assert found.skip_ratio == pytest.approx(0.3, abs=RATIO_TOLERANCE)
-    assert calibration.held_out.skip_ratio == pytest.approx(0.3, abs=0.03)  # 6 passages of noise
+    # 210 tokens past the warm-up skip none to 9 of 10 FFNs: one standard deviation is 0.03 at most
+    assert calibration.held_out.skip_ratio == pytest.approx(0.3, abs=0.08)
     assert calibration.held_out.tokens == 6 * 40
 
 
 def test_the_best_of_the_trials_at_the_ratio_is_taken(calibration: Calibration) -> None:
     assert calibration.policy == calibration.trials[0].policy
-    reached = [t for t in calibration.trials if abs(t.comparison.skip_ratio - 0.3) <= RATIO_TOLERANCE]
+    reached = [t for t in calibration.trials if t.missed <= RATIO_TOLERANCE]
     assert len({trial.policy.span for trial in reached}) > 1
-    assert calibration.trials[0].comparison.kl == min(trial.comparison.kl for trial in reached)
+    assert calibration.trials[0].cost == min(trial.cost for trial in reached)
+
+
+def test_the_baselines_have_the_policys_warm_up_and_ratio(calibration: Calibration) -> None:
+    assert [b.policy.kind for b in calibration.baselines] == ["fixed", "fixed", "random"]
+    for baseline in calibration.baselines:
+        assert baseline.policy.to_dict()["warmup_tokens"] == 5
+        assert baseline.comparison.dense_perplexity == calibration.held_out.dense_perplexity
+    fixed, chance = calibration.margins
+    assert (fixed.against, chance.against) == ("fixed", "random")
+    assert fixed.skip_ratio == pytest.approx(calibration.held_out.skip_ratio)
 
 
 def test_an_engine_with_the_policy_skips_as_measured(calibration: Calibration) -> None:
@@ -65,22 +77,52 @@ def test_the_saved_policy_belongs_to_its_model(calibration: Calibration, tmp_pat
     measured = json.loads(path.read_text())["measured"]
     assert measured["new_tokens"] == 40
     assert measured["held_out"]["skip_ratio"] == calibration.held_out.skip_ratio
+    assert [b["policy"]["kind"] for b in measured["baselines"]] == ["fixed", "fixed", "random"]
+    assert [m["verdict"] for m in measured["margins"]] == [m.verdict for m in calibration.margins]
     assert len(measured["similarity"]["p10"]) == LAYERS
 
 
-def test_progress_only_grows(calibration: Calibration) -> None:
+def test_progress_only_grows_and_the_result_is_the_same_again(calibration: Calibration) -> None:
     seen: list[tuple[str, float]] = []
     again = calibrate(engine(), [TEXT], 0.3, progress=lambda stage, share: seen.append((stage, share)), **SIZES)
     shares = [share for _, share in seen]
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1.0)
-    assert again.policy == calibration.policy  # and the result does not depend on who watches
+    assert again == calibration
+
+
+@pytest.mark.parametrize("batch_rule", ["all", "majority"])
+def test_rows_that_decide_together_reach_the_ratio(batch_rule: BatchRule) -> None:
+    result = calibrate(engine(), [TEXT], 0.2, batch_rule=batch_rule, spans=(2,), cold_start=2, **SIZES)
+    assert result.policy.batch_rule == batch_rule
+    assert result.reached
+
+
+def test_a_warm_up_that_is_not_given_is_searched() -> None:
+    sizes = SIZES | {"warmup_tokens": None}
+    result = calibrate(engine(), [TEXT], 0.12, spans=(2,), cold_start=2, cold_end=1, **sizes)
+    assert {trial.policy.warmup_tokens for trial in result.trials} == {1, 4, 8, 16, 25}
+    assert {b.policy.to_dict()["warmup_tokens"] for b in result.baselines} == {result.policy.warmup_tokens}
+
+
+def test_thresholds_per_layer_are_no_worse_than_one_for_all() -> None:
+    given = {"spans": (2,), "cold_start": 2, "cold_end": 2, **SIZES}
+    one, many = (calibrate(engine(), [TEXT], 0.2, per_layer=choice, **given) for choice in (False, True))
+    assert many.policy.layer_thresholds is not None
+    assert many.reached
+    assert many.trials[0].cost < one.trials[0].cost
+    assert many.trials[1:] == one.trials
 
 
 @pytest.mark.parametrize(("ratio", "message"), [(0.0, r"in \(0, 1\)"), (1.5, r"in \(0, 1\)"), (0.95, r"at most 0\.7")])
 def test_an_impossible_ratio_is_refused(ratio: float, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         calibrate(engine(), [TEXT], ratio, **SIZES)
+
+
+def test_no_spans_at_all_is_refused() -> None:
+    with pytest.raises(PolicyError, match="spans is empty"):
+        calibrate(engine(), [TEXT], 0.3, spans=(), **SIZES)
 
 
 def test_cold_layers_bound_what_can_be_reached() -> None:
@@ -116,7 +158,6 @@ def test_passages_are_disjoint_and_begin_as_prompts_do() -> None:
 
 def test_every_span_can_be_searched_alone() -> None:
     for span in (None, 1, 4):
-        result = calibrate(engine(), [TEXT], 0.2, spans=(span,), **SIZES)
-        assert isinstance(result.policy, SkipPolicy)
+        result = calibrate(engine(), [TEXT], 0.2, spans=(span,), cold_start=2, **SIZES)
         assert result.policy.span == span
         assert result.reached

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skipkernels.policy import SkipPolicy
-from skipkernels.simulation import rank, reachable_ratio, simulate, threshold_for, windows
+from skipkernels.simulation import rank, reachable_ratio, simulate, tuned
 
 LAYERS = 12
 
@@ -59,23 +59,26 @@ def test_reachable_is_what_the_lowest_threshold_skips(policy: SkipPolicy) -> Non
 
 @pytest.mark.parametrize("span", [None, 1, 3])
 def test_the_threshold_gives_the_ratio(span: int | None) -> None:
-    rows, policy = similarities(), SkipPolicy(span=span)
-    threshold = threshold_for(rows, policy, 0.3)
-    assert simulate(rows, replace(policy, threshold=threshold)).mean() == pytest.approx(0.3, abs=0.005)
+    rows = similarities()
+    policy = tuned(rows, SkipPolicy(threshold=-0.5, span=span), 0.3)
+    assert simulate(rows, policy).mean() == pytest.approx(0.3, abs=0.005)
+    assert simulate(rows, policy).mean() <= 0.3
 
 
-def test_windows_respect_given_bounds() -> None:
-    assert windows(LAYERS, 3, 2) == [(3, 2)]
-    assert {start for start, _ in windows(LAYERS, cold_start=3)} == {3}
-    assert {end for _, end in windows(LAYERS, cold_end=0)} == {0}
+def test_thresholds_per_layer_move_together() -> None:
+    rows, before = similarities(), (0.9, -1.0, 1.0, 0.95, *[0.97] * 8)
+    after = tuned(rows, SkipPolicy(span=2, layer_thresholds=before), 0.25).layer_thresholds
+    assert after is not None
+    assert simulate(rows, SkipPolicy(span=2, layer_thresholds=after)).mean() == pytest.approx(0.25, abs=0.005)
+    factors = [(1 - new) / (1 - old) for old, new in zip(before, after, strict=True) if -1 < old < 1]
+    assert factors == pytest.approx([factors[0]] * 10, rel=1e-4)  # thresholds are rounded to 1e-7
+    assert after[2] == 1.0
 
 
-@pytest.mark.parametrize("layers", [2, 3, 12, 24, 80])
-def test_every_window_is_possible_and_there_are_few(layers: int) -> None:
-    bounds = windows(layers)
-    for start, end in bounds:
-        SkipPolicy(cold_start=start, cold_end=end).plan(layers)
-    assert 1 <= len(bounds) <= 78
+def test_a_ratio_out_of_reach_makes_every_test_pass() -> None:
+    rows = similarities()
+    assert tuned(rows, SkipPolicy(span=1), 0.9).threshold == -1.0
+    assert simulate(rows, tuned(rows, SkipPolicy(span=1, layer_thresholds=(0.9,) * LAYERS), 0.9)).mean() == 5 / LAYERS
 
 
 def test_rank_prefers_windows_where_the_similarity_is_high() -> None:
@@ -89,3 +92,17 @@ def test_rank_drops_what_cannot_reach_the_ratio_and_what_is_the_same() -> None:
     wide, narrow, other = SkipPolicy(span=1), SkipPolicy(span=1, cold_start=8), SkipPolicy(span=2)
     ranked = rank(rows, [wide, wide, narrow, other], 0.4)
     assert sorted(policy.span for policy in ranked) == [1, 2]
+
+
+def test_rank_keeps_a_set_of_layers_that_all_but_reaches_the_ratio() -> None:
+    fixed = SkipPolicy(cold_start=4, cold_end=4)  # layers 5, 6 and 7: 0.25
+    assert rank(similarities(), [fixed], 0.255)[0].threshold == -1.0
+    assert rank(similarities(), [fixed], 0.27) == []
+
+
+def test_rank_does_not_prefer_what_misses_the_ratio() -> None:
+    """Of two policies that leave out as much per skipped FFN, the one that skips fewer is no better."""
+    rows = np.full((100, LAYERS), 0.95, dtype=np.float32)
+    rows[:50, 3] = 0.99
+    half, whole = SkipPolicy(cold_start=3, cold_end=0), SkipPolicy(cold_start=5, cold_end=3)  # 0.33 and 0.25
+    assert rank(rows, [half, whole], 0.255)[0].cold_start == 5

@@ -24,6 +24,7 @@ from skipkernels.cli.models import (
 if TYPE_CHECKING:
     from skipkernels.calibration import Calibration
     from skipkernels.scoring import Comparison
+    from skipkernels.verification import Margin
 
 _SHOWN_TRIALS = 8
 
@@ -48,10 +49,14 @@ def calibrate(
     cold_end: opt.ColdEnd = None,
     warmup_tokens: opt.WarmupTokens = None,
     batch_rule: opt.BatchRule = None,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="Find a threshold for each layer; takes up to twice as long.")
+    ] = False,
 ) -> None:
-    """Find threshold, span and cold layers for a wanted skip ratio, and write them to a policy file.
+    """Find threshold, span, cold layers and warm-up for a wanted skip ratio, and write them to a policy file.
 
-    What is not given is searched for. The figures are measured on held-out text, which the search has not seen.
+    What is not given is searched for. The figures are measured on held-out text, which the search has not seen, beside
+    a fixed and a random choice of FFNs.
     """
     require_folder(out_file, plot)
     if plot is not None:
@@ -72,7 +77,14 @@ def calibrate(
     source, texts = calibration_texts(engine, model_options.model, text)
     started = time.perf_counter()
     calibration = run_calibration(
-        engine, texts, skip_ratio, new_tokens=new_tokens, prompt_tokens=prompt_tokens, passages=passages, **given
+        engine,
+        texts,
+        skip_ratio,
+        new_tokens=new_tokens,
+        prompt_tokens=prompt_tokens,
+        passages=passages,
+        per_layer=per_layer,
+        **given,
     )
     seconds = time.perf_counter() - started
     calibration.save(out_file)
@@ -88,23 +100,25 @@ def calibrate(
 
 
 def _print_result(calibration: Calibration, source: str, seconds: float) -> None:
-    trials = table("search, the best first", "skipped", "top-1", "KL")
+    trials = table("search, the best first", "warm-up", "skipped", "KL")
     for trial in calibration.trials[:_SHOWN_TRIALS]:
-        trials.add_row(trial.policy.label, *_cells(trial.comparison))
+        skipped = percent(trial.comparison.skip_ratio)
+        trials.add_row(trial.policy.label, str(trial.policy.warmup_tokens), skipped, f"{trial.kl:.4f}")
     err.print(trials)
 
     policy, held_out = calibration.policy, calibration.held_out
-    rows = table("on held-out text", "skipping", "dense", title=policy.label)
-    rows.add_row("FFNs skipped", percent(held_out.skip_ratio), percent(0.0))
-    rows.add_row("  past the warm-up", percent(held_out.skip_ratio_past_warmup), percent(0.0))
-    rows.add_row("top-1 agreement with dense", percent(held_out.top1_agreement), percent(1.0))
-    rows.add_row("KL from dense, nats", f"{held_out.kl:.4f}", "0")
-    rows.add_row("perplexity", f"{held_out.perplexity:.3f}", f"{held_out.dense_perplexity:.3f}")
+    rows = table("on held-out text", "skipped", "top-1", "KL", "perplexity", title=policy.label)
+    rows.add_row("dense", percent(0.0), percent(1.0), "0", f"{held_out.dense_perplexity:.3f}")
+    rows.add_row("calibrated", *_cells(held_out), style="bold")
+    for baseline in calibration.baselines:
+        rows.add_row(baseline.policy.label, *_cells(baseline.comparison))
     out.print(rows)
+    for margin in calibration.margins:
+        out.print(margin_sentence(margin, held_out.skip_ratio))
     out.print(
         f"[dim]Holds for {calibration.new_tokens} generated tokens, the first {policy.warmup_tokens} of them warm-up; "
-        f"agreement and KL are those past the warm-up. Text: {source}, {held_out.tokens} held-out tokens; "
-        f"{seconds:.0f} s.[/]"
+        "top-1 agreement with dense and KL from it, in nats, are those past the warm-up, but differences and the "
+        f"search count all tokens. Text: {source}, {held_out.tokens} held-out tokens; {seconds:.0f} s.[/]"
     )
     if not calibration.reached:
         reached = calibration.trials[0].comparison.skip_ratio
@@ -114,8 +128,26 @@ def _print_result(calibration: Calibration, source: str, seconds: float) -> None
         )
 
 
-def _cells(comparison: Comparison) -> tuple[str, str, str]:
-    return percent(comparison.skip_ratio), percent(comparison.top1_agreement), f"{comparison.kl:.4f}"
+def margin_sentence(margin: Margin, ratio: float) -> str:
+    """Whether the policy, which skips ``ratio``, is better than a baseline, and by how much."""
+    baseline = {"fixed": "a fixed choice of layers", "random": "a random choice"}[margin.against]
+    at = percent(ratio)
+    if percent(margin.skip_ratio) != at:
+        at += f" against {percent(margin.skip_ratio)}"
+    interval = (margin.low, margin.high) if margin.kl >= 0 else (-margin.high, -margin.low)
+    return (
+        f"At {at} skipped the policy [bold]{margin.verdict}[/] {baseline}: its KL from dense is {abs(margin.kl):.4f} "
+        f"nats {'lower' if margin.kl >= 0 else 'higher'} (95 % interval {interval[0]:.4f} to {interval[1]:.4f})."
+    )
+
+
+def _cells(comparison: Comparison) -> tuple[str, ...]:
+    return (
+        percent(comparison.skip_ratio),
+        percent(comparison.top1_agreement),
+        f"{comparison.kl:.4f}",
+        f"{comparison.perplexity:.3f}",
+    )
 
 
 def _document(calibration: Calibration, source: str, file: Path, seconds: float) -> dict[str, Any]:
@@ -124,7 +156,10 @@ def _document(calibration: Calibration, source: str, file: Path, seconds: float)
         "policy": calibration.policy.to_dict(),
         "reached": calibration.reached,
         "measured": calibration.measured(),
-        "trials": [{"policy": t.policy.to_dict(), "measured": asdict(t.comparison)} for t in calibration.trials],
+        "trials": [
+            {"policy": t.policy.to_dict(), "kl_of_all_tokens": t.kl, "measured": asdict(t.comparison)}
+            for t in calibration.trials
+        ],
         "text": source,
         "seconds": seconds,
     }

@@ -74,7 +74,7 @@ ColdStart = Annotated[int | None, typer.Option(help="First layers that always ru
 ColdEnd = Annotated[int | None, typer.Option(help="Last layers that always run.", rich_help_panel=_POLICY_PANEL)]
 WarmupTokens = Annotated[
     int | None,
-    typer.Option(help="Generated tokens that skip nothing; default: 25.", rich_help_panel=_POLICY_PANEL),
+    typer.Option(help="Generated tokens that skip nothing; default: 25, or calibrated.", rich_help_panel=_POLICY_PANEL),
 ]
 BatchRule = Annotated[
     str | None,
