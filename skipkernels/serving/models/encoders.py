@@ -25,7 +25,7 @@ class Encoders:
 
     def __init__(self, module: PreTrainedModel) -> None:
         self._seen = _FirstLayer(module.get_input_embeddings())
-        module.set_decoder(self._seen)
+        _replace(module, module.get_decoder(), self._seen)
         module.set_output_embeddings(nn.Identity())
         self._module = module.eval()
 
@@ -51,6 +51,15 @@ class Encoders:
         """By name, without the text decoder's."""
         decoder = set(self._seen.parameters())
         return {name: parameter for name, parameter in self._module.named_parameters() if parameter not in decoder}
+
+
+def _replace(module: nn.Module, part: nn.Module, by: nn.Module) -> None:
+    """Wherever it stands; ``set_decoder`` of transformers does nothing for some families."""
+    for parent in module.modules():
+        for name, child in parent.named_children():
+            if child is part:
+                setattr(parent, name, by)
+                return
 
 
 class _FirstLayer(nn.Module):

@@ -21,6 +21,7 @@ class ImageAudioProcessor(Qwen2_5OmniProcessor):
         chat_template: Any = None,
     ) -> None:
         ProcessorMixin.__init__(self, image_processor, feature_extractor, tokenizer, chat_template=chat_template)
+        self.video_processor = image_processor  # some releases ask it for its merge size, also without videos
         for name in _TOKENS:
             setattr(self, f"{name}_token", getattr(tokenizer, f"{name}_token"))
         for name in _TOKENS[:3]:
