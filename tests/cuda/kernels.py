@@ -1,0 +1,60 @@
+"""The kernels of csrc/cuda, compiled for the CPU, as an executor of single instructions."""
+
+from __future__ import annotations
+
+import sysconfig
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+import torch
+
+from skipkernels.executors.native import native_program
+from skipkernels.program import Program
+from skipkernels.state import DecodeState
+from tests.cuda_host.build import ROOT, build_host_extension, load_module
+from tests.cuda_host.controls import HostRuntime
+
+KERNELS = ROOT / "csrc" / "cuda"
+SOURCES = [*sorted(path for path in KERNELS.glob("*.cu") if path.stem != "condition"), KERNELS / "kernels.cpp"]
+
+
+@cache
+def load(*, sanitize: bool = False, races: bool = False) -> tuple[ModuleType, HostRuntime]:
+    flags = [f"-I{ROOT / 'csrc'}", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+    sources = [*SOURCES, Path(__file__).with_name("module.cpp")]
+    library = build_host_extension(sources, name="kernels.so", sanitize=sanitize, races=races, flags=flags)
+    return load_module("cuda_kernels.kernels", library), HostRuntime(library)
+
+
+class HostKernels:
+    """Runs a program's instructions with the CUDA kernels, their threads scheduled by ``seed``."""
+
+    name = "cuda kernels on the CPU"
+
+    def __init__(
+        self, program: Program, state: DecodeState, *, seed: int = 0, num_sms: int = 3, races: bool = False
+    ) -> None:
+        module, self.runtime = load(races=races)
+        self.runtime.reset(seed=seed)
+        self._kept = program, state, torch.zeros(5000, dtype=torch.uint8)
+        prefetch = self._kept[2]
+        self._native = module.Kernels(
+            native_program(program, state), num_sms, prefetch=prefetch.data_ptr(), prefetch_bytes=prefetch.numel()
+        )
+
+    def run_instruction(self, index: int) -> None:
+        self._checked(lambda: self._native.launch(index))
+
+    def run_overlapped(self) -> None:
+        """The whole program; each kernel may start before the one before it has ended."""
+        self._checked(self._native.launch_overlapped)
+
+    def _checked(self, launch) -> None:  # type: ignore[no-untyped-def]
+        try:
+            launch()
+        except RuntimeError as error:
+            raise AssertionError(self.runtime.failure or str(error)) from error
+        assert not self.runtime.failure, self.runtime.failure
+        assert self._native.arrivals_are_zero()
