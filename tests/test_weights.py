@@ -221,5 +221,5 @@ def test_a_module_with_a_missing_or_misshapen_parameter_is_left_alone() -> None:
 
 
 def test_a_module_elsewhere_must_come_to_the_cpu_first() -> None:
-    with pytest.raises(ModelError, match="is on meta; move the module to the CPU first"):
+    with pytest.raises(ModelError, match="is on meta; move the module to cpu first"):
         packed(tiny_module().to("meta"))
