@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,12 @@ from tests.models import BOS, EOS, byte_tokenizer, random_prompt, tiny_engine, t
 
 pytest.importorskip("lm_eval")
 
+from lm_eval.api import metrics
 from lm_eval.api.instance import Instance
 
 from skipkernels.integrations.lm_eval import MethodLM
+from skipkernels.quality import harness
+from skipkernels.quality.estimate import Metric, estimate
 from skipkernels.quality.harness import HarnessTask
 
 LAYERS = 6
@@ -205,6 +209,21 @@ def test_perplexities_are_summed_up_as_the_harness_does(setup: Setup, tasks: Pat
         expected, _ = expected_log_likelihood("", f"line {number} of the text")
         assert items["word_perplexity"][number] == pytest.approx((-expected, 5.0), rel=1e-3)
         assert items["bits_per_byte"][number] == pytest.approx((-expected / 0.693147, 18.0), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("mean", [1.0, 0.0, 1.0]),
+        ("perplexity", [-1.0, -2.5, -0.5]),
+        ("weighted_perplexity", [(-10.0, 4), (-3.0, 2)]),
+        ("bits_per_byte", [(-10.0, 8), (-3.0, 9)]),
+    ],
+)
+def test_every_way_to_sum_up_is_the_harnesss(kind: str, values: list[Any]) -> None:
+    metric = Metric(kind, harness._UNITS[kind], higher_is_better=True, exponential=harness._UNITS[kind] == "perplexity")
+    items = [harness._item(kind, value) for value in values]
+    assert estimate(metric, items, 0).value == pytest.approx(getattr(metrics, kind)(values))
 
 
 @pytest.mark.slow  # reads the index of all the harness's tasks
