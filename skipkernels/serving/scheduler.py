@@ -160,12 +160,12 @@ class Scheduler:
                 retried=batch.retry,
             )
             self.counters.requests_by_strategy[batch.strategy.name] += 1
-            answers = [answer for answer in ticket.answers if answer is not None]
-            if len(answers) == len(ticket.answers):
+            ticket.unanswered -= 1
+            if not ticket.unanswered:
                 ticket.answer = JobAnswer(
-                    answers=tuple(answers),
+                    answers=tuple(answer for answer in ticket.answers if answer is not None),
                     time_ms=now_ms - ticket.arrival_ms,
-                    promised_accuracy=ticket.promised_sum / len(answers),
+                    promised_accuracy=ticket.promised_sum / len(ticket.answers),
                     deadline_met=now_ms <= ticket.demand.deadline_ms,
                 )
                 self.counters.answered += 1

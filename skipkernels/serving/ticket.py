@@ -22,6 +22,7 @@ class Ticket:
         self.answer: JobAnswer | None = None
         self.failure: str | None = None
         self.answers: list[Answer | None] = [None] * len(job.requests)
+        self.unanswered = len(job.requests)
         self.promised_sum = 0.0  # over the requests that have a strategy
         self._waiting = deque(range(len(job.requests)))  # positions of those that have none yet
         self.demand = Demand(

@@ -28,6 +28,8 @@ class Worker:
         self.closed = False
         self.go = asyncio.Event()
         self.go.set()
+        self.back = asyncio.Event()
+        self.back.set()
         self._comes_back = comes_back
 
     async def run(self, batch: Sequence[Inputs], strategy: Strategy) -> Sequence[Any]:
@@ -43,6 +45,7 @@ class Worker:
         return values
 
     async def recover(self) -> None:
+        await self.back.wait()
         if not self._comes_back:
             raise OSError("the machine is off")
 
@@ -116,6 +119,17 @@ def test_a_request_that_loses_two_workers_fails() -> None:
         assert outputs(await runtime.submit(job("next"))) == ["next"]
 
     with_runtime(check)
+
+
+def test_idle_workers_take_over_while_a_lost_one_comes_back() -> None:
+    async def check(runtime: Runtime, executors: list[Worker]) -> None:
+        for executor in executors:
+            executor.back.clear()
+        assert outputs(await runtime.submit(job([WorkerLost("killed")]))) == [[]]
+        for executor in executors:
+            executor.back.set()
+
+    with_runtime(check, workers=2)
 
 
 def test_a_worker_that_stays_away_is_done_without() -> None:
