@@ -61,6 +61,7 @@ def down_proj_add_kernel(
     mask = wanted[:, None] & inside[None, :]
     before = tl.load(at, mask=mask, other=0.0)
     after = before + change
+    tl.debug_barrier()  # threads of several warps may hold the same element: all have read it before one writes it
     tl.store(at, after, mask=mask)
     if similarity_partials is not None:
         num_partials: tl.constexpr = tl.cdiv(hidden_size, rows_per_partial)

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-STAGES = tl.constexpr(3)
+STAGES = tl.constexpr(4)
 """Tiles of weights on their way from memory while one is multiplied."""
 
 
@@ -39,12 +39,14 @@ def linear(
     The norm's factor is the same for all inputs of a row, so x is read once: its squares are summed alongside the
     products, which are scaled at the end.
     """
+    # where BLOCK_IN divides in_features, the compiler is to know that no mask is needed
+    DIVIDES: tl.constexpr = in_features % BLOCK_IN == 0
     if BLOCK_BATCH == 1:
         squares = tl.zeros([BLOCK_IN], tl.float32)
         products = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
         for start in tl.range(0, in_features, BLOCK_IN, num_stages=STAGES):
             columns = start + tl.arange(0, BLOCK_IN)
-            inside = columns < in_features
+            inside = (columns < in_features) | DIVIDES
             weights = load_weights(weight, features, features_inside, columns, inside, in_features)
             values = tl.load(x + columns, mask=inside, other=0.0)
             if norm is not None:
@@ -57,7 +59,7 @@ def linear(
         sums = tl.zeros([BLOCK_OUT, BLOCK_BATCH], tl.float32)
         for start in tl.range(0, in_features, BLOCK_IN, num_stages=STAGES):
             columns = start + tl.arange(0, BLOCK_IN)
-            inside = columns < in_features
+            inside = (columns < in_features) | DIVIDES
             weights = load_weights(weight, features, features_inside, columns, inside, in_features)
             at = x + rows[None, :] * in_features + columns[:, None]
             values = tl.load(at, mask=wanted[None, :] & inside[:, None], other=0.0)
@@ -94,6 +96,7 @@ def tile(weight: torch.Tensor, batch_size: int, *, unit: int = 1) -> Tile:
     while out > smallest and out_features < out * programs:
         out //= 2
     out = max(out, unit)
-    # one row: 64 products a thread; more: 256 bytes of each matrix row, so that STAGES tiles fit 99 KB on any device
-    columns = 8192 // out if batch_size == 1 else 256 // weight.element_size()
+    # one row: 16 KB of weights, 64 products a thread; more: 128 bytes of each matrix row, or tf32 halves would spill
+    size = weight.element_size()
+    columns = 16384 // (out * size) if batch_size == 1 else 128 // size
     return Tile(out, max(16, min(columns, triton.next_power_of_2(in_features))))

@@ -85,6 +85,18 @@ def test_a_vocabulary_of_several_blocks(levels: int) -> None:
     }, rows=2)  # fmt: skip
 
 
+def test_top_p_cuts_equal_scores_in_the_order_of_their_ids() -> None:
+    """Half of two equal scores is the first: its weight is all that is before the second."""
+    actual, expected = (sample_instruction(torch.zeros(2), top_p=0.5) for _ in range(2))
+    for ins in (actual, expected):
+        ins.when[5:] = 0
+        ins.tensors["top_p"][4] = 0.51
+    TRITON["sample"](actual)
+    sample(expected)
+    assert actual.tensors["next_token"].tolist() == expected.tensors["next_token"].tolist()
+    assert actual.tensors["next_token"][:5].tolist() == [0, 0, 0, 0, 1]  # 1, 1, 1, 0, 1 without the cut
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_zeros_of_either_sign_are_equal(sign: float) -> None:
     logits = torch.tensor([-0.0, 0.0, -0.0, -1.0]) * sign

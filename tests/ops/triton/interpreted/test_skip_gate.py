@@ -16,19 +16,21 @@ from tests.executors.programs import same_bits
 from tests.ops.native import run_natively
 from tests.ops.test_skip_gate import WARMUP, gate, runs
 
+VARIANTS = ["per_row", "all", "majority", "fixed", "random", "holding a ratio"]
+
 
 @st.composite
-def gates(draw: st.DrawFn) -> dict[str, Any]:
+def gates(draw: st.DrawFn, variant: str) -> dict[str, Any]:
     rows, layers, partials = draw(st.integers(1, 16)), draw(st.integers(2, 40)), draw(st.integers(1, 9))
     warmup = draw(st.integers(0, 6))
-    holds = draw(st.booleans())
+    holds = variant == "holding a ratio"
     return {
         "rows": rows,
         "layers": layers,
         "partials": partials,
         "layer": draw(st.integers(1, layers - 1)),
-        "mode": GATE_MODES.index("similarity") if holds else draw(st.integers(0, len(GATE_MODES) - 1)),
-        "batch_rule": BATCH_RULES.index("per_row") if holds else draw(st.integers(0, len(BATCH_RULES) - 1)),
+        "mode": GATE_MODES.index(variant if variant in GATE_MODES else "similarity"),
+        "batch_rule": BATCH_RULES.index(variant if variant in BATCH_RULES else "per_row"),
         "threshold": draw(st.floats(-1.0, 1.0)),
         "span": draw(st.integers(1, 40)),
         "warmup_tokens": warmup,
@@ -37,6 +39,7 @@ def gates(draw: st.DrawFn) -> dict[str, Any]:
         "target_ratio": draw(st.floats(0.01, 0.9)) if holds else 0.0,
         "ramp_tokens": warmup + draw(st.integers(1, 30)),
         "first_gate": draw(st.integers(0, 1)),
+        "tokens": warmup + draw(st.sampled_from([3, 60])),  # a row has generated fewer
         "data": draw(st.integers(0, 1 << 30)),
     }
 
@@ -44,6 +47,7 @@ def gates(draw: st.DrawFn) -> dict[str, Any]:
 def build(settings: dict[str, Any]) -> Instruction:
     values = dict(settings)
     rows, layers, partials = values.pop("rows"), values.pop("layers"), values.pop("partials")
+    tokens = values.pop("tokens")
     generator = torch.Generator().manual_seed(values.pop("data"))
 
     def integers(high: int, *shape: int) -> torch.Tensor:
@@ -60,7 +64,7 @@ def build(settings: dict[str, Any]) -> Instruction:
         skip_remaining=integers(3, rows),
         similarity=torch.full((layers, rows), math.nan),
         similarity_partials=sums,
-        generated=integers(60, rows),
+        generated=integers(tokens, rows),
         skipped=integers(400, rows),
         threshold_scale=torch.rand(rows, generator=generator) * 3 + 0.01,
         **values,
@@ -75,17 +79,18 @@ def check(settings: dict[str, Any]) -> None:
         assert same_bits(tensor, expected.tensors[name]), f"{name}: {tensor} and {expected.tensors[name]}"
 
 
-@settings(max_examples=60)
-@given(gates())
-def test_decisions_are_those_of_native_code(settings: dict[str, Any]) -> None:
-    check(settings)
+@pytest.mark.parametrize("variant", VARIANTS)
+@given(data=st.data())
+def test_decisions_are_those_of_native_code(variant: str, data: st.DataObject) -> None:
+    check(data.draw(gates(variant)))
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, derandomize=False)
-@given(gates())
-def test_decisions_are_those_of_native_code_in_a_long_sweep(settings: dict[str, Any]) -> None:
-    check(settings)
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=500, derandomize=False)
+@given(data=st.data())
+def test_decisions_are_those_of_native_code_in_a_long_sweep(variant: str, data: st.DataObject) -> None:
+    check(data.draw(gates(variant)))
 
 
 def test_more_partials_than_are_read_together() -> None:
@@ -93,7 +98,7 @@ def test_more_partials_than_are_read_together() -> None:
     check({
         "rows": 3, "layers": 4, "partials": 200, "layer": 2, "mode": 0, "batch_rule": 0, "threshold": 0.5, "span": 1,
         "warmup_tokens": 0, "probability": 0.0, "seed": 0, "target_ratio": 0.3, "ramp_tokens": 9, "first_gate": 1,
-        "data": 4,
+        "tokens": 9, "data": 4,
     })  # fmt: skip
 
 
