@@ -96,7 +96,7 @@ def draw(row, best, top_k, top_p, min_p, seed, step, vocab_size: tl.constexpr, B
             at_edge = (key == edge).to(tl.int32)
             before = above + (num_edge + tl.cumsum(at_edge, axis=0) - at_edge) * weight_of(score, top)
             survives = (key > edge) | ((key == edge) & (before < enough))
-            survives &= tokens < vocab_size
+            survives &= (score.to(tl.float64) >= least) & (tokens < vocab_size)
             num_edge += tl.sum(at_edge, axis=0)
             block = start // 4 + tl.arange(0, BLOCK // 4)
             uniform = tl.reshape(philox_uniform(seed, block, step + tl.zeros_like(block), SAMPLE_STREAM), [BLOCK])
