@@ -43,5 +43,5 @@ $(READY): pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 	@test -x $(BIN)/python || { echo "==> creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "==> installing the pinned dependencies and building skipkernels._C (the first time takes minutes)"
 	@$(BIN)/python -m pip install -q -c constraints.txt "setuptools>=77" "pybind11>=3"
-	@$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[plot,serve,ray,test,dev]"
+	@$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[plot,eval,serve,ray,test,dev]"
 	@touch $@

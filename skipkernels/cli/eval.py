@@ -159,17 +159,22 @@ def _print_tables(cells: list[dict[str, Any]], tasks: Sequence[Task], warmup_tok
     for task in tasks:
         details = (f"{name.replace('_', ' ')} {value}" for name, value in task.settings.items() if name != "digest")
         title: str | None = f"{task.name}: {', '.join(details)}"
-        found = [*tables(cells, task.name, task.metrics), group_table(cells, task.name, task.metrics[0])]
-        for headings, rows in filter(None, found):
-            shown = table(*headings, title=title)
-            shown.padding = (0, 1, 0, 0)  # 80 columns
-            for row in rows:
-                shown.add_row(*row)
-            out.print(shown)
+        for headings, rows in tables(cells, task.name, task.metrics):
+            _print_table(title, headings, rows)
             title = None
+        if by_kind := group_table(cells, task.name, task.metrics[0]):
+            _print_table(by_kind[0], *by_kind[1])
     out.print(
         f"[dim]FFNs: executions skipped. Bytes: of the layers' weights, not read. Both per generated token, of which "
         f"the first {warmup_tokens} of every answer run in full. In brackets: 95 %, bootstrap over items.[/]"
     )
     for line in unreachable(cells):
         err.print(f"[yellow]not measured:[/] {line}", markup=True)
+
+
+def _print_table(title: str | None, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    shown = table(*headings, title=title)
+    shown.padding = (0, 1, 0, 0)  # 80 columns
+    for row in rows:
+        shown.add_row(*row)
+    out.print(shown)

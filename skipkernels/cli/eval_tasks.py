@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
     from skipkernels.demo import Fact
     from skipkernels.engine import Engine
     from skipkernels.passages import Passage
+    from skipkernels.quality.full_text import FullText
     from skipkernels.quality.setup import Setup
     from skipkernels.quality.task import Task
 
-TASKS = ("facts", "perplexity", "generation", "summarization", "chat")
+TASKS = ("facts", "perplexity", "agreement", "generation", "summarization", "chat")
 _PANEL = "What is measured"
 
 
@@ -32,7 +34,7 @@ class TaskOptions:
     tasks: Annotated[
         str | None,
         typer.Option(
-            help=f"{', '.join(TASKS)}; with commas between. Default: those with a file, perplexity and generation; "
+            help=f"{', '.join(TASKS)}; with commas between. Default: all that have what they need; "
             "with --lm-eval none.",
             rich_help_panel=_PANEL,
         ),
@@ -100,24 +102,25 @@ class TaskOptions:
         from skipkernels.quality.facts import read_facts, split
         from skipkernels.quality.setup import Setup
 
-        source, texts = calibration_texts(engine, model_options.model, self.text)
-        prose = texts[:1]  # of the bundled model's text, facts are the second part
+        # of the bundled model's text, facts are the second part: those here are not asked later
+        (prose, *_) = calibration_texts(engine, model_options.model, self.text)[1]
         beside = Path(model_options.path) / "facts.jsonl"
         facts_file = self.facts or (beside if beside.exists() else None)
         asked, others = split(read_facts(facts_file), self.limit, seed) if facts_file else ([], [])
         setup = Setup(
             engine,
-            [*prose, *_as_text(engine, others)],
+            [prose, *_as_text(engine, others)],
             prompt_tokens=self.prompt_tokens,
             new_tokens=self.new_tokens,
             passages=self.passages,
             warmup_tokens=warmup_tokens,
             seed=seed,
         )
-        search, held_out = cut_passages(engine, prose, self.passages, self.prompt_tokens, self.new_tokens)
+        search, held_out = cut_passages(engine, [prose], self.passages, self.prompt_tokens, self.new_tokens)
+        material = _Material(setup, search, held_out, asked, others)
         names = self._named() or self._default_tasks(facts_file)
-        made = [self._task(name, setup, search, held_out, asked, others, source) for name in names]
-        return setup, [*made, *self._harness_tasks(setup, search)]
+        made = {name: getattr(self, f"_{name}") for name in TASKS}
+        return setup, [*(made[name](material) for name in names), *self._harness_tasks(material)]
 
     def _named(self) -> list[str]:
         return list(dict.fromkeys(self.tasks.split(","))) if self.tasks else []
@@ -128,72 +131,100 @@ class TaskOptions:
         with_a_file = {"facts": facts_file, "summarization": self.summaries, "chat": self.questions}
         return [name for name in TASKS if with_a_file.get(name, True)]
 
-    def _task(
-        self,
-        name: str,
-        setup: Setup,
-        search: Sequence[Passage],
-        held_out: Sequence[Passage],
-        asked: Sequence[Fact],
-        others: Sequence[Fact],
-        source: str,
-    ) -> Task:
-        from skipkernels.quality.chat import Chat
+    def _facts(self, material: _Material) -> Task:
         from skipkernels.quality.facts import Facts
-        from skipkernels.quality.ffn_methods import Full
-        from skipkernels.quality.free_generation import FreeGeneration
-        from skipkernels.quality.judge import Judge
+
+        if not material.asked:
+            raise RequestError("the task 'facts' needs a file; --facts names one (JSONL of question and answer)")
+        return Facts(material.setup.engine, material.asked, material.others)
+
+    def _perplexity(self, material: _Material) -> Task:
         from skipkernels.quality.perplexity import Perplexity
+
+        source = "the standard library's documentation" if self.text is None else str(self.text)
+        return Perplexity(material.held_out, material.search, source)
+
+    def _agreement(self, material: _Material) -> Task:
+        from skipkernels.quality.agreement import Agreement
+
+        return Agreement(*material.full_texts)
+
+    def _generation(self, material: _Material) -> Task:
+        from skipkernels.quality.free_generation import FreeGeneration
+
+        return FreeGeneration(*material.full_texts)
+
+    def _summarization(self, material: _Material) -> Task:
         from skipkernels.quality.summarization import Summarization
 
-        engine = setup.engine
-        if name == "facts":
-            if not asked:
-                raise RequestError("the task 'facts' needs a file; --facts names one (JSONL of question and answer)")
-            return Facts(engine, asked, others)
-        if name == "perplexity":
-            return Perplexity(held_out, search, source)
-        if name == "generation":
-            full = Full()
-            return FreeGeneration(held_out, search, full.build(setup, full.find(setup, 0.0, search)), source)
-        if name == "summarization":
-            if self.summaries is None:
-                raise RequestError(
-                    "the task 'summarization' needs a file; --summaries names one (JSONL of article and summary)"
-                )
-            return Summarization(engine, self.summaries, search, limit=self.limit, max_new_tokens=self.answer_tokens)
+        if self.summaries is None:
+            raise RequestError(
+                "the task 'summarization' needs a file; --summaries names one (JSONL of article and summary)"
+            )
+        return Summarization(
+            material.setup.engine,
+            self.summaries,
+            material.search,
+            limit=self.limit,
+            max_new_tokens=self.answer_tokens,
+        )
+
+    def _chat(self, material: _Material) -> Task:
+        from skipkernels.quality.chat import Chat
+        from skipkernels.quality.judge import Judge
+
         if self.questions is None:
             raise RequestError("the task 'chat' needs a file; --questions names one (MT-Bench's question.jsonl)")
         judge = None
         if self.judge_url and self.judge_model:
             judge = Judge(self.judge_url, self.judge_model, self.judge_timeout)
         return Chat(
-            engine,
+            material.setup.engine,
             self.questions,
             self.answers,
-            search,
+            material.search,
             judge=judge,
             limit=self.limit,
             max_new_tokens=self.answer_tokens,
         )
 
-    def _harness_tasks(self, setup: Setup, search: Sequence[Passage]) -> list[Task]:
+    def _harness_tasks(self, material: _Material) -> list[Task]:
         if self.lm_eval is None:
             return []
         from skipkernels.quality.harness import HarnessTask
 
         return [
             HarnessTask(
-                setup.engine,
+                material.setup.engine,
                 name,
-                search,
+                material.search,
                 include=self.lm_eval_include,
                 limit=self.limit,
                 decoded_context=self.lm_eval_context,
-                seed=setup.seed,
+                seed=material.setup.seed,
             )
             for name in dict.fromkeys(self.lm_eval.split(","))
         ]
+
+
+@dataclass
+class _Material:
+    """What tasks are made of."""
+
+    setup: Setup
+    search: Sequence[Passage]
+    held_out: Sequence[Passage]
+    asked: Sequence[Fact]
+    others: Sequence[Fact]
+
+    @cached_property
+    def full_texts(self) -> tuple[FullText, FullText]:
+        """Text of the full model to measure on, and to set ratios on."""
+        from skipkernels.quality.ffn_methods import Full
+        from skipkernels.quality.full_text import FullText
+
+        full = Full().build(self.setup, Full().find(self.setup, 0.0, ()))
+        return FullText(self.held_out, full), FullText(self.search, full)
 
 
 def _as_text(engine: Engine, facts: Sequence[Fact]) -> list[Sequence[int]]:

@@ -32,8 +32,9 @@ def tables(cells: Sequence[Cell], task: str, metrics: Sequence[Metric]) -> Itera
         yield [*headings, "of full"] if compared else headings, rows
 
 
-def group_table(cells: Sequence[Cell], task: str, metric: Metric) -> Table | None:
-    """A metric by the kind of item, for every method at the ratio nearest to 25 %; None where there are no kinds."""
+def group_table(cells: Sequence[Cell], task: str, metric: Metric) -> tuple[str, Table] | None:
+    """A metric by the kind of item, for every method at the ratio nearest to 25 %, with its title; None where there
+    are no kinds."""
     chosen: dict[str, Cell] = {}
     for cell in _measured(cells, task):
         before = chosen.get(cell["method"])
@@ -43,12 +44,12 @@ def group_table(cells: Sequence[Cell], task: str, metric: Metric) -> Table | Non
     if groups is None or len(groups) < 2:
         return None
     ratios = sorted({_name(cell)[1] for cell in chosen.values()} - {""})
-    headings = [" at ".join([metric.name, *([", ".join(ratios)] if ratios else [])]), "items", *chosen]
+    title = f"{metric.name}, % by kind" if metric.unit == "share" else f"{metric.name} by kind"
     rows = []
     for group, values in groups.items():
         in_group = [cell["groups"][group][metric.name]["value"] for cell in chosen.values()]
-        rows.append([group, str(values["items"]), *(shown_value(metric, value) for value in in_group)])
-    return headings, rows
+        rows.append([group, str(values["items"]), *(shown_value(metric, value).rstrip("%") for value in in_group)])
+    return " at ".join([title, *ratios[:1]]), (["kind", "items", *chosen], rows)
 
 
 def unreachable(cells: Sequence[Cell]) -> Iterator[str]:

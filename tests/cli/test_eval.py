@@ -32,13 +32,21 @@ def test_a_command_measures_every_method_at_every_ratio(run: Run, checkpoint: st
     words = ["eval", checkpoint, "--text", prose, "--facts", facts, *METHODS, *SIZES, "--json", "out.json"]
     result = run(*words, "--plot", "quality.png")
     assert result.exit_code == 0, result.output
-    for part in ("facts", "exact match", "perplexity", "KL from full", "of full", "wrote out.json and quality.png"):
+    for part in (
+        "facts",
+        "exact match",
+        "perplexity",
+        "KL from full",
+        "of full",
+        "exact match, % by kind at 20%",
+        "wrote out.json and quality.png",
+    ):
         assert part in result.stdout
     assert "the first 1 of every answer run in full" in " ".join(result.stdout.split())
     assert Path("quality.png").read_bytes().startswith(b"\x89PNG")
     written = document()
-    tasks = ("facts", "perplexity", "generation")
-    assert len(written["cells"]) == 3 * (1 + 3)
+    tasks = ("facts", "perplexity", "agreement", "generation")
+    assert len(written["cells"]) == 4 * (1 + 3)
     assert {cell["task"] for cell in written["cells"]} == set(tasks)
     assert written["environment"].keys() >= {"device", "versions", "commit", "date"}
     assert written["settings"]["warmup_tokens"] == 1

@@ -9,8 +9,11 @@ import torch
 
 from skipkernels.errors import RequestError, SkipkernelsError
 from skipkernels.passages import Passage
+from skipkernels.quality.agreement import Agreement
 from skipkernels.quality.estimate import estimate
 from skipkernels.quality.free_generation import FreeGeneration, common_prefix, repeated
+from skipkernels.quality.full_text import FullText
+from skipkernels.quality.method import Method
 from skipkernels.quality.methods import METHODS
 from skipkernels.quality.perplexity import PERPLEXITY, Perplexity
 from skipkernels.quality.setup import Setup
@@ -22,6 +25,10 @@ from tests.quality.fakes import FakeMethod
 PASSAGES = [Passage(tuple(random_prompt(8 + 20, seed)), 8) for seed in range(3)]
 
 
+def method(setup: Setup, name: str) -> Method:
+    return METHODS[name].build(setup, METHODS[name].find(setup, 0.4, ALIKE))
+
+
 def test_perplexity_is_that_of_transformers(setup: Setup) -> None:
     module = tiny_module(num_hidden_layers=LAYERS)  # the setup's
     nats = 0.0
@@ -31,43 +38,56 @@ def test_perplexity_is_that_of_transformers(setup: Setup) -> None:
             log_probs = module(tokens).logits.log_softmax(-1)[0, 7:-1]
             nats -= float(log_probs.gather(1, tokens[0, 8:, None]).sum())
     task = Perplexity(PASSAGES, ALIKE, "random")
-    full = METHODS["full"].build(setup, METHODS["full"].find(setup, 0.0, ALIKE))
-    outcome = task.run(full, "full")
+    outcome = task.run(method(setup, "full"), "full")
     value = estimate(PERPLEXITY, outcome.items["perplexity"], 0).value
     assert value == pytest.approx(math.exp(nats / 60), rel=1e-4)
     assert outcome.work.tokens == 60
     assert task.settings == {"text": "random", "passages": 3, "prompt_tokens": 8, "new_tokens": 20}
 
 
-def test_the_full_model_does_not_depart_from_itself(setup: Setup) -> None:
-    full = METHODS["full"].build(setup, METHODS["full"].find(setup, 0.0, ALIKE))
-    task = FreeGeneration(PASSAGES, ALIKE, full, "random")
-    done: list[int] = []
-    items = task.run(full, "full", done.append).items
-    assert sum(done) == task.total == 6
+@pytest.fixture(scope="module")
+def texts(setup: Setup) -> tuple[FullText, FullText]:
+    full = method(setup, "full")
+    return FullText(PASSAGES, full), FullText(ALIKE, full)
+
+
+def test_the_full_models_text_is_what_it_writes(setup: Setup, texts: tuple[FullText, FullText]) -> None:
+    for given, passage in zip(PASSAGES, texts[0].passages, strict=True):
+        (generation,) = setup.engine.generate([given.token_ids[:8]], max_new_tokens=20, eos_token_ids=())
+        assert passage == Passage((*given.token_ids[:8], *generation.token_ids), 8)
+    assert texts[0].passages is texts[0].passages  # written once
+
+
+def test_the_full_model_agrees_with_itself(setup: Setup, texts: tuple[FullText, FullText]) -> None:
+    full, done = method(setup, "full"), []
+    items = Agreement(*texts).run(full, "full", done.append).items
     assert [item for item, _ in items["KL from full"]] == pytest.approx([0.0] * 3, abs=1e-5)
     assert items["top-1 agreement"] == [(20.0, 20.0)] * 3
-    assert items["common prefix"] == [(20.0, 1.0)] * 3
+    assert FreeGeneration(*texts).run(full, "full", done.append).items["common prefix"] == [(20.0, 1.0)] * 3
+    assert sum(done) == Agreement(*texts).total + FreeGeneration(*texts).total == 6
 
 
-def test_another_method_departs(setup: Setup) -> None:
-    full, other = (METHODS[name].build(setup, METHODS[name].find(setup, 0.4, ALIKE)) for name in ("full", "fixed"))
-    items = FreeGeneration(PASSAGES, ALIKE, full, "random").run(other, "fixed").items
-    written = [
-        answer.token_ids
-        for answer in full.generate([p.token_ids[:8] for p in PASSAGES], max_new_tokens=20, eos_token_ids=())
-    ]
-    answers = other.generate([p.token_ids[:8] for p in PASSAGES], max_new_tokens=20, eos_token_ids=())
-    forced = [Passage((*p.token_ids[:8], *text), 8) for p, text in zip(PASSAGES, written, strict=True)]
-    dense = full.score(forced, keep_log_probs=True)
-    for index, reading in enumerate(other.score(forced, reference=dense)):
+def test_another_method_departs(setup: Setup, texts: tuple[FullText, FullText]) -> None:
+    other, dense = method(setup, "fixed"), texts[0].readings
+    agreement, free = (task.run(other, "fixed") for task in (Agreement(*texts), FreeGeneration(*texts)))
+    answers = other.generate(texts[0].prompts, max_new_tokens=20, eos_token_ids=())
+    for index, reading in enumerate(other.score(texts[0].passages, reference=dense)):
         assert reading.kl is not None
-        assert items["KL from full"][index][0] == pytest.approx(float(reading.kl.sum()), rel=1e-5)
-        agree = sum(a == b for a, b in zip(reading.argmax.tolist(), written[index], strict=True))
-        assert items["top-1 agreement"][index] == (agree, 20.0)
-        same = next((n for n in range(20) if answers[index].token_ids[n] != written[index][n]), 20)
-        assert items["common prefix"][index] == (same, 1.0)
+        written = texts[0].passages[index].token_ids[8:]
+        assert agreement.items["KL from full"][index] == (pytest.approx(float(reading.kl.sum()), rel=1e-5), 20.0)
+        agree = sum(a == b for a, b in zip(reading.argmax.tolist(), written, strict=True))
+        assert agreement.items["top-1 agreement"][index] == (agree, 20.0)
+        same = next((n for n in range(20) if answers[index].token_ids[n] != written[n]), 20)
+        assert free.items["common prefix"][index] == (same, 1.0)
         assert same < 20
+    assert agreement.work.tokens == free.work.tokens == 60
+
+
+def test_what_sets_the_ratio_is_other_text_of_the_full_model(texts: tuple[FullText, FullText]) -> None:
+    for task in (Agreement(*texts), FreeGeneration(*texts)):
+        assert task.alike == texts[1].passages
+        assert not {p.token_ids[:8] for p in task.alike} & {p.token_ids[:8] for p in texts[0].passages}
+        assert task.settings == {"prompts": 3, "new_tokens": 20}
 
 
 def test_prefix_and_repetition_by_hand() -> None:
@@ -86,9 +106,9 @@ def test_rouge_by_hand(setup: Setup, tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text(PAIRS)
     task = Summarization(setup.engine, path, ALIKE, max_new_tokens=20)
-    method = FakeMethod(["the brown quick fox jumps", "dogs"])
-    items = task.run(method, "fake").items
-    assert method.prompts[1] == setup.engine.encode("Another.\n\nTL;DR:")
+    writer = FakeMethod(["the brown quick fox jumps", "dogs"])
+    items = task.run(writer, "fake").items
+    assert writer.prompts[1] == setup.engine.encode("Another.\n\nTL;DR:")
     # 4 of 5 words and 4 of 4; no pair of words; longest common subsequence of 3; "dogs" is "dog" by its stem
     assert [item for item, _ in items["ROUGE-1"]] == pytest.approx([2 * 0.8 * 1 / 1.8, 2 * 1 * 0.5 / 1.5])
     assert [item for item, _ in items["ROUGE-2"]] == [0.0, 0.0]

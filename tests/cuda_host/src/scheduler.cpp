@@ -74,7 +74,8 @@ std::string Scheduler::run(const std::vector<const Launch*>& chain, unsigned max
     early_dependents_ = order_ == Order::ascending || (order_ == Order::shuffled && random_below(2));
     grids_.reserve(chain.size());  // threads point to their grid
     for (const Launch* launch : chain) {
-        grids_.push_back(make_grid(*launch, grids_.empty() ? nullptr : &grids_.back(), max_resident_blocks));
+        Grid* primary = grids_.empty() ? nullptr : &grids_.back();
+        grids_.push_back(make_grid(*launch, primary, max_resident_blocks, chain.size() > 1));
     }
     race::detector.begin_run();
     may_start_blocks_ = true;
@@ -97,12 +98,14 @@ std::string Scheduler::run(const std::vector<const Launch*>& chain, unsigned max
     return std::exchange(failure_, {});
 }
 
-Grid Scheduler::make_grid(const Launch& launch, Grid* primary, unsigned max_resident_blocks) {
+Grid Scheduler::make_grid(const Launch& launch, Grid* primary, unsigned max_resident_blocks, bool overlaps) {
     Grid grid;
     grid.launch = &launch;
     grid.primary = primary;
     grid.block_order.resize(volume(launch.grid));
     std::iota(grid.block_order.begin(), grid.block_order.end(), 0u);
+    // kernels overlap most when all blocks are there
+    if (order_ == Order::ascending && overlaps) grid.max_resident = std::min(grid.num_blocks(), max_resident_blocks);
     if (order_ == Order::descending) std::reverse(grid.block_order.begin(), grid.block_order.end());
     if (order_ == Order::shuffled) {
         for (unsigned i = grid.num_blocks(); i > 1; --i)
@@ -250,13 +253,15 @@ void Scheduler::wait_a_while() {
 
 void Scheduler::trigger_dependents() {
     Block& block = *current_->block;
-    if (std::exchange(block.triggered, true)) return;
     Grid& grid = *block.grid;
-    ++grid.triggered;
-    // a block that has waited starts dependents behind the end of all that came before it
-    if (!current_->waited_for_dependency) grid.ended_by_trigger = grid.ended_before;
-    may_start_blocks_ = true;
-    maybe_yield();
+    if (!std::exchange(block.triggered, true)) {
+        ++grid.triggered;
+        // a block that has waited starts dependents behind the end of all that came before it
+        if (!current_->waited_for_dependency) grid.ended_by_trigger = grid.ended_before;
+        may_start_blocks_ = true;
+    }
+    // early dependents run as far as they get before this thread goes on
+    if (early_dependents_ && &grid != &grids_.back()) wait_a_while();
 }
 
 void Scheduler::wait_for_dependency() {

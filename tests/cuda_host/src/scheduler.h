@@ -107,7 +107,7 @@ class Scheduler {
         uint64_t operator()();
     };
 
-    Grid make_grid(const Launch& launch, Grid* primary, unsigned max_resident_blocks);
+    Grid make_grid(const Launch& launch, Grid* primary, unsigned max_resident_blocks, bool overlaps);
     void start_blocks();
     void start_block(Grid& grid);
     void finish_block(Block& block);
