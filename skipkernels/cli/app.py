@@ -18,6 +18,7 @@ from skipkernels.cli.demo import demo
 from skipkernels.cli.env import env
 from skipkernels.cli.eval import evaluate
 from skipkernels.cli.generate import generate
+from skipkernels.cli.serve import serve
 from skipkernels.cli.trace import trace
 from skipkernels.errors import SkipkernelsError
 
@@ -78,6 +79,7 @@ app.command()(generate)
 app.command()(calibrate)
 app.command()(trace)
 app.command("eval")(evaluate)
+app.command()(serve)
 app.add_typer(bench, name="bench")
 app.command()(demo)
 app.command()(env)

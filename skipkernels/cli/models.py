@@ -198,15 +198,20 @@ def run_calibration(engine: Engine, texts: Sequence[str | Sequence[int]], ratio:
 def calibration_texts(engine: Engine, model: str, file: Path | None) -> tuple[str, list[str | Sequence[int]]]:
     """Text to calibrate on, and what to call it: a file's, or else the built-in text."""
     if file is not None:
-        try:
-            return str(file), [file.read_text(encoding="utf-8")]
-        except OSError as error:
-            raise RequestError(f"{file}: cannot be read ({error.strerror})") from error
-        except UnicodeDecodeError as error:
-            raise RequestError(f"{file}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        return str(file), [read_text(file)]
     from skipkernels.cli.builtin_text import demo_streams, documentation
 
     with err.status("collecting the standard library's documentation ..."):
         if model == DEMO and engine.tokenizer is not None:
             return "documentation and facts", list(demo_streams(engine.tokenizer))
         return "the standard library's documentation", ["\n\n".join(documentation())]
+
+
+def read_text(file: Path) -> str:
+    """Raises RequestError where there is none."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"{file}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{file}: is not UTF-8 text ({error.reason} at byte {error.start})") from error

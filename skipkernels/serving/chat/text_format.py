@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, cast
 
 from skipkernels.errors import RequestError
 from skipkernels.generation import SamplingParams
+from skipkernels.policy import RAMP_TOKENS
 from skipkernels.serving.chat.chat import DEFAULT_NEW_TOKENS, Chat
 from skipkernels.serving.job import Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROFILED_NEW_TOKENS = 32
-"""New tokens of the request whose cost is 1."""
+PROFILED_NEW_TOKENS = RAMP_TOKENS
+"""New tokens of the request whose cost is 1: as many as a held skip ratio takes to come to its target."""
 
 
 @dataclass(frozen=True)

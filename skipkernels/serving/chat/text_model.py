@@ -42,7 +42,7 @@ class TextModel:
         metric: what the profile's accuracies mean.
     """
 
-    modalities = ("text",)
+    modalities: tuple[str, ...] = ("text",)
 
     def __init__(self, name: str, engine: Engine, policies: Mapping[float, Policy], metric: Metric) -> None:
         if engine.tokenizer is None:
@@ -53,15 +53,16 @@ class TextModel:
         self.dtype = engine.dtype
         self.strategies = tuple(Strategy(("text",), level) for level in policies)
         self.fingerprint = f"{engine.fingerprint}-{policies_hash(policies)}"
-        self.format: ChatFormat = TextFormat(engine.tokenizer, engine.max_seq_len, prefill_share(engine))
-        self._engine = engine
+        self.engine = engine
+        self.prefill_share = prefill_share(engine)
+        self.format: ChatFormat = TextFormat(engine.tokenizer, engine.max_seq_len, self.prefill_share)
         self._policies = {strategy: policies[strategy.skip_level] for strategy in self.strategies}
         self._metric = metric
 
     def run(self, batch: Sequence[Inputs], strategy: Strategy) -> list[Completion]:
         """Decodes the prompts together; each row ends at its own limit, stop string or end of sequence."""
         prompts = [inputs["text"].token_ids for inputs in batch]
-        return complete(self._engine, self._policies[strategy], batch, prompts)
+        return complete(self.engine, self._policies[strategy], batch, prompts)
 
     def score(self, output: Completion, expected: str) -> float:
         return self._metric(output.text, expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+from collections.abc import Callable
 
 import uvicorn
 
@@ -17,11 +18,16 @@ LOOPBACK = "127.0.0.1"
 
 class Server(uvicorn.Server):
     """Serves until it is told to stop. Then it takes no more connections and requests, and ends when every accepted
-    request is answered; those that are not within ``grace_s`` are answered with an error."""
+    request is answered; those that are not within ``grace_s`` are answered with an error.
 
-    def __init__(self, service: Service, *, grace_s: float) -> None:
+    Args:
+        on_started: called when connections are taken.
+    """
+
+    def __init__(self, service: Service, *, grace_s: float, on_started: Callable[[], None] = lambda: None) -> None:
         self._service = service
         self._grace_s = grace_s
+        self._on_started = on_started
         config = uvicorn.Config(
             create_app(service),
             # named, because "auto" takes whatever else is installed
@@ -35,6 +41,11 @@ class Server(uvicorn.Server):
             proxy_headers=False,
         )
         super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         closing = asyncio.create_task(self._service.close(self._grace_s))
@@ -59,12 +70,14 @@ def listen(host: str = LOOPBACK, port: int = 0) -> socket.socket:
     return listener
 
 
-def serve(service: Service, listener: socket.socket, *, grace_s: float) -> None:
-    """Serves until SIGTERM or SIGINT."""
+def serve(
+    service: Service, listener: socket.socket, *, grace_s: float, on_started: Callable[[], None] = lambda: None
+) -> None:
+    """Serves until SIGTERM or SIGINT; see ``Server``."""
     # uvicorn raises the signal again when it is done, for handlers that were there before
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        asyncio.run(Server(service, grace_s=grace_s).serve(sockets=[listener]))
+        asyncio.run(Server(service, grace_s=grace_s, on_started=on_started).serve(sockets=[listener]))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

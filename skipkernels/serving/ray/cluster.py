@@ -78,7 +78,7 @@ def ray_cluster(address: str | None = None, *, cpus: float | None = None) -> Ite
 
 def _set_environment() -> None:
     missing = {name for name, value in ENVIRONMENT.items() if os.environ.get(name) != value}
-    if missing and "ray" in sys.modules:
+    if missing and sys.modules.get("ray"):
         raise SkipkernelsError(
             f"Ray was imported before it was told to stay on {LOOPBACK}; import it later, or set {', '.join(missing)}"
         )

@@ -1,7 +1,7 @@
 """A Ray cluster of this machine, for all tests of a module, and services on it."""
 
 import asyncio
-import importlib.util
+import os
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from skipkernels.serving.http.service import Service
+from skipkernels.serving.ray.loopback import ENVIRONMENT
 from tests.serving.http.fakes import PROFILE, EchoFormat, EchoModel, client_of
 
 if TYPE_CHECKING:
@@ -21,12 +22,12 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[3]
 WORD_S = 0.02
+os.environ |= ENVIRONMENT  # before anything imports Ray
 
 
 @pytest.fixture(scope="module")
 def cluster() -> "Iterator[Cluster]":
-    if importlib.util.find_spec("ray") is None:  # to import it here would be too early
-        pytest.skip("Ray is not installed")
+    pytest.importorskip("ray")
     from skipkernels.serving.ray.cluster import ray_cluster
 
     with pytest.MonkeyPatch.context() as patch:

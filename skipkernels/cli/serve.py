@@ -1,0 +1,190 @@
+"""``skipkernels serve``: a model behind OpenAI's HTTP interface, under deadlines and accuracy requirements."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from skipkernels.cli.console import err, progress_bar, require_folder, table
+from skipkernels.cli.groups import grouped
+from skipkernels.cli.models import POLICY_FILE, ModelOptions, read_text
+from skipkernels.cli.serve_options import ClusterOptions, LimitOptions, SchedulingOptions, ServerOptions
+from skipkernels.errors import SkipkernelsError
+
+if TYPE_CHECKING:
+    from skipkernels.serving.chat.chat import ChatFormat
+    from skipkernels.serving.chat.loading import ChatModelLoader
+    from skipkernels.serving.http.backend import Backend
+    from skipkernels.serving.profile import Profile
+    from skipkernels.serving.strategy import ModalityModel
+
+Measure = Callable[..., "Profile"]
+"""Takes a ``TextModel``, and perhaps ``progress``."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an HTTP server needs, wherever the model runs."""
+
+    profile: Profile
+    format: ChatFormat
+    backend: Backend
+
+
+@grouped
+def serve(
+    model_options: ModelOptions,
+    scheduling: SchedulingOptions,
+    server: ServerOptions,
+    limits: LimitOptions,
+    cluster: ClusterOptions,
+) -> None:
+    """Serve MODEL over HTTP: /v1/chat/completions as OpenAI has it, and deadline_ms and min_accuracy in addition."""
+    try:
+        from skipkernels.serving.http.server import listen
+        from skipkernels.serving.http.server import serve as serve_http
+        from skipkernels.serving.http.service import Service
+    except ImportError as error:
+        raise SkipkernelsError(f"serving needs more packages ({error}): pip install skipkernels[serve]") from error
+    from skipkernels.serving.policies import get_policy
+
+    get_policy(scheduling.selection)  # a wrong name is refused before a model is loaded
+    require_folder(scheduling.profile)
+    with listen(server.host, server.port) as listener:
+        load = _loader(model_options, scheduling, cluster)
+        starting = _on_ray(load, scheduling, cluster) if cluster.ray else _here(load, scheduling)
+        with starting as served:
+            profile = replace(served.profile, model=model_options.model)  # a file's may have another name
+            service = Service(profile, served.format, served.backend, limits=limits.limits(), api_key=server.api_key)
+            serve_http(
+                service, listener, grace_s=server.grace_s, on_started=lambda: _announce(profile, listener, server)
+            )
+    err.print("stopped")
+
+
+def _loader(model_options: ModelOptions, scheduling: SchedulingOptions, cluster: ClusterOptions) -> ChatModelLoader:
+    from skipkernels.serving.chat.loading import ChatModelLoader
+
+    path = model_options.path
+    if (folder := Path(path)).is_dir():
+        path = str(folder.resolve())  # another process may have another working directory
+    beside = Path(path) / POLICY_FILE
+    policy_file = scheduling.policy or (beside if beside.exists() else None)
+    threads = model_options.threads
+    options: dict[str, Any] = {
+        "device": model_options.device,
+        "dtype": model_options.dtype,
+        "max_seq_len": model_options.max_seq_len,
+        "max_batch_size": scheduling.max_batch_size,
+        "executor": model_options.executor,
+        "num_threads": (threads or 1) if cluster.ray else threads,  # replicas share the processors
+        "kernels": model_options.kernels,
+        "conditional": model_options.conditional,
+        "loop": model_options.loop,
+    }
+    return ChatModelLoader(
+        name=model_options.model,
+        path=path,
+        skip_levels=scheduling.levels,
+        policy_file=None if policy_file is None else str(policy_file.resolve()),
+        options=options,
+    )
+
+
+@contextmanager
+def _here(load: ChatModelLoader, scheduling: SchedulingOptions) -> Iterator[Served]:
+    """The model in this process, beside the server."""
+    from skipkernels.serving.http.backend import Embedded
+    from skipkernels.serving.runtime import Runtime
+    from skipkernels.serving.thread_executor import ThreadExecutor
+
+    with err.status(f"loading {load.name} ..."):
+        model = load()
+
+    def run(measure: Measure) -> Profile:
+        with progress_bar("profiling") as report:
+            return measure(model, progress=report)
+
+    profile = _profile(model, scheduling, run, resumable=True)
+    runtime = Runtime(profile, [ThreadExecutor(model)], scheduling.selection, **scheduling.runtime_options)
+    yield Served(profile, model.format, Embedded(runtime))
+
+
+@contextmanager
+def _on_ray(load: ChatModelLoader, scheduling: SchedulingOptions, options: ClusterOptions) -> Iterator[Served]:
+    """The model in processes of its own."""
+    from skipkernels.serving.ray.cluster import Resources, ray_cluster
+
+    reserved = Resources(cpus=load.options["num_threads"], gpus=float(load.options["device"].startswith("cuda")))
+    with ray_cluster(options.ray_address) as cluster:
+        with err.status(f"loading {load.name} on Ray ..."):
+            replicas = cluster.start_replicas(load, options.replicas, reserved)
+            description = cluster.describe(replicas[0])
+
+        def run(measure: Measure) -> Profile:
+            with err.status("profiling ..."):
+                return cluster.profile(replicas[0], measure)
+
+        profile = _profile(cast("ModalityModel", description), scheduling, run, resumable=False)
+        with err.status("starting the scheduler ..."):
+            backend = cluster.start_scheduler(
+                profile, replicas, policy=scheduling.selection, **scheduling.runtime_options
+            )
+        yield Served(profile, description.format, backend)
+
+
+def _profile(
+    model: ModalityModel, scheduling: SchedulingOptions, run: Callable[[Measure], Profile], *, resumable: bool
+) -> Profile:
+    """From the file, or measured by ``run``.
+
+    Args:
+        resumable: whether a measurement that was killed goes on where it was.
+    """
+    from skipkernels.serving.chat import text_profile
+    from skipkernels.serving.errors import ProfileError
+    from skipkernels.serving.profile_file import load_profile, save_profile
+
+    path = scheduling.profile
+    if path is not None and path.exists():
+        return load_profile(path, model=model)
+    if tuple(model.modalities) != ("text",):
+        raise ProfileError(
+            f"{model.name} takes {', '.join(model.modalities)}, and its profile needs samples with right answers: "
+            "measure it with skipkernels.serving.profiler, and give --profile FILE"
+        )
+    effort = text_profile.QUICK if path is None else text_profile.THOROUGH
+    journal = path.with_suffix(".journal") if path is not None and resumable else None
+    texts = _texts(scheduling.text)
+    profile = run(partial(text_profile.measure_text_profile, texts=texts, effort=effort, journal=journal))
+    if path is not None:
+        save_profile(path, profile)
+        err.print(f"[dim]wrote {path}[/]")
+    return profile
+
+
+def _texts(file: Path | None) -> list[str]:
+    """What to profile on."""
+    if file is not None:
+        return [read_text(file)]
+    from skipkernels.cli.builtin_text import documentation
+
+    with err.status("collecting the standard library's documentation ..."):
+        return ["\n\n".join(documentation())]
+
+
+def _announce(profile: Profile, listener: socket.socket, server: ServerOptions) -> None:
+    rows = table("strategy", "promised accuracy", "ms")
+    for entry in profile.strategies:
+        rows.add_row(entry.strategy.name, f"{entry.promised_accuracy:.3f}", f"{entry.median_ms(1):.1f}")
+    err.print(rows)
+    host, port = listener.getsockname()[:2]
+    if server.open_to_others:
+        err.print(f"[yellow]whoever reaches {host} may use it: there is no --api-key[/]")
+    shown = f"[{host}]" if ":" in host else host
+    err.print(f"serving {profile.model} at http://{shown}:{port}/v1, Ctrl-C stops it", soft_wrap=True, markup=False)

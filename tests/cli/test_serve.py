@@ -1,0 +1,247 @@
+"""``serve``: the bundled model over HTTP, from a command line to SIGTERM."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from typer.testing import Result
+
+from skipkernels import Engine
+from skipkernels.demo import demo_model_path
+from skipkernels.serving.chat.text_profile import Effort
+from skipkernels.serving.http.service import Service
+from skipkernels.serving.profile_file import load_profile
+from tests.cli.test_errors import assert_one_line
+
+Run = Callable[..., Result]
+QUESTION = "Q: What is the reason phrase of HTTP status 404?\nA:"
+WORDS = ["--threads", "1", "--skip-levels", "0,0.3", "--max-batch-size", "4", "--port", "0"]
+QUICKEST = Effort(samples=4, rounds=2, memory=False)
+KEY = {"authorization": "Bearer the key"}
+
+
+@dataclass
+class Process:
+    """A running server."""
+
+    popen: "subprocess.Popen[str]"
+    url: str
+    said: list[str]  # on stderr
+
+    def stop(self) -> int:
+        self.popen.send_signal(signal.SIGTERM)
+        return self.popen.wait(60)
+
+    def post(self, prompt: str = QUESTION, **fields: Any) -> httpx.Response:
+        asked = {"model": "demo", "messages": [{"role": "user", "content": prompt}], **fields}
+        return httpx.post(f"{self.url}/chat/completions", json=asked, headers=KEY, timeout=60)
+
+
+@contextlib.contextmanager
+def serving(*words: str) -> Iterator[Process]:
+    """Starts ``serve`` and waits until it says where."""
+    command = [sys.executable, "-c", "from skipkernels.cli import main; main()", "serve", *words]
+    environment = os.environ | {"SKIPKERNELS_API_KEY": "the key", "COLUMNS": "100"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as popen:
+        assert popen.stderr is not None
+        said: list[str] = []
+        try:
+            for line in popen.stderr:
+                said.append(line)
+                if line.startswith("serving "):
+                    break
+            else:
+                pytest.fail("".join(said))
+            rest = threading.Thread(target=lambda: said.extend(popen.stderr or []))
+            rest.start()
+            yield Process(popen, said[-1].split()[3].rstrip(","), said)
+        finally:
+            popen.kill()
+            popen.wait(60)
+            rest.join(60)
+
+
+@pytest.fixture(scope="module")
+def server(prose: str) -> Iterator[Process]:
+    with serving("demo", "--text", prose, *WORDS) as process:
+        yield process
+        assert process.stop() == 0
+    assert process.said[-1] == "stopped\n"
+
+
+def dense_text(prompt: str, **options: Any) -> str:
+    return Engine.from_pretrained(demo_model_path(), num_threads=1).generate(prompt, **options)[0].text
+
+
+def promised_by_dense(server: Process) -> float:
+    """Asking for this leaves no strategy but the dense one."""
+    (model,) = httpx.get(f"{server.url}/models", headers=KEY).json()["data"]
+    assert model["id"] == "demo"
+    promises = {entry["strategy"]: entry["promised_accuracy"] for entry in model["skipkernels"]["strategies"]}
+    assert set(promises) == {"text@0", "text@0.3"}
+    return float(promises["text@0"])
+
+
+def test_it_listens_on_loopback_and_wants_the_key(server: Process) -> None:
+    assert server.url.startswith("http://127.0.0.1:")
+    assert httpx.get(f"{server.url}/models").status_code == 401
+
+
+def test_the_dense_answer_is_the_engines(server: Process) -> None:
+    response = server.post(min_accuracy=promised_by_dense(server), max_tokens=16, stop="\n", deadline_ms=60_000)
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    assert answer["choices"][0]["message"]["content"].strip() == "Not Found"
+    assert answer["choices"][0]["message"]["content"] == dense_text(QUESTION, max_new_tokens=16, stop=["\n"])
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["skipkernels"]["strategy"] == "text@0"
+    assert answer["skipkernels"]["deadline_met"]
+    assert answer["usage"]["prompt_tokens"] > 10
+
+
+def test_a_stream_comes_token_by_token(server: Process) -> None:
+    options = {"min_accuracy": promised_by_dense(server), "stream": True, "stream_options": {"include_usage": True}}
+    response = server.post("The interpreter", max_tokens=40, **options)
+    *chunks, done, _ = response.text.split("\n\n")
+    assert done == "data: [DONE]"
+    documents = [json.loads(chunk.removeprefix("data: ")) for chunk in chunks]
+    pieces = [choice["delta"].get("content", "") for document in documents for choice in document["choices"]]
+    assert "".join(pieces) == dense_text("The interpreter", max_new_tokens=40)
+    assert len([piece for piece in pieces if piece]) > 30
+    assert documents[-1]["usage"]["completion_tokens"] == 40
+
+
+def test_an_accuracy_that_nothing_promises_is_refused(server: Process) -> None:
+    response = server.post(min_accuracy=1)
+    assert response.status_code == 400
+    assert f"{promised_by_dense(server):.4f}" in response.json()["error"]["message"]
+
+
+def test_a_prompt_that_does_not_fit_is_refused(server: Process) -> None:
+    response = server.post("import " * 2000)
+    assert response.status_code == 400
+    assert "this model takes 1024" in response.json()["error"]["message"]
+
+
+def test_sigterm_waits_for_every_accepted_request(prose: str) -> None:
+    with serving("demo", "--text", prose, *WORDS) as server, ThreadPoolExecutor(12) as clients:
+        asking = [
+            clients.submit(server.post, f"def f{number}(", max_tokens=300, stream=number % 2 == 0)
+            for number in range(12)
+        ]
+        metrics = ""
+        while "jobs_accepted_total 12.0" not in metrics:
+            metrics = httpx.get(f"{server.url.removesuffix('/v1')}/metrics", headers=KEY).text
+        assert server.stop() == 0
+        for number, answer in enumerate(asking):
+            response = answer.result()
+            assert response.status_code == 200, response.text
+            assert number % 2 or response.text.endswith("data: [DONE]\n\n")
+            assert '"error"' not in response.text
+    assert server.said[-1] == "stopped\n"
+
+
+@pytest.mark.slow
+def test_the_model_on_ray_answers_the_same(prose: str) -> None:
+    words = ["demo", "--text", prose, *WORDS, "--ray", "--replicas", "2"]
+    with serving(*words) as server:
+        response = server.post(min_accuracy=promised_by_dense(server), max_tokens=16, stop="\n")
+        assert response.json()["choices"][0]["message"]["content"].strip() == "Not Found"
+        metrics = httpx.get(f"{server.url.removesuffix('/v1')}/metrics", headers=KEY).text
+        assert "num_workers 2.0" in metrics
+        assert server.stop() == 0
+    assert server.said[-1] == "stopped\n"
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> list[Service]:
+    """What would have been served."""
+    served: list[Service] = []
+    monkeypatch.setattr("skipkernels.serving.http.server.serve", lambda service, *_, **__: served.append(service))
+    return served
+
+
+def served_words(checkpoint: str, prose: str, *more: str) -> Sequence[str]:
+    return ["serve", checkpoint, "--text", prose, *WORDS, *more]
+
+
+def test_a_profile_is_measured_once(run: Run, checkpoint: str, prose: str, service: list[Service]) -> None:
+    words = served_words(checkpoint, prose, "--profile", "profile.json", "--max-batch-size", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("skipkernels.serving.chat.text_profile.THOROUGH", QUICKEST)
+        first = run(*words)
+        assert first.exit_code == 0, first.output
+    assert "wrote profile.json" in first.stderr
+    assert not Path("profile.journal").exists()
+    written = Path("profile.json").read_text()
+    second = run(*words, "--max-requests", "7")
+    assert second.exit_code == 0, second.output
+    assert Path("profile.json").read_text() == written
+    assert service[1].profile.strategies == load_profile("profile.json").strategies
+    assert service[1].profile.model == checkpoint
+    assert service[1].limits.max_requests == 7
+
+
+def test_another_models_profile_is_refused(run: Run, checkpoint: str, prose: str, service: list[Service]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("skipkernels.serving.chat.text_profile.THOROUGH", QUICKEST)
+        assert run(*served_words(checkpoint, prose, "--profile", "profile.json")).exit_code == 0
+    words = served_words(checkpoint, prose, "--profile", "profile.json", "--skip-levels", "0,0.2")
+    assert_one_line(run(*words), 1, "profile.json", "fingerprint")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "part"),
+    [
+        (["--replicas", "2"], 2, "need --ray"),
+        (["--ray-address", "x"], 2, "need --ray"),
+        (["--admission", "nobody"], 2, "accuracy or deadline"),
+        (["--skip-levels", "0,much"], 2, "numbers like"),
+        (["--api-key", " "], 2, "--api-key is empty"),
+        (["--port", "99999"], 2, "--port"),
+        (["--selection", "best"], 1, "maximize"),
+        (["--skip-levels", "0,0.9"], 1, "cannot be held"),
+        (["--skip-levels", "0.2"], 1, "fidelity"),
+        (["--policy", "none.json"], 1, "none.json"),
+        (["--profile", "no/such/folder.json"], 1, "no folder"),
+        (["--host", "256.1.1.1"], 1, "cannot listen on 256.1.1.1"),
+        (["--dtype", "int3"], 1, "int3"),
+        (["--batch-memory-mib", "5"], 1, "no memory measurements"),
+    ],
+)
+def test_what_cannot_be_served(run: Run, checkpoint: str, prose: str, words: list[str], code: int, part: str) -> None:
+    assert_one_line(run("serve", checkpoint, "--text", prose, "--port", "0", *words), code, part)
+
+
+def test_a_port_that_is_taken(run: Run, checkpoint: str, server: Process) -> None:
+    port = server.url.rpartition(":")[2].removesuffix("/v1")
+    assert_one_line(run("serve", checkpoint, "--port", port), 1, f"cannot listen on 127.0.0.1, port {port}")
+
+
+@pytest.mark.parametrize(("package", "words"), [("fastapi", []), ("ray", ["--ray"])])
+def test_a_missing_package_is_named(
+    run: Run, checkpoint: str, monkeypatch: pytest.MonkeyPatch, package: str, words: list[str]
+) -> None:
+    for module in [name for name in sys.modules if name.startswith(("skipkernels.serving.http", package))]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert_one_line(run("serve", checkpoint, "--port", "0", *words), 1, package, "pip install skipkernels[serve")
+
+
+def test_an_open_door_is_pointed_out(run: Run, checkpoint: str, prose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skipkernels.serving.http.server.serve", lambda *_, on_started, **__: on_started())
+    words = served_words(checkpoint, prose)
+    assert "no --api-key" in run(*words, "--host", "0.0.0.0").stderr
+    assert "no --api-key" not in run(*words, "--host", "0.0.0.0", "--api-key", "x").stderr
+    assert "no --api-key" not in run(*words).stderr
