@@ -203,7 +203,13 @@ class FixedPolicy(Policy):
 
     @property
     def label(self) -> str:
-        return f"fixed layers {','.join(map(str, self.layers))}"
+        runs: list[list[int]] = []
+        for layer in self.layers:
+            if runs and layer == runs[-1][-1] + 1:
+                runs[-1].append(layer)
+            else:
+                runs.append([layer])
+        return f"fixed layers {','.join(str(r[0]) if len(r) == 1 else f'{r[0]}-{r[-1]}' for r in runs)}"
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,10 @@ def test_a_policy_survives_its_dictionary(policy: Policy) -> None:
     assert policy.kind in policy.label or policy.kind in ("similarity", "fixed")
 
 
+def test_a_long_set_of_layers_has_a_short_label() -> None:
+    assert FixedPolicy((9, 4, 5, 6, 1, 8)).label == "fixed layers 1,4-6,8-9"
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
