@@ -17,14 +17,16 @@ from skipkernels.cli.serve_options import ClusterOptions, LimitOptions, Scheduli
 from skipkernels.errors import SkipkernelsError
 
 if TYPE_CHECKING:
-    from skipkernels.serving.chat.chat import ChatFormat
+    from skipkernels.serving.chat.chat import ChatFormat, ChatModel
     from skipkernels.serving.chat.loading import ChatModelLoader
     from skipkernels.serving.http.backend import Backend
+    from skipkernels.serving.http.samples import ChatLine
     from skipkernels.serving.profile import Profile
-    from skipkernels.serving.strategy import ModalityModel
 
 Measure = Callable[..., "Profile"]
-"""Takes a ``TextModel``, and perhaps ``progress``."""
+"""Takes a ``ChatModel``, and perhaps ``progress``."""
+Chats = list["ChatLine"] | None
+"""What to profile on; None: text."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def serve(
 ) -> None:
     """Serve MODEL over HTTP: /v1/chat/completions as OpenAI has it, and deadline_ms and min_accuracy in addition."""
     try:
+        from skipkernels.serving.http.samples import read_chats
         from skipkernels.serving.http.server import listen
         from skipkernels.serving.http.server import serve as serve_http
         from skipkernels.serving.http.service import Service
@@ -55,9 +58,10 @@ def serve(
 
     get_policy(scheduling.selection)  # a wrong name is refused before a model is loaded
     require_folder(scheduling.profile)
+    chats = None if scheduling.samples is None else read_chats(scheduling.samples, limits.limits())
     with listen(server.host, server.port) as listener:
-        load = _loader(model_options, scheduling, cluster)
-        starting = _on_ray(load, scheduling, cluster) if cluster.ray else _here(load, scheduling)
+        load = _loader(model_options, scheduling, cluster, chats)
+        starting = _on_ray(load, scheduling, cluster, chats) if cluster.ray else _here(load, scheduling, chats)
         with starting as served:
             profile = replace(served.profile, model=model_options.model)  # a file's may have another name
             service = Service(profile, served.format, served.backend, limits=limits.limits(), api_key=server.api_key)
@@ -67,8 +71,11 @@ def serve(
     err.print("stopped")
 
 
-def _loader(model_options: ModelOptions, scheduling: SchedulingOptions, cluster: ClusterOptions) -> ChatModelLoader:
+def _loader(
+    model_options: ModelOptions, scheduling: SchedulingOptions, cluster: ClusterOptions, chats: Chats
+) -> ChatModelLoader:
     from skipkernels.serving.chat.loading import ChatModelLoader
+    from skipkernels.serving.chat.text_model import exact_match, shared_prefix
 
     path = model_options.path
     if (folder := Path(path)).is_dir():
@@ -92,12 +99,13 @@ def _loader(model_options: ModelOptions, scheduling: SchedulingOptions, cluster:
         path=path,
         skip_levels=scheduling.levels,
         policy_file=None if policy_file is None else str(policy_file.resolve()),
+        metric=exact_match if chats and chats[0].expected is not None else shared_prefix,
         options=options,
     )
 
 
 @contextmanager
-def _here(load: ChatModelLoader, scheduling: SchedulingOptions) -> Iterator[Served]:
+def _here(load: ChatModelLoader, scheduling: SchedulingOptions, chats: Chats) -> Iterator[Served]:
     """The model in this process, beside the server."""
     from skipkernels.serving.http.backend import Embedded
     from skipkernels.serving.runtime import Runtime
@@ -110,13 +118,15 @@ def _here(load: ChatModelLoader, scheduling: SchedulingOptions) -> Iterator[Serv
         with progress_bar("profiling") as report:
             return measure(model, progress=report)
 
-    profile = _profile(model, scheduling, run, resumable=True)
+    profile = _profile(model, scheduling, chats, run, resumable=True)
     runtime = Runtime(profile, [ThreadExecutor(model)], scheduling.selection, **scheduling.runtime_options)
     yield Served(profile, model.format, Embedded(runtime))
 
 
 @contextmanager
-def _on_ray(load: ChatModelLoader, scheduling: SchedulingOptions, options: ClusterOptions) -> Iterator[Served]:
+def _on_ray(
+    load: ChatModelLoader, scheduling: SchedulingOptions, options: ClusterOptions, chats: Chats
+) -> Iterator[Served]:
     """The model in processes of its own."""
     from skipkernels.serving.ray.cluster import Resources, ray_cluster
 
@@ -130,7 +140,7 @@ def _on_ray(load: ChatModelLoader, scheduling: SchedulingOptions, options: Clust
             with err.status("profiling ..."):
                 return cluster.profile(replicas[0], measure)
 
-        profile = _profile(cast("ModalityModel", description), scheduling, run, resumable=False)
+        profile = _profile(cast("ChatModel", description), scheduling, chats, run, resumable=False)
         with err.status("starting the scheduler ..."):
             backend = cluster.start_scheduler(
                 profile, replicas, policy=scheduling.selection, **scheduling.runtime_options
@@ -139,29 +149,34 @@ def _on_ray(load: ChatModelLoader, scheduling: SchedulingOptions, options: Clust
 
 
 def _profile(
-    model: ModalityModel, scheduling: SchedulingOptions, run: Callable[[Measure], Profile], *, resumable: bool
+    model: ChatModel, scheduling: SchedulingOptions, chats: Chats, run: Callable[[Measure], Profile], *, resumable: bool
 ) -> Profile:
     """From the file, or measured by ``run``.
 
     Args:
         resumable: whether a measurement that was killed goes on where it was.
     """
-    from skipkernels.serving.chat import text_profile
-    from skipkernels.serving.errors import ProfileError
+    from skipkernels.serving.chat import chat_profile
+    from skipkernels.serving.http.samples import samples_of
     from skipkernels.serving.profile_file import load_profile, save_profile
 
     path = scheduling.profile
     if path is not None and path.exists():
         return load_profile(path, model=model)
-    if tuple(model.modalities) != ("text",):
-        raise ProfileError(
-            f"{model.name} takes {', '.join(model.modalities)}, and its profile needs samples with right answers: "
-            "measure it with skipkernels.serving.profiler, and give --profile FILE"
+    options: dict[str, Any] = {
+        "effort": chat_profile.QUICK if path is None else chat_profile.THOROUGH,
+        "max_batch_size": scheduling.max_batch_size,
+        "journal": path.with_suffix(".journal") if path is not None and resumable else None,
+    }
+    if chats is not None:
+        profile = run(partial(chat_profile.profile_of_samples, samples=samples_of(chats, model.format), **options))
+    elif tuple(model.modalities) == ("text",):
+        profile = run(partial(chat_profile.profile_of_texts, texts=_texts(scheduling.text), **options))
+    else:
+        raise SkipkernelsError(
+            f"{model.name} takes {', '.join(model.modalities)}: give --samples FILE with chats to profile on, or "
+            "--profile FILE with a profile that was measured"
         )
-    effort = text_profile.QUICK if path is None else text_profile.THOROUGH
-    journal = path.with_suffix(".journal") if path is not None and resumable else None
-    texts = _texts(scheduling.text)
-    profile = run(partial(text_profile.measure_text_profile, texts=texts, effort=effort, journal=journal))
     if path is not None:
         save_profile(path, profile)
         err.print(f"[dim]wrote {path}[/]")
@@ -179,6 +194,7 @@ def _texts(file: Path | None) -> list[str]:
 
 
 def _announce(profile: Profile, listener: socket.socket, server: ServerOptions) -> None:
+    err.print(profile.source)
     rows = table("strategy", "promised accuracy", "ms")
     for entry in profile.strategies:
         rows.add_row(entry.strategy.name, f"{entry.promised_accuracy:.3f}", f"{entry.median_ms(1):.1f}")

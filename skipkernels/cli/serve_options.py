@@ -75,8 +75,13 @@ class SchedulingOptions:
     """What decides how a request is answered."""
 
     skip_levels: Annotated[
-        str, typer.Option(help="Shares of FFNs to skip, a strategy each; 0: dense.", rich_help_panel=_SCHEDULING_PANEL)
-    ] = "0,0.1,0.2,0.3"
+        str | None,
+        typer.Option(
+            help="Shares of FFNs to skip, a strategy each; 0: dense. Default: 0,0.1,0.2,0.3, without those that the "
+            "policy cannot hold.",
+            rich_help_panel=_SCHEDULING_PANEL,
+        ),
+    ] = None
     policy: Annotated[
         Path | None,
         typer.Option(
@@ -97,6 +102,14 @@ class SchedulingOptions:
         Path | None,
         typer.Option(
             help="Text to profile on; default: documentation of Python's standard library.",
+            rich_help_panel=_SCHEDULING_PANEL,
+        ),
+    ] = None
+    samples: Annotated[
+        Path | None,
+        typer.Option(
+            help='Chats to profile on instead, a JSON object in each line: "messages" as clients send them, and in all '
+            'lines or in none the right answer, "expected".',
             rich_help_panel=_SCHEDULING_PANEL,
         ),
     ] = None
@@ -125,10 +138,14 @@ class SchedulingOptions:
     def __post_init__(self) -> None:
         if self.admission not in ("accuracy", "deadline"):
             raise typer.BadParameter(f"--admission must be accuracy or deadline, got {self.admission!r}")
+        if self.text is not None and self.samples is not None:
+            raise typer.BadParameter("--text and --samples both say what to profile on; give one")
         self.levels  # noqa: B018  # a wrong one is a wrong command line
 
     @property
-    def levels(self) -> tuple[float, ...]:
+    def levels(self) -> tuple[float, ...] | None:
+        if self.skip_levels is None:
+            return None
         try:
             return tuple(float(level) for level in self.skip_levels.split(","))
         except ValueError as error:

@@ -1,6 +1,7 @@
 """``serve``: the bundled model over HTTP, from a command line to SIGTERM."""
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -15,19 +16,23 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image as PillowImage
 from typer.testing import Result
 
 from skipkernels import Engine
 from skipkernels.demo import demo_model_path
-from skipkernels.serving.chat.text_profile import Effort
+from skipkernels.serving.chat.chat_profile import Effort
 from skipkernels.serving.http.service import Service
 from skipkernels.serving.profile_file import load_profile
 from tests.cli.test_errors import assert_one_line
+from tests.multimodal import tiny_multimodal
+from tests.serving.http.media import image_part
+from tests.serving.models.chats import picture
 
 Run = Callable[..., Result]
 QUESTION = "Q: What is the reason phrase of HTTP status 404?\nA:"
-WORDS = ["--threads", "1", "--skip-levels", "0,0.3", "--max-batch-size", "4", "--port", "0"]
-QUICKEST = Effort(samples=4, rounds=2, memory=False)
+WORDS = ["--threads", "1", "--skip-levels", "0,0.2", "--max-batch-size", "4", "--port", "0"]
+QUICKEST = Effort(passages=4, rounds=2, batch_sizes=(1,), memory=False)
 KEY = {"authorization": "Bearer the key"}
 
 
@@ -44,7 +49,7 @@ class Process:
         return self.popen.wait(60)
 
     def post(self, prompt: str = QUESTION, **fields: Any) -> httpx.Response:
-        asked = {"model": "demo", "messages": [{"role": "user", "content": prompt}], **fields}
+        asked = {"model": "demo", "messages": [{"role": "user", "content": prompt}]} | fields
         return httpx.post(f"{self.url}/chat/completions", json=asked, headers=KEY, timeout=60)
 
 
@@ -53,23 +58,27 @@ def serving(*words: str) -> Iterator[Process]:
     """Starts ``serve`` and waits until it says where."""
     command = [sys.executable, "-c", "from skipkernels.cli import main; main()", "serve", *words]
     environment = os.environ | {"SKIPKERNELS_API_KEY": "the key", "COLUMNS": "100"}
+    said: list[str] = []
+    started = threading.Event()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as popen:
-        assert popen.stderr is not None
-        said: list[str] = []
-        try:
-            for line in popen.stderr:
+
+        def listen() -> None:
+            for line in popen.stderr or []:
                 said.append(line)
                 if line.startswith("serving "):
-                    break
-            else:
-                pytest.fail("".join(said))
-            rest = threading.Thread(target=lambda: said.extend(popen.stderr or []))
-            rest.start()
-            yield Process(popen, said[-1].split()[3].rstrip(","), said)
+                    started.set()
+            started.set()
+
+        listener = threading.Thread(target=listen)
+        listener.start()
+        try:
+            assert started.wait(300), said
+            urls = [line.split()[3].rstrip(",") for line in said if line.startswith("serving ")]
+            assert urls, "".join(said)
+            yield Process(popen, urls[0], said)
         finally:
             popen.kill()
-            popen.wait(60)
-            rest.join(60)
+            listener.join(60)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +98,7 @@ def promised_by_dense(server: Process) -> float:
     (model,) = httpx.get(f"{server.url}/models", headers=KEY).json()["data"]
     assert model["id"] == "demo"
     promises = {entry["strategy"]: entry["promised_accuracy"] for entry in model["skipkernels"]["strategies"]}
-    assert set(promises) == {"text@0", "text@0.3"}
+    assert set(promises) == {"text@0", "text@0.2"}
     return float(promises["text@0"])
 
 
@@ -179,7 +188,7 @@ def served_words(checkpoint: str, prose: str, *more: str) -> Sequence[str]:
 def test_a_profile_is_measured_once(run: Run, checkpoint: str, prose: str, service: list[Service]) -> None:
     words = served_words(checkpoint, prose, "--profile", "profile.json", "--max-batch-size", "1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skipkernels.serving.chat.text_profile.THOROUGH", QUICKEST)
+        patch.setattr("skipkernels.serving.chat.chat_profile.THOROUGH", QUICKEST)
         first = run(*words)
         assert first.exit_code == 0, first.output
     assert "wrote profile.json" in first.stderr
@@ -195,15 +204,72 @@ def test_a_profile_is_measured_once(run: Run, checkpoint: str, prose: str, servi
 
 def test_another_models_profile_is_refused(run: Run, checkpoint: str, prose: str, service: list[Service]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skipkernels.serving.chat.text_profile.THOROUGH", QUICKEST)
+        patch.setattr("skipkernels.serving.chat.chat_profile.THOROUGH", QUICKEST)
         assert run(*served_words(checkpoint, prose, "--profile", "profile.json")).exit_code == 0
-    words = served_words(checkpoint, prose, "--profile", "profile.json", "--skip-levels", "0,0.2")
+    words = served_words(checkpoint, prose, "--profile", "profile.json", "--skip-levels", "0,0.1")
     assert_one_line(run(*words), 1, "profile.json", "fingerprint")
+
+
+def image_chat(text: str, seed: int) -> list[dict[str, Any]]:
+    file = io.BytesIO()
+    PillowImage.fromarray(picture(seed=seed).pixels).save(file, "PNG")
+    return [{"role": "user", "content": [{"type": "text", "text": text}, image_part(file.getvalue())]}]
+
+
+@pytest.fixture
+def llava(tmp_path: Path) -> str:
+    """A checkpoint that sees."""
+    folder = tmp_path / "llava"
+    for part in tiny_multimodal("llava"):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_multimodal_model_drops_the_image_for_a_deadline(
+    run: Run, llava: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, profile = tmp_path / "samples.jsonl", tmp_path / "profile.json"
+    samples.write_text("".join(json.dumps({"messages": image_chat("What?", seed)}) + "\n" for seed in range(3)))
+    words = [llava, "--profile", str(profile), "--skip-levels", "0", "--max-batch-size", "2", "--port", "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr("skipkernels.serving.chat.chat_profile.THOROUGH", QUICKEST)
+        patch.setattr("skipkernels.serving.http.server.serve", lambda *_, **__: None)
+        measured = run("serve", *words, "--samples", str(samples))
+    assert measured.exit_code == 0, measured.output
+    document = json.loads(profile.read_text())
+    assert document["source"] == "measured on 3 samples; accuracy: agreement with image+text@0"
+    scores = {entry["strategy"]: entry["score_sum"] for entry in document["strategies"]}
+    assert scores["image+text@0"] == 3.0 > scores["text@0"]
+
+    for entry in document["strategies"]:  # times that no busy machine confuses
+        for timing in entry["timings"]:
+            timing["median_ms"] = timing["p95_ms"] = 1.0 if entry["strategy"] == "text@0" else 1e5
+    profile.write_text(json.dumps(document))
+    with serving(*words, "--threads", "1") as server:
+        (model,) = httpx.get(f"{server.url}/models", headers=KEY).json()["data"]
+        promise = model["skipkernels"]["best_promised_accuracy"]
+        options = {"model": llava, "messages": image_chat("What is it?", 7), "max_tokens": 8}
+        whole = server.post(**options).json()
+        hurried = server.post(**options, deadline_ms=1000).json()
+        exacting = server.post(**options, deadline_ms=1000, min_accuracy=promise).json()
+        assert server.stop() == 0
+    answers = (whole, hurried, exacting)
+    assert [answer["skipkernels"]["strategy"] for answer in answers] == ["image+text@0", "text@0", "image+text@0"]
+    assert whole["choices"] == exacting["choices"] != hurried["choices"]
+    assert hurried["usage"]["prompt_tokens"] < whole["usage"]["prompt_tokens"]
+
+
+def test_a_multimodal_model_needs_samples(run: Run, llava: str) -> None:
+    words = ["serve", llava, "--skip-levels", "0", "--port", "0"]
+    assert_one_line(run(*words), 1, "takes text, image", "--samples FILE")
+    Path("samples.jsonl").write_text('{"messages": [{"role": "user", "content": "Without an image."}]}')
+    assert_one_line(run(*words, "--samples", "samples.jsonl"), 1, "samples.jsonl, line 1", "holds no image")
 
 
 @pytest.mark.parametrize(
     ("words", "code", "part"),
     [
+        (["--samples", "none.jsonl"], 2, "give one"),
         (["--replicas", "2"], 2, "need --ray"),
         (["--ray-address", "x"], 2, "need --ray"),
         (["--admission", "nobody"], 2, "accuracy or deadline"),
@@ -212,7 +278,7 @@ def test_another_models_profile_is_refused(run: Run, checkpoint: str, prose: str
         (["--port", "99999"], 2, "--port"),
         (["--selection", "best"], 1, "maximize"),
         (["--skip-levels", "0,0.9"], 1, "cannot be held"),
-        (["--skip-levels", "0.2"], 1, "fidelity"),
+        (["--skip-levels", "0.2"], 1, "add skip level 0"),
         (["--policy", "none.json"], 1, "none.json"),
         (["--profile", "no/such/folder.json"], 1, "no folder"),
         (["--host", "256.1.1.1"], 1, "cannot listen on 256.1.1.1"),
@@ -230,13 +296,15 @@ def test_a_port_that_is_taken(run: Run, checkpoint: str, server: Process) -> Non
 
 
 @pytest.mark.parametrize(("package", "words"), [("fastapi", []), ("ray", ["--ray"])])
-def test_a_missing_package_is_named(
-    run: Run, checkpoint: str, monkeypatch: pytest.MonkeyPatch, package: str, words: list[str]
-) -> None:
-    for module in [name for name in sys.modules if name.startswith(("skipkernels.serving.http", package))]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, package, None)
-    assert_one_line(run("serve", checkpoint, "--port", "0", *words), 1, package, "pip install skipkernels[serve")
+def test_a_missing_package_is_named(checkpoint: str, package: str, words: list[str]) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; from skipkernels.cli import main; main()"
+    command = [sys.executable, "-c", code, "serve", checkpoint, "--port", "0", *words]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert package in line
+    assert "pip install skipkernels[serve" in line
 
 
 def test_an_open_door_is_pointed_out(run: Run, checkpoint: str, prose: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skipkernels.errors import PolicyError
 from skipkernels.policy import DensePolicy, Policy, SkipPolicy
 from skipkernels.serving.chat.chat import ChatModel
+
+if TYPE_CHECKING:
+    from skipkernels.serving.chat.text_model import Metric
+
+USUAL_LEVELS = (0.0, 0.1, 0.2, 0.3)
 
 
 @dataclass(frozen=True)
@@ -18,15 +23,18 @@ class ChatModelLoader:
     Args:
         name: what the model is called.
         path: a folder with a checkpoint, or a hub id; of a text model, or of a family of ``serving.models``.
-        skip_levels: shares of FFN executions that are held, each one strategy; 0 is dense.
+        skip_levels: shares of FFN executions that are held, each one strategy; 0 is dense. None: all that the policy
+            can hold of ``USUAL_LEVELS``.
         policy_file: a ``skip_policy.json`` whose span, cold layers and warm-up all levels have; None: the defaults.
+        metric: what the profile's accuracies mean.
         options: of ``Engine.from_pretrained``.
     """
 
     name: str
     path: str
-    skip_levels: Sequence[float]
+    skip_levels: Sequence[float] | None
     policy_file: str | None
+    metric: Metric
     options: Mapping[str, Any]
 
     def __call__(self) -> ChatModel:
@@ -45,28 +53,35 @@ class ChatModelLoader:
         transformers_logging.set_verbosity_error()
         if (threads := self.options.get("num_threads")) is not None:
             torch.set_num_threads(threads)
-        policies = policies_of_levels(
-            load_policy(self.policy_file) if self.policy_file else SkipPolicy(), self.skip_levels
-        )
-        multimodal = load_config(resolve_checkpoint(self.path)).model_type in FAMILIES
-        model = self._load_multimodal(policies) if multimodal else self._load_text(policies)
+        config = load_config(resolve_checkpoint(self.path))
+        base = load_policy(self.policy_file) if self.policy_file else SkipPolicy()
+        levels = self.skip_levels
+        if levels is None:
+            levels = usual_levels(base, config.get_text_config().num_hidden_layers)
+        policies = policies_of_levels(base, levels)
+        model = self._load_multimodal(policies) if config.model_type in FAMILIES else self._load_text(policies)
         if self.policy_file:
             load_policy(self.policy_file, fingerprint=model.fingerprint.partition("-")[0])  # refuses another model's
         return model
 
     def _load_text(self, policies: Mapping[float, Policy]) -> ChatModel:
         from skipkernels.engine import Engine
-        from skipkernels.serving.chat.text_model import TextModel, shared_prefix
+        from skipkernels.serving.chat.text_model import TextModel
 
-        return TextModel(self.name, Engine.from_pretrained(self.path, **self.options), policies, shared_prefix)
+        return TextModel(self.name, Engine.from_pretrained(self.path, **self.options), policies, self.metric)
 
     def _load_multimodal(self, policies: Mapping[float, Policy]) -> ChatModel:
-        from skipkernels.serving.chat.text_model import shared_prefix
         from skipkernels.serving.models.multimodal_model import MultimodalModel
 
-        model = MultimodalModel.from_pretrained(self.path, policies, shared_prefix, **self.options)
+        model = MultimodalModel.from_pretrained(self.path, policies, self.metric, **self.options)
         model.name = self.name
         return model
+
+
+def usual_levels(base: Policy, num_layers: int) -> list[float]:
+    """Those of ``USUAL_LEVELS`` that ``base`` can hold in a model of ``num_layers``."""
+    reachable = base.reachable_ratio(num_layers) if isinstance(base, SkipPolicy) else 0.0
+    return [level for level in USUAL_LEVELS if level == 0.0 or level < reachable]
 
 
 def policies_of_levels(base: Policy, skip_levels: Sequence[float]) -> dict[float, Policy]:

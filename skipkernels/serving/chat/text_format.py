@@ -15,8 +15,8 @@ from skipkernels.serving.job import Request
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROFILED_NEW_TOKENS = RAMP_TOKENS
-"""New tokens of the request whose cost is 1: as many as a held skip ratio takes to come to its target."""
+PROFILED_PROMPT_TOKENS, PROFILED_NEW_TOKENS = 32, RAMP_TOKENS
+"""Of the request whose work is 1: as many new tokens as a held skip ratio takes to come to its target."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,8 @@ class TextFormat:
     def request(self, chat: Chat) -> Request:
         token_ids = self._encode(chat)
         new_tokens = allowed_new_tokens(chat, len(token_ids), self._max_seq_len)
-        cost = new_tokens + self._prefill_share * len(token_ids)
         prompt = TextPrompt(tuple(token_ids), new_tokens, chat.sampling, chat.stop)
-        return Request({"text": prompt}, work=cost / PROFILED_NEW_TOKENS)
+        return Request({"text": prompt}, work=work_of(len(token_ids), new_tokens, self._prefill_share))
 
     def _encode(self, chat: Chat) -> list[int]:
         if not any(message.text for message in chat.messages):
@@ -72,6 +71,16 @@ class TextFormat:
         except Exception as error:  # whatever a checkpoint's template does with messages it was not written for
             raise RequestError(f"this model's chat template refuses these messages: {error}") from error
         return list(cast(dict[str, list[int]], encoded)["input_ids"])
+
+
+def work_of(prompt_tokens: int, new_tokens: int, prefill_share: float) -> float:
+    """What a request costs, see ``Request.work``.
+
+    Args:
+        prefill_share: what a token of the prompt costs, as a share of a new token.
+    """
+    profiled = PROFILED_NEW_TOKENS + prefill_share * PROFILED_PROMPT_TOKENS
+    return (new_tokens + prefill_share * prompt_tokens) / profiled
 
 
 def allowed_new_tokens(chat: Chat, prompt_tokens: int, max_seq_len: int) -> int:

@@ -47,6 +47,12 @@ def create_app(service: Service) -> FastAPI:
         """The served model, and the strategies that it is served with."""
         return {"object": "list", "data": [service.model_document()]}
 
+    @app.get("/v1/models/{name:path}", dependencies=guarded)
+    async def model(name: str) -> dict[str, Any]:
+        """The served model, when it has this name."""
+        service.check_model(name)
+        return service.model_document()
+
     @app.get("/metrics", dependencies=guarded)
     async def metrics() -> Response:
         """In Prometheus's text format."""

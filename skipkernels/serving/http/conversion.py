@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -44,8 +44,7 @@ def convert(body: bytes, model: str, chat_format: ChatFormat, limits: Limits) ->
         asked = ChatCompletionRequest.model_validate_json(body)
     except ValidationError as error:
         raise HttpError.of_validation(error) from error
-    if asked.model != model:
-        raise HttpError(404, "model_not_found", f"model {asked.model[:80]!r} is not served; {model!r} is", "model")
+    check_model(asked.model, model)
     if asked.stream_options is not None and not asked.stream:
         raise HttpError(400, "invalid_request", "stream_options are for stream: true only", "stream_options")
     request = chat_format.request(_chat(asked, chat_format, limits))
@@ -58,29 +57,50 @@ def convert(body: bytes, model: str, chat_format: ChatFormat, limits: Limits) ->
     return Asked(job, asked.stream, include_usage)
 
 
-def _chat(asked: ChatCompletionRequest, chat_format: ChatFormat, limits: Limits) -> Chat:
-    given = list(_parts(asked.messages))
+def check_model(asked: str, model: str) -> None:
+    """Raises HttpError when another model is asked for than the only one that is served."""
+    if asked != model:
+        raise HttpError(404, "model_not_found", f"model {asked[:80]!r} is not served; {model!r} is", "model")
+
+
+def decode_messages(
+    messages: list[ChatMessage], limits: Limits, modalities: Collection[str] = tuple(_MODALITIES.values())
+) -> tuple[Message, ...]:
+    """Images and recordings out of their texts.
+
+    Args:
+        limits: for all messages together.
+        modalities: what the messages may hold.
+
+    Raises:
+        HttpError: too much, another modality, or undecodable.
+    """
+    given = list(_parts(messages))
     if len(given) > limits.max_parts:
         raise HttpError(
             413, "too_many_parts", f"{len(given)} parts in all messages; a request may have {limits.max_parts}"
         )
     for param, part in given:
         modality = "text" if isinstance(part, str) else _MODALITIES[part.type]
-        if modality not in chat_format.modalities:
+        if modality not in modalities:
             raise HttpError(
                 400,
                 "unknown_modality",
-                f"this model does not take {modality}; it takes {', '.join(sorted(chat_format.modalities))}",
+                f"this model does not take {modality}; it takes {', '.join(sorted(modalities))}",
                 param,
             )
     decoder = PartDecoder(limits)
-    messages = tuple(
+    return tuple(
         Message(
             _ROLES[message.role],
             tuple(_decode(part, param, decoder) for param, part in _parts([message], first=number)),
         )
-        for number, message in enumerate(asked.messages)
+        for number, message in enumerate(messages)
     )
+
+
+def _chat(asked: ChatCompletionRequest, chat_format: ChatFormat, limits: Limits) -> Chat:
+    messages = decode_messages(asked.messages, limits, chat_format.modalities)
     if asked.max_tokens is not None and asked.max_completion_tokens is not None:
         raise HttpError(400, "invalid_request", "max_tokens is the older name of max_completion_tokens; give one")
     return Chat(

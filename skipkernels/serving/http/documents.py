@@ -82,6 +82,7 @@ def model_document(profile: Profile, modalities: tuple[str, ...], created: int) 
             "modalities": list(modalities),
             "device": profile.device,
             "dtype": profile.dtype,
+            "profile": profile.source,
             "best_promised_accuracy": max(entry.promised_accuracy for entry in profile.strategies),
             "strategies": [
                 {

@@ -32,7 +32,10 @@ class Metrics:
         self._time_to_first = histogram("time_to_first_token_seconds", "Of streams.", _SECONDS)
         self._end_to_end = histogram("e2e_request_latency_seconds", "From acceptance to the answer.", _SECONDS)
         self._per_token = histogram(
-            "request_time_per_output_token_seconds", "End to end over the tokens of the answer.", _TOKEN_SECONDS
+            "request_time_per_output_token_seconds",
+            "End to end over the tokens of the answer.",
+            _TOKEN_SECONDS,
+            "strategy",
         )
         self._skip_ratio = Gauge(
             "skipkernels:ffn_skip_ratio",
@@ -49,7 +52,7 @@ class Metrics:
         self._prompt_tokens.inc(completion.prompt_tokens)
         self._new_tokens.inc(completion.new_tokens)
         self._end_to_end.observe(job_answer.time_ms / 1e3)
-        self._per_token.observe(job_answer.time_ms / 1e3 / max(1, completion.new_tokens))
+        self._per_token.labels(strategy).observe(job_answer.time_ms / 1e3 / max(1, completion.new_tokens))
         ratio_sum, tokens = self._skipped.get(strategy, (0.0, 0))
         ratio_sum += completion.skip_ratio * completion.new_tokens
         tokens += completion.new_tokens
@@ -73,8 +76,8 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"skipkernels:{name}", text, labels, registry=self._registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"skipkernels:{name}", text, buckets=buckets, registry=self._registry)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"skipkernels:{name}", text, labels, buckets=buckets, registry=self._registry)
 
 
 class _BackendCollector(Collector):

@@ -6,36 +6,39 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-_MOST_ITEMS = 1024  # bounds what is built before the server's own limit on parts is looked at
+MOST_ITEMS = 1024
+"""Of an array: bounds what is built before the server's own limit on parts is looked at."""
 
 Text = Annotated[str, Field(max_length=1 << 22)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Unknown fields are refused, and so are values of other types and numbers that are not finite."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     type: Literal["text"]
     text: Text
 
 
-class ImageUrl(_Strict):
+class ImageUrl(Strict):
     url: str
     detail: Literal["auto", "high"] = "auto"
 
 
-class ImagePart(_Strict):
+class ImagePart(Strict):
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-class InputAudio(_Strict):
+class InputAudio(Strict):
     data: str
     format: Literal["wav", "mp3", "flac", "ogg"]
 
 
-class AudioPart(_Strict):
+class AudioPart(Strict):
     type: Literal["input_audio"]
     input_audio: InputAudio
 
@@ -61,11 +64,11 @@ AnyPart = Annotated[
 ]
 
 
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         Annotated[Text, Tag("(text)")]
-        | Annotated[list[AnyPart], Field(min_length=1, max_length=_MOST_ITEMS), Tag("(list)")],
+        | Annotated[list[AnyPart], Field(min_length=1, max_length=MOST_ITEMS), Tag("(list)")],
         Discriminator(
             _tag_of_text,
             custom_error_type="content",
@@ -77,16 +80,16 @@ class ChatMessage(_Strict):
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class ChatCompletionRequest(_Strict):
+class ChatCompletionRequest(Strict):
     """OpenAI's fields; vLLM's ``top_k``, ``min_p``, ``repetition_penalty``; this project's ``deadline_ms``,
     ``min_accuracy``. Decoding is greedy unless a temperature is given: that is what accuracies are promised for."""
 
     model: str
-    messages: list[ChatMessage] = Field(min_length=1, max_length=_MOST_ITEMS)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_ITEMS)
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_completion_tokens: int | None = Field(default=None, ge=1)

@@ -15,7 +15,7 @@ from skipkernels.errors import SkipkernelsError
 from skipkernels.serving.chat.chat import ChatFormat
 from skipkernels.serving.errors import ServiceClosed
 from skipkernels.serving.http.backend import Backend
-from skipkernels.serving.http.conversion import Asked, convert
+from skipkernels.serving.http.conversion import Asked, check_model, convert
 from skipkernels.serving.http.documents import Documents, model_document
 from skipkernels.serving.http.errors import JOB_FAILED, HttpError
 from skipkernels.serving.http.exchange import Exchange
@@ -138,6 +138,10 @@ class Service:
 
     def documents(self) -> Documents:
         return Documents(self.profile.model, self.profile.fingerprint)
+
+    def check_model(self, name: str) -> None:
+        """Raises HttpError when a model of this name is not served."""
+        check_model(name, self.profile.model)
 
     def model_document(self) -> dict[str, Any]:
         return model_document(self.profile, self._format.modalities, self._created)

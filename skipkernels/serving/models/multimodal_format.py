@@ -13,7 +13,7 @@ import numpy as np
 from skipkernels.errors import RequestError
 from skipkernels.generation import SamplingParams
 from skipkernels.serving.chat.chat import Audio, Chat, Image, Part, modalities_of, modality_of
-from skipkernels.serving.chat.text_format import PROFILED_NEW_TOKENS, allowed_new_tokens
+from skipkernels.serving.chat.text_format import allowed_new_tokens, work_of
 from skipkernels.serving.job import Request
 
 if TYPE_CHECKING:
@@ -73,9 +73,9 @@ class MultimodalFormat:
                 tensors[kept[0]] = {name: features[name] for name in features if name not in of_text}
         prompt_tokens = max(map(len, token_ids.values()))
         new_tokens = allowed_new_tokens(chat, prompt_tokens, self._max_seq_len)
-        cost = new_tokens + self._prefill_share * prompt_tokens
         prompt = MultimodalPrompt(token_ids, new_tokens, chat.sampling, chat.stop)
-        return Request({"text": prompt, **tensors}, work=cost / PROFILED_NEW_TOKENS)
+        work = work_of(prompt_tokens, new_tokens, self._prefill_share)
+        return Request({"text": prompt, **tensors}, work=work)
 
     def _check(self, chat: Chat, given: Collection[str]) -> None:
         if not any(message.text.strip() for message in chat.messages):

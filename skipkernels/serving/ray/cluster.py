@@ -112,8 +112,13 @@ class Cluster:
         return replica.describe.remote().result()
 
     def profile(self, replica: DeploymentHandle, measure: Callable[[ChatModel], Profile]) -> Profile:
-        """``measure`` of a replica's model, in its process."""
-        return replica.profile.remote(measure).result()
+        """``measure`` of a replica's model, in its process; raises what it raises."""
+        from ray.exceptions import RayTaskError
+
+        try:
+            return replica.profile.remote(measure).result()
+        except RayTaskError as error:
+            raise error.cause from error
 
     def start_scheduler(
         self,

@@ -8,9 +8,10 @@ import pytest
 from skipkernels.errors import ModelError, PolicyError
 from skipkernels.policy import DensePolicy, FixedPolicy, SkipPolicy
 from skipkernels.policy_file import save_policy
-from skipkernels.serving.chat.loading import ChatModelLoader, policies_of_levels
-from skipkernels.serving.chat.text_model import TextModel
+from skipkernels.serving.chat.loading import ChatModelLoader, policies_of_levels, usual_levels
+from skipkernels.serving.chat.text_model import TextModel, exact_match
 from tests.models import byte_tokenizer, tiny_module
+from tests.multimodal import tiny_multimodal
 
 BASE = SkipPolicy(threshold=0.8, span=2, cold_start=0, warmup_tokens=3)
 OPTIONS = {"max_seq_len": 64, "max_batch_size": 2, "num_threads": 1}
@@ -46,8 +47,21 @@ def test_a_policy_that_holds_no_ratio_has_no_levels() -> None:
         policies_of_levels(FixedPolicy((1,)), [0.0, 0.1])
 
 
+def test_the_usual_levels_are_those_that_can_be_held() -> None:
+    assert usual_levels(SkipPolicy(cold_start=0, cold_end=0), 16) == [0.0, 0.1, 0.2, 0.3]
+    assert usual_levels(SkipPolicy(cold_start=4, cold_end=11, span=5), 24) == [0.0, 0.1, 0.2]
+    assert usual_levels(FixedPolicy((1,)), 16) == [0.0]
+    for level in usual_levels(BASE, 8):
+        policies_of_levels(BASE, [level])[level].plan(8)
+
+
+def loader_of(path: Path, policy_file: Path | None = None) -> ChatModelLoader:
+    file = None if policy_file is None else str(policy_file)
+    return ChatModelLoader("tiny", str(path), (0.0, 0.2), file, exact_match, OPTIONS)
+
+
 def test_a_loader_travels_and_loads(checkpoint: Path) -> None:
-    loader = ChatModelLoader("tiny", str(checkpoint), (0.0, 0.2), None, OPTIONS)
+    loader = loader_of(checkpoint)
     model = pickle.loads(pickle.dumps(loader))()
     assert isinstance(model, TextModel)
     assert (model.name, model.device, model.dtype) == ("tiny", "cpu", "fp32")
@@ -55,15 +69,32 @@ def test_a_loader_travels_and_loads(checkpoint: Path) -> None:
     assert model.fingerprint == loader().fingerprint
 
 
+def test_a_multimodal_checkpoint_loads_by_its_family(tmp_path: Path) -> None:
+    module, processor = tiny_multimodal("llava")
+    module.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loader = ChatModelLoader("tiny", str(tmp_path), None, None, exact_match, OPTIONS | {"max_seq_len": 256})
+    model = pickle.loads(pickle.dumps(loader))()
+    assert model.name == "tiny"
+    assert [strategy.name for strategy in model.strategies] == [
+        "image+text@0",
+        "image+text@0.1",
+        "image+text@0.2",
+        "text@0",
+        "text@0.1",
+        "text@0.2",
+    ]
+
+
 def test_another_models_policy_file_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    own = ChatModelLoader("tiny", str(checkpoint), (0.0, 0.2), None, OPTIONS)().fingerprint.partition("-")[0]
-    for fingerprint in (own, "0123456789abcdef"):
-        save_policy(tmp_path / f"{fingerprint}.json", BASE, fingerprint=fingerprint, measured={})
-    ChatModelLoader("tiny", str(checkpoint), (0.0, 0.2), str(tmp_path / f"{own}.json"), OPTIONS)()
+    own, other = tmp_path / "own.json", tmp_path / "other.json"
+    save_policy(own, BASE, fingerprint=loader_of(checkpoint)().fingerprint.partition("-")[0], measured={})
+    save_policy(other, BASE, fingerprint="0123456789abcdef", measured={})
+    loader_of(checkpoint, own)()
     with pytest.raises(PolicyError, match="calibrate"):
-        ChatModelLoader("tiny", str(checkpoint), (0.0, 0.2), str(tmp_path / "0123456789abcdef.json"), OPTIONS)()
+        loader_of(checkpoint, other)()
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such folder"):
-        ChatModelLoader("tiny", str(tmp_path / "nowhere"), (0.0,), None, OPTIONS)()
+        loader_of(tmp_path / "nowhere")()

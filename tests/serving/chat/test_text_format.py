@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from skipkernels.errors import RequestError
 from skipkernels.generation import SamplingParams
 from skipkernels.serving.chat.chat import Chat, Message, Role
-from skipkernels.serving.chat.text_format import PROFILED_NEW_TOKENS, TextFormat, TextPrompt
+from skipkernels.serving.chat.text_format import TextFormat, TextPrompt, work_of
 from tests.models import BOS, byte_tokenizer
 
 TEMPLATE = (
@@ -85,7 +85,8 @@ def test_room_for_the_answer(plain: TextFormat) -> None:
 
 def test_work_counts_new_tokens_and_a_share_of_the_prompt(plain: TextFormat) -> None:
     work = plain.request(chat(("user", "x" * 15), max_new_tokens=20)).work
-    assert work == (20 + 0.25 * 16) / PROFILED_NEW_TOKENS
+    assert work == (20 + 0.25 * 16) / (64 + 0.25 * 32)
+    assert work_of(32, 64, 0.25) == 1.0
 
 
 def test_a_format_travels_to_other_processes(templated: TextFormat) -> None:

@@ -158,6 +158,17 @@ def test_models_lists_the_model_and_its_strategies() -> None:
     assert strategies["text@0"]["promised_accuracy"] == REACHABLE
 
 
+def test_a_model_is_found_by_its_name() -> None:
+    async def exchange() -> tuple[httpx.Response, ...]:
+        async with client_of(echo_service()) as client:
+            return tuple([await client.get(f"/v1/models{name}") for name in ("", "/echo", "/a/folder")])
+
+    whole, found, unknown = asyncio.run(exchange())
+    assert found.json() == whole.json()["data"][0]
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+    assert "'echo' is" in unknown.json()["error"]["message"]
+
+
 def test_health_is_bad_once_the_service_closes() -> None:
     async def exchange() -> tuple[httpx.Response, httpx.Response, httpx.Response]:
         service = echo_service()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from skipkernels.errors import RequestError
 from skipkernels.serving.chat.chat import Audio, Chat, Message, Part, modality_of
-from skipkernels.serving.chat.text_format import PROFILED_NEW_TOKENS
+from skipkernels.serving.chat.text_format import work_of
 from skipkernels.serving.http.limits import Limits
 from skipkernels.serving.http.parts import PartDecoder
 from skipkernels.serving.models.encoders import Encoders
@@ -93,7 +93,7 @@ def test_room_and_work_are_those_of_the_whole_chat() -> None:
     chat_format = format_of("llava")
     request = chat_format.request(chat_of({"text", "image"}, max_new_tokens=20))
     tokens = len(request.inputs["text"].token_ids[("image", "text")])
-    assert request.work == (20 + 0.25 * tokens) / PROFILED_NEW_TOKENS
+    assert request.work == work_of(tokens, 20, 0.25)
     exact = format_of("llava", max_seq_len=tokens + 19)
     assert exact.request(chat_of({"text", "image"}, max_new_tokens=20)).inputs["text"].max_new_tokens == 20
     with pytest.raises(RequestError, match="21 new tokens do not fit"):
