@@ -38,7 +38,7 @@ class Backend(Protocol):
 
     async def close(self, grace_s: float) -> None:
         """Takes no more jobs, and ends when every accepted one is answered or failed; what waits for longer than
-        ``grace_s`` fails."""
+        ``grace_s`` fails. May be called again to shorten that."""
         ...
 
 

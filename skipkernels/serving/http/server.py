@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import socket
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 
@@ -14,11 +14,14 @@ from skipkernels.serving.http.app import create_app
 from skipkernels.serving.http.service import Service
 
 LOOPBACK = "127.0.0.1"
+_TICK_S = 0.1  # between two looks at whether a signal came, as uvicorn does
+_LAST_WORDS_S = 2.0
 
 
 class Server(uvicorn.Server):
     """Serves until it is told to stop. Then it takes no more connections and requests, and ends when every accepted
-    request is answered; those that are not within ``grace_s`` are answered with an error.
+    request is answered; those that are not within ``grace_s``, or when it is told once more, are answered with an
+    error.
 
     Args:
         on_started: called when connections are taken.
@@ -28,6 +31,7 @@ class Server(uvicorn.Server):
         self._service = service
         self._grace_s = grace_s
         self._on_started = on_started
+        self._hurried = False
         config = uvicorn.Config(
             create_app(service),
             # named, because "auto" takes whatever else is installed
@@ -47,10 +51,23 @@ class Server(uvicorn.Server):
         if self.started:
             self._on_started()
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """For SIGINT and SIGTERM alike. uvicorn's own would raise them again at the end."""
+        self._hurried = self.should_exit
+        self.should_exit = True
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         closing = asyncio.create_task(self._service.close(self._grace_s))
-        await super().shutdown(sockets)
+        stopping = asyncio.create_task(super().shutdown(sockets))
+        while not (closing.done() or self._hurried):
+            await asyncio.wait([closing], timeout=_TICK_S)
+        if self._hurried:
+            self._service.hurry()
+            await closing
+            await asyncio.wait([stopping], timeout=_LAST_WORDS_S)
+            self.force_exit = True  # clients that do not read their answers are not waited for
         await closing
+        await stopping
 
 
 def listen(host: str = LOOPBACK, port: int = 0) -> socket.socket:
@@ -74,10 +91,4 @@ def serve(
     service: Service, listener: socket.socket, *, grace_s: float, on_started: Callable[[], None] = lambda: None
 ) -> None:
     """Serves until SIGTERM or SIGINT; see ``Server``."""
-    # uvicorn raises the signal again when it is done, for handlers that were there before
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        asyncio.run(Server(service, grace_s=grace_s, on_started=on_started).serve(sockets=[listener]))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    asyncio.run(Server(service, grace_s=grace_s, on_started=on_started).serve(sockets=[listener]))

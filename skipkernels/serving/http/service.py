@@ -54,6 +54,7 @@ class Service:
         self._requests = 0
         self._exchanges: set[Exchange] = set()
         self._closing: asyncio.Task[None] | None = None
+        self._hurried = asyncio.Event()
 
     async def __aenter__(self) -> Service:
         await self.backend.start()
@@ -77,11 +78,19 @@ class Service:
         await asyncio.shield(self._closing)
 
     async def _close(self, grace_s: float) -> None:
-        backend = asyncio.create_task(self.backend.close(grace_s))
-        await asyncio.wait([backend], timeout=grace_s)
+        closing = asyncio.create_task(self.backend.close(grace_s))
+        hurried = asyncio.create_task(self._hurried.wait())
+        await asyncio.wait([closing, hurried], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
         for exchange in self._exchanges:
             exchange.cut_short()  # batches that run are waited for; let them be short
-        await backend
+        if hurried.done():
+            await self.backend.close(0.0)
+        hurried.cancel()
+        await closing
+
+    def hurry(self) -> None:
+        """Ends the grace of a ``close`` that has begun."""
+        self._hurried.set()
 
     def check_key(self, authorization: str | None) -> None:
         """

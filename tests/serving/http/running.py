@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from skipkernels.serving.http.service import Service
 
 @dataclass
 class Running:
-    """``stop`` does what SIGTERM does."""
+    """``stop`` does what SIGTERM does, also the second time."""
 
     port: int
     server: Server
@@ -24,7 +25,7 @@ class Running:
         return f"http://127.0.0.1:{self.port}"
 
     def stop(self) -> None:
-        self.server.should_exit = True
+        self.server.handle_exit(signal.SIGTERM, None)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=20)
@@ -42,6 +43,6 @@ def running(service: Service, *, grace_s: float = 20.0) -> Iterator[Running]:
                 assert thread.is_alive(), "the server did not start"
             yield Running(listener.getsockname()[1], server, thread)
         finally:
-            server.should_exit = True
+            server.handle_exit(signal.SIGTERM, None)
             thread.join(60)
             assert not thread.is_alive(), "the server did not end"
