@@ -1,4 +1,5 @@
-"""``skipkernels bench``: decode, the default, times whole decode steps; kernels times each op."""
+"""``skipkernels bench``: decode, the default, times whole decode steps; kernels times each op; serving compares
+policies under load."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typer.core import TyperGroup
 
 from skipkernels.benchmark.decode_command import decode
 from skipkernels.benchmark.kernels_command import kernels
+from skipkernels.benchmark.serving_command import serving
 
 
 class DecodeByDefault(TyperGroup):
@@ -28,3 +30,4 @@ def bench() -> None:
 
 app.command()(decode)
 app.command()(kernels)
+app.command()(serving)

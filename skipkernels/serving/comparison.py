@@ -1,4 +1,4 @@
-"""All policies on the same arrivals, simulated: how much each carries with few violations, and what overload does."""
+"""Contenders on the same arrivals, simulated: how much each carries with few violations, and what overload does."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from functools import partial
 import numpy as np
 
 from skipkernels.serving.arrivals import Process, Times, poisson
+from skipkernels.serving.contender import Contender
 from skipkernels.serving.errors import JobError
+from skipkernels.serving.job import Request
 from skipkernels.serving.metrics import Summary, summarise
-from skipkernels.serving.policies import POLICIES
 from skipkernels.serving.profile import Profile
 from skipkernels.serving.simulator import simulate
-from skipkernels.serving.workload import Workload
+from skipkernels.serving.workload import Arrival, Workload
 
 Progress = Callable[[str, float], None]
 """Called as (what is being done, share of everything that is done)."""
@@ -47,49 +48,62 @@ class Load:
         rng = np.random.default_rng(seed)
         return cls(process(1.0, jobs, rng), workload.sizes(jobs, rng))
 
-    def run(self, workload: Workload, profile: Profile, policy: str, workers: int, requests_per_s: float) -> Summary:
+    def arrivals(
+        self,
+        workload: Workload,
+        profile: Profile,
+        requests_per_s: float,
+        make_request: Callable[[], Request] | None = None,
+    ) -> list[Arrival]:
+        """At this rate on the mean; ``make_request`` as in ``Workload.arrivals``."""
         jobs_per_s = requests_per_s / (sum(self.sizes) / len(self.sizes))
-        arrivals = workload.arrivals(self.times / jobs_per_s, self.sizes, profile)
-        return summarise(simulate(arrivals, profile, policy, workers=workers))
+        return workload.arrivals(self.times / jobs_per_s, self.sizes, profile, make_request)
+
+    def run(self, workload: Workload, contender: Contender, workers: int, requests_per_s: float) -> Summary:
+        """Simulated."""
+        arrivals = self.arrivals(workload, contender.profile, requests_per_s)
+        return summarise(simulate(arrivals, contender.profile, contender.policy, workers=workers))
 
 
 @dataclass(frozen=True)
-class PolicyResult:
-    """One policy under one load."""
+class Result:
+    """One contender under one load."""
 
-    policy: str
+    contender: str
     capacity: Summary  # at the highest rate with few violations
     overload: Summary  # at the rate of the overload
 
 
-def compare_policies(
-    profile: Profile,
+def compare(
+    contenders: Sequence[Contender],
     workload: Workload,
     *,
     overload_per_s: float,
-    policies: Sequence[str] = tuple(POLICIES),
     max_violations: float = 0.01,
     jobs: int = 3000,
     process: Process = poisson,
     workers: int = 1,
     seed: int = 0,
     progress: Progress = lambda stage, share: None,
-) -> list[PolicyResult]:
-    """Finds each policy's highest rate with a violation ratio of at most ``max_violations``, by bisection, and runs all
-    of them at ``overload_per_s`` requests per second.
+) -> list[Result]:
+    """Finds each contender's highest rate with a violation ratio of at most ``max_violations``, by bisection, and runs
+    all of them at ``overload_per_s`` requests per second.
 
     Args:
         process: draws arrival times, see ``arrivals``.
         progress: see ``Progress``.
+
+    Raises:
+        JobError: a contender misses more deadlines at any rate, or fewer at any.
     """
     load = Load.draw(workload, jobs, seed, process)
     results = []
-    for number, policy in enumerate(policies):
-        progress(f"searching the rate of {policy}", number / len(policies))
-        run = partial(load.run, workload, profile, policy, workers)
+    for number, contender in enumerate(contenders):
+        progress(f"searching the rate of {contender.name}", number / len(contenders))
+        run = partial(load.run, workload, contender, workers)
         capacity = _highest_rate(run, max_violations)
-        progress(f"overloading {policy}", (number + 0.8) / len(policies))
-        results.append(PolicyResult(policy, capacity, run(overload_per_s)))
+        progress(f"overloading {contender.name}", (number + 0.8) / len(contenders))
+        results.append(Result(contender.name, capacity, run(overload_per_s)))
     return results
 
 
@@ -105,7 +119,7 @@ def _highest_rate(run: Callable[[float], Summary], max_violations: float) -> Sum
         if not _LOWEST_PER_S < rate < _HIGHEST_PER_S:
             raise JobError(
                 f"at {rate:g} requests per second {summary.violation_ratio:.1%} of the jobs miss their deadline, at "
-                f"most {max_violations:.1%} should; the load does not decide it"
+                f"most {max_violations:.1%} should; the load does not decide it, the time that jobs are given does"
             )
         summary = run(rate)
     if not rising:

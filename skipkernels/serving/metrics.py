@@ -44,14 +44,15 @@ class Summary:
         return None if self.achieved_accuracy is None else self.achieved_accuracy >= self.required_accuracy
 
 
-def summarise(outcomes: Sequence[Outcome]) -> Summary:
+def summarise(*runs: Sequence[Outcome]) -> Summary:
     """
     Args:
-        outcomes: of one run.
+        runs: their jobs count together; each run has a time of its own.
 
     Raises:
         JobError: fewer than two jobs came, or none was answered.
     """
+    outcomes = [outcome for run in runs for outcome in run]
     answered = [(outcome, outcome.answer) for outcome in outcomes if outcome.answer is not None]
     if len(outcomes) < 2 or not answered:
         reasons = [outcome.failure for outcome in outcomes if outcome.failure]
@@ -59,16 +60,13 @@ def summarise(outcomes: Sequence[Outcome]) -> Summary:
             f"a run of {len(outcomes)} jobs with {len(answered)} answered has no figures; two and one are needed"
             + (f". The first reason: {reasons[0]}" if reasons else "")
         )
-    first_ms = min(outcome.at_ms for outcome in outcomes)
-    coming_ms = max(outcome.at_ms for outcome in outcomes) - first_ms
-    running_ms = max(outcome.at_ms + answer.time_ms for outcome, answer in answered) - first_ms
     requests = sum(len(answer.answers) for _, answer in answered)
     times_ms = np.array([answer.time_ms for _, answer in answered])
     scores = [score for outcome, _ in answered for score in outcome.scores]
     return Summary(
         jobs=len(outcomes),
-        offered_per_s=sum(len(outcome.job.requests) for outcome in outcomes) / coming_ms * 1e3,
-        throughput_per_s=requests / running_ms * 1e3,
+        offered_per_s=sum(len(outcome.job.requests) for outcome in outcomes) / sum(map(_coming_ms, runs)) * 1e3,
+        throughput_per_s=requests / sum(map(_running_ms, runs)) * 1e3,
         violation_ratio=1.0 - sum(answer.deadline_met for _, answer in answered) / len(outcomes),
         lost=len(outcomes) - len(answered),
         completion_mean_ms=float(times_ms.mean()),
@@ -78,3 +76,15 @@ def summarise(outcomes: Sequence[Outcome]) -> Summary:
         achieved_accuracy=sum(scores) / len(scores) if scores else None,
         retried_requests=sum(a.retried for _, answer in answered for a in answer.answers),
     )
+
+
+def _coming_ms(run: Sequence[Outcome]) -> float:
+    """From the first arrival to the last."""
+    return max(outcome.at_ms for outcome in run) - min(outcome.at_ms for outcome in run)
+
+
+def _running_ms(run: Sequence[Outcome]) -> float:
+    """From the first arrival to the last answer."""
+    first_ms = min(outcome.at_ms for outcome in run)
+    answered_ms = (outcome.at_ms + answer.time_ms for outcome in run if (answer := outcome.answer))
+    return max(answered_ms, default=first_ms) - first_ms

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from skipkernels.errors import SkipkernelsError
 from skipkernels.plots import pyplot
-from skipkernels.serving.comparison import PolicyResult
+from skipkernels.serving.comparison import Result
 from skipkernels.serving.profile import Profile
 
 if TYPE_CHECKING:
@@ -48,32 +48,40 @@ def plot_frontier(profile: Profile, path: str | Path) -> None:
     _save(figure, path)
 
 
-def plot_comparison(results: Sequence[PolicyResult], path: str | Path, title: str) -> None:
-    """By policy: throughput with few violations, completion time and violations under overload, and accuracy.
+def plot_comparison(results: Sequence[Result], path: str | Path, title: str) -> None:
+    """By contender: throughput with few violations; completion time, violations and accuracy under overload, the latter
+    beside what was promised and what was required.
 
     Raises:
         SkipkernelsError: there is no matplotlib, or the file cannot be written.
     """
     plt = pyplot()
-    figure, panels = plt.subplots(1, 4, figsize=(12.0, 3.4), layout="constrained")
-    policies = [result.policy for result in results]
+    height = 1.3 + 0.35 * len(results)
+    figure, panels = plt.subplots(1, 4, figsize=(12.0, height), layout="constrained", sharey=True)
+    names = [result.contender for result in results]
     overload = f"at {results[0].overload.offered_per_s:.0f}/s"
+    achieved = [result.overload.achieved_accuracy or 0.0 for result in results]
     rows = (
-        ("requests/s with few violations", [result.capacity.throughput_per_s for result in results]),
-        (f"mean completion time (ms) {overload}", [result.overload.completion_mean_ms for result in results]),
-        (f"violation ratio {overload}", [result.overload.violation_ratio for result in results]),
-        (f"accuracy {overload}", [result.overload.achieved_accuracy or 0.0 for result in results]),
+        ("requests/s with few violations", [result.capacity.throughput_per_s for result in results], "{:.3g}"),
+        (f"mean completion (ms) {overload}", [result.overload.completion_mean_ms for result in results], "{:,.0f}"),
+        (f"violations {overload}", [result.overload.violation_ratio for result in results], "{:.1%}"),
+        (f"accuracy {overload}", achieved, "{:.3f}"),
     )
-    for axes, (label, values) in zip(panels, rows, strict=True):
+    for axes, (label, values, form) in zip(panels, rows, strict=True):
         axes.spines[["top", "right"]].set_visible(False)
-        bars = axes.bar(policies, values, color=_BLUE)
-        axes.bar_label(bars, [f"{value:.3g}" for value in values], fontsize=8)
+        bars = axes.barh(names, values, color=_BLUE)
+        axes.bar_label(bars, [form.format(value) for value in values], fontsize=8, padding=3)
+        axes.margins(x=0.25)
         axes.set_title(label, fontsize=9)
         axes.tick_params(labelsize=8)
-    panels[1].set_yscale("log")
+    panels[0].invert_yaxis()
+    panels[1].set_xscale("log")
     required = results[0].overload.required_accuracy
-    panels[3].axhline(required, color=_ORANGE, linestyle="--")
-    panels[3].set_ylim(bottom=0.9 * required)
+    promised = [result.overload.promised_accuracy for result in results]
+    panels[3].plot(promised, names, color=_ORANGE, marker="|", markersize=12, linestyle="none", label="promised")
+    panels[3].axvline(required, color=_ORANGE, linestyle="--", linewidth=1, label="required")
+    panels[3].set_xlim(required - 0.03, max(*achieved, *promised) + 0.03)
+    panels[3].legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=2, frameon=False)
     figure.suptitle(title, fontsize=10)
     _save(figure, path)
 

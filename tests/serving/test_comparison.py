@@ -1,13 +1,15 @@
-"""All policies on the same arrivals."""
+"""Contenders on the same arrivals."""
 
 from pathlib import Path
 
 import pytest
 
 from skipkernels.serving.arrivals import bursty
-from skipkernels.serving.comparison import Load, compare_policies
+from skipkernels.serving.comparison import Load, compare
+from skipkernels.serving.contender import Contender, contenders
 from skipkernels.serving.errors import JobError
 from skipkernels.serving.plots import plot_comparison, plot_frontier
+from skipkernels.serving.policies import POLICIES
 from skipkernels.serving.synthetic import tvlt_mosei
 from skipkernels.serving.workload import Workload
 from tests.serving.profiles import two_speeds
@@ -16,11 +18,15 @@ from tests.serving.profiles import two_speeds
 def test_selection_carries_more_than_full_modality_on_the_originals_profile(tmp_path: Path) -> None:
     profile, workload = tvlt_mosei(), Workload(extra_ms=55.0, slack=0.03)
     stages: list[float] = []
-    results = compare_policies(
-        profile, workload, overload_per_s=60.0, jobs=250, progress=lambda stage, share: stages.append(share)
+    results = compare(
+        contenders(profile, list(POLICIES)),
+        workload,
+        overload_per_s=60.0,
+        jobs=250,
+        progress=lambda stage, share: stages.append(share),
     )
     full, cheapest, random, maximize = results
-    assert [result.policy for result in results] == ["full", "cheapest", "random", "maximize"]
+    assert [result.contender for result in results] == ["full", "cheapest", "random", "maximize"]
     assert stages == sorted(stages)
     for result in (cheapest, random, maximize):
         assert result.capacity.violation_ratio <= 0.01
@@ -40,11 +46,11 @@ def test_selection_carries_more_than_full_modality_on_the_originals_profile(tmp_
 
 def test_the_found_rate_is_the_highest() -> None:
     profile, workload = two_speeds(), Workload(extra_ms=30.0, slack=0.2)
-    (result,) = compare_policies(
-        profile,
+    contender = Contender("maximize", "maximize", profile)
+    (result,) = compare(
+        [contender],
         workload,
         overload_per_s=50.0,
-        policies=["maximize"],
         max_violations=0.1,
         jobs=300,
         process=bursty,
@@ -52,12 +58,15 @@ def test_the_found_rate_is_the_highest() -> None:
     )
     assert result.capacity.violation_ratio <= 0.1
     load = Load.draw(workload, 300, 4, bursty)
-    higher = load.run(workload, profile, "maximize", 1, 1.3 * result.capacity.offered_per_s)
+    higher = load.run(workload, contender, 1, 1.3 * result.capacity.offered_per_s)
     assert higher.violation_ratio > 0.1
 
 
 def test_a_workload_that_cannot_be_met_is_an_error() -> None:
     with pytest.raises(JobError, match="the load does not decide it"):
-        compare_policies(
-            two_speeds(spread=3.0), Workload(extra_ms=-5.0, slack=0.0), overload_per_s=1.0, policies=["full"], jobs=20
+        compare(
+            contenders(two_speeds(spread=3.0), ["full"]),
+            Workload(extra_ms=-5.0, slack=0.0),
+            overload_per_s=1.0,
+            jobs=20,
         )

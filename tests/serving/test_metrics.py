@@ -52,3 +52,15 @@ def test_a_run_without_answers_has_no_figures() -> None:
         summarise([refused, refused])
     with pytest.raises(JobError, match="a run of 1 jobs with 1 answered"):
         summarise([outcome(0.0, 1.0, met=True)])
+
+
+def test_runs_count_together_each_in_its_own_time() -> None:
+    first = [outcome(0.0, 10.0, met=True), outcome(100.0, 100.0, met=True)]
+    second = [outcome(5000.0, 50.0, met=False), outcome(5300.0, 100.0, met=True)]
+    summary = summarise(first, second)
+    assert summary.jobs == 4
+    assert summary.offered_per_s == pytest.approx(8 / 0.4)
+    assert summary.throughput_per_s == pytest.approx(8 / 0.6)
+    assert summary.violation_ratio == 0.25
+    refused = [Outcome(at_ms, job(1, 10.0), None, "refused") for at_ms in (0.0, 100.0)]
+    assert summarise(first, refused).throughput_per_s == pytest.approx(4 / 0.2)

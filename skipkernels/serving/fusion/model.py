@@ -48,7 +48,7 @@ class FusionModel:
     """
 
     name = "fusion"
-    modalities = MODALITIES
+    modalities: tuple[str, ...] = MODALITIES
 
     def __init__(self, network: FusionNetwork, skip_levels: Sequence[float] = (0.0,), **options: Any) -> None:
         policies: Mapping[float, Policy] = policies_of_levels(SKIP_RULE, skip_levels)
