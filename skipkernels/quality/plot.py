@@ -55,8 +55,10 @@ def _draw(axes: Any, cells: Sequence[Cell], metric: Metric) -> None:
     methods = list(dict.fromkeys(cell["method"] for cell in cells if cell["method"] != FULL))
     logarithmic = metric.exponential or metric.unit == "nats"
     for cell in cells:
-        if cell["method"] == FULL and not (logarithmic and cell["metrics"][metric.name]["value"] <= 0):
-            full = cell["metrics"][metric.name]
+        full = cell["metrics"][metric.name]
+        # how the full model compares with itself is not worth an axis that reaches there
+        with_itself = metric.unit == "tokens" or (logarithmic and full["value"] <= 0)
+        if cell["method"] == FULL and not with_itself:
             axes.axhline(full["value"], color="#888888", linestyle="--", linewidth=1, label=FULL)
             axes.axhspan(full["low"], full["high"], color="#888888", alpha=0.12, linewidth=0)
     for number, method in enumerate(methods):
@@ -77,7 +79,9 @@ def _draw(axes: Any, cells: Sequence[Cell], metric: Metric) -> None:
             label=method,
         )
     if logarithmic:
-        axes.set_yscale("log")
+        axes.set_yscale("log", subs=(2, 5))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     elif metric.unit == "share":
         axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.set_xlim(0, None)

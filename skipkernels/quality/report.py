@@ -47,8 +47,12 @@ def group_table(cells: Sequence[Cell], task: str, metric: Metric) -> tuple[str, 
     title = f"{metric.name}, % by kind" if metric.unit == "share" else f"{metric.name} by kind"
     rows = []
     for group, values in groups.items():
-        in_group = [cell["groups"][group][metric.name]["value"] for cell in chosen.values()]
-        rows.append([group, str(values["items"]), *(shown_value(metric, value).rstrip("%") for value in in_group)])
+        in_group = (cell["groups"][group][metric.name]["value"] for cell in chosen.values())
+        shown = (
+            f"{100 * value:.0f}" if metric.unit == "share" and value is not None else shown_value(metric, value)
+            for value in in_group
+        )
+        rows.append([group, str(values["items"]), *shown])
     return " at ".join([title, *ratios[:1]]), (["kind", "items", *chosen], rows)
 
 

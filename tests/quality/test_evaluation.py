@@ -123,7 +123,7 @@ def test_tables_state_both_savings_and_the_interval(setup: Setup, tmp_path: Path
     kinds = group_table(results.cells, task.name, SHARE)
     assert kinds == (
         "share right, % by kind at 30%",
-        (["kind", "items", "full", "fake"], [["a", "2", "100.0", "50.0"], ["b", "2", "100.0", "0.0"]]),
+        (["kind", "items", "full", "fake"], [["a", "2", "100", "50"], ["b", "2", "100", "0"]]),
     )
     shown = table(*headings)
     for row in rows:
