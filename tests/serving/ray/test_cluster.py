@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from skipkernels.errors import DeviceError
+from skipkernels.serving.errors import ProfileError
 from skipkernels.serving.profile import Profile
 from tests.serving.http.fakes import COMPLETIONS, PROFILE, REACHABLE, STRATEGIES, EchoModel, body
 from tests.serving.http.media import audio_part, image_part, text_part
@@ -87,6 +88,16 @@ def process_as_profile(model: EchoModel) -> Profile:
 def test_a_model_is_profiled_where_it_runs(cluster: "Cluster", replicas: "list[DeploymentHandle]") -> None:
     source = cluster.profile(replicas[0], process_as_profile).source
     assert source == f"echo in process {replicas_of('replica-0')[0]}"
+
+
+def refuse_to_measure(model: EchoModel) -> Profile:
+    raise ProfileError(f"{model.name} has no samples")
+
+
+def test_what_a_measurement_raises_is_raised_here(cluster: "Cluster", replicas: "list[DeploymentHandle]") -> None:
+    with pytest.raises(ProfileError) as raised:
+        cluster.profile(replicas[0], refuse_to_measure)
+    assert str(raised.value) == "echo has no samples", "pages of another process"
 
 
 def no_model() -> EchoModel:
