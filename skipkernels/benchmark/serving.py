@@ -72,6 +72,7 @@ def run_comparison(
     process: Process,
     simulated_jobs: int,
     jobs: int,
+    overload_jobs: int,
     rounds: int,
     seed: int,
     server: EmbeddedServer | None = None,
@@ -80,7 +81,7 @@ def run_comparison(
     """
     Args:
         server: None: simulated only.
-        jobs, rounds: of the real runs, see ``try_contenders``.
+        jobs, overload_jobs, rounds: of the real runs, see ``try_contenders``.
     """
     simulated = compare(
         contenders,
@@ -97,7 +98,6 @@ def run_comparison(
     overhead_ms = server.overhead_ms(contenders[0].profile)
     found = [result.capacity.offered_per_s for result in simulated]
     settings: dict[str, Any] = {
-        "jobs": jobs,
         "rounds": rounds,
         "process": process,
         "seed": seed,
@@ -109,6 +109,7 @@ def run_comparison(
         list(zip(contenders, found, strict=True)),
         workload,
         max_violations=max_violations,
+        jobs=jobs,
         progress=lambda stage, share: progress(stage, _SIMULATED + half * share),
         **settings,
     )
@@ -117,6 +118,7 @@ def run_comparison(
         server,
         [(contender, overload_per_s) for contender in contenders],
         workload,
+        jobs=overload_jobs,
         on_turn=lambda name: progress(
             f"{name}, overloaded", _SIMULATED + half * (1.0 + next(turns) / (rounds * len(contenders)))
         ),

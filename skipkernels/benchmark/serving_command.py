@@ -62,6 +62,7 @@ def serving(
                 process=process,
                 simulated_jobs=load_options.simulated_jobs,
                 jobs=load_options.jobs,
+                overload_jobs=load_options.overload_jobs,
                 rounds=load_options.rounds,
                 seed=load_options.seed,
                 server=server,
@@ -163,13 +164,14 @@ def _print_load(
 
 
 def _print_deviations(comparison: Comparison) -> None:
-    shown = table("real over simulated, less 1", "req/s", "mean", "p99", "late (points)", "promised (points)")
-    for load, trials in (("", comparison.capacity), (", overloaded", comparison.overload)):
+    for load, trials in (("at its rate", comparison.capacity), ("overloaded", comparison.overload)):
+        title = f"{load}: real over simulated, less 1; of the last two the difference in points"
+        shown = table("", "req/s", "mean", "p99", "late", "promise", title=title)
         for trial in trials:
             off = trial.deviations
             shown.add_row(
-                trial.contender.name + load,
+                trial.contender.name,
                 *(f"{off[name]:+.1%}" for name in ("throughput_per_s", "completion_mean_ms", "completion_p99_ms")),
                 *(f"{100 * off[name]:+.1f}" for name in ("violation_ratio", "promised_accuracy")),
             )
-    out.print(shown)
+        out.print(shown)

@@ -48,7 +48,17 @@ class LoadOptions:
         "full,cheapest,random,maximize"
     )
     simulated_jobs: Annotated[int, typer.Option(min=2, help="Of each simulation.", rich_help_panel=_PANEL)] = 2000
-    jobs: Annotated[int, typer.Option(min=2, help="Of each real run.", rich_help_panel=_PANEL)] = 100
+    jobs: Annotated[
+        int, typer.Option(min=2, help="Of each real run at a contender's own rate.", rich_help_panel=_PANEL)
+    ] = 100
+    overload_jobs: Annotated[
+        int,
+        typer.Option(
+            min=2,
+            help="Of each real run under overload: the longer it lasts, the longer wait who cannot keep up.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = 300
     rounds: Annotated[int, typer.Option(min=1, help="Real runs of every contender.", rich_help_panel=_PANEL)] = 3
     seed: Annotated[int, typer.Option(help="Of arrivals and sizes.", rich_help_panel=_PANEL)] = 0
 
