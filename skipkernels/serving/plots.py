@@ -41,8 +41,10 @@ def plot_frontier(profile: Profile, path: str | Path) -> None:
             xytext=(5, 5),
             textcoords="offset points",
             fontsize=8,
+            rotation=50,  # skip levels of the same modalities lie side by side
             color=colour,
         )
+    axes.margins(x=0.1, y=0.18)
     axes.set(xlabel="median time of one request (ms)", ylabel="accuracy, down to the promised bound")
     axes.set_title(f"{profile.model} · {profile.device} · {profile.source.partition(':')[0]}", loc="left", fontsize=10)
     _save(figure, path)
