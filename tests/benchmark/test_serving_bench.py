@@ -134,6 +134,7 @@ def test_an_unknown_policy_is_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_classifier_trains_to_the_originals_profile(tmp_path: Path) -> None:
     """Minutes of training and profiling; then promises hold on clips that nobody has seen."""
     out = tmp_path / "out.json"
