@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from skipkernels.errors import RequestError, SkipkernelsError
 
 
@@ -21,9 +23,10 @@ class AccuracyUnreachable(JobError):
     """No strategy promises the accuracy a job requires; ``reachable`` is the best that one does."""
 
     def __init__(self, required: float, reachable: float) -> None:
+        shown = math.floor(reachable * 1e4 + 1e-6) / 1e4  # rounded up it would be refused again
         super().__init__(
             f"min_accuracy {required:g} cannot be promised: the best reachable with these modalities is "
-            f"{reachable:.4f}; lower it, or profile on more validation samples to narrow the confidence bound"
+            f"{shown:.4f}; lower it, or profile on more validation samples to narrow the confidence bound"
         )
         self.reachable = reachable
 

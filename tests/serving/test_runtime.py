@@ -159,7 +159,7 @@ def test_without_workers_every_job_fails_with_the_reason() -> None:
 
 def test_a_refused_job_raises_at_once() -> None:
     async def check(runtime: Runtime, executors: list[Worker]) -> None:
-        with pytest.raises(AccuracyUnreachable, match=r"the best reachable with these modalities is 0\.8950"):
+        with pytest.raises(AccuracyUnreachable, match=r"the best reachable with these modalities is 0\.8949"):
             await runtime.submit(Job([Request({"audio": 1, "video": 1})], 10.0, 0.99))
         assert executors[0].batches == []
 
