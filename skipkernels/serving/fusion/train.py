@@ -5,6 +5,7 @@ Some minutes on one core. The weights are the same to the bit for the same seed,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ import typer
 
 from skipkernels.cli.console import err, progress_bar
 from skipkernels.serving.fusion.clips import ClipSource
+from skipkernels.serving.fusion.network import FusionShape
 from skipkernels.serving.fusion.trainer import Schedule, train
 
 
@@ -20,13 +22,16 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the trained classifier.")],
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = Schedule().steps,
     seed: Annotated[int, typer.Option(help="Of the weights and of the clips.")] = 0,
+    intermediate: Annotated[
+        int, typer.Option(min=1, help="Width of the FFNs: the wider, the more of a label's time can be skipped.")
+    ] = FusionShape.intermediate,
 ) -> None:
     """Train the fusion classifier and write it to OUT."""
-    train_into(out, Schedule(steps=steps), seed)
+    train_into(out, Schedule(steps=steps), seed, {"intermediate": intermediate})
 
 
-def train_into(folder: Path, schedule: Schedule, seed: int) -> None:
-    """Trains on one thread, which is what makes it reproducible, with a progress bar."""
+def train_into(folder: Path, schedule: Schedule, seed: int, shape: Mapping[str, int] | None = None) -> None:
+    """Trains on one thread, which is what makes it reproducible, with a progress bar. ``shape`` as for ``train``."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     losses: list[float] = []
@@ -36,7 +41,7 @@ def train_into(folder: Path, schedule: Schedule, seed: int) -> None:
             losses.append(loss)
             report(f"training, loss {loss:.3f}", len(losses) / schedule.steps)
 
-        network = train(ClipSource(), schedule, seed, after_step=after_step)
+        network = train(ClipSource(), schedule, seed, shape, after_step)
     torch.set_num_threads(threads)
     folder.mkdir(parents=True, exist_ok=True)
     network.save(folder)

@@ -1,1 +1,1 @@
-"""Models that are served: a fusion classifier of sound and video, and multimodal language models of transformers."""
+"""Multimodal language models of transformers, their decoders on the engine."""

@@ -107,6 +107,6 @@ def test_dropped_ffns_change_the_training_only() -> None:
 
 
 def test_the_script_writes_what_can_be_loaded(tmp_path: Path) -> None:
-    train_into(tmp_path / "new" / "folder", Schedule(steps=2, clips=1), seed=0)
+    train_into(tmp_path / "new" / "folder", Schedule(steps=2, clips=1), seed=0, shape={"intermediate": 32})
     shape = FusionNetwork.load(tmp_path / "new" / "folder").shape
-    assert (shape.segments, shape.max_frames) == (32, 320)
+    assert (shape.segments, shape.max_frames, shape.intermediate) == (32, 320, 32)
