@@ -36,7 +36,9 @@ def rows_of(path: Path) -> Sequence[dict[str, Any]]:
 def tiny_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command trains a minimal classifier on minimal clips."""
     monkeypatch.setattr(
-        fusion_train, "train", lambda source, schedule, seed, after_step: train(TINY, schedule, seed, SHAPE, after_step)
+        fusion_train,
+        "train",
+        lambda source, schedule, seed, shape, after_step: train(TINY, schedule, seed, SHAPE, after_step),
     )
     monkeypatch.setattr(fusion_clips, "ClipSource", lambda: TINY)
 
