@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from skipkernels.errors import PolicyError
+from skipkernels.files import read_document
 from skipkernels.policy import Policy, policy_from_dict
 
 FORMAT = "skipkernels.skip_policy"
@@ -49,14 +50,4 @@ def load_policy(path: str | Path, *, fingerprint: str | None = None) -> Policy:
 
 def read_policy_file(path: str | Path) -> dict[str, Any]:
     """The whole document, checked for format and version only."""
-    try:
-        document = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise PolicyError(f"{path}: cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PolicyError(f"{path}: is not JSON ({error})") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise PolicyError(f"{path}: is not a policy file (its format is not {FORMAT!r})")
-    if document.get("version") != VERSION:
-        raise PolicyError(f"{path}: has version {document.get('version')}, this release reads version {VERSION}")
-    return document
+    return read_document(path, "policy file", FORMAT, VERSION, PolicyError)

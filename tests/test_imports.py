@@ -13,7 +13,7 @@ PACKAGE = Path(skipkernels.__file__).parent
 # each room may import from the rooms before it
 ROOMS = [
     ["errors", "machine"],
-    ["config", "generation", "policy", "ops.philox"],
+    ["files", "config", "generation", "policy", "ops.philox"],
     ["policy_file", "prompt", "weights", "state", "ops.table", "ops.reference", "ops", "text", "checkpoint"],
     ["program", "prefill"],
     ["executors"],

@@ -13,7 +13,8 @@ import typer
 from skipkernels.cli import console
 from skipkernels.cli import options as opt
 from skipkernels.cli.console import err, progress_bar
-from skipkernels.errors import ModelError, RequestError
+from skipkernels.errors import ModelError
+from skipkernels.files import read_text
 from skipkernels.policy import DensePolicy, Policy, SkipPolicy
 from skipkernels.policy_file import load_policy
 
@@ -205,13 +206,3 @@ def calibration_texts(engine: Engine, model: str, file: Path | None) -> tuple[st
         if model == DEMO and engine.tokenizer is not None:
             return "documentation and facts", list(demo_streams(engine.tokenizer))
         return "the standard library's documentation", ["\n\n".join(documentation())]
-
-
-def read_text(file: Path) -> str:
-    """Raises RequestError where there is none."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"{file}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{file}: is not UTF-8 text ({error.reason} at byte {error.start})") from error

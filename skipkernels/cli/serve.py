@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from skipkernels.cli.console import err, progress_bar, require_folder, table
 from skipkernels.cli.groups import grouped
-from skipkernels.cli.models import POLICY_FILE, ModelOptions, read_text
+from skipkernels.cli.models import POLICY_FILE, ModelOptions
 from skipkernels.cli.serve_options import ClusterOptions, LimitOptions, SchedulingOptions, ServerOptions
 from skipkernels.errors import SkipkernelsError
+from skipkernels.files import read_text
 
 if TYPE_CHECKING:
     from skipkernels.serving.chat.chat import ChatFormat, ChatModel

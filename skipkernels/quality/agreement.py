@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-from skipkernels.passages import Passage
 from skipkernels.quality.estimate import Item, Metric
-from skipkernels.quality.full_text import FullText
+from skipkernels.quality.full_text import FullTextTask
 from skipkernels.quality.method import Method, OnItem, ignore
 from skipkernels.quality.task import Outcome
 from skipkernels.quality.work import Work
@@ -16,27 +12,11 @@ KL = Metric("KL from full", "nats", higher_is_better=False)
 TOP1 = Metric("top-1 agreement", "share", higher_is_better=True)
 
 
-class Agreement:
-    """How far a method's predictions are from the full model's. ``alike`` is other text of the full model."""
+class Agreement(FullTextTask):
+    """How far a method's predictions are from the full model's."""
 
     name = "agreement"
     metrics = (KL, TOP1)
-
-    def __init__(self, text: FullText, alike: FullText) -> None:
-        self._text = text
-        self._alike = alike
-
-    @property
-    def alike(self) -> Sequence[Passage]:
-        return self._alike.passages
-
-    @property
-    def total(self) -> int:
-        return len(self._text.prompts)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"prompts": self.total, "new_tokens": self._text.new_tokens}
 
     def run(self, method: Method, label: str, on_item: OnItem = ignore) -> Outcome:
         expected = self._text.readings

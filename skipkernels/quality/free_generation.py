@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any
 
-from skipkernels.passages import Passage
 from skipkernels.quality.estimate import Item, Metric
-from skipkernels.quality.full_text import FullText
+from skipkernels.quality.full_text import FullTextTask
 from skipkernels.quality.method import Method, OnItem, ignore
 from skipkernels.quality.task import Outcome
 from skipkernels.quality.work import Work
@@ -18,27 +16,11 @@ REPETITION = Metric("repeated 4-grams", "share", higher_is_better=False)
 _N = 4
 
 
-class FreeGeneration:
-    """Continues the prompts greedily, as the full model did. ``alike`` is other text of the full model."""
+class FreeGeneration(FullTextTask):
+    """Continues the prompts greedily, as the full model did."""
 
     name = "generation"
     metrics = (COMMON_PREFIX, REPETITION)
-
-    def __init__(self, text: FullText, alike: FullText) -> None:
-        self._text = text
-        self._alike = alike
-
-    @property
-    def alike(self) -> Sequence[Passage]:
-        return self._alike.passages
-
-    @property
-    def total(self) -> int:
-        return len(self._text.prompts)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"prompts": self.total, "new_tokens": self._text.new_tokens}
 
     def run(self, method: Method, label: str, on_item: OnItem = ignore) -> Outcome:
         answers = method.generate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 from skipkernels.passages import Passage
 from skipkernels.quality.method import Method, Reading
@@ -31,3 +32,23 @@ class FullText:
     def readings(self) -> list[Reading]:
         """The full model's predictions in its own text, all of them."""
         return self._full.score(self.passages, keep_log_probs=True)
+
+
+class FullTextTask:
+    """What tasks have in common that look at the full model's ``text``. ``alike`` is other text of the full model."""
+
+    def __init__(self, text: FullText, alike: FullText) -> None:
+        self._text = text
+        self._alike = alike
+
+    @property
+    def alike(self) -> Sequence[Passage]:
+        return self._alike.passages
+
+    @property
+    def total(self) -> int:
+        return len(self._text.prompts)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"prompts": self.total, "new_tokens": self._text.new_tokens}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from skipkernels.errors import RequestError
+from skipkernels.files import read_text
 
 
 def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
@@ -21,15 +22,9 @@ def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
         RequestError: the file cannot be read or holds nothing; or a line is no JSON object, or lacks a field, or has
             one of another type. The message names the line.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
     objects = [
         _parse(f"{path}, line {number}", line, fields)
-        for number, line in enumerate(text.split("\n"), start=1)
+        for number, line in enumerate(read_text(path).split("\n"), start=1)
         if line.strip()
     ]
     if not objects:

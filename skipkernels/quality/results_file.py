@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from skipkernels.errors import RequestError
+from skipkernels.files import read_document
 
 FORMAT = "skipkernels.quality"
 VERSION = 1
@@ -44,7 +45,7 @@ class ResultsFile:
         if path is not None and path.exists():
             if not resume:
                 raise RequestError(f"{path}: is there already; --resume goes on with it, another name begins anew")
-            before = _read(path)
+            before = read_document(path, "results file", FORMAT, VERSION, RequestError)
             _check_settings(path, before["settings"], settings)
             self.document["memory"], self.document["cells"] = before["memory"], before["cells"]
             settings["tasks"] = before["settings"]["tasks"] | settings["tasks"]
@@ -82,20 +83,6 @@ def _text(document: dict[str, Any]) -> str:
 
 def _line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: is not JSON ({error})") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise RequestError(f"{path}: is not a results file (its format is not {FORMAT!r})")
-    if document.get("version") != VERSION:
-        raise RequestError(f"{path}: has version {document.get('version')}, this release reads version {VERSION}")
-    return document
 
 
 def _check_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from skipkernels.files import read_document
 from skipkernels.serving.errors import ProfileError, StrategyError
 from skipkernels.serving.profile import Profile, StrategyProfile, Timing
 from skipkernels.serving.strategy import ModalityModel, Strategy
@@ -24,16 +25,7 @@ def load_profile(path: str | Path, *, model: ModalityModel | None = None) -> Pro
     Raises:
         ProfileError: unreadable, another format or version, or another model's.
     """
-    try:
-        document = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise ProfileError(f"{path}: cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ProfileError(f"{path}: is not JSON ({error})") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ProfileError(f"{path}: is not a serving profile (its format is not {FORMAT!r})")
-    if document.get("version") != VERSION:
-        raise ProfileError(f"{path}: has version {document.get('version')}, this release reads version {VERSION}")
+    document = read_document(path, "serving profile", FORMAT, VERSION, ProfileError)
     try:
         profile = _from_document(document)
         if model is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from skipkernels.errors import RequestError
+from skipkernels.files import read_text
 from skipkernels.serving.chat.chat import Chat, ChatFormat, modalities_of
 from skipkernels.serving.chat.chat_profile import ChatSample
 from skipkernels.serving.chat.text_format import PROFILED_NEW_TOKENS
@@ -45,12 +46,7 @@ def read_chats(path: str | Path, limits: Limits) -> list[ChatLine]:
     Raises:
         ProfileError: unreadable, no chats, or a line that is not one; the message names the line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ProfileError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ProfileError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    lines = read_text(path, ProfileError).splitlines()
     chats = [_read_line(line, f"{path}, line {number}", limits) for number, line in enumerate(lines, 1) if line.strip()]
     if not chats:
         raise ProfileError(f"{path}: holds no chats; write one JSON object with messages in each line")
