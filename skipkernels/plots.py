@@ -53,7 +53,7 @@ def plot_similarity(curve: SimilarityCurve, policy: SkipPolicy, path: str | Path
     axes.set(xlim=(-0.5, len(layers) - 0.5), xlabel="layer", ylabel="cosine similarity across the FFN")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(facecolor="white", framealpha=1.0, edgecolor="none", loc="lower right")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_trace(trace: TraceMap, path: str | Path, title: str) -> None:
@@ -86,7 +86,7 @@ def plot_trace(trace: TraceMap, path: str | Path, title: str) -> None:
     axes.legend(
         handles=handles, frameon=False, ncols=3, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_decode(rows: Sequence[dict[str, Any]], path: str | Path, title: str) -> None:
@@ -113,7 +113,7 @@ def plot_decode(rows: Sequence[dict[str, Any]], path: str | Path, title: str) ->
     axes.set(xlabel="FFN executions skipped (%)", ylabel="ms per token", ylim=(0, None))
     axes.set_title(title, loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_kernels(rows: Sequence[dict[str, Any]], path: str | Path, title: str) -> None:
@@ -138,7 +138,7 @@ def plot_kernels(rows: Sequence[dict[str, Any]], path: str | Path, title: str) -
     axes.set(xscale="log", yscale="log", xlabel="MB moved by one instruction", ylabel="GB/s")
     axes.set_title(title, loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=7, loc="lower right")
-    _save(figure, path)
+    save(figure, path)
 
 
 def pyplot() -> Any:
@@ -156,7 +156,7 @@ def pyplot() -> Any:
     return pyplot
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save(figure: Figure, path: str | Path) -> None:
     """Writes a PNG and forgets the figure.
 
     Raises:

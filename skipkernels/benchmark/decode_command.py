@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from skipkernels.benchmark.options import DeviceOptions, numbers
-from skipkernels.cli.console import err, out, percent, print_json, progress_bar, require_folder, table
+from skipkernels.cli.console import err, out, percent, print_json, progress_bar, require_folder, require_picture, table
 from skipkernels.cli.groups import grouped
 from skipkernels.cli.models import POLICY_FILE, ModelOptions
 from skipkernels.errors import RequestError
@@ -62,11 +62,8 @@ def decode(
         raise typer.BadParameter(f"--against knows {', '.join(PEERS)}, got {sorted(unknown)[0]!r}")
     ratios = numbers(skip_ratio, float, "--skip-ratio")
     batches = numbers(batch_sizes, int, "--batch-sizes")
-    require_folder(json, plot)
-    if plot is not None:
-        from skipkernels.plots import pyplot
-
-        pyplot()  # a missing matplotlib is an error now, not after the measurement
+    require_folder(json)
+    require_picture(plot)
 
     from skipkernels.benchmark.decode import run_decode_bench
     from skipkernels.benchmark.report import environment, write_json

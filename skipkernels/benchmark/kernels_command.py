@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from skipkernels.benchmark.options import DeviceOptions, numbers
-from skipkernels.cli.console import err, out, print_json, progress_bar, require_folder, table
+from skipkernels.cli.console import err, out, print_json, progress_bar, require_folder, require_picture, table
 from skipkernels.cli.groups import grouped
 
 if TYPE_CHECKING:
@@ -31,11 +31,8 @@ def kernels(
     """Time every op on random weights, beside torch's own op on the same matrices."""
     batches = numbers(batch_sizes, int, "--batch-sizes")
     lengths = numbers(kv_lengths, int, "--kv-lengths")
-    require_folder(json, plot)
-    if plot is not None:
-        from skipkernels.plots import pyplot
-
-        pyplot()  # a missing matplotlib is an error now, not after the measurement
+    require_folder(json)
+    require_picture(plot)
     from skipkernels.benchmark.kernels import run_kernel_bench
     from skipkernels.benchmark.report import environment, write_json
 

@@ -12,7 +12,7 @@ import typer
 from skipkernels.benchmark.options import DeviceOptions
 from skipkernels.benchmark.serving_load import LoadOptions
 from skipkernels.benchmark.serving_workload import ModelOptions
-from skipkernels.cli.console import out, percent, print_json, progress_bar, require_folder, table
+from skipkernels.cli.console import out, percent, print_json, progress_bar, require_folder, require_picture, table
 from skipkernels.cli.groups import grouped
 
 if TYPE_CHECKING:
@@ -31,11 +31,8 @@ def serving(
     frontier: Annotated[Path | None, typer.Option(help="Picture: accuracy over time of every strategy.")] = None,
 ) -> None:
     """Compare policies that choose modalities and skip levels for jobs with deadlines, on the same arrivals."""
-    require_folder(json, plot, frontier)
-    if plot or frontier:
-        from skipkernels.plots import pyplot
-
-        pyplot()  # a missing matplotlib is an error now, not after the measurement
+    require_folder(json)
+    require_picture(plot, frontier)
     from skipkernels.benchmark.report import environment, write_json
     from skipkernels.benchmark.serving import decision_rows, run_comparison
     from skipkernels.serving.plots import plot_comparison, plot_frontier

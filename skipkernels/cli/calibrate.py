@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from skipkernels.cli import options as opt
-from skipkernels.cli.console import err, out, percent, print_json, require_folder, table
+from skipkernels.cli.console import err, out, percent, print_json, require_folder, require_picture, table
 from skipkernels.cli.groups import grouped
 from skipkernels.cli.models import (
     CALIBRATION_ROWS,
@@ -58,11 +58,8 @@ def calibrate(
     What is not given is searched for. The figures are measured on held-out text, which the search has not seen, beside
     a fixed and a random choice of FFNs.
     """
-    require_folder(out_file, plot)
-    if plot is not None:
-        from skipkernels.plots import pyplot
-
-        pyplot()  # refuses now what would fail after the work
+    require_folder(out_file)
+    require_picture(plot)
     given: dict[str, Any] = {
         "cold_start": cold_start,
         "cold_end": cold_end,

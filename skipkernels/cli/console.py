@@ -55,6 +55,15 @@ def require_folder(*paths: Path | None) -> None:
             raise RequestError(f"{path}: cannot be written (there is no folder {path.parent})")
 
 
+def require_picture(*paths: Path | None) -> None:
+    """Refuses, before the work, a picture that could not be drawn after it: no folder, or no matplotlib."""
+    require_folder(*paths)
+    if any(path is not None for path in paths):
+        from skipkernels.plots import pyplot
+
+        pyplot()
+
+
 def table(*headings: str, title: str | None = None) -> Table:
     """A table without vertical lines; every column but the first is aligned to the right."""
     made = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from skipkernels.cli.console import err, out, print_json, progress_bar, require_folder, table
+from skipkernels.cli.console import err, out, print_json, progress_bar, require_folder, require_picture, table
 from skipkernels.cli.eval_tasks import TaskOptions
 from skipkernels.cli.groups import grouped
 from skipkernels.cli.models import ModelOptions
@@ -93,11 +93,8 @@ def evaluate(
     method_options.ratio_list()  # a wrong command line is refused before a model is loaded
     if resume and json is None:
         raise typer.BadParameter("--resume goes on with the file of --json; give both")
-    require_folder(None if json == _STDOUT else json, plot)
-    if plot is not None:
-        from skipkernels.plots import pyplot
-
-        pyplot()  # a missing matplotlib is an error now, not after the measurement
+    require_folder(None if json == _STDOUT else json)
+    require_picture(plot)
     engine = model_options.load(max_batch_size=_ROWS)
 
     from skipkernels.benchmark.report import environment

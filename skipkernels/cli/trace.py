@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from skipkernels.cli import options as opt
-from skipkernels.cli.console import out, percent, print_json, require_folder
+from skipkernels.cli.console import out, percent, print_json, require_picture
 from skipkernels.cli.groups import grouped
 from skipkernels.cli.models import ModelOptions, PolicyOptions, SamplingOptions
 
@@ -28,11 +28,7 @@ def trace(
     """Show which FFNs every generated token ran and skipped: a line per token, a character per layer."""
     from skipkernels.trace import Cell, TraceMap, legend, render
 
-    require_folder(png)
-    if png is not None:
-        from skipkernels.plots import pyplot
-
-        pyplot()  # refuses now what would fail after the work
+    require_picture(png)
     engine = model_options.load()
     chosen = policy_options.choose(engine, model_options)
     (generation,) = engine.generate(

@@ -25,8 +25,13 @@ def model_config(tokenizer: PreTrainedTokenizerBase, *, layers: int, hidden: int
 
 
 def initial_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
-    """Random weights; the projections that write to the residual stream are scaled down by the root of their number."""
+    """``random_llama`` from ``seed``."""
     torch.manual_seed(seed)
+    return random_llama(config)
+
+
+def random_llama(config: LlamaConfig) -> LlamaForCausalLM:
+    """Random weights; the projections that write to the residual stream are scaled down by the root of their number."""
     model = LlamaForCausalLM(config)
     scale = 1 / math.sqrt(2 * config.num_hidden_layers)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from skipkernels.plots import pyplot
+from skipkernels.plots import pyplot, save
 from skipkernels.quality.estimate import Metric
 from skipkernels.quality.method import FULL
 from skipkernels.quality.results_file import Cell
@@ -16,7 +16,6 @@ from skipkernels.quality.results_file import Cell
 _COLOURS = ("#2f6db5", "#f0a030", "#8a5fb0", "#c0504d", "#3a9a5b", "#7a6a55", "#d070a0")
 _MARKERS = "osv^DPX"
 _COLUMNS = 3
-_DPI = 150
 
 
 def plot_quality(cells: Sequence[Cell], panels: Sequence[tuple[str, Metric]], path: str | Path, title: str) -> None:
@@ -37,8 +36,7 @@ def plot_quality(cells: Sequence[Cell], panels: Sequence[tuple[str, Metric]], pa
     }
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-    figure.savefig(path, format="png", dpi=_DPI)
-    pyplot().close(figure)
+    save(figure, path)
 
 
 def _measured(cells: Sequence[Cell], task: str, metric: Metric) -> list[Cell]:

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from skipkernels.errors import SkipkernelsError
-from skipkernels.plots import pyplot
+from skipkernels.plots import pyplot, save
 from skipkernels.serving.comparison import Result
 from skipkernels.serving.profile import Profile
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 _BLUE, _ORANGE, _GREY = "#2f6db5", "#f0a030", "#b8bfc8"
-_DPI = 150
 
 
 def plot_frontier(profile: Profile, path: str | Path) -> None:
@@ -47,7 +41,7 @@ def plot_frontier(profile: Profile, path: str | Path) -> None:
     axes.margins(x=0.1, y=0.18)
     axes.set(xlabel="median time of one request (ms)", ylabel="accuracy, down to the promised bound")
     axes.set_title(f"{profile.model} · {profile.device} · {profile.source.partition(':')[0]}", loc="left", fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_comparison(results: Sequence[Result], path: str | Path, title: str) -> None:
@@ -85,13 +79,4 @@ def plot_comparison(results: Sequence[Result], path: str | Path, title: str) -> 
     panels[3].set_xlim(required - 0.03, max(*achieved, *promised) + 0.03)
     panels[3].legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=2, frameon=False)
     figure.suptitle(title, fontsize=10)
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    try:
-        figure.savefig(path, dpi=_DPI)
-    except OSError as error:
-        raise SkipkernelsError(f"{path}: the picture cannot be written ({error.strerror})") from error
-    finally:
-        pyplot().close(figure)
+    save(figure, path)

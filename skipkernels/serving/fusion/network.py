@@ -10,7 +10,6 @@ request has a part that its modalities decide, the prompt, and one that the skip
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from skipkernels.demo.model import random_llama
 from skipkernels.errors import ModelError
 from skipkernels.serving.fusion.clips import FEATURES, MODALITIES
 
@@ -132,23 +132,17 @@ def label_of(token: int, segment: int) -> int | None:
 
 
 def _decoder(shape: FusionShape) -> LlamaForCausalLM:
-    """Random weights; projections that write to the residual stream are scaled down by the root of their number."""
-    config = LlamaConfig(
-        vocab_size=_LABELS + CLASSES * shape.segments,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        max_position_embeddings=shape.max_frames + 1 + shape.segments,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e8},
-        bos_token_id=START,
-        eos_token_id=None,
+    return random_llama(
+        LlamaConfig(
+            vocab_size=_LABELS + CLASSES * shape.segments,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            max_position_embeddings=shape.max_frames + 1 + shape.segments,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e8},
+            bos_token_id=START,
+            eos_token_id=None,
+        )
     )
-    decoder = LlamaForCausalLM(config)
-    scale = 1 / math.sqrt(2 * shape.layers)
-    with torch.no_grad():
-        for layer in decoder.model.layers:
-            layer.self_attn.o_proj.weight.mul_(scale)
-            layer.mlp.down_proj.weight.mul_(scale)
-    return decoder
