@@ -46,8 +46,7 @@ WeightDtype parse_dtype(const std::string& name) {
 Instruction make_instruction(const std::string& op, const std::string& dtype, uintptr_t when, int64_t batch_size,
                              const py::dict& operands) {
     const OpInfo& info = find_op(op);
-    check(batch_size >= 1 && batch_size <= cpu::kMaxBatch, op, ": batch_size must lie in 1..", cpu::kMaxBatch, ", got ",
-          batch_size);
+    check(batch_size >= 1, op, ": batch_size must be at least 1, got ", batch_size);
     check(when != 0, op, ": when is a null pointer");
     Instruction ins{};
     ins.op = info.op;
@@ -125,7 +124,6 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Native executors of the decode program.";
     m.attr("cuda_built") = static_cast<bool>(SKIPKERNELS_CUDA_BUILT);
     m.attr("build_note") = SKIPKERNELS_BUILD_NOTE;
-    m.attr("max_batch_size") = cpu::kMaxBatch;
     m.attr("rows_per_partial") = cpu::kPanelRows;
     m.def("instruction_set", &instruction_set,
           "The ops of program.h: {op: {field: 'tensor' | 'size' | 'int' | 'float'}}.");

@@ -31,11 +31,9 @@ Range attended(const DecodeAttention& op, int row) {
     return range;
 }
 
-int64_t most_splits(const Instruction& ins) {
+int64_t most_splits(const DecodeAttention& op, const Scratch& s) {
     int64_t most = 0;
-    for (int64_t row = 0; row < ins.batch_size; ++row) {
-        if (ins.when[row]) most = larger(most, attended(ins.decode_attention, static_cast<int>(row)).num_splits);
-    }
+    for (int i = 0; i < s.num_rows; ++i) most = larger(most, attended(op, s.rows[i]).num_splits);
     return most;
 }
 
@@ -195,15 +193,15 @@ void attend_split(const DecodeAttention& op, int row, int64_t kv_head, int64_t s
 
 }  // namespace
 
-int64_t decode_attention_tasks(const Instruction& ins) {
-    return cpu::count_rows(ins) * ins.decode_attention.num_key_value_heads * most_splits(ins);
+int64_t decode_attention_tasks(const Instruction& ins, const Scratch& s) {
+    return s.num_rows * ins.decode_attention.num_key_value_heads * most_splits(ins.decode_attention, s);
 }
 
-void decode_attention_prepare(const Instruction& ins, Scratch& s) { find_rows(ins, s); }
+constexpr auto decode_attention_pack = static_cast<decltype(cpu::Kernel::pack)>(nullptr);
 
 void decode_attention_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
     const DecodeAttention& op = ins.decode_attention;
-    const int64_t splits = most_splits(ins);
+    const int64_t splits = most_splits(op, s);
     with_weight_type(ins.weight_dtype, [&](auto type) {
         for (int64_t task = begin; task < end; ++task) {
             const int row = s.rows[task / splits / op.num_key_value_heads];

@@ -5,10 +5,12 @@
 
 namespace skipkernels::SKIPKERNELS_ISA {
 
-int64_t down_proj_add_tasks(const Instruction& ins) { return num_panels(ins.down_proj_add.hidden_size); }
+int64_t down_proj_add_tasks(const Instruction& ins, const Scratch&) {
+    return num_panels(ins.down_proj_add.hidden_size);
+}
 
-void down_proj_add_prepare(const Instruction& ins, Scratch& s) {
-    pack(ins, ins.down_proj_add.intermediate, ins.down_proj_add.intermediate_size, s);
+void down_proj_add_pack(const Instruction& ins, int begin, int end, Scratch& s) {
+    pack_rows(ins.down_proj_add.intermediate, ins.down_proj_add.intermediate_size, begin, end, s);
 }
 
 void down_proj_add_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {

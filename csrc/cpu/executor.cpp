@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 #include "../checks.h"
 
@@ -39,19 +40,19 @@ std::unique_ptr<float[], void (*)(void*)> allocate_floats(size_t count) {
     return {static_cast<float*>(memory), std::free};
 }
 
-// Floats of Scratch::x an instruction needs.
-size_t packed_floats(const Instruction& ins) {
+// Columns of the matrix an instruction multiplies with, padded; 0 where it has none.
+size_t packed_columns(const Instruction& ins) {
     switch (ins.op) {
         case OpCode::qkv_rope_append:
-            return ins.batch_size * padded(ins.qkv_rope_append.hidden_size);
+            return padded(ins.qkv_rope_append.hidden_size);
         case OpCode::o_proj_add:
-            return ins.batch_size * padded(ins.o_proj_add.attention_size);
+            return padded(ins.o_proj_add.attention_size);
         case OpCode::gate_up_silu:
-            return ins.batch_size * padded(ins.gate_up_silu.hidden_size);
+            return padded(ins.gate_up_silu.hidden_size);
         case OpCode::down_proj_add:
-            return ins.batch_size * padded(ins.down_proj_add.intermediate_size);
+            return padded(ins.down_proj_add.intermediate_size);
         case OpCode::lm_head:
-            return ins.batch_size * padded(ins.lm_head.hidden_size);
+            return padded(ins.lm_head.hidden_size);
         default:
             return 0;
     }
@@ -70,6 +71,36 @@ size_t head_floats(const Instruction& ins) {
             return 0;
     }
 }
+
+// What a scratch must hold for the instructions it has seen.
+struct Needs {
+    size_t rows = 0, own_x = 0, shared_x = 0, panel = 0, head = 0, arrivals = 0;
+
+    void add(const Instruction& ins) {
+        const auto num_rows = static_cast<size_t>(ins.batch_size);
+        rows = std::max(rows, num_rows);
+        head = std::max(head, head_floats(ins));
+        if (const size_t columns = packed_columns(ins)) {
+            own_x = std::max(own_x, std::min<size_t>(num_rows, kFewRows) * columns);
+            panel = std::max(panel, num_rows * kPanelRows);
+            if (num_rows > kFewRows) shared_x = std::max(shared_x, num_rows * columns);
+        }
+        if (ins.op == OpCode::decode_attention) {
+            arrivals = std::max<size_t>(arrivals, num_rows * ins.decode_attention.num_key_value_heads);
+        }
+    }
+};
+
+// Cuts a thread's memory into pieces that start on a cache line.
+class Cutter {
+  public:
+    explicit Cutter(float* memory) : at_(memory) {}
+    static size_t rounded(size_t floats) { return (floats + 15) / 16 * 16; }
+    float* take(size_t floats) { return std::exchange(at_, at_ + rounded(floats)); }
+
+  private:
+    float* at_;
+};
 
 }  // namespace
 
@@ -98,27 +129,32 @@ Executor::Executor(std::vector<Instruction> program, const int32_t* active, int6
       kernels_(select_kernels(isa)),
       pool_(num_threads),
       seconds_(program_.size(), 0.0) {
-    size_t packed = 0, head = 0, arrivals = 0;
+    Needs needs;
     for (const Instruction& ins : program_) {
-        packed = std::max(packed, packed_floats(ins));
-        head = std::max(head, head_floats(ins));
-        if (ins.op == OpCode::decode_attention) {
-            arrivals = std::max<size_t>(arrivals, batch_size * ins.decode_attention.num_key_value_heads);
-        }
+        needs.add(ins);
         check(ins.op != OpCode::down_proj_add || ins.down_proj_add.rows_per_partial == kPanelRows,
               "down_proj_add: the CPU kernels sum ", kPanelRows, " rows per partial, the program wants ",
               ins.op == OpCode::down_proj_add ? ins.down_proj_add.rows_per_partial : 0);
     }
-    arrivals_.reset(new std::atomic<int32_t>[arrivals]());
-    constexpr size_t kAccumulators = kPanelRows * kMaxTile * kMaxVecWidth, kPanel = 2 * kMaxBatch * kPanelRows;
+    rows_.resize(needs.rows);
+    arrivals_.reset(new std::atomic<int32_t>[needs.arrivals]());
+    memory_.push_back(allocate_floats(needs.shared_x));
+    constexpr size_t kAccumulators = kPanelRows * kMaxTile * kMaxVecWidth;
     for (int thread = 0; thread < num_threads; ++thread) {
-        memory_.push_back(allocate_floats(packed + kAccumulators + kPanel + head));
-        float* at = memory_.back().get();
+        size_t floats = 0;
+        for (size_t part : {needs.own_x, kAccumulators, needs.panel, needs.panel, needs.head}) {
+            floats += Cutter::rounded(part);
+        }
+        memory_.push_back(allocate_floats(floats));
+        Cutter cutter(memory_.back().get());
         Scratch scratch{};
-        scratch.x = at;
-        scratch.accumulators = at + packed;
-        scratch.panel = scratch.accumulators + kAccumulators;
-        scratch.head = scratch.panel + kPanel;
+        scratch.own_x = cutter.take(needs.own_x);
+        scratch.shared_x = memory_.front().get();
+        scratch.accumulators = cutter.take(kAccumulators);
+        scratch.panel = cutter.take(needs.panel);
+        scratch.second_panel = cutter.take(needs.panel);
+        scratch.head = cutter.take(needs.head);
+        scratch.rows = rows_.data();
         scratch.arrivals = arrivals_.get();
         scratch_.push_back(scratch);
     }
@@ -130,6 +166,7 @@ struct Executor::Loop {
     const int64_t max_steps;
     const std::function<bool()>* const keep_going;  // null for a single pass that is no step
     size_t at = begin;
+    bool packed = false;  // the instruction's rows, where they are packed for all threads
     std::vector<double> step_seconds{};
     Clock::time_point step_started{}, instruction_started{};
     std::atomic<bool> finished{false};
@@ -162,10 +199,31 @@ void Executor::replay(Loop& loop) {
     if (find_work(loop)) pool_.run([&](int thread) { help(loop, thread); });
 }
 
+void Executor::find_rows(const Instruction& ins) {
+    int count = 0;
+    for (int64_t row = 0; row < ins.batch_size; ++row) {
+        if (ins.when[row]) rows_[count++] = static_cast<int>(row);
+    }
+    num_rows_.store(count, std::memory_order_relaxed);
+}
+
+void Executor::set_rows(Scratch& scratch) const {
+    scratch.num_rows = num_rows_.load(std::memory_order_relaxed);
+    scratch.x = scratch.num_rows > kFewRows ? scratch.shared_x : scratch.own_x;
+}
+
+void Executor::publish(int64_t tasks) {
+    num_tasks_.store(tasks, std::memory_order_relaxed);
+    completed_.store(0, std::memory_order_relaxed);
+    const uint64_t round = (unclaimed_.load(std::memory_order_relaxed) >> 32) + 1;
+    unclaimed_.store(round << 32 | static_cast<uint64_t>(tasks), std::memory_order_release);
+}
+
 // Walks on to the next instruction that is worth sharing and publishes it; false at the end of the replay. On the way
 // it passes over what no row wants (a skipped FFN costs this check), runs short instructions itself, and ends steps.
+// Nobody else holds a task here, so nobody else uses any scratch.
 bool Executor::find_work(Loop& loop) {
-    for (;; ++loop.at) {
+    for (;; ++loop.at, loop.packed = false) {
         if (loop.at == loop.end) {
             if (loop.keep_going) loop.step_seconds.push_back(seconds_since(loop.step_started));
             const bool more = loop.keep_going && static_cast<int64_t>(loop.step_seconds.size()) < loop.max_steps &&
@@ -178,19 +236,24 @@ bool Executor::find_work(Loop& loop) {
             loop.step_started = Clock::now();
         }
         const Instruction& ins = program_[loop.at];
-        if (profiling_) loop.instruction_started = Clock::now();
-        if (count_rows(ins) == 0) continue;
-        const int64_t tasks = kernel(ins).num_tasks(ins);
+        const Kernel& ops = kernel(ins);
+        Scratch& scratch = scratch_[0];
+        if (!loop.packed) {
+            if (profiling_) loop.instruction_started = Clock::now();
+            find_rows(ins);
+            set_rows(scratch);
+            if (scratch.num_rows == 0) continue;
+        }
+        const int64_t tasks = ops.num_tasks(ins, scratch);
+        const bool pack = ops.pack && !loop.packed && scratch.num_rows > kFewRows;
         if (tasks > 1) {
             at_.store(loop.at, std::memory_order_relaxed);
-            num_tasks_.store(tasks, std::memory_order_relaxed);
-            completed_.store(0, std::memory_order_relaxed);
-            const uint64_t round = (unclaimed_.load(std::memory_order_relaxed) >> 32) + 1;
-            unclaimed_.store(round << 32 | static_cast<uint64_t>(tasks), std::memory_order_release);
+            packing_.store(pack, std::memory_order_relaxed);
+            publish(pack ? kernels_.num_tiles(scratch.num_rows) : tasks);
             return true;
         }
-        kernel(ins).prepare(ins, scratch_[0]);  // nobody else holds a task, so nobody else uses any scratch
-        kernel(ins).run(ins, 0, 1, scratch_[0]);
+        if (ops.pack) ops.pack(ins, 0, kernels_.num_tiles(scratch.num_rows), scratch);
+        ops.run(ins, 0, 1, scratch);
         if (profiling_) seconds_[loop.at] += seconds_since(loop.instruction_started);
     }
 }
@@ -198,6 +261,7 @@ bool Executor::find_work(Loop& loop) {
 // Takes tasks until the replay is finished. No thread waits for one that has not taken any: on a busy machine, whoever
 // has a processor does the work.
 void Executor::help(Loop& loop, int thread) {
+    Scratch& scratch = scratch_[thread];
     uint64_t prepared_round = 0;  // rounds start at 1
     Backoff backoff;
     while (!loop.finished.load(std::memory_order_acquire)) {
@@ -207,10 +271,11 @@ void Executor::help(Loop& loop, int thread) {
             backoff.wait();
             continue;
         }
-        // As long as tasks are unclaimed nothing else is published, so these two belong to `seen` if the exchange
+        // As long as tasks are unclaimed nothing else is published, so these three belong to `seen` if the exchange
         // holds.
         const Instruction& ins = program_[at_.load(std::memory_order_relaxed)];
         const int64_t num_tasks = num_tasks_.load(std::memory_order_relaxed), begin = num_tasks - left;
+        const bool packing = packing_.load(std::memory_order_relaxed);
         // half of an even share of what is left, so that threads of unequal speed finish together
         const int64_t count = std::max<int64_t>(1, left / (2 * pool_.size()));
         if (!unclaimed_.compare_exchange_weak(seen, seen - static_cast<uint64_t>(count), std::memory_order_acq_rel))
@@ -218,13 +283,22 @@ void Executor::help(Loop& loop, int thread) {
         backoff.reset();
         const Kernel& ops = kernel(ins);
         if (prepared_round != seen >> 32) {
-            ops.prepare(ins, scratch_[thread]);
             prepared_round = seen >> 32;
+            set_rows(scratch);
+            if (ops.pack && scratch.num_rows <= kFewRows)
+                ops.pack(ins, 0, kernels_.num_tiles(scratch.num_rows), scratch);
         }
-        ops.run(ins, begin, begin + count, scratch_[thread]);
+        if (packing) {
+            ops.pack(ins, static_cast<int>(begin), static_cast<int>(begin + count), scratch);
+        } else {
+            ops.run(ins, begin, begin + count, scratch);
+        }
         if (completed_.fetch_add(count, std::memory_order_acq_rel) + count == num_tasks) {
-            if (profiling_) seconds_[loop.at] += seconds_since(loop.instruction_started);
-            ++loop.at;
+            loop.packed = packing;
+            if (!packing) {
+                if (profiling_) seconds_[loop.at] += seconds_since(loop.instruction_started);
+                ++loop.at;
+            }
             find_work(loop);
         }
     }

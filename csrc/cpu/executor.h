@@ -43,6 +43,9 @@ class Executor {
     void help(Loop& loop, int thread);
     const Kernel& kernel(const Instruction& ins) const { return kernels_.kernels[static_cast<size_t>(ins.op)]; }
     bool any_active() const;
+    void find_rows(const Instruction& ins);
+    void set_rows(Scratch& scratch) const;
+    void publish(int64_t tasks);
 
     const std::vector<Instruction> program_;
     const int32_t* active_;
@@ -51,11 +54,14 @@ class Executor {
     ThreadPool pool_;
     std::vector<Scratch> scratch_;  // one a thread
     std::vector<std::unique_ptr<float[], void (*)(void*)>> memory_;
+    std::vector<int> rows_;  // of the instruction at hand
+    std::atomic<int> num_rows_{0};
     std::unique_ptr<std::atomic<int32_t>[]> arrivals_;
-    // The instruction all threads work on. A thread takes tasks by lowering `unclaimed`, whose upper half counts the
-    // instructions published so far; whoever completes the last task publishes the next instruction.
+    // The instruction all threads work on. A thread takes tasks by lowering `unclaimed`, whose upper half counts what
+    // was published so far; whoever completes the last task publishes the next ones.
     std::atomic<size_t> at_{0};
     std::atomic<int64_t> num_tasks_{0};
+    std::atomic<bool> packing_{false};  // the tasks are those that pack its rows for all threads
     alignas(64) std::atomic<uint64_t> unclaimed_{0};
     alignas(64) std::atomic<int64_t> completed_{0};
     bool profiling_ = false;

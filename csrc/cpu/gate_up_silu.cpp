@@ -4,17 +4,18 @@
 
 namespace skipkernels::SKIPKERNELS_ISA {
 
-int64_t gate_up_silu_tasks(const Instruction& ins) { return num_panels(ins.gate_up_silu.intermediate_size); }
+int64_t gate_up_silu_tasks(const Instruction& ins, const Scratch&) {
+    return num_panels(ins.gate_up_silu.intermediate_size);
+}
 
-void gate_up_silu_prepare(const Instruction& ins, Scratch& s) {
+void gate_up_silu_pack(const Instruction& ins, int begin, int end, Scratch& s) {
     const GateUpSilu& op = ins.gate_up_silu;
-    pack_rms_norm(ins, op.hidden_states, op.hidden_size, op.post_attention_layernorm, op.rms_norm_eps, s);
+    pack_rms_norm(op.hidden_states, op.hidden_size, op.post_attention_layernorm, op.rms_norm_eps, begin, end, s);
 }
 
 void gate_up_silu_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
     const GateUpSilu& op = ins.gate_up_silu;
     const int64_t k = op.hidden_size;
-    float* ups = s.panel + cpu::kMaxBatch * cpu::kPanelRows;
     with_weight_type(ins.weight_dtype, [&](auto type) {
         const auto* gate = static_cast<const decltype(type)*>(op.gate_up_proj);
         const auto* up = gate + op.intermediate_size * k;
@@ -22,10 +23,10 @@ void gate_up_silu_run(const Instruction& ins, int64_t begin, int64_t end, Scratc
             const int64_t first = panel * cpu::kPanelRows, left = op.intermediate_size - first;
             const int height = static_cast<int>(left < cpu::kPanelRows ? left : cpu::kPanelRows);
             linear_panel(gate + first * k, k, height, up + first * k, s.panel, s);
-            linear_panel(up + first * k, k, height, gate + (first + height) * k, ups, s);
+            linear_panel(up + first * k, k, height, gate + (first + height) * k, s.second_panel, s);
             for (int i = 0; i < s.num_rows; ++i) {
                 float* out = op.intermediate + s.rows[i] * op.intermediate_size + first;
-                const float *g = s.panel + i * cpu::kPanelRows, *u = ups + i * cpu::kPanelRows;
+                const float *g = s.panel + i * cpu::kPanelRows, *u = s.second_panel + i * cpu::kPanelRows;
                 for (int r = 0; r < height; r += Vec::width) {
                     const int n = height - r < Vec::width ? height - r : Vec::width;
                     const Vec x = load_first(g + r, n);

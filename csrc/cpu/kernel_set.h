@@ -24,8 +24,9 @@ inline uint64_t read_bytes(const char* data, size_t bytes) {
     return float_to_bits(reduce_add(sums[0]));
 }
 
-#define SKIPKERNELS_KERNEL(op, Struct, FIELDS) cpu::Kernel{op##_tasks, op##_prepare, op##_run},
-inline constexpr cpu::KernelSet kKernels{SKIPKERNELS_ISA_NAME, {SKIPKERNELS_OPS(SKIPKERNELS_KERNEL)}, read_bytes};
+#define SKIPKERNELS_KERNEL(op, Struct, FIELDS) cpu::Kernel{op##_tasks, op##_pack, op##_run},
+inline constexpr cpu::KernelSet kKernels{
+    SKIPKERNELS_ISA_NAME, {SKIPKERNELS_OPS(SKIPKERNELS_KERNEL)}, num_tiles, read_bytes};
 #undef SKIPKERNELS_KERNEL
 
 }  // namespace skipkernels::SKIPKERNELS_ISA

@@ -10,31 +10,36 @@
 
 namespace skipkernels::cpu {
 
-constexpr int kMaxBatch = 16;
 constexpr int kMaxVecWidth = 16;
 constexpr int kPanelRows = 24;  // weight rows computed together; divisible by every register tile's height
-constexpr int kMaxTile = 8;     // batch rows in one register tile
+constexpr int kMaxTile = 4;     // rows in one register tile
+constexpr int kFewRows = 8;     // that each thread packs for itself; more are packed once for all threads
 
-// A thread's private memory, and the instruction's rows.
+// A thread's memory, and the rows of the instruction at hand. How much each pointer holds is counted in executor.cpp.
 struct Scratch {
-    float* x;             // packed activations, see pack.h
+    float* x;             // packed activations, see pack.h: own_x, or shared_x where there are many rows
+    float* own_x;         // few rows, packed by each thread for itself
+    float* shared_x;      // many rows, packed once for all threads
     float* accumulators;  // [kPanelRows][kMaxTile][kMaxVecWidth], the panel between two blocks of k
-    float* panel;         // [2][kMaxBatch][kPanelRows], results of up to two panels
+    float* panel;         // [num_rows][kPanelRows], a panel's results
+    float* second_panel;  // another, for ops that combine two
     float* head;          // op-specific floats: a head's outputs, attention scores
-    int rows[kMaxBatch];  // the rows with when != 0
+    const int* rows;      // the rows with when != 0, one list for all threads
     int num_rows;
-    std::atomic<int32_t>* arrivals;  // shared by all threads: one zeroed counter per (batch row, key/value head)
+    std::atomic<int32_t>* arrivals;  // shared by all threads: one zeroed counter per (row, key/value head)
 };
 
+// The rows of an instruction stand in the scratch before any of these is called.
 struct Kernel {
-    int64_t (*num_tasks)(const Instruction&);       // 0 or 1: run by one thread, in passing
-    void (*prepare)(const Instruction&, Scratch&);  // a thread's own prologue, before its first task
-    void (*run)(const Instruction&, int64_t begin, int64_t end, Scratch&);  // tasks [begin, end)
+    int64_t (*num_tasks)(const Instruction&, const Scratch&);               // 0 or 1: run by one thread, in passing
+    void (*pack)(const Instruction&, int begin, int end, Scratch&);         // tiles [begin, end) into x; null: none
+    void (*run)(const Instruction&, int64_t begin, int64_t end, Scratch&);  // tasks [begin, end), all of x packed
 };
 
 struct KernelSet {
     const char* isa;
     Kernel kernels[sizeof(kInstructionSet) / sizeof(kInstructionSet[0])];  // indexed by OpCode
+    int (*num_tiles)(int num_rows);                                        // that many rows are packed in
     uint64_t (*read_bytes)(const char* data, size_t bytes);                // reads all, for the bandwidth probe
 };
 
@@ -46,24 +51,10 @@ const KernelSet& avx2_kernels();
 const KernelSet& avx512_kernels();
 #endif
 
-// static for the reason given in numbers.h
-static inline int count_rows(const Instruction& ins) {
-    int count = 0;
-    for (int64_t row = 0; row < ins.batch_size; ++row) count += ins.when[row] != 0;
-    return count;
-}
-
-static inline void find_rows(const Instruction& ins, Scratch& scratch) {
-    scratch.num_rows = 0;
-    for (int64_t row = 0; row < ins.batch_size; ++row) {
-        if (ins.when[row]) scratch.rows[scratch.num_rows++] = static_cast<int>(row);
-    }
-}
-
 // Ops without vector code, compiled once.
-#define SKIPKERNELS_PLAIN_KERNEL(op)                 \
-    int64_t op##_tasks(const Instruction&);          \
-    void op##_prepare(const Instruction&, Scratch&); \
+#define SKIPKERNELS_PLAIN_KERNEL(op)                                         \
+    constexpr auto op##_pack = static_cast<decltype(Kernel::pack)>(nullptr); \
+    int64_t op##_tasks(const Instruction&, const Scratch&);                  \
     void op##_run(const Instruction&, int64_t begin, int64_t end, Scratch&);
 SKIPKERNELS_PLAIN_KERNEL(embed)
 SKIPKERNELS_PLAIN_KERNEL(skip_gate)

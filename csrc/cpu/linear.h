@@ -1,13 +1,18 @@
 // The matrix kernel under every projection: a panel of weight rows times the packed activations of all active rows.
 //
-// A decode step is bound by the one read of the weights, so two things matter. The memory must see one linear stream:
-// rows are computed several at a time for the sake of registers, and software prefetches walk the panel in address
-// order into the second-level cache, one group of rows ahead; four interleaved rows without them ran at 60 % of the
-// bandwidth of one. And activations must come from the first-level cache: k is blocked, accumulators rest in memory
+// With few rows a step is bound by the one read of the weights, so two things matter. The memory must see one linear
+// stream: rows are computed several at a time for the sake of registers, and software prefetches walk the panel in
+// address order into the second-level cache, one group of rows ahead; four interleaved rows without them ran at 60 % of
+// the bandwidth of one. And activations must come from the first-level cache: k is blocked, accumulators rest in memory
 // between blocks.
 //
-// Each (weight row, batch row) pair has one vector accumulator that walks k in order, whatever the tile it is in:
-// that is why a row of a batch gets bitwise what it gets alone.
+// With many rows it is bound by multiplications. The panel stays in the second-level cache while one tile of rows after
+// the other streams by; the activations of the next tile are prefetched, and during the last one the next panel.
+// Converting weights in registers, again for each tile, costs no time beside the multiplications: an fp32 copy of the
+// panel, made once, was slower, for twice the bytes came from the second-level cache.
+//
+// Each (weight row, row) pair has one vector accumulator that walks k in order, whatever the tile it is in: that is why
+// a row gets bitwise what it gets alone.
 #pragma once
 
 #include <utility>
@@ -19,10 +24,15 @@ namespace skipkernels::SKIPKERNELS_ISA {
 inline void prefetch_l1(const char* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_l2(const char* p) { __builtin_prefetch(p, 0, 2); }
 
-// acc[R][N] += w[R][k_begin..k_end) * x; `ahead` is where to prefetch, one cache line for each one consumed.
+// What is fetched into the second-level cache while other things are computed, a cache line for each one consumed.
+struct Ahead {
+    const char *at, *end;
+};
+
+// acc[R][N] += w[R][k_begin..k_end) * x
 template <class T, int R, int N>
 inline void tile_block(const T* w, int64_t k, int64_t k_begin, int64_t k_end, const float* x, float* accumulators,
-                       bool first, const char*& ahead) {
+                       bool first, Ahead& ahead) {
     constexpr int W = Vec::width;
     constexpr int kLine = 64 / static_cast<int>(sizeof(T));  // elements in a cache line
     constexpr int U = kLine / W;                             // vectors in a cache line
@@ -40,8 +50,10 @@ inline void tile_block(const T* w, int64_t k, int64_t k_begin, int64_t k_end, co
         }
     };
     for (; j + kLine <= k_end; j += kLine) {
-        for (int r = 0; r < R; ++r) prefetch_l2(ahead + 64 * r);
-        ahead += 64 * R;
+        if (ahead.at < ahead.end) {
+            for (int r = 0; r < R; ++r) prefetch_l2(ahead.at + 64 * r);
+            ahead.at += 64 * R;
+        }
         if (N <= 2) {  // with so little to compute, the way from the second-level cache shows too
             for (int r = 0; r < R; ++r) prefetch_l1(reinterpret_cast<const char*>(w + r * k + j) + 512);
         }
@@ -67,16 +79,45 @@ constexpr int tile_height() {
     return 1;
 }
 
+// accumulators (rows, N) -> out (N, kPanelRows)
+template <int N>
+inline void reduce_panel(const float* accumulators, int rows, float* out) {
+    static_assert(cpu::kPanelRows % 4 == 0);
+    auto at = [&](int row, int n) { return load(accumulators + (row * N + n) * Vec::width); };
+    int row = 0;
+    for (; row + 4 <= rows; row += 4) {
+        for (int n = 0; n < N; ++n) {
+            const Vec sums[4] = {at(row, n), at(row + 1, n), at(row + 2, n), at(row + 3, n)};
+            reduce_add_four(sums, out + n * cpu::kPanelRows + row);
+        }
+    }
+    for (; row < rows; ++row)
+        for (int n = 0; n < N; ++n) out[n * cpu::kPanelRows + row] = reduce_add(at(row, n));
+}
+
+// What a tile of N rows has before and behind it: `alone` walks the panel by groups and prefetches the next group.
+enum class Place { alone, before_others, last };
+
 template <class T, int N>
-void panel_tile(const T* w, int64_t k, int rows, const float* x, float* out, const T* next, float* accumulators) {
+void panel_tile(const T* w, int64_t k, int rows, const float* x, float* out, const T* next, float* accumulators,
+                Place place) {
     constexpr int W = Vec::width, R = tile_height<N>();
     static_assert(kGroupRows % R == 0 && cpu::kPanelRows % kGroupRows == 0);
     constexpr int64_t kBlock = 4096 / N / 64 * 64;  // 16 KB of activations, half of the first-level cache
-    for (int top = 0; top < rows; top += kGroupRows) {
-        const int bottom = top + kGroupRows < rows ? top + kGroupRows : rows;
-        const char* ahead = reinterpret_cast<const char*>(bottom < rows ? w + bottom * k : next);
+    auto bytes = [](const void* p) { return static_cast<const char*>(p); };
+    // several tiles read the panel from the second-level cache: there its rows need no order, and the fewer times the
+    // activations come from there the better
+    const int group = place == Place::alone ? kGroupRows : cpu::kPanelRows;
+    for (int top = 0; top < rows; top += group) {
+        const int bottom = top + group < rows ? top + group : rows;
+        const T* after = bottom < rows ? w + bottom * k : next;
+        Ahead ahead{bytes(after), bytes(after + group * k)};
         for (int64_t begin = 0; begin < k; begin += kBlock) {
             const int64_t end = begin + kBlock < k ? begin + kBlock : k;
+            if (place == Place::before_others) {
+                const float* coming = x + N * end;
+                ahead = {bytes(coming), bytes(coming + N * kBlock)};
+            }
             int row = top;
             for (; row + R <= bottom; row += R) {
                 tile_block<T, R, N>(w + row * k, k, begin, end, x, accumulators + row * N * W, begin == 0, ahead);
@@ -86,14 +127,13 @@ void panel_tile(const T* w, int64_t k, int rows, const float* x, float* out, con
             }
         }
     }
-    for (int row = 0; row < rows; ++row)
-        for (int n = 0; n < N; ++n) out[n * cpu::kPanelRows + row] = reduce_add(load(accumulators + (row * N + n) * W));
+    reduce_panel<N>(accumulators, rows, out);
 }
 
 template <class T, int... N>
 inline void panel_of(int n, std::integer_sequence<int, N...>, const T* w, int64_t k, int rows, const float* x,
-                     float* out, const T* next, float* accumulators) {
-    ((n == N + 1 ? panel_tile<T, N + 1>(w, k, rows, x, out, next, accumulators) : void()), ...);
+                     float* out, const T* next, float* accumulators, Place place) {
+    ((n == N + 1 ? panel_tile<T, N + 1>(w, k, rows, x, out, next, accumulators, place) : void()), ...);
 }
 
 // w (rows, k) @ x (active rows, k) -> out (active rows, kPanelRows), 1 <= rows <= kPanelRows.
@@ -103,8 +143,11 @@ inline void linear_panel(const T* w, int64_t k, int rows, const T* next, float* 
     const Tiles tiles(s.num_rows);
     for (int tile = 0; tile < tiles.count; ++tile) {
         const int begin = tiles.begin(tile);
+        const Place place = tiles.count == 1         ? Place::alone
+                            : tile + 1 < tiles.count ? Place::before_others
+                                                     : Place::last;
         panel_of(tiles.size(tile), std::make_integer_sequence<int, cpu::kMaxTile>{}, w, k, rows,
-                 s.x + begin * padded(k), out + begin * cpu::kPanelRows, next, s.accumulators);
+                 s.x + begin * padded(k), out + begin * cpu::kPanelRows, next, s.accumulators, place);
     }
 }
 

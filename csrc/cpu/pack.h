@@ -1,5 +1,5 @@
-// Activations as the matrix kernels read them: tiles of up to kMaxTile batch rows, and in a tile the rows interleaved
-// by vector: x[k / width][row][width], zero-padded behind k. The stream a kernel reads is then contiguous.
+// Activations as the matrix kernels read them: tiles of a few rows, and in a tile the rows interleaved by vector:
+// x[k / width][row][width], zero-padded behind k. The stream a kernel reads is then contiguous.
 #pragma once
 
 #include "kernels.h"
@@ -7,28 +7,30 @@
 
 namespace skipkernels::SKIPKERNELS_ISA {
 
-using cpu::find_rows;
 using cpu::Scratch;
 
 inline int64_t padded(int64_t k) { return (k + Vec::width - 1) / Vec::width * Vec::width; }
 
 struct Tiles {
-    int count, rows;  // tiles, batch rows in all
+    int count, rows;  // tiles, rows in all
     explicit Tiles(int num_rows) : count((num_rows + cpu::kMaxTile - 1) / cpu::kMaxTile), rows(num_rows) {}
     int begin(int tile) const { return rows * tile / count; }
     int size(int tile) const { return begin(tile + 1) - begin(tile); }
 };
 
-// Packs source[row * stride .. + k] of every active row, each element multiplied by scale(row) * weight[k].
+inline int num_tiles(int num_rows) { return Tiles(num_rows).count; }
+
+// Packs source[row * k .. + k] of the rows of tiles [begin, end), each element multiplied by scale(row) * weight[k].
 template <class Scale>
-inline void pack_rows(const float* source, int64_t stride, int64_t k, const float* weight, Scale scale, Scratch& s) {
+inline void pack_scaled(const float* source, int64_t k, const float* weight, Scale scale, int begin, int end,
+                        Scratch& s) {
     constexpr int W = Vec::width;
     const Tiles tiles(s.num_rows);
-    for (int tile = 0; tile < tiles.count; ++tile) {
+    for (int tile = begin; tile < end; ++tile) {
         const int n = tiles.size(tile);
         float* packed = s.x + tiles.begin(tile) * padded(k);
         for (int i = 0; i < n; ++i) {
-            const float* row = source + s.rows[tiles.begin(tile) + i] * stride;
+            const float* row = source + s.rows[tiles.begin(tile) + i] * k;
             const Vec factor = splat(scale(row));
             for (int64_t j = 0; j < k; j += W) {
                 const int left = static_cast<int>(k - j < W ? k - j : W);
@@ -40,9 +42,8 @@ inline void pack_rows(const float* source, int64_t stride, int64_t k, const floa
     }
 }
 
-inline void pack(const Instruction& ins, const float* source, int64_t k, Scratch& s) {
-    find_rows(ins, s);
-    pack_rows(source, k, k, nullptr, [](const float*) { return 1.0f; }, s);
+inline void pack_rows(const float* source, int64_t k, int begin, int end, Scratch& s) {
+    pack_scaled(source, k, nullptr, [](const float*) { return 1.0f; }, begin, end, s);
 }
 
 // 1 / sqrt(mean(x^2) + eps)
@@ -55,10 +56,9 @@ inline float rms_scale(const float* x, int64_t n, float eps) {
     return 1.0f / std::sqrt(total / static_cast<float>(n) + eps);
 }
 
-inline void pack_rms_norm(const Instruction& ins, const float* source, int64_t k, const float* weight, float eps,
+inline void pack_rms_norm(const float* source, int64_t k, const float* weight, float eps, int begin, int end,
                           Scratch& s) {
-    find_rows(ins, s);
-    pack_rows(source, k, k, weight, [=](const float* row) { return rms_scale(row, k, eps); }, s);
+    pack_scaled(source, k, weight, [=](const float* row) { return rms_scale(row, k, eps); }, begin, end, s);
 }
 
 }  // namespace skipkernels::SKIPKERNELS_ISA

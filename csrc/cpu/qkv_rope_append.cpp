@@ -4,13 +4,13 @@
 
 namespace skipkernels::SKIPKERNELS_ISA {
 
-int64_t qkv_rope_append_tasks(const Instruction& ins) {
+int64_t qkv_rope_append_tasks(const Instruction& ins, const Scratch&) {
     return ins.qkv_rope_append.num_attention_heads + 2 * ins.qkv_rope_append.num_key_value_heads;
 }
 
-void qkv_rope_append_prepare(const Instruction& ins, Scratch& s) {
+void qkv_rope_append_pack(const Instruction& ins, int begin, int end, Scratch& s) {
     const QkvRopeAppend& op = ins.qkv_rope_append;
-    pack_rms_norm(ins, op.hidden_states, op.hidden_size, op.input_layernorm, op.rms_norm_eps, s);
+    pack_rms_norm(op.hidden_states, op.hidden_size, op.input_layernorm, op.rms_norm_eps, begin, end, s);
 }
 
 // x (head_dim) in place: pairs (i, i + half) rotated by the angles at one position

@@ -1,6 +1,7 @@
 // Decides run_ffn[layer] per row: FFN-SkipLLM's similarity rule (arXiv 2404.03865), a fixed set, or a random draw.
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "../philox.h"
 #include "../ratio_controller.h"
@@ -8,9 +9,7 @@
 
 namespace skipkernels::cpu {
 
-int64_t skip_gate_tasks(const Instruction&) { return 1; }
-
-void skip_gate_prepare(const Instruction& ins, Scratch& s) { find_rows(ins, s); }
+int64_t skip_gate_tasks(const Instruction&, const Scratch&) { return 1; }
 
 // Partial sums (num_partials, batch, 3) of <h, h'>, |h|^2, |h'|^2 -> cosine, 0 for a zero vector
 static float cosine(const SkipGate& op, int row) {
@@ -25,8 +24,8 @@ static float cosine(const SkipGate& op, int row) {
 
 static void gate_by_similarity(const SkipGate& op, const Scratch& s) {
     const int64_t tested = (op.layer - 1) * op.batch_size;
-    bool triggered[kMaxBatch];
-    int64_t span[kMaxBatch];
+    std::vector<char> triggered(s.num_rows);
+    std::vector<int64_t> span(s.num_rows);
     int wanting = 0;
     bool all_warm = true;
     for (int i = 0; i < s.num_rows; ++i) {

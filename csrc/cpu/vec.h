@@ -38,8 +38,10 @@ inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec round_nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)}; }
 inline Vec scale_by_power_of_two(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
-inline __m256 fold(Vec a) { return _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)); }
+inline __m128 fold(Vec a) {
+    const __m256 s = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+}
 
 #elif defined(SKIPKERNELS_ISA_AVX2)
 
@@ -63,22 +65,17 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline Vec round_nearest(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-inline __m256 fold(Vec a) { return a.v; }
+inline __m128 fold(Vec a) { return _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1)); }
 inline Vec scale_by_power_of_two(Vec a, Vec n) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
     return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(exponent))};
-}
-inline float reduce_add(Vec a) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
 #else
 
 struct Vec {
-    static constexpr int width = 8, max_accumulators =
-                                        12;  // loops over 8 floats, which any compiler turns into what the target has
+    // loops over 8 floats, which any compiler turns into what the target has
+    static constexpr int width = 8, max_accumulators = 12;
     float v[8];
 };
 template <class F>
@@ -128,12 +125,21 @@ inline float reduce_add(const Vec& a) {
 
 #endif
 
-// out[i] = the sum of v[i]: four at a time take half the instructions of one after the other
+#if defined(SKIPKERNELS_ISA_AVX512) || defined(SKIPKERNELS_ISA_AVX2)
+inline float reduce_add(Vec a) {
+    __m128 s = fold(a);
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+#endif
+
+// out[i] = reduce_add(v[i]), to the bit: four at a time take half the instructions of one after the other
 inline void reduce_add_four(const Vec* v, float* out) {
 #if defined(SKIPKERNELS_ISA_AVX512) || defined(SKIPKERNELS_ISA_AVX2)
-    const __m256 pairs = _mm256_hadd_ps(fold(v[0]), fold(v[1])), others = _mm256_hadd_ps(fold(v[2]), fold(v[3]));
-    const __m256 halves = _mm256_hadd_ps(pairs, others);
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+    const __m128 a = fold(v[0]), b = fold(v[1]), c = fold(v[2]), d = fold(v[3]);
+    const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+    const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
 #else
     for (int i = 0; i < 4; ++i) out[i] = reduce_add(v[i]);
 #endif

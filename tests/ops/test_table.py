@@ -9,7 +9,7 @@ from skipkernels import _C
 from skipkernels.ops.reference import REFERENCE
 from skipkernels.ops.table import OPS, instruction
 from skipkernels.policy import BATCH_RULES, GATE_MODES
-from skipkernels.state import LAYOUTS, MAX_BATCH_SIZE
+from skipkernels.state import LAYOUTS
 
 
 def test_python_and_native_code_know_the_same_ops() -> None:
@@ -26,7 +26,6 @@ def test_python_and_native_code_know_the_same_fields(name: str) -> None:
 
 
 def test_python_and_native_code_have_the_same_limits() -> None:
-    assert _C.max_batch_size == MAX_BATCH_SIZE
     assert _C.rows_per_partial == LAYOUTS["cpu"].rows_per_partial
     assert GATE_MODES == ("similarity", "fixed", "random")  # the order of program.h's enumerations
     assert BATCH_RULES == ("per_row", "all", "majority")
