@@ -6,52 +6,58 @@ import torch
 
 from skipkernels.config import ModelConfig
 from skipkernels.ops.table import Instruction, instruction
-from skipkernels.policy import BATCH_RULES, GATE_MODES, Policy
 from skipkernels.state import DecodeState
 from skipkernels.weights import ModelWeights
 
 Program = tuple[Instruction, ...]
 
 
-def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState, policy: Policy) -> Program:
-    """Records one decode step of every active row; built once per (model, policy, batch, max_seq_len).
+def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState, *, gated: bool = False) -> Program:
+    """Records one step of every active row over the buffers of ``state``.
 
-    Raises:
-        PolicyError: the policy is impossible on a model of this depth.
+    Args:
+        gated: with gates that skip FFNs by each sequence's own policy (``DecodeState.set_policy``). Without them the
+            step is dense, reads no policy and measures nothing.
     """
     s, eps = state, config.rms_norm_eps
-    plan = policy.plan(config.num_hidden_layers)
-    gated = set(plan.gated_layers) if plan else set()
-    tested = set(plan.tested_layers) if plan else set()
     program: list[Instruction] = []
 
     def record(op: str, when: torch.Tensor = s.active, **operands: torch.Tensor | int | float | None) -> None:
         program.append(instruction(op, when=when, **operands))
 
-    record("embed", hidden_states=s.hidden_states, embed_tokens=weights.embed_tokens, input_ids=s.input_ids)
+    record(
+        "embed",
+        hidden_states=s.hidden_states,
+        embed_tokens=weights.embed_tokens,
+        input_ids=s.input_ids,
+        prompt_embeddings=s.prompt_embeddings,
+    )
+    axes = config.position_axes
+    position_axes = None if axes is None else torch.tensor(axes, dtype=torch.int32, device=s.active.device)
     for index, layer in enumerate(weights.layers):
-        if plan and index in gated:
+        if gated:
             record(
                 "skip_gate",
+                when=s.decode_rows,
                 run_ffn=s.run_ffn,
                 skip_remaining=s.skip_remaining,
                 similarity=s.similarity,
                 similarity_partials=s.similarity_partials,
-                generated=s.generated,
+                num_generated=s.num_generated,
                 skipped=s.skipped,
                 threshold_scale=s.threshold_scale,
+                gate_mode=s.gate_mode,
+                gated=s.gated,
+                first_gated=s.first_gated,
+                gate_threshold=s.gate_threshold,
+                gate_span=s.gate_span,
+                warmup_tokens=s.warmup_tokens,
+                batch_rule=s.batch_rule,
+                gate_probability=s.gate_probability,
+                gate_seed=s.gate_seed,
+                target_ratio=s.target_ratio,
+                ramp_tokens=s.ramp_tokens,
                 layer=index,
-                mode=GATE_MODES.index(plan.mode),
-                threshold=plan.thresholds[index - 1] if plan.thresholds else 0.0,
-                span=plan.span,
-                # the first generated token comes out of the prompt's last position, and a prompt runs every FFN
-                warmup_tokens=max(1, plan.warmup_tokens),
-                batch_rule=BATCH_RULES.index(plan.batch_rule),
-                probability=plan.probability,
-                seed=plan.seed,
-                target_ratio=plan.target_ratio,
-                ramp_tokens=plan.ramp_tokens,
-                first_gate=index == plan.gated_layers[0],
             )
         record(
             "qkv_rope_append",
@@ -63,10 +69,14 @@ def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState
             k_norm=layer.k_norm,
             rope_cos=weights.rope_cos,
             rope_sin=weights.rope_sin,
-            seq_len=s.seq_len,
+            position_axes=position_axes,
+            prompt_positions=None if position_axes is None else s.prompt_positions,
             query=s.query,
             k_cache=s.k_cache[index],
             v_cache=s.v_cache[index],
+            block_table=s.block_table,
+            row_sequence=s.row_sequence,
+            row_position=s.row_position,
             rms_norm_eps=eps,
         )
         record(
@@ -74,12 +84,14 @@ def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState
             query=s.query,
             k_cache=s.k_cache[index],
             v_cache=s.v_cache[index],
-            seq_len=s.seq_len,
+            block_table=s.block_table,
+            row_sequence=s.row_sequence,
+            row_position=s.row_position,
             attn_partials=s.attn_partials,
             attn_output=s.attn_output,
             scaling=config.head_dim**-0.5,
             sliding_window=config.sliding_windows[index] or 0,
-            kv_split=s.layout.kv_split,
+            kv_split_size=s.layout.kv_split_size,
         )
         record(
             "o_proj_add",
@@ -103,11 +115,12 @@ def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState
             intermediate=s.intermediate,
             down_proj=layer.down_proj,
             hidden_states=s.hidden_states,
-            similarity_partials=s.similarity_partials if index in tested else None,
+            similarity_partials=s.similarity_partials if gated else None,
             rows_per_partial=s.layout.rows_per_partial,
         )
     record(
         "lm_head",
+        when=s.decode_rows,
         hidden_states=s.hidden_states,
         norm=weights.norm,
         lm_head=weights.lm_head,
@@ -116,9 +129,10 @@ def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState
     )
     record(
         "sample",
+        when=s.decode_rows,
         logits=s.logits,
         seen=s.seen,
-        generated=s.generated,
+        num_generated=s.num_generated,
         temperature=s.temperature,
         top_k=s.top_k,
         top_p=s.top_p,
@@ -132,11 +146,12 @@ def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState
         next_token=s.next_token,
         eos_token_ids=s.eos_token_ids,
         max_new_tokens=s.max_new_tokens,
+        block_table=s.block_table,
         input_ids=s.input_ids,
         token_ids=s.token_ids,
         seen=s.seen,
-        seq_len=s.seq_len,
-        generated=s.generated,
+        row_position=s.row_position,
+        num_generated=s.num_generated,
         active=s.active,
         skip_remaining=s.skip_remaining,
         run_ffn=s.run_ffn,
@@ -144,5 +159,6 @@ def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState
         run_map=s.run_map,
         similarity_map=s.similarity_map,
         progress=s.progress,
+        block_size=s.block_size,
     )
     return tuple(program)

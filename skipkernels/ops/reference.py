@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from skipkernels.ops.philox import GATE_STREAM, SAMPLE_STREAM, philox_uniform
 from skipkernels.ops.table import OPS, Instruction
 from skipkernels.policy import BATCH_RULES, GATE_MODES
+from skipkernels.state import DECODING, ENDED, WAITS_FOR_BLOCK
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -29,66 +30,81 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 def embed(ins: Instruction) -> None:
-    t = ins.tensors
+    t, s = ins.tensors, ins.sizes
     for row in ins.rows:
-        t["hidden_states"][row] = t["embed_tokens"][t["input_ids"][row]].float()
+        token = int(t["input_ids"][row])
+        if token < 0:
+            t["hidden_states"][row] = t["prompt_embeddings"][row - (s["num_rows"] - s["num_prompt_rows"])]
+        else:
+            t["hidden_states"][row] = t["embed_tokens"][token].float()
 
 
 def skip_gate(ins: Instruction) -> None:
-    t, p = ins.tensors, ins.scalars
-    layer, rows, mode = int(p["layer"]), ins.rows, GATE_MODES[int(p["mode"])]
-    warm = {row: int(t["generated"][row]) >= p["warmup_tokens"] for row in rows}
-    if mode == "similarity":
-        triggered, spans = {}, {}
-        for row in rows:
-            controller = RatioController(ins, row) if p["target_ratio"] > 0 else None
-            if controller and warm[row] and p["first_gate"]:
-                controller.adapt()
-            triggered[row], spans[row] = False, int(p["span"])
-            if t["run_ffn"][layer - 1, row]:
-                similarity = _cosine(t["similarity_partials"][:, row])
-                t["similarity"][layer - 1, row] = similarity
-                if controller:
-                    spans[row] = min(spans[row], controller.allowed)
-                    triggered[row] = warm[row] and controller.triggers(similarity)
-                else:
-                    triggered[row] = warm[row] and bool(similarity >= p["threshold"])
-        for row in _apply_batch_rule(BATCH_RULES[int(p["batch_rule"])], triggered, warm):
-            t["skip_remaining"][row] = spans[row]
-        for row in rows:
-            if t["skip_remaining"][row] > 0:
-                t["skip_remaining"][row] -= 1
-                t["skipped"][row] += 1
-                t["run_ffn"][layer, row] = 0
-        return
-    for row in rows:
-        if not warm[row]:
+    t, layer = ins.tensors, int(ins.scalars["layer"])
+    gated = [row for row in ins.rows if t["gate_mode"][row] and t["gated"][layer, row]]
+    modes = {row: GATE_MODES[int(t["gate_mode"][row]) - 1] for row in gated}
+    warm = {row: bool(t["num_generated"][row] >= t["warmup_tokens"][row]) for row in gated}
+    _gate_by_similarity(ins, layer, {row: warm[row] for row in gated if modes[row] == "similarity"})
+    for row in gated:
+        if modes[row] == "similarity" or not warm[row]:
             continue
-        draw = 0.0
-        if mode == "random":
-            draw = float(philox_uniform(int(p["seed"]), layer, int(t["generated"][row]), GATE_STREAM))
-        if draw < p["probability"]:
+        draw = -1.0
+        if modes[row] == "random":
+            draw = float(philox_uniform(int(t["gate_seed"][row]), layer, int(t["num_generated"][row]), GATE_STREAM))
+        if draw < float(t["gate_probability"][row]):
+            t["run_ffn"][layer, row] = 0
+
+
+def _gate_by_similarity(ins: Instruction, layer: int, warm: dict[int, bool]) -> None:
+    """The sequences of ``warm`` (is each past its warm-up?) measure, trigger, and count their spans down."""
+    t = ins.tensors
+    triggered, spans = {}, {}
+    for row in warm:
+        controller = RatioController(ins, row) if t["target_ratio"][row] > 0 else None
+        if controller and warm[row] and layer == t["first_gated"][row]:
+            controller.adapt()
+        triggered[row], spans[row] = False, int(t["gate_span"][row])
+        if t["run_ffn"][layer - 1, row]:
+            similarity = _cosine(t["similarity_partials"][:, row])
+            t["similarity"][layer - 1, row] = similarity
+            threshold = t["gate_threshold"][layer - 1, row]
+            if controller:
+                spans[row] = min(spans[row], controller.allowed)
+                triggered[row] = warm[row] and controller.triggers(similarity, threshold)
+            else:
+                triggered[row] = warm[row] and bool(similarity >= threshold)
+    for rule in BATCH_RULES:
+        wanting = {row: triggered[row] for row in warm if BATCH_RULES[int(t["batch_rule"][row])] == rule}
+        for row in _apply_batch_rule(rule, wanting, warm):
+            t["skip_remaining"][row] = spans[row]
+    for row in warm:
+        if t["skip_remaining"][row] > 0:
+            t["skip_remaining"][row] -= 1
+            t["skipped"][row] += 1
             t["run_ffn"][layer, row] = 0
 
 
 class RatioController:
-    """Holds one row's running skip ratio at ``target_ratio``, as ``ops.table`` describes; fp32 throughout."""
+    """Holds one sequence's running skip ratio at ``target_ratio``, as ``ops.table`` describes; fp32 throughout."""
 
     GAIN = 0.25
     """Share by which threshold_scale grows in a token that is one token's FFNs behind."""
     SCALE_BOUND = 2.0**20
 
     def __init__(self, ins: Instruction, row: int) -> None:
-        t, p = ins.tensors, ins.scalars
-        self._p, self._scale, self._layers = p, t["threshold_scale"][row : row + 1], ins.sizes["num_hidden_layers"]
+        t = ins.tensors
+        self._scale, self._layers = t["threshold_scale"][row : row + 1], ins.sizes["num_hidden_layers"]
+        self._target, self._warmup, self._ramp = (
+            t[name][row] for name in ("target_ratio", "warmup_tokens", "ramp_tokens")
+        )
         self._slack = _f32(self._layers) / 2
-        self._owed_before = self._owed(int(t["generated"][row])) - t["skipped"][row]
-        self._owed_now = self._owed(int(t["generated"][row]) + 1) - t["skipped"][row]
+        self._owed_before = self._owed(int(t["num_generated"][row])) - t["skipped"][row]
+        self._owed_now = self._owed(int(t["num_generated"][row]) + 1) - t["skipped"][row]
 
     def _owed(self, tokens: int) -> torch.Tensor:
         """FFNs to have been skipped after so many tokens."""
-        warmup, ramp = int(self._p["warmup_tokens"]), int(self._p["ramp_tokens"])
-        per_token = _f32(self._p["target_ratio"]) * self._layers
+        warmup, ramp = int(self._warmup), int(self._ramp)
+        per_token = self._target * self._layers
         if tokens >= ramp:
             return per_token * tokens
         return per_token * ramp * max(tokens - warmup, 0) / (ramp - warmup)
@@ -102,11 +118,11 @@ class RatioController:
         """FFNs the row may still skip before it runs ahead too far."""
         return max(0, int(torch.floor(self._owed_now + self._slack)))
 
-    def triggers(self, similarity: torch.Tensor) -> bool:
+    def triggers(self, similarity: torch.Tensor, threshold: torch.Tensor) -> bool:
         behind = self._owed_now / self._slack
         if self.allowed == 0 or behind >= 1:
             return self.allowed > 0
-        limit = (1 - _f32(self._p["threshold"])) * self._scale
+        limit = (1 - threshold) * self._scale
         limit = limit * (1 + behind) if behind >= 0 else limit / (1 - behind)
         return bool(1 - similarity <= limit)
 
@@ -125,12 +141,12 @@ def _cosine(partials: torch.Tensor) -> torch.Tensor:
 
 
 def _apply_batch_rule(rule: str, triggered: dict[int, bool], warm: dict[int, bool]) -> list[int]:
-    """The rows that start skipping, given the rows that want to."""
+    """The sequences of one batch rule that start skipping, given which of them want to."""
     wanting = [row for row, wants in triggered.items() if wants]
     if rule == "per_row":
         return wanting
     needed = len(triggered) if rule == "all" else len(triggered) // 2 + 1
-    return list(triggered) if all(warm.values()) and len(wanting) >= needed else []
+    return list(triggered) if all(warm[row] for row in triggered) and len(wanting) >= needed else []
 
 
 def qkv_rope_append(ins: Instruction) -> None:
@@ -145,11 +161,30 @@ def qkv_rope_append(ins: Instruction) -> None:
             query = rms_norm(query, t["q_norm"], eps)
         if t["k_norm"] is not None:
             key = rms_norm(key, t["k_norm"], eps)
-        position = int(t["seq_len"][row])
-        cos, sin = t["rope_cos"][position], t["rope_sin"][position]
+        cos, sin = _angles(ins, row)
+        position = int(t["row_position"][row])
+        block, offset = _place(ins, row, torch.tensor([position]))
         t["query"][row] = apply_rope(query, cos, sin)
-        t["k_cache"][row, :, position] = apply_rope(key, cos, sin).to(t["k_cache"].dtype)
-        t["v_cache"][row, :, position] = value.to(t["v_cache"].dtype)
+        t["k_cache"][block[0], :, offset[0]] = apply_rope(key, cos, sin).to(t["k_cache"].dtype)
+        t["v_cache"][block[0], :, offset[0]] = value.to(t["v_cache"].dtype)
+
+
+def _angles(ins: Instruction, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine [head_dim / 2] of a row's position, or of its three positions."""
+    t, s = ins.tensors, ins.sizes
+    if t["position_axes"] is None or row < s["num_sequences"]:
+        position = int(t["row_position"][row])
+        return t["rope_cos"][position], t["rope_sin"][position]
+    positions = t["prompt_positions"][row - s["num_sequences"]][t["position_axes"].long()].long()
+    pairs = torch.arange(s["half_head_dim"])
+    cos, sin = (t[name][positions.abs(), pairs] for name in ("rope_cos", "rope_sin"))
+    return cos, torch.where(positions < 0, -sin, sin)
+
+
+def _place(ins: Instruction, row: int, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block and offset of positions i64 [n] of the row's own sequence."""
+    t, size = ins.tensors, ins.sizes["block_size"]
+    return t["block_table"][int(t["row_sequence"][row])][positions // size].long(), positions % size
 
 
 def decode_attention(ins: Instruction) -> None:
@@ -157,12 +192,13 @@ def decode_attention(ins: Instruction) -> None:
     groups = s["num_attention_heads"] // s["num_key_value_heads"]
     window = int(ins.scalars["sliding_window"])
     for row in ins.rows:
-        end = int(t["seq_len"][row]) + 1
-        begin = max(0, end - window) if window else 0
-        keys = t["k_cache"][row, :, begin:end].float().repeat_interleave(groups, dim=0)
-        values = t["v_cache"][row, :, begin:end].float().repeat_interleave(groups, dim=0)
-        scores = torch.einsum("hd,hpd->hp", t["query"][row], keys) * ins.scalars["scaling"]
-        t["attn_output"][row] = torch.einsum("hp,hpd->hd", scores.softmax(dim=-1), values)
+        end = int(t["row_position"][row]) + 1
+        block, offset = _place(ins, row, torch.arange(max(0, end - window) if window else 0, end))
+        keys, values = (
+            t[cache][block, :, offset].float().repeat_interleave(groups, dim=1) for cache in ("k_cache", "v_cache")
+        )
+        scores = torch.einsum("hd,phd->hp", t["query"][row], keys) * ins.scalars["scaling"]
+        t["attn_output"][row] = torch.einsum("hp,phd->hd", scores.softmax(dim=-1), values)
 
 
 def o_proj_add(ins: Instruction) -> None:
@@ -187,7 +223,7 @@ def down_proj_add(ins: Instruction) -> None:
         before = t["hidden_states"][row].clone()
         after = before + F.linear(t["intermediate"][row], t["down_proj"].float())
         t["hidden_states"][row] = after
-        if partials is not None:
+        if partials is not None and row < ins.sizes["num_sequences"]:
             size = int(ins.scalars["rows_per_partial"])
             products = torch.stack((before * after, before * before, after * after), dim=-1)
             partials[:, row] = torch.stack([chunk.sum(0) for chunk in products.split(size)])
@@ -214,7 +250,7 @@ def sample(ins: Instruction) -> None:
             continue
         keep = kept_tokens(scores, int(t["top_k"][row]), float(t["top_p"][row]), float(t["min_p"][row]))
         ids = keep.nonzero()[:, 0]
-        uniform = philox_uniform(int(t["seed"][row]), ids.numpy(), int(t["generated"][row]), SAMPLE_STREAM)
+        uniform = philox_uniform(int(t["seed"][row]), ids.numpy(), int(t["num_generated"][row]), SAMPLE_STREAM)
         gumbel = -torch.log(-torch.log(torch.from_numpy(uniform)))
         t["next_token"][row] = int(ids[(scores[ids].double() + gumbel).argmax()])
 
@@ -246,25 +282,31 @@ def kept_tokens(scores: torch.Tensor, top_k: int, top_p: float, min_p: float) ->
 def advance(ins: Instruction) -> None:
     t, s = ins.tensors, ins.sizes
     for row in ins.rows:
-        step, token = int(t["generated"][row]), t["next_token"][row]
+        if row >= s["num_sequences"]:
+            t["active"][row] = 0
+            t["run_ffn"][:, row] = 0
+            continue
+        step, token = int(t["num_generated"][row]), t["next_token"][row]
         t["run_map"][row, step] = (t["run_ffn"][:, row] != 0).to(torch.uint8)
         t["similarity_map"][row, step] = t["similarity"][:, row]
-        t["seq_len"][row] += 1
-        t["generated"][row] += 1
-        t["token_ids"][row, t["seq_len"][row]] = token
+        t["row_position"][row] += 1
+        t["num_generated"][row] += 1
+        position = int(t["row_position"][row])
+        t["token_ids"][row, position] = token
         t["input_ids"][row] = token
         t["seen"][row, token] = 1
-        done = bool(
+        ended = bool(
             (t["eos_token_ids"][row] == token).any()
-            or t["generated"][row] >= t["max_new_tokens"][row]
-            or t["seq_len"][row] >= s["max_seq_len"]
+            or t["num_generated"][row] >= t["max_new_tokens"][row]
+            or position >= s["max_seq_len"]
         )
-        t["active"][row] = 0 if done else 1
-        t["run_ffn"][:, row] = 0 if done else 1
+        waits = not ended and bool(t["block_table"][row, position // int(ins.scalars["block_size"])] < 0)
+        t["active"][row] = 0 if ended or waits else 1
+        t["run_ffn"][:, row] = 0 if ended or waits else 1
         t["similarity"][:, row] = float("nan")
         t["skip_remaining"][row] = 0
-        t["progress"][row, 0] = t["generated"][row]
-        t["progress"][row, 1] = t["active"][row]
+        t["progress"][row, 0] = t["num_generated"][row]
+        t["progress"][row, 1] = ENDED if ended else WAITS_FOR_BLOCK if waits else DECODING
 
 
 REFERENCE: dict[str, Callable[[Instruction], None]] = {name: globals()[name] for name in OPS}

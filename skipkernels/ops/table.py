@@ -5,7 +5,11 @@ by its name here, and nothing else.
 
 Shapes are symbolic: a symbol gets its size from the first tensor it appears in and must agree everywhere else.
 ``f32``, ``i32``, ``i64`` and ``u8`` are fixed; ``weight`` is the dtype of the model's matrices and of the KV cache,
-one per program. A row whose ``when`` flag is zero is neither read nor written.
+one per program.
+
+A *row* is one token of one sequence. The first ``num_sequences`` rows are decode rows: row i is the newest token of
+sequence i, the one whose logits are wanted. The rows after them are prompt rows: tokens whose keys and values are to be
+cached. A row whose ``when`` flag is zero is neither read nor written.
 """
 
 from __future__ import annotations
@@ -39,13 +43,15 @@ def _t(spec: str, access: str = "in", optional: bool = False, on_host: bool = Fa
 
 @dataclass(frozen=True)
 class Op:
-    """One instruction kind. ``scalars`` maps a field to ``int`` or ``float``; ``relations`` hold between sizes."""
+    """One instruction kind. ``scalars`` maps a field to ``int`` or ``float``; ``relations`` hold between sizes;
+    ``rows`` is the size of ``when``: ``num_rows``, or ``num_sequences`` where only decode rows take part."""
 
     name: str
     doc: str
     tensors: dict[str, TensorField]
     scalars: dict[str, type] = field(default_factory=dict)
     relations: tuple[tuple[str, Callable[[dict[str, int]], bool]], ...] = ()
+    rows: str = "num_rows"
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -56,69 +62,87 @@ class Op:
         return tuple(name for name, tensor in self.tensors.items() if tensor.access != "in")
 
 
+_PAGED_CACHE = {
+    "k_cache": _t("weight num_blocks num_key_value_heads block_size head_dim", "inout"),
+    "v_cache": _t("weight num_blocks num_key_value_heads block_size head_dim", "inout"),
+    "block_table": _t("i32 num_sequences blocks_per_sequence"),
+    "row_sequence": _t("i32 num_rows"),
+    "row_position": _t("i32 num_rows"),
+}
+"""Position p of sequence s stands in block ``block_table[s, p / block_size]``, at offset ``p % block_size``."""
+
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
         Op(
             "embed",
-            "hidden_states = the embedding of each row's current token.",
+            """hidden_states = the embedding of each row's token. Where a prompt row's token is -1, its embedding stands in
+            prompt_embeddings (images and sounds), at the row's number among the prompt rows.
+            """,
             {
-                "hidden_states": _t("f32 batch_size hidden_size", "out"),
+                "hidden_states": _t("f32 num_rows hidden_size", "out"),
                 "embed_tokens": _t("weight vocab_size hidden_size"),
-                "input_ids": _t("i32 batch_size"),
+                "input_ids": _t("i32 num_rows"),
+                "prompt_embeddings": _t("f32 num_prompt_rows hidden_size"),
             },
         ),
         Op(
             "skip_gate",
-            """Decides run_ffn of ``layer`` for each row (FFN-SkipLLM, arXiv 2404.03865): clears flags, never sets them.
+            """Decides run_ffn of ``layer`` for each sequence's decode row (FFN-SkipLLM, arXiv 2404.03865), by the
+            sequence's own policy: clears flags, never sets them. A sequence whose gate_mode is 0 (dense), or whose
+            ``gated[layer]`` is 0, is left alone.
 
-            mode 0 (similarity): where the FFN of ``layer - 1`` ran, similarity = <h, h'> / (|h| |h'|) is reduced from
-            its partial sums in their order (0 for a zero vector) and stored; a row past its warm-up whose similarity
-            reaches ``threshold`` triggers, and has the next ``span`` FFNs to skip. batch_rule 0 (per_row) lets each
-            row decide, 1 (all) and 2 (majority) trigger every row at once or none; a row in its warm-up vetoes.
-            mode 1 (fixed): every row past its warm-up skips. mode 2 (random): a row past its warm-up skips where the
-            counter-based generator, at (seed, generated, layer), falls below ``probability``.
+            gate_mode 1 (similarity): where the FFN of ``layer - 1`` ran, similarity = <h, h'> / (|h| |h'|) is reduced
+            from its partial sums in their order (0 for a zero vector) and stored; a sequence past its warm-up whose
+            similarity reaches ``gate_threshold[layer - 1]`` triggers, and has the next ``gate_span`` FFNs to skip.
+            batch_rule 0 (per_row) lets each sequence decide; those of batch_rule 1 (all), and those of 2 (majority),
+            trigger every one of their own kind or none; one in its warm-up vetoes.
+            gate_mode 2 (fixed): past the warm-up, skips. gate_mode 3 (random): past the warm-up, skips where the
+            counter-based generator, at (gate_seed, num_generated, layer), falls below ``gate_probability``.
 
-            ``target_ratio`` above 0 (mode 0, per_row) makes the row's running skip ratio hold that value: the gate
-            owes the row ``target_ratio * num_hidden_layers`` FFNs per token, from ``ramp_tokens`` on for the warm-up
+            ``target_ratio`` above 0 (similarity, per_row) makes the sequence's running skip ratio hold that value: the
+            gate owes it ``target_ratio * num_hidden_layers`` FFNs per token, from ``ramp_tokens`` on for the warm-up
             too, and counts in ``skipped`` what it got. The limit on 1 - similarity is (1 - threshold) *
-            threshold_scale, widened or narrowed by what is owed now; the step's ``first_gate`` lets threshold_scale
-            follow what was owed before. Half a token's FFNs (num_hidden_layers / 2) are the most a row may run
-            ahead or behind: beyond, it triggers never or always. Every operation is one fp32 rounding.
+            threshold_scale, widened or narrowed by what is owed now; at the sequence's ``first_gated`` layer
+            threshold_scale follows what was owed before. Half a token's FFNs (num_hidden_layers / 2) are the most it
+            may run ahead or behind: beyond, it triggers never or always. Every operation is one fp32 rounding.
             """,
             {
-                "run_ffn": _t("i32 num_hidden_layers batch_size", "inout"),
-                "skip_remaining": _t("i32 batch_size", "inout"),
-                "similarity": _t("f32 num_hidden_layers batch_size", "out"),
-                "similarity_partials": _t("f32 num_partials batch_size three"),
-                "generated": _t("i32 batch_size"),
-                "skipped": _t("i32 batch_size", "inout"),
-                "threshold_scale": _t("f32 batch_size", "inout"),
+                "run_ffn": _t("i32 num_hidden_layers num_rows", "inout"),
+                "skip_remaining": _t("i32 num_sequences", "inout"),
+                "similarity": _t("f32 num_hidden_layers num_sequences", "out"),
+                "similarity_partials": _t("f32 num_partials num_sequences three"),
+                "num_generated": _t("i32 num_sequences"),
+                "skipped": _t("i32 num_sequences", "inout"),
+                "threshold_scale": _t("f32 num_sequences", "inout"),
+                "gate_mode": _t("i32 num_sequences"),
+                "gated": _t("i32 num_hidden_layers num_sequences"),
+                "first_gated": _t("i32 num_sequences"),
+                "gate_threshold": _t("f32 num_hidden_layers num_sequences"),
+                "gate_span": _t("i32 num_sequences"),
+                "warmup_tokens": _t("i32 num_sequences"),
+                "batch_rule": _t("i32 num_sequences"),
+                "gate_probability": _t("f32 num_sequences"),
+                "gate_seed": _t("i64 num_sequences"),
+                "target_ratio": _t("f32 num_sequences"),
+                "ramp_tokens": _t("i32 num_sequences"),
             },
-            {
-                "layer": int,
-                "mode": int,
-                "threshold": float,
-                "span": int,
-                "warmup_tokens": int,
-                "batch_rule": int,
-                "probability": float,
-                "seed": int,
-                "target_ratio": float,
-                "ramp_tokens": int,
-                "first_gate": int,
-            },
+            {"layer": int},
             (("similarity_partials holds 3 sums", lambda s: s["three"] == 3),),
+            rows="num_sequences",
         ),
         Op(
             "qkv_rope_append",
-            """query = rope(q), k_cache[seq_len] = rope(k), v_cache[seq_len] = v, of qkv_proj(rms_norm(hidden_states)).
+            """query = rope(q), and k = rope(k), v into the paged cache at the row's position, of
+            qkv_proj(rms_norm(hidden_states)).
 
             q and k are normed per head first where q_norm and k_norm are given (Qwen3). Rotary pairs
-            are (i, i + head_dim/2).
+            are (i, i + head_dim/2). The angle is that of row_position; where position_axes is given (M-RoPE, arXiv
+            2409.12191), a prompt row's pair i has the position ``prompt_positions[axis]`` of its axis, and a negative
+            one rotates backwards.
             """,
             {
-                "hidden_states": _t("f32 batch_size hidden_size"),
+                "hidden_states": _t("f32 num_rows hidden_size"),
                 "input_layernorm": _t("f32 hidden_size"),
                 "qkv_proj": _t("weight qkv_size hidden_size"),
                 "qkv_bias": _t("f32 qkv_size", optional=True),
@@ -126,10 +150,10 @@ OPS: dict[str, Op] = {
                 "k_norm": _t("f32 head_dim", optional=True),
                 "rope_cos": _t("f32 max_seq_len half_head_dim"),
                 "rope_sin": _t("f32 max_seq_len half_head_dim"),
-                "seq_len": _t("i32 batch_size"),
-                "query": _t("f32 batch_size num_attention_heads head_dim", "out"),
-                "k_cache": _t("weight batch_size num_key_value_heads max_seq_len head_dim", "inout"),
-                "v_cache": _t("weight batch_size num_key_value_heads max_seq_len head_dim", "inout"),
+                "position_axes": _t("i32 half_head_dim", optional=True),
+                "prompt_positions": _t("i32 num_prompt_rows three", optional=True),
+                "query": _t("f32 num_rows num_attention_heads head_dim", "out"),
+                **_PAGED_CACHE,
             },
             {"rms_norm_eps": float},
             (
@@ -140,25 +164,26 @@ OPS: dict[str, Op] = {
                         s["qkv_size"] == (s["num_attention_heads"] + 2 * s["num_key_value_heads"]) * s["head_dim"]
                     ),
                 ),
+                ("prompt_positions holds 3 axes", lambda s: s.get("three", 3) == 3),
             ),
         ),
         Op(
             "decode_attention",
-            """attn_output = softmax(scaling q k^T) v over positions max(0, seq_len + 1 - sliding_window) .. seq_len.
+            """attn_output = softmax(scaling q k^T) v over the positions of the row's own sequence from
+            max(0, row_position + 1 - sliding_window) to row_position, read through the block table.
 
             Grouped queries: head h attends with key/value head h // (num_attention_heads / num_key_value_heads).
-            sliding_window 0 means none. The range is cut into splits of ``kv_split`` positions that are merged in
-            order, so the result does not depend on how many workers there are. attn_partials is scratch.
+            sliding_window 0 means none. The range is cut at multiples of ``kv_split_size`` positions and merged in
+            order, so the result does not depend on how many workers there are, on block_size, or on which rows share
+            the step. attn_partials is scratch.
             """,
             {
-                "query": _t("f32 batch_size num_attention_heads head_dim"),
-                "k_cache": _t("weight batch_size num_key_value_heads max_seq_len head_dim"),
-                "v_cache": _t("weight batch_size num_key_value_heads max_seq_len head_dim"),
-                "seq_len": _t("i32 batch_size"),
-                "attn_partials": _t("f32 batch_size num_attention_heads num_splits partial_size", "scratch"),
-                "attn_output": _t("f32 batch_size num_attention_heads head_dim", "out"),
+                "query": _t("f32 num_rows num_attention_heads head_dim"),
+                **{name: _t(" ".join((spec.dtype, *spec.shape))) for name, spec in _PAGED_CACHE.items()},
+                "attn_partials": _t("f32 num_rows num_attention_heads num_splits partial_size", "scratch"),
+                "attn_output": _t("f32 num_rows num_attention_heads head_dim", "out"),
             },
-            {"scaling": float, "sliding_window": int, "kv_split": int},
+            {"scaling": float, "sliding_window": int, "kv_split_size": int},
             (
                 ("partial_size = head_dim + 2", lambda s: s["partial_size"] == s["head_dim"] + 2),
                 ("heads are grouped evenly", lambda s: s["num_attention_heads"] % s["num_key_value_heads"] == 0),
@@ -168,10 +193,10 @@ OPS: dict[str, Op] = {
             "o_proj_add",
             "hidden_states += o_proj(attn_output).",
             {
-                "attn_output": _t("f32 batch_size num_attention_heads head_dim"),
+                "attn_output": _t("f32 num_rows num_attention_heads head_dim"),
                 "o_proj": _t("weight hidden_size attention_size"),
                 "o_proj_bias": _t("f32 hidden_size", optional=True),
-                "hidden_states": _t("f32 batch_size hidden_size", "inout"),
+                "hidden_states": _t("f32 num_rows hidden_size", "inout"),
             },
             {},
             (
@@ -185,38 +210,40 @@ OPS: dict[str, Op] = {
             "gate_up_silu",
             "intermediate = silu(gate_proj(x)) * up_proj(x) of x = rms_norm(hidden_states); gate rows before up rows.",
             {
-                "hidden_states": _t("f32 batch_size hidden_size"),
+                "hidden_states": _t("f32 num_rows hidden_size"),
                 "post_attention_layernorm": _t("f32 hidden_size"),
                 "gate_up_proj": _t("weight gate_up_size hidden_size"),
-                "intermediate": _t("f32 batch_size intermediate_size", "out"),
+                "intermediate": _t("f32 num_rows intermediate_size", "out"),
             },
             {"rms_norm_eps": float},
             (("gate_up_size = 2 intermediate_size", lambda s: s["gate_up_size"] == 2 * s["intermediate_size"]),),
         ),
         Op(
             "down_proj_add",
-            """hidden_states += down_proj(intermediate); with similarity_partials given, also <h, h'>, |h|^2 and |h'|^2
-            of the residual stream before (h) and after (h'), one partial sum for each ``rows_per_partial`` channels.
+            """hidden_states += down_proj(intermediate); with similarity_partials given, for decode rows also <h, h'>,
+            |h|^2 and |h'|^2 of the residual stream before (h) and after (h'), one partial sum for each
+            ``rows_per_partial`` channels.
             """,
             {
-                "intermediate": _t("f32 batch_size intermediate_size"),
+                "intermediate": _t("f32 num_rows intermediate_size"),
                 "down_proj": _t("weight hidden_size intermediate_size"),
-                "hidden_states": _t("f32 batch_size hidden_size", "inout"),
-                "similarity_partials": _t("f32 num_partials batch_size three", "out", optional=True),
+                "hidden_states": _t("f32 num_rows hidden_size", "inout"),
+                "similarity_partials": _t("f32 num_partials num_sequences three", "out", optional=True),
             },
             {"rows_per_partial": int},
             (),
         ),
         Op(
             "lm_head",
-            "logits = lm_head(rms_norm(hidden_states)).",
+            "logits = lm_head(rms_norm(hidden_states)) of the decode rows.",
             {
-                "hidden_states": _t("f32 batch_size hidden_size"),
+                "hidden_states": _t("f32 num_rows hidden_size"),
                 "norm": _t("f32 hidden_size"),
                 "lm_head": _t("weight vocab_size hidden_size"),
-                "logits": _t("f32 batch_size vocab_size", "out"),
+                "logits": _t("f32 num_sequences vocab_size", "out"),
             },
             {"rms_norm_eps": float},
+            rows="num_sequences",
         ),
         Op(
             "sample",
@@ -224,47 +251,52 @@ OPS: dict[str, Op] = {
 
             In transformers' order: repetition penalty on ``seen`` tokens, temperature, top-k (0: off), top-p (1: off),
             min-p (0: off). The draw is Gumbel-max with one Philox4x32-10 number per token id, keyed by (seed,
-            generated): the same seed gives the same tokens on every executor, alone or in a batch. Where the largest
-            score is NaN or infinite, the argmax is taken (the first NaN, where there is one).
+            num_generated): the same seed gives the same tokens on every executor, alone or in a batch. Where the
+            largest score is NaN or infinite, the argmax is taken (the first NaN, where there is one).
             """,
             {
-                "logits": _t("f32 batch_size vocab_size"),
-                "seen": _t("u8 batch_size vocab_size"),
-                "generated": _t("i32 batch_size"),
-                "temperature": _t("f32 batch_size"),
-                "top_k": _t("i32 batch_size"),
-                "top_p": _t("f32 batch_size"),
-                "min_p": _t("f32 batch_size"),
-                "repetition_penalty": _t("f32 batch_size"),
-                "seed": _t("i64 batch_size"),
-                "next_token": _t("i32 batch_size", "out"),
+                "logits": _t("f32 num_sequences vocab_size"),
+                "seen": _t("u8 num_sequences vocab_size"),
+                "num_generated": _t("i32 num_sequences"),
+                "temperature": _t("f32 num_sequences"),
+                "top_k": _t("i32 num_sequences"),
+                "top_p": _t("f32 num_sequences"),
+                "min_p": _t("f32 num_sequences"),
+                "repetition_penalty": _t("f32 num_sequences"),
+                "seed": _t("i64 num_sequences"),
+                "next_token": _t("i32 num_sequences", "out"),
             },
+            rows="num_sequences",
         ),
         Op(
             "advance",
-            """Ends a row's step: records run_ffn and similarity under ``generated``, appends next_token to token_ids,
-            moves seq_len and generated on, clears ``active`` at an end-of-sequence token, at max_new_tokens or when
-            the cache is full, and arms run_ffn, similarity and skip_remaining for the next step. ``progress``, written
-            last, tells the host (generated, active) of the row.
+            """Ends a step. Decode rows: records run_ffn and similarity under ``num_generated``, appends next_token to
+            token_ids, moves row_position and num_generated on, clears ``active`` at an end-of-sequence token, at
+            max_new_tokens or at max_seq_len, and arms run_ffn, similarity and skip_remaining for the next step. Where
+            the next position has no block in block_table (-1), the row rests until the host has given it one:
+            ``active`` and run_ffn are cleared and the rest is as if it went on. ``progress``, written last, tells the
+            host (num_generated, 0: ended, 1: decoding, 2: waits for a block).
+            Prompt rows live for one step: ``active`` and run_ffn are cleared.
             """,
             {
-                "next_token": _t("i32 batch_size"),
-                "eos_token_ids": _t("i32 batch_size max_eos"),
-                "max_new_tokens": _t("i32 batch_size"),
-                "input_ids": _t("i32 batch_size", "out"),
-                "token_ids": _t("i32 batch_size token_capacity", "inout", on_host=True),
-                "seen": _t("u8 batch_size vocab_size", "inout"),
-                "seq_len": _t("i32 batch_size", "inout"),
-                "generated": _t("i32 batch_size", "inout"),
-                "active": _t("i32 batch_size", "inout"),
-                "skip_remaining": _t("i32 batch_size", "out"),
-                "run_ffn": _t("i32 num_hidden_layers batch_size", "inout"),
-                "similarity": _t("f32 num_hidden_layers batch_size", "inout"),
-                "run_map": _t("u8 batch_size max_seq_len num_hidden_layers", "inout", on_host=True),
-                "similarity_map": _t("f32 batch_size max_seq_len num_hidden_layers", "inout", on_host=True),
-                "progress": _t("i32 batch_size two", "out", on_host=True),
+                "next_token": _t("i32 num_sequences"),
+                "eos_token_ids": _t("i32 num_sequences max_eos"),
+                "max_new_tokens": _t("i32 num_sequences"),
+                "block_table": _t("i32 num_sequences blocks_per_sequence"),
+                "input_ids": _t("i32 num_rows", "out"),
+                "token_ids": _t("i32 num_sequences token_capacity", "inout", on_host=True),
+                "seen": _t("u8 num_sequences vocab_size", "inout"),
+                "row_position": _t("i32 num_rows", "inout"),
+                "num_generated": _t("i32 num_sequences", "inout"),
+                "active": _t("i32 num_rows", "inout"),
+                "skip_remaining": _t("i32 num_sequences", "out"),
+                "run_ffn": _t("i32 num_hidden_layers num_rows", "inout"),
+                "similarity": _t("f32 num_hidden_layers num_sequences", "inout"),
+                "run_map": _t("u8 num_sequences max_seq_len num_hidden_layers", "inout", on_host=True),
+                "similarity_map": _t("f32 num_sequences max_seq_len num_hidden_layers", "inout", on_host=True),
+                "progress": _t("i32 num_sequences two", "out", on_host=True),
             },
-            {},
+            {"block_size": int},
             (
                 ("token_ids holds max_seq_len + 1 tokens", lambda s: s["token_capacity"] == s["max_seq_len"] + 1),
                 ("progress holds 2 numbers", lambda s: s["two"] == 2),
@@ -278,8 +310,8 @@ OPS: dict[str, Op] = {
 class Instruction:
     """One step of the recorded program: an op, its operands, and the flag that predicates it, per row.
 
-    ``sizes`` follows from the tensors. ``when`` is int32 [batch_size] on the program's device; a row runs where it is
-    non-zero.
+    ``sizes`` follows from the tensors. ``when`` is int32 [num_rows] or [num_sequences] (``Op.rows``) on the program's
+    device; a row runs where it is non-zero.
     """
 
     op: str
@@ -332,8 +364,8 @@ def instruction(op_name: str, *, when: torch.Tensor, **operands: torch.Tensor | 
         for symbol, size in zip(spec.shape, tensor.shape, strict=True):
             if sizes.setdefault(symbol, size) != size:
                 raise ValueError(f"{op_name}: {name} has {symbol}={size}, expected {sizes[symbol]}")
-    if when.dtype != torch.int32 or tuple(when.shape) != (sizes["batch_size"],):
-        raise ValueError(f"{op_name}: when must be int32 [{sizes['batch_size']}], got {when.dtype} {list(when.shape)}")
+    if when.dtype != torch.int32 or tuple(when.shape) != (sizes[op.rows],):
+        raise ValueError(f"{op_name}: when must be int32 [{sizes[op.rows]}], got {when.dtype} {list(when.shape)}")
     for text, holds in op.relations:
         if not holds(sizes):
             raise ValueError(f"{op_name}: sizes {sizes} break the relation: {text}")
