@@ -31,6 +31,8 @@ class Driver(Protocol):
 
     def cancel(self, handle: Handle) -> None: ...
 
+    def stop(self, handle: Handle) -> None: ...
+
 
 class Handle:
     """The answer to one request while it comes: iterate over its chunks, or wait for ``result()``.
@@ -101,6 +103,14 @@ class Handle:
             RequestError: it has ended already.
         """
         self._driver.cancel(self)
+
+    def stop(self) -> None:
+        """Ends the answer where it is; ``result()`` is what was generated.
+
+        Raises:
+            RequestError: it has ended already.
+        """
+        self._driver.stop(self)
 
     @property
     def running(self) -> bool:

@@ -18,6 +18,7 @@ import torch
 
 from skipkernels.decoding.block_pool import BlockPool
 from skipkernels.decoding.handle import Handle
+from skipkernels.decoding.own_rows import OwnRows
 from skipkernels.decoding.prefix_index import PrefixIndex
 from skipkernels.decoding.prompt_rows import PromptRows
 from skipkernels.decoding.request import Request
@@ -147,17 +148,37 @@ class DecodeLoop:
         with self.lock:
             if not handle.running:
                 raise RequestError("this request has ended already; it cannot be cancelled")
+            self._drop(handle)
             handle.fail(RequestError("this request was cancelled"))
-            if handle in self._inbox:
-                self._inbox.remove(handle)
-                return
-            sequence = self._handles.pop(handle.sequence).sequence
-            if sequence.slot is not None:
-                self._land()
-                if sequence.slot is not None:
-                    self.state.end_sequence(sequence.slot)
-            if not sequence.status.ended:
-                self.scheduler.cancel(sequence)
+
+    def stop(self, handle: Handle) -> None:
+        """Ends a request where it is: what was generated is its answer.
+
+        Raises:
+            RequestError: it has ended already.
+        """
+        if running := self._running:
+            running.interrupt()
+        with self.lock:
+            if not handle.running:
+                raise RequestError("this request has ended already; it cannot be stopped")
+            handle.end()
+            self._land()
+            if handle.running:  # it was not decoding
+                self._drop(handle)
+                handle.finish()
+
+    def _drop(self, handle: Handle) -> None:
+        """Takes a request out, wherever it is."""
+        if handle in self._inbox:
+            self._inbox.remove(handle)
+            return
+        sequence = self._handles.pop(handle.sequence).sequence
+        slot = sequence.slot
+        if slot is not None:
+            self.state.end_sequence(slot)
+            handle.runs.save(self.state, slot, len(handle.token_ids))
+        self.scheduler.cancel(sequence)
 
     def close(self) -> None:
         """Cancels what is in flight; nothing can be submitted from then on."""
@@ -167,9 +188,8 @@ class DecodeLoop:
                 self.cancel(handle)
 
     @contextmanager
-    def exclusive(self) -> Iterator[DecodeState]:
-        """The state and its whole cache for one user, who sets its rows by hand: every sequence has its own blocks.
-        What the prefix index knew is forgotten.
+    def own_rows(self) -> Iterator[OwnRows]:
+        """The state and its whole cache for one user. What the prefix index knew is forgotten.
 
         Raises:
             RequestError: requests are in flight.
@@ -178,15 +198,12 @@ class DecodeLoop:
             if not self.idle:
                 raise RequestError("requests are in flight; wait for them or cancel them first")
             self.index.clear()
-            state, size = self.state, self.state.block_table.shape[1]
-            for slot in range(state.num_sequences):
-                first = min(slot * size, state.num_blocks)
-                state.set_blocks(slot, range(first, min(first + size, state.num_blocks)))
+            self._quiet()
             try:
-                yield state
+                yield OwnRows(self.state, self._prompt_rows, self._executor(False))
             finally:
                 self._quiet()
-                state.block_table.fill_(-1)
+                self.state.block_table.fill_(-1)
 
     # one flight
 
@@ -320,6 +337,9 @@ class DecodeLoop:
             generated[row.slot] = handle.token_ids[flight.handed[row.slot] :]
             if handle.ended:
                 ended.append(row.slot)
+                if handle.running:
+                    self.state.end_sequence(row.slot)
+                    self._finish(handle, row.slot)
         for sequence in self.scheduler.commit(flight.step, generated, ended):
             del self._handles[sequence]
 
@@ -344,6 +364,8 @@ class DecodeLoop:
         self._quiet()
 
     def _quiet(self) -> None:
-        """No row is active any more."""
+        """No row is active, no sequence has begun."""
+        self.state.settle()
         self.state.active.zero_()
         self.state.run_ffn.zero_()
+        self.state.progress.zero_()
