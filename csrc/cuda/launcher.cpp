@@ -36,7 +36,7 @@ Prefetch plan_prefetch(const std::vector<Instruction>& program, size_t index, in
     if (const Instruction* ins = find_next(program, index, OpCode::gate_up_silu)) {
         const GateUpSilu& op = ins->gate_up_silu;
         plan.run_ffn = ins->when;
-        plan.batch_size = ins->batch_size;
+        plan.batch_size = ins->num_rows;
         plan.if_run = {op.gate_up_proj, op.gate_up_size * op.hidden_size * weight_size(*ins)};
     }
     if (const Instruction* ins = find_next(program, index, OpCode::qkv_rope_append)) {

@@ -8,14 +8,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from skipkernels import Engine, SamplingParams, SkipPolicy, state
+from skipkernels import Engine, SamplingParams, SkipPolicy
 from skipkernels.errors import DeviceError
 from skipkernels.executors import Executor
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.graph import AHEAD, GraphExecutor
-from skipkernels.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy
-from skipkernels.program import Program
-from skipkernels.state import LAYOUTS, DecodeState
+from skipkernels.program import Program, state
+from skipkernels.program.state import LAYOUTS, DecodeState
+from skipkernels.skipping.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy
 from tests.executors.graph.conftest import FakeDevice
 from tests.models import byte_tokenizer, random_prompt, tiny_engine
 
@@ -46,6 +46,7 @@ def gpu_engine(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> GpuEngine
 
         monkeypatch.setitem(state.LAYOUTS, "cpu", LAYOUTS["cuda"])
         monkeypatch.setattr("skipkernels.engine.get_executor", get_executor)
+        monkeypatch.setattr("skipkernels.engine.PROMPT_ROWS", 4)  # threads of an emulated device are slow
         return tiny_engine(**options)
 
     return build
@@ -108,7 +109,7 @@ def test_a_stop_string_ends_a_row_that_the_device_has_run_beyond(gpu_engine: Gpu
 
 @pytest.mark.parametrize("loop", ["replay", "while"])
 def test_an_abandoned_stream_does_not_disturb_the_next_request(gpu_engine: GpuEngine, loop: str) -> None:
-    engine = gpu_engine(loop=loop)
+    engine = gpu_engine(loop=loop, max_batch_size=2)
     expected = tiny_engine().generate(PROMPTS[1:2], max_new_tokens=10)[0].token_ids
     stream = engine.stream(PROMPTS[0], max_new_tokens=40)
     next(stream)
