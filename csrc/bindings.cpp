@@ -43,16 +43,16 @@ WeightDtype parse_dtype(const std::string& name) {
 }
 
 // One op's struct is filled through its field table, so bindings and program.h cannot drift apart.
-Instruction make_instruction(const std::string& op, const std::string& dtype, uintptr_t when, int64_t batch_size,
+Instruction make_instruction(const std::string& op, const std::string& dtype, uintptr_t when, int64_t num_rows,
                              const py::dict& operands) {
     const OpInfo& info = find_op(op);
-    check(batch_size >= 1, op, ": batch_size must be at least 1, got ", batch_size);
+    check(num_rows >= 1, op, ": num_rows must be at least 1, got ", num_rows);
     check(when != 0, op, ": when is a null pointer");
     Instruction ins{};
     ins.op = info.op;
     ins.weight_dtype = parse_dtype(dtype);
     ins.when = reinterpret_cast<const int32_t*>(when);
-    ins.batch_size = batch_size;
+    ins.num_rows = num_rows;
     char* base = reinterpret_cast<char*>(&ins.embed);  // every member of the union starts here
     check(operands.size() == info.num_fields, op, " takes ", info.num_fields, " operands, got ", operands.size());
     for (const Field* field = info.fields; field != info.fields + info.num_fields; ++field) {
@@ -135,19 +135,20 @@ PYBIND11_MODULE(_C, m) {
           "Seconds of each of `repeats` full reads of `bytes` of memory.");
 
     py::class_<Instruction>(m, "Instruction")
-        .def(py::init(&make_instruction), py::arg("op"), py::arg("dtype"), py::arg("when"), py::arg("batch_size"),
+        .def(py::init(&make_instruction), py::arg("op"), py::arg("dtype"), py::arg("when"), py::arg("num_rows"),
              py::arg("operands"));
 
     py::class_<cpu::Executor>(m, "CpuExecutor")
-        .def(py::init([](std::vector<Instruction> program, uintptr_t active, int64_t batch_size, int num_threads,
+        .def(py::init([](std::vector<Instruction> program, uintptr_t active, int64_t num_rows, int num_threads,
                          const std::string& isa) {
                  check(num_threads >= 1, "num_threads must be at least 1, got ", num_threads);
                  return std::make_unique<cpu::Executor>(std::move(program), reinterpret_cast<const int32_t*>(active),
-                                                        batch_size, num_threads, isa);
+                                                        num_rows, num_threads, isa);
              }),
-             py::arg("program"), py::arg("active"), py::arg("batch_size"), py::arg("num_threads"),
+             py::arg("program"), py::arg("active"), py::arg("num_rows"), py::arg("num_threads"),
              py::arg("isa") = "auto")
         .def("run", &run_interruptibly, py::arg("max_steps"))
+        .def("interrupt", &cpu::Executor::interrupt)
         .def("run_instruction", &cpu::Executor::run_instruction, py::arg("index"),
              py::call_guard<py::gil_scoped_release>())
         .def("set_profiling", &cpu::Executor::set_profiling, py::arg("on"))

@@ -1,11 +1,22 @@
-// attn_output (batch, heads, head_dim) = softmax(scaling q k^T) v over the cached positions in the window.
+// attn_output (rows, heads, head_dim) = softmax(scaling q k^T) v over the cached positions of each row's own sequence,
+// up to the row's and within its window.
 //
-// A task is (batch row, key/value head, split of kv_split positions): the group's query heads share one read of k and
-// v. Each split leaves its maximum, its sum and its unnormalised output in attn_partials; the thread that finishes a
-// head's last split merges them in order, so the result is the same for any number of threads.
-#include "linear.h"
+// A task is (tile of rows of one sequence, key/value head, split of kv_split_size positions): all query heads of the
+// group and all rows of a tile share one read of k and v. Keys are transposed block by block, so that a vector holds
+// the scores of neighbouring positions and no score costs a sum over lanes. Each split leaves its maximum, its sum and
+// its unnormalised output in attn_partials; the thread that finishes a tile's last split merges them in order.
+//
+// What is computed for a row does not depend on its tile: a score walks head_dim in order, sums over positions have the
+// lane of the position in its split, outputs walk the row's own positions in order.
+#include "kernels.h"
+#include "paged_cache.h"
+#include "transpose.h"
 
 namespace skipkernels::SKIPKERNELS_ISA {
+
+using Query = cpu::AttentionQuery;
+using Range = cpu::Positions;
+using cpu::Scratch;
 
 namespace {
 
@@ -18,117 +29,207 @@ N smaller(N a, N b) {
     return a < b ? a : b;
 }
 
-struct Range {  // positions one row attends to, and the splits they fall into
-    int64_t begin, end, first_split, num_splits;
-};
+// Queries (rows times heads of a group) of one task. More of them share the transposition of a key; 32 make it 5 % of
+// the work.
+constexpr int kQueries = cpu::kAttentionQueries;
+// Queries that share one walk over keys or values; what they accumulate stays in registers.
+constexpr int kQueryTile = 4;
+// Vectors of positions in a transposed block, and of columns in a walk over values.
+constexpr int kVectorTile = Vec::max_accumulators >= 24 ? 4 : 2;
+constexpr int kBlock = kVectorTile * Vec::width;
+static_assert(kBlock <= cpu::kAttentionBlock);
 
 Range attended(const DecodeAttention& op, int row) {
-    Range range;
-    range.end = op.seq_len[row] + 1;
-    range.begin = op.sliding_window && range.end > op.sliding_window ? range.end - op.sliding_window : 0;
-    range.first_split = range.begin / op.kv_split;
-    range.num_splits = (range.end - 1) / op.kv_split - range.first_split + 1;
-    return range;
+    const int64_t end = op.row_position[row] + 1;
+    return {op.sliding_window && end > op.sliding_window ? end - op.sliding_window : 0, end};
 }
 
-int64_t most_splits(const DecodeAttention& op, const Scratch& s) {
-    int64_t most = 0;
-    for (int i = 0; i < s.num_rows; ++i) most = larger(most, attended(op, s.rows[i]).num_splits);
-    return most;
+struct Splits {
+    int64_t first, count;
+};
+
+Splits splits_of(const DecodeAttention& op, const Range& range) {
+    const int64_t first = range.begin / op.kv_split_size;
+    return {first, (range.end - 1) / op.kv_split_size - first + 1};
 }
 
-// Query heads that share one walk over the keys or values; what they accumulate stays in registers.
-constexpr int kHeadTile = 4;
-constexpr int kVectorTile = Vec::max_accumulators >= 24 ? 4 : 2;
+// What the rows [begin, end) of a tile attend to together.
+Range attended_by_tile(const DecodeAttention& op, const Scratch& s, int begin, int end) {
+    Range all = attended(op, s.rows[begin]);
+    for (int i = begin + 1; i < end; ++i) {
+        const Range range = attended(op, s.rows[i]);
+        all = {smaller(all.begin, range.begin), larger(all.end, range.end)};
+    }
+    return all;
+}
 
-// scores[g][p] = scaling <query[g], keys[p]> for G heads (rows of d) and n positions
-template <class T, int G>
-void score_keys(const float* query, const T* keys, int64_t n, int64_t d, float scaling, float* scores,
-                int64_t scores_stride) {
-    const int64_t whole = d / Vec::width * Vec::width;
-    const int left = static_cast<int>(d - whole);
-    for (int64_t p = 0; p < n; ++p) {
-        const T* key = keys + p * d;
-        Vec sum[G];
-        for (int g = 0; g < G; ++g) sum[g] = splat(0.0f);
-        for (int64_t j = 0; j < whole; j += Vec::width) {
-            const Vec k = load(key + j);
-            for (int g = 0; g < G; ++g) sum[g] = fma(load(query + g * d + j), k, sum[g]);
-        }
-        if (left) {
-            const Vec k = load_first(key + whole, left);
-            for (int g = 0; g < G; ++g) sum[g] = fma(load_first(query + g * d + whole, left), k, sum[g]);
-        }
-        float total[G];
-        if constexpr (G == 4) {
-            reduce_add_four(sum, total);
-        } else {
-            for (int g = 0; g < G; ++g) total[g] = reduce_add(sum[g]);
-        }
-        for (int g = 0; g < G; ++g) scores[g * scores_stride + p] = scaling * total[g];
+int64_t group_size(const DecodeAttention& op) { return op.num_attention_heads / op.num_key_value_heads; }
+
+// Neighbours in the list that belong to one sequence form tiles.
+void make_tiles(const DecodeAttention& op, const Scratch& s) {
+    const int64_t most_rows = larger<int64_t>(1, kQueries / group_size(op));
+    cpu::RowTiles& tiles = *s.attention.tiles;
+    tiles.count = 0;
+    tiles.most_splits = 0;
+    for (int begin = 0, end = 0; begin < s.num_rows; begin = end) {
+        const int32_t sequence = op.row_sequence[s.rows[begin]];
+        while (end < s.num_rows && end - begin < most_rows && op.row_sequence[s.rows[end]] == sequence) ++end;
+        tiles.begins[tiles.count++] = begin;
+        const int64_t splits = splits_of(op, attended_by_tile(op, s, begin, end)).count;
+        tiles.most_splits = larger(tiles.most_splits, splits);
+    }
+    tiles.begins[tiles.count] = s.num_rows;
+}
+
+// Calls use(memory of the first position, first position, positions) for each run of neighbours in `cache`.
+template <class T, class Use>
+inline void for_runs(const PagedCache& where, const T* cache, int64_t kv_head, int64_t begin, int64_t end, Use use) {
+    for (int64_t p = begin; p < end;) {
+        const int64_t n = smaller(end - p, where.block_size - p % where.block_size);
+        use(cache + where.offset(kv_head, p), p, n);
+        p += n;
     }
 }
 
-// out[g][0 .. C vectors) = sum over p of weights[g][p] values[p]; the last vector may be cut to `left` columns
-template <class T, int G, int C>
-void sum_columns(const float* weights, int64_t weights_stride, const T* values, int64_t n, int64_t d, float* out,
-                 int64_t out_stride, int left = Vec::width) {
-    Vec sum[G][C];
+// out[j][lane] = key of position at + lane of the split, for `block` of them; zeros in the other lanes
+template <class T>
+void transpose_keys(const PagedCache& where, const T* cache, int64_t kv_head, int64_t split_begin, const Range& block,
+                    int64_t at, int vectors, float* out) {
+    const T* rows[kBlock] = {};
+    for_runs(where, cache, kv_head, split_begin + block.begin, split_begin + block.end,
+             [&](const T* keys, int64_t first, int64_t n) {
+                 for (int64_t i = 0; i < n; ++i) rows[first - split_begin - at + i] = keys + i * where.head_dim;
+             });
+    for (int v = 0; v < vectors; ++v) {
+        transpose(rows + v * Vec::width, where.head_dim, out + v * Vec::width, kBlock);
+    }
+}
+
+// scores[g][0 .. V vectors) = scaling <query g, keys>, keys (head_dim, kBlock)
+template <int G, int V>
+void score_block(const Query* queries, const float* keys, int64_t d, float scaling, int64_t at) {
+    Vec sum[G][V];
     for (int g = 0; g < G; ++g)
-        for (int c = 0; c < C; ++c) sum[g][c] = splat(0.0f);
-    for (int64_t p = 0; p < n; ++p) {
-        Vec value[C];
-        for (int c = 0; c < C; ++c) {
-            const T* at = values + p * d + c * Vec::width;
-            value[c] = left == Vec::width ? load(at) : load_first(at, left);
-        }
+        for (int v = 0; v < V; ++v) sum[g][v] = splat(0.0f);
+    for (int64_t j = 0; j < d; ++j) {
+        Vec key[V];
+        for (int v = 0; v < V; ++v) key[v] = load(keys + j * kBlock + v * Vec::width);
         for (int g = 0; g < G; ++g) {
-            const Vec weight = splat(weights[g * weights_stride + p]);
-            for (int c = 0; c < C; ++c) sum[g][c] = fma(weight, value[c], sum[g][c]);
+            const Vec query = splat(queries[g].at[j]);
+            for (int v = 0; v < V; ++v) sum[g][v] = fma(query, key[v], sum[g][v]);
         }
     }
-    for (int g = 0; g < G; ++g) {
-        for (int c = 0; c < C; ++c) {
-            if (left == Vec::width) {
-                store(out + g * out_stride + c * Vec::width, sum[g][c]);
-            } else {
-                alignas(64) float buffer[Vec::width];
-                store(buffer, sum[g][c]);
-                for (int i = 0; i < left; ++i) out[g * out_stride + i] = buffer[i];
-            }
-        }
-    }
+    for (int g = 0; g < G; ++g)
+        for (int v = 0; v < V; ++v) store(queries[g].scores + at + v * Vec::width, splat(scaling) * sum[g][v]);
 }
 
-// out[g] (d) = sum over p of weights[g][p] values[p] for G heads
+template <int G, int... V>
+void score_vectors(int vectors, std::integer_sequence<int, V...>, const Query* queries, const float* keys, int64_t d,
+                   float scaling, int64_t at) {
+    ((vectors == V + 1 ? score_block<G, V + 1>(queries, keys, d, scaling, at) : void()), ...);
+}
+
+template <int... G>
+void score_queries(int count, std::integer_sequence<int, G...>, int vectors, const Query* queries, const float* keys,
+                   int64_t d, float scaling, int64_t at) {
+    constexpr std::make_integer_sequence<int, kVectorTile> tiles{};
+    ((count == G + 1 ? score_vectors<G + 1>(vectors, tiles, queries, keys, d, scaling, at) : void()), ...);
+}
+
+int64_t rounded_down(int64_t n) { return n / Vec::width * Vec::width; }
+int64_t rounded_up(int64_t n) { return rounded_down(n + Vec::width - 1); }
+
+void fill(float* p, int64_t begin, int64_t end, float value) {
+    for (int64_t i = begin; i < end; ++i) p[i] = value;
+}
+
+// scores -> exp(scores - max) over the query's range, in place; max and their sum into the partials
+void exponentials(const Query& query) {
+    float* scores = query.scores;
+    const int64_t begin = query.range.begin, end = query.range.end;
+    const int64_t first = rounded_down(begin), last = rounded_up(end);
+    fill(scores, first, begin, scores[begin]);
+    fill(scores, end, last, scores[begin]);
+    Vec most = load(scores + first);
+    for (int64_t i = first + Vec::width; i < last; i += Vec::width) most = max(most, load(scores + i));
+    alignas(64) float lanes[Vec::width];
+    store(lanes, most);
+    float largest = lanes[0];
+    for (float lane : lanes) largest = larger(largest, lane);
+    for (int64_t i = first; i < last; i += Vec::width) store(scores + i, exp(load(scores + i) - splat(largest)));
+    fill(scores, first, begin, 0.0f);
+    fill(scores, end, last, 0.0f);
+    Vec total = splat(0.0f);
+    for (int64_t i = first; i < last; i += Vec::width) total = total + load(scores + i);
+    query.partials[0] = largest;
+    query.partials[1] = reduce_add(total);
+}
+
+// Where values stand, and the position the weights of a split count from.
+template <class T>
+struct Values {
+    PagedCache where;
+    const T* cache;
+    int64_t kv_head, split_begin;
+};
+
+// out[g][0 .. C vectors) += sum over positions of weights[g][p] values[p]; the last vector may be cut to `left` columns
+template <class T, int G, int C>
+void add_columns(const Query* queries, const Values<T>& values, const Range& range, int64_t column, int left) {
+    Vec sum[G][C];
+    auto out = [&](int g, int c) { return queries[g].partials + 2 + column + c * Vec::width; };
+    for (int g = 0; g < G; ++g)
+        for (int c = 0; c < C; ++c) sum[g][c] = load_some(out(g, c), left);
+    const int64_t d = values.where.head_dim, begin = values.split_begin + range.begin;
+    for_runs(values.where, values.cache, values.kv_head, begin, values.split_begin + range.end,
+             [&](const T* at, int64_t first, int64_t n) {
+                 const int64_t from = first - values.split_begin;
+                 for (int64_t p = 0; p < n; ++p) {
+                     Vec value[C];
+                     for (int c = 0; c < C; ++c) value[c] = load_some(at + p * d + column + c * Vec::width, left);
+                     for (int g = 0; g < G; ++g) {
+                         const Vec weight = splat(queries[g].scores[from + p]);
+                         for (int c = 0; c < C; ++c) sum[g][c] = fma(weight, value[c], sum[g][c]);
+                     }
+                 }
+             });
+    for (int g = 0; g < G; ++g)
+        for (int c = 0; c < C; ++c) store_some(out(g, c), sum[g][c], left);
+}
+
+// outputs += sum over `range` of weights times values, for G queries
 template <class T, int G>
-void sum_values(const float* weights, int64_t weights_stride, const T* values, int64_t n, int64_t d, float* out,
-                int64_t out_stride) {
+void add_values(const Query* queries, const Values<T>& values, const Range& range) {
+    if (range.begin >= range.end) return;
+    const int64_t d = values.where.head_dim;
     int64_t j = 0;
-    for (; j + kVectorTile * Vec::width <= d; j += kVectorTile * Vec::width)
-        sum_columns<T, G, kVectorTile>(weights, weights_stride, values + j, n, d, out + j, out_stride);
-    for (; j + Vec::width <= d; j += Vec::width)
-        sum_columns<T, G, 1>(weights, weights_stride, values + j, n, d, out + j, out_stride);
-    if (j < d)
-        sum_columns<T, G, 1>(weights, weights_stride, values + j, n, d, out + j, out_stride, static_cast<int>(d - j));
+    for (; j + kBlock <= d; j += kBlock) add_columns<T, G, kVectorTile>(queries, values, range, j, Vec::width);
+    for (; j + Vec::width <= d; j += Vec::width) add_columns<T, G, 1>(queries, values, range, j, Vec::width);
+    if (j < d) add_columns<T, G, 1>(queries, values, range, j, static_cast<int>(d - j));
 }
 
-float largest(const float* scores, int64_t n) {
-    float most = scores[0];
-    for (int64_t i = 1; i < n; ++i) most = larger(most, scores[i]);
-    return most;
-}
-
-// scores (n) -> exp(scores - max) in place; returns their sum
-float exponentials(float* scores, float max, int64_t n) {
-    float total = 0;
-    for (int64_t i = 0; i < n; i += Vec::width) {
-        const int left = static_cast<int>(n - i < Vec::width ? n - i : Vec::width);
-        alignas(64) float buffer[Vec::width];
-        store(buffer, exp(load_first(scores + i, left) - splat(max)));
-        for (int j = 0; j < left; ++j) total += scores[i + j] = buffer[j];
+// Positions that all G queries attend to are walked once; those at the ends, by each query alone.
+template <class T, int G>
+void add_values_of_tile(const Query* queries, const Values<T>& values) {
+    Range common = queries[0].range;
+    for (int g = 1; g < G; ++g) {
+        common = {larger(common.begin, queries[g].range.begin), smaller(common.end, queries[g].range.end)};
     }
-    return total;
+    if (common.begin >= common.end) common = {queries[0].range.end, queries[0].range.end};
+    for (int g = 0; g < G; ++g) {
+        const Range& own = queries[g].range;
+        add_values<T, 1>(queries + g, values, {own.begin, smaller(own.end, common.begin)});
+    }
+    add_values<T, G>(queries, values, common);
+    for (int g = 0; g < G; ++g) {
+        const Range& own = queries[g].range;
+        add_values<T, 1>(queries + g, values, {larger(own.begin, common.end), own.end});
+    }
+}
+
+template <class T, int... G>
+void add_values_of(int count, std::integer_sequence<int, G...>, const Query* queries, const Values<T>& values) {
+    ((count == G + 1 ? add_values_of_tile<T, G + 1>(queries, values) : void()), ...);
 }
 
 // partials (num_splits, head_dim + 2): max, sum, output -> out (head_dim)
@@ -146,68 +247,92 @@ void merge_splits(const float* partials, int64_t num_splits, int64_t d, float* o
     for (int64_t j = 0; j < d; ++j) out[j] /= total;
 }
 
-// One tile of G query heads over one split; leaves max, sum and unnormalised output in their partials.
-template <class T, int G>
-void attend_heads(const DecodeAttention& op, const float* query, const T* keys, const T* values, int64_t n,
-                  float* scores, float* partials, int64_t partials_stride) {
-    score_keys<T, G>(query, keys, n, op.head_dim, op.scaling, scores, op.kv_split);
-    for (int g = 0; g < G; ++g) {
-        float* part = partials + g * partials_stride;
-        part[0] = largest(scores + g * op.kv_split, n);
-        part[1] = exponentials(scores + g * op.kv_split, part[0], n);
+// The queries of the tile's rows that attend to positions of `split`; returns their number.
+int find_queries(const DecodeAttention& op, const Scratch& s, int begin, int end, int64_t kv_head, int64_t split) {
+    const int64_t d = op.head_dim, group = group_size(op), size = op.kv_split_size, first = split * size;
+    int count = 0;
+    for (int i = begin; i < end; ++i) {
+        const Range range = attended(op, s.rows[i]);
+        const Range own{larger<int64_t>(0, range.begin - first), smaller(size, range.end - first)};
+        if (own.begin >= own.end) continue;
+        const int64_t number = split - splits_of(op, range).first;
+        for (int64_t g = 0; g < group; ++g, ++count) {
+            const int64_t head = s.rows[i] * op.num_attention_heads + kv_head * group + g;
+            float* partials = op.attn_partials + (head * op.num_splits + number) * (d + 2);
+            float* scores = s.attention.scores + count * s.attention.scores_stride;
+            s.attention.queries[count] = {op.query + head * d, own, scores, partials};
+        }
     }
-    sum_values<T, G>(scores, op.kv_split, values, n, op.head_dim, partials + 2, partials_stride);
-}
-
-template <class T, int... G>
-void attend_tile(int heads, std::integer_sequence<int, G...>, const DecodeAttention& op, const float* query,
-                 const T* keys, const T* values, int64_t n, float* scores, float* partials, int64_t stride) {
-    ((heads == G + 1 ? attend_heads<T, G + 1>(op, query, keys, values, n, scores, partials, stride) : void()), ...);
+    return count;
 }
 
 template <class T>
-void attend_split(const DecodeAttention& op, int row, int64_t kv_head, int64_t split, const Range& range, Scratch& s) {
-    const int64_t d = op.head_dim, group = op.num_attention_heads / op.num_key_value_heads;
-    const int64_t begin = larger(range.begin, (range.first_split + split) * op.kv_split);
-    const int64_t end = smaller(range.end, (range.first_split + split + 1) * op.kv_split);
-    const int64_t cache_at = ((row * op.num_key_value_heads + kv_head) * op.max_seq_len + begin) * d;
-    const T* keys = static_cast<const T*>(op.k_cache) + cache_at;
-    const T* values = static_cast<const T*>(op.v_cache) + cache_at;
-    const int64_t first_head = row * op.num_attention_heads + kv_head * group;
-    const int64_t partials_stride = op.num_splits * (d + 2);
-    for (int64_t g = 0; g < group; g += kHeadTile) {
-        const int heads = static_cast<int>(smaller<int64_t>(kHeadTile, group - g));
-        float* partials = op.attn_partials + (first_head + g) * partials_stride + split * (d + 2);
-        attend_tile(heads, std::make_integer_sequence<int, kHeadTile>{}, op, op.query + (first_head + g) * d, keys,
-                    values, end - begin, s.head, partials, partials_stride);
+void attend_split(const DecodeAttention& op, const Scratch& s, int begin, int end, int64_t kv_head, int64_t split) {
+    const int count = find_queries(op, s, begin, end, kv_head, split);
+    const Query* queries = s.attention.queries;
+    float* keys = s.attention.keys;
+    if (count == 0) return;
+    const PagedCache where(op, op.row_sequence[s.rows[begin]]);
+    const int64_t d = op.head_dim, split_begin = split * op.kv_split_size;
+    Range all = queries[0].range;
+    for (int q = 1; q < count; ++q) {
+        all = {smaller(all.begin, queries[q].range.begin), larger(all.end, queries[q].range.end)};
     }
+    constexpr std::make_integer_sequence<int, kQueryTile> tiles{};
+    // whole vectors count from the split's first position, so a position's lane is the same for every row
+    for (int64_t at = rounded_down(all.begin); at < all.end; at += kBlock) {
+        const Range block{larger(at, all.begin), smaller(at + kBlock, all.end)};
+        const int vectors = static_cast<int>((block.end - at + Vec::width - 1) / Vec::width);
+        transpose_keys(where, static_cast<const T*>(op.k_cache), kv_head, split_begin, block, at, vectors, keys);
+        for (int q = 0; q < count; q += kQueryTile) {
+            score_queries(smaller(kQueryTile, count - q), tiles, vectors, queries + q, keys, d, op.scaling, at);
+        }
+    }
+    const Values<T> values{where, static_cast<const T*>(op.v_cache), kv_head, split_begin};
+    for (int q = 0; q < count; ++q) {
+        exponentials(queries[q]);
+        fill(queries[q].partials, 2, d + 2, 0.0f);
+    }
+    for (int q = 0; q < count; q += kQueryTile) {
+        add_values_of(smaller(kQueryTile, count - q), tiles, queries + q, values);
+    }
+}
 
-    auto& arrivals = s.arrivals[row * op.num_key_value_heads + kv_head];
-    if (arrivals.fetch_add(1, std::memory_order_acq_rel) + 1 < range.num_splits) return;
-    arrivals.store(0, std::memory_order_relaxed);
-    for (int64_t g = 0; g < group; ++g) {
-        merge_splits(op.attn_partials + (first_head + g) * partials_stride, range.num_splits, d,
-                     op.attn_output + (first_head + g) * d);
+void merge_rows(const DecodeAttention& op, const Scratch& s, int begin, int end, int64_t kv_head) {
+    const int64_t d = op.head_dim, group = group_size(op);
+    for (int i = begin; i < end; ++i) {
+        const int64_t num_splits = splits_of(op, attended(op, s.rows[i])).count;
+        for (int64_t g = 0; g < group; ++g) {
+            const int64_t head = s.rows[i] * op.num_attention_heads + kv_head * group + g;
+            merge_splits(op.attn_partials + head * op.num_splits * (d + 2), num_splits, d, op.attn_output + head * d);
+        }
     }
 }
 
 }  // namespace
 
 int64_t decode_attention_tasks(const Instruction& ins, const Scratch& s) {
-    return s.num_rows * ins.decode_attention.num_key_value_heads * most_splits(ins.decode_attention, s);
+    make_tiles(ins.decode_attention, s);
+    return s.attention.tiles->count * ins.decode_attention.num_key_value_heads * s.attention.tiles->most_splits;
 }
 
 constexpr auto decode_attention_pack = static_cast<decltype(cpu::Kernel::pack)>(nullptr);
 
-void decode_attention_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
+void decode_attention_run(const Instruction& ins, int64_t first, int64_t last, Scratch& s) {
     const DecodeAttention& op = ins.decode_attention;
-    const int64_t splits = most_splits(op, s);
+    const int64_t most_splits = s.attention.tiles->most_splits;
     with_weight_type(ins.weight_dtype, [&](auto type) {
-        for (int64_t task = begin; task < end; ++task) {
-            const int row = s.rows[task / splits / op.num_key_value_heads];
-            const int64_t kv_head = task / splits % op.num_key_value_heads, split = task % splits;
-            const Range range = attended(op, row);
-            if (split < range.num_splits) attend_split<decltype(type)>(op, row, kv_head, split, range, s);
+        for (int64_t task = first; task < last; ++task) {
+            const int64_t tile = task / most_splits / op.num_key_value_heads;
+            const int64_t kv_head = task / most_splits % op.num_key_value_heads, split = task % most_splits;
+            const int begin = s.attention.tiles->begins[tile], end = s.attention.tiles->begins[tile + 1];
+            const Splits splits = splits_of(op, attended_by_tile(op, s, begin, end));
+            if (split >= splits.count) continue;
+            attend_split<decltype(type)>(op, s, begin, end, kv_head, splits.first + split);
+            auto& arrivals = s.attention.arrivals[tile * op.num_key_value_heads + kv_head];
+            if (arrivals.fetch_add(1, std::memory_order_acq_rel) + 1 < splits.count) continue;
+            arrivals.store(0, std::memory_order_relaxed);
+            merge_rows(op, s, begin, end, kv_head);
         }
     });
 }

@@ -58,35 +58,27 @@ size_t packed_columns(const Instruction& ins) {
     }
 }
 
-// Floats of Scratch::head an instruction needs.
-size_t head_floats(const Instruction& ins) {
-    switch (ins.op) {
-        case OpCode::qkv_rope_append:
-            return ins.batch_size * ins.qkv_rope_append.head_dim;
-        case OpCode::decode_attention: {
-            const DecodeAttention& op = ins.decode_attention;
-            return op.num_attention_heads / op.num_key_value_heads * op.kv_split;
-        }
-        default:
-            return 0;
-    }
-}
-
-// What a scratch must hold for the instructions it has seen.
+// What a scratch must hold for the instructions it has seen. All but rows and arrivals in floats.
 struct Needs {
-    size_t rows = 0, own_x = 0, shared_x = 0, panel = 0, head = 0, arrivals = 0;
+    size_t rows = 0, own_x = 0, shared_x = 0, panel = 0, head = 0;
+    size_t arrivals = 0, queries = 0, scores_stride = 0, keys = 0;  // of attention
 
     void add(const Instruction& ins) {
-        const auto num_rows = static_cast<size_t>(ins.batch_size);
+        const auto num_rows = static_cast<size_t>(ins.num_rows);
         rows = std::max(rows, num_rows);
-        head = std::max(head, head_floats(ins));
         if (const size_t columns = packed_columns(ins)) {
             own_x = std::max(own_x, std::min<size_t>(num_rows, kFewRows) * columns);
             panel = std::max(panel, num_rows * kPanelRows);
             if (num_rows > kFewRows) shared_x = std::max(shared_x, num_rows * columns);
         }
+        if (ins.op == OpCode::qkv_rope_append) head = std::max(head, num_rows * ins.qkv_rope_append.head_dim);
         if (ins.op == OpCode::decode_attention) {
-            arrivals = std::max<size_t>(arrivals, num_rows * ins.decode_attention.num_key_value_heads);
+            const DecodeAttention& op = ins.decode_attention;
+            const size_t group = op.num_attention_heads / op.num_key_value_heads;
+            arrivals = std::max<size_t>(arrivals, num_rows * op.num_key_value_heads);
+            queries = std::max(queries, std::max<size_t>(group, kAttentionQueries));
+            scores_stride = std::max<size_t>(scores_stride, padded(op.kv_split_size) + kAttentionBlock);
+            keys = std::max<size_t>(keys, op.head_dim * kAttentionBlock);
         }
     }
 };
@@ -121,11 +113,11 @@ std::vector<std::string> usable_isas() {
     return names;
 }
 
-Executor::Executor(std::vector<Instruction> program, const int32_t* active, int64_t batch_size, int num_threads,
+Executor::Executor(std::vector<Instruction> program, const int32_t* active, int64_t num_rows, int num_threads,
                    const std::string& isa)
     : program_(std::move(program)),
       active_(active),
-      batch_size_(batch_size),
+      active_rows_(num_rows),
       kernels_(select_kernels(isa)),
       pool_(num_threads),
       seconds_(program_.size(), 0.0) {
@@ -137,12 +129,16 @@ Executor::Executor(std::vector<Instruction> program, const int32_t* active, int6
               ins.op == OpCode::down_proj_add ? ins.down_proj_add.rows_per_partial : 0);
     }
     rows_.resize(needs.rows);
+    tile_begins_.resize(needs.rows + 1);
+    tiles_.begins = tile_begins_.data();
     arrivals_.reset(new std::atomic<int32_t>[needs.arrivals]());
     memory_.push_back(allocate_floats(needs.shared_x));
+    queries_.resize(num_threads * needs.queries);
+    const size_t scores = needs.queries * needs.scores_stride;
     constexpr size_t kAccumulators = kPanelRows * kMaxTile * kMaxVecWidth;
     for (int thread = 0; thread < num_threads; ++thread) {
         size_t floats = 0;
-        for (size_t part : {needs.own_x, kAccumulators, needs.panel, needs.panel, needs.head}) {
+        for (size_t part : {needs.own_x, kAccumulators, needs.panel, needs.panel, needs.head, scores, needs.keys}) {
             floats += Cutter::rounded(part);
         }
         memory_.push_back(allocate_floats(floats));
@@ -155,7 +151,13 @@ Executor::Executor(std::vector<Instruction> program, const int32_t* active, int6
         scratch.second_panel = cutter.take(needs.panel);
         scratch.head = cutter.take(needs.head);
         scratch.rows = rows_.data();
-        scratch.arrivals = arrivals_.get();
+        AttentionScratch& attention = scratch.attention;
+        attention.tiles = &tiles_;
+        attention.arrivals = arrivals_.get();
+        attention.queries = queries_.data() + thread * needs.queries;
+        attention.scores = cutter.take(scores);
+        attention.scores_stride = static_cast<int64_t>(needs.scores_stride);
+        attention.keys = cutter.take(needs.keys);
         scratch_.push_back(scratch);
     }
 }
@@ -178,10 +180,11 @@ void Executor::set_profiling(bool on) {
 }
 
 bool Executor::any_active() const {
-    return std::any_of(active_, active_ + batch_size_, [](int32_t flag) { return flag != 0; });
+    return std::any_of(active_, active_ + active_rows_, [](int32_t flag) { return flag != 0; });
 }
 
 std::vector<double> Executor::run(int64_t max_steps, const std::function<bool()>& keep_going) {
+    interrupted_.store(false, std::memory_order_relaxed);
     Loop loop{0, program_.size(), max_steps, &keep_going};
     if (max_steps > 0 && any_active()) replay(loop);
     return std::move(loop.step_seconds);
@@ -200,9 +203,16 @@ void Executor::replay(Loop& loop) {
 }
 
 void Executor::find_rows(const Instruction& ins) {
+    constexpr int64_t kAtOnce = 8;  // most prompt rows are idle in most steps
     int count = 0;
-    for (int64_t row = 0; row < ins.batch_size; ++row) {
-        if (ins.when[row]) rows_[count++] = static_cast<int>(row);
+    for (int64_t begin = 0; begin < ins.num_rows; begin += kAtOnce) {
+        const int64_t end = std::min(begin + kAtOnce, ins.num_rows);
+        int32_t any = 0;
+        for (int64_t row = begin; row < end; ++row) any |= ins.when[row];
+        if (!any) continue;
+        for (int64_t row = begin; row < end; ++row) {
+            if (ins.when[row]) rows_[count++] = static_cast<int>(row);
+        }
     }
     num_rows_.store(count, std::memory_order_relaxed);
 }
@@ -227,7 +237,7 @@ bool Executor::find_work(Loop& loop) {
         if (loop.at == loop.end) {
             if (loop.keep_going) loop.step_seconds.push_back(seconds_since(loop.step_started));
             const bool more = loop.keep_going && static_cast<int64_t>(loop.step_seconds.size()) < loop.max_steps &&
-                              any_active() && (*loop.keep_going)();
+                              any_active() && !interrupted_.load(std::memory_order_relaxed) && (*loop.keep_going)();
             if (!more) {
                 loop.finished.store(true, std::memory_order_release);
                 return false;

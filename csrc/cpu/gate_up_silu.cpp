@@ -1,4 +1,4 @@
-// intermediate (batch, intermediate) = silu(gate @ x) * (up @ x), x = rms_norm(hidden_states);
+// intermediate (rows, intermediate) = silu(gate @ x) * (up @ x), x = rms_norm(hidden_states);
 // gate_up_proj (2 intermediate, hidden) holds the gate rows, then the up rows. A task is a panel of both.
 #include "linear.h"
 
@@ -29,10 +29,8 @@ void gate_up_silu_run(const Instruction& ins, int64_t begin, int64_t end, Scratc
                 const float *g = s.panel + i * cpu::kPanelRows, *u = s.second_panel + i * cpu::kPanelRows;
                 for (int r = 0; r < height; r += Vec::width) {
                     const int n = height - r < Vec::width ? height - r : Vec::width;
-                    const Vec x = load_first(g + r, n);
-                    alignas(64) float result[Vec::width];
-                    store(result, x / (splat(1.0f) + exp(splat(0.0f) - x)) * load_first(u + r, n));
-                    for (int j = 0; j < n; ++j) out[r + j] = result[j];
+                    const Vec x = load_some(g + r, n);
+                    store_some(out + r, x / (splat(1.0f) + exp(splat(0.0f) - x)) * load_some(u + r, n), n);
                 }
             }
         }

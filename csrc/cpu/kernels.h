@@ -11,9 +11,40 @@
 namespace skipkernels::cpu {
 
 constexpr int kMaxVecWidth = 16;
-constexpr int kPanelRows = 24;  // weight rows computed together; divisible by every register tile's height
-constexpr int kMaxTile = 4;     // rows in one register tile
-constexpr int kFewRows = 8;     // that each thread packs for itself; more are packed once for all threads
+constexpr int kPanelRows = 24;         // weight rows computed together; divisible by every register tile's height
+constexpr int kMaxTile = 4;            // rows in one register tile
+constexpr int kFewRows = 8;            // that each thread packs for itself; more are packed once for all threads
+constexpr int kAttentionQueries = 32;  // query heads of a tile of rows that share one read of keys and values
+constexpr int kAttentionBlock = 64;    // most positions whose keys are transposed together
+
+struct Positions {
+    int64_t begin, end;
+};
+
+// A query head of a row, in one split of its positions, which count from the split's first.
+struct AttentionQuery {
+    const float* at;  // (head_dim)
+    Positions range;
+    float* scores;    // by position
+    float* partials;  // max, sum, output (head_dim)
+};
+
+// Neighbouring rows of one sequence: how decode_attention cuts the list of rows.
+struct RowTiles {
+    int* begins;  // of each, in the list, and the list's end
+    int count;
+    int64_t most_splits;
+};
+
+// What decode_attention needs of a Scratch.
+struct AttentionScratch {
+    RowTiles* tiles;                 // shared by all threads, written by num_tasks
+    std::atomic<int32_t>* arrivals;  // shared by all threads: a zeroed counter per (tile, key/value head)
+    AttentionQuery* queries;
+    float* scores;  // (queries, scores_stride)
+    int64_t scores_stride;
+    float* keys;  // (head_dim, kAttentionBlock)
+};
 
 // A thread's memory, and the rows of the instruction at hand. How much each pointer holds is counted in executor.cpp.
 struct Scratch {
@@ -23,10 +54,10 @@ struct Scratch {
     float* accumulators;  // [kPanelRows][kMaxTile][kMaxVecWidth], the panel between two blocks of k
     float* panel;         // [num_rows][kPanelRows], a panel's results
     float* second_panel;  // another, for ops that combine two
-    float* head;          // op-specific floats: a head's outputs, attention scores
+    float* head;          // (num_rows, head_dim), a head's outputs
     const int* rows;      // the rows with when != 0, one list for all threads
     int num_rows;
-    std::atomic<int32_t>* arrivals;  // shared by all threads: one zeroed counter per (row, key/value head)
+    AttentionScratch attention;
 };
 
 // The rows of an instruction stand in the scratch before any of these is called.

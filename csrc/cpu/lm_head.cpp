@@ -1,4 +1,4 @@
-// logits (batch, vocab) = lm_head (vocab, hidden) @ rms_norm(hidden_states)
+// logits (sequences, vocab) = lm_head (vocab, hidden) @ rms_norm(hidden_states)
 #include "linear.h"
 
 namespace skipkernels::SKIPKERNELS_ISA {

@@ -1,4 +1,4 @@
-// hidden_states (batch, hidden) += o_proj (hidden, attention_size) @ attn_output (batch, attention_size) + bias
+// hidden_states (rows, hidden) += o_proj (hidden, attention_size) @ attn_output (rows, attention_size) + bias
 #include "linear.h"
 
 namespace skipkernels::SKIPKERNELS_ISA {

@@ -1,6 +1,7 @@
 // q, k, v = qkv_proj (qkv_size, hidden) @ rms_norm(hidden_states) + bias; per-head norm of q and k where given; rotary;
-// q -> query, k and v -> the caches at position seq_len. A task is one head of q, k or v.
+// q -> query, k and v -> the paged caches at the row's position. A task is one head of q, k or v.
 #include "linear.h"
+#include "paged_cache.h"
 
 namespace skipkernels::SKIPKERNELS_ISA {
 
@@ -22,27 +23,45 @@ static void rotate(float* x, const float* cos, const float* sin, int64_t half) {
     }
 }
 
+// The same by three axes: each pair has the position of its own, and a negative one rotates backwards.
+static void rotate_by_axes(const QkvRopeAppend& op, float* x, const int32_t* positions) {
+    const int64_t half = op.half_head_dim;
+    for (int64_t i = 0; i < half; ++i) {
+        const int64_t position = positions[op.position_axes[i]], at = (position < 0 ? -position : position) * half + i;
+        const float cos = op.rope_cos[at], sin = position < 0 ? -op.rope_sin[at] : op.rope_sin[at];
+        const float first = x[i], second = x[i + half];
+        x[i] = first * cos - second * sin;
+        x[i + half] = second * cos + first * sin;
+    }
+}
+
+static void rotate_row(const QkvRopeAppend& op, int row, float* x) {
+    if (op.position_axes && row >= op.num_sequences) {
+        return rotate_by_axes(op, x, op.prompt_positions + (row - op.num_sequences) * op.three);
+    }
+    const int64_t at = op.row_position[row] * op.half_head_dim;
+    rotate(x, op.rope_cos + at, op.rope_sin + at, op.half_head_dim);
+}
+
 template <class T>
 static void store_head(const QkvRopeAppend& op, int64_t head, int row, float* x) {
     const int64_t heads = op.num_attention_heads, kv_heads = op.num_key_value_heads, d = op.head_dim;
-    const int64_t position = op.seq_len[row];
     const bool is_query = head < heads, is_value = head >= heads + kv_heads;
     if (!is_value) {
         if (const float* norm = is_query ? op.q_norm : op.k_norm) {
             const float scale = rms_scale(x, d, op.rms_norm_eps);
             for (int64_t i = 0; i < d; ++i) x[i] = x[i] * scale * norm[i];
         }
-        const int64_t at = position * op.half_head_dim;
-        rotate(x, op.rope_cos + at, op.rope_sin + at, op.half_head_dim);
+        rotate_row(op, row, x);
     }
     if (is_query) {
         std::memcpy(op.query + (row * heads + head) * d, x, d * sizeof(float));
         return;
     }
-    const int64_t kv_head = (head - heads) % kv_heads;
-    T* cache = static_cast<T*>(is_value ? op.v_cache : op.k_cache);
-    cache += ((row * kv_heads + kv_head) * op.max_seq_len + position) * d;
-    for (int64_t i = 0; i < d; ++i) store_as(cache + i, x[i]);
+    const PagedCache cache(op, op.row_sequence[row]);
+    T* at = static_cast<T*>(is_value ? op.v_cache : op.k_cache) +
+            cache.offset((head - heads) % kv_heads, op.row_position[row]);
+    for (int64_t i = 0; i < d; ++i) store_as(at + i, x[i]);
 }
 
 void qkv_rope_append_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {

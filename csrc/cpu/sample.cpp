@@ -1,5 +1,6 @@
-// next_token (batch) from logits (batch, vocab): argmax, or Gumbel-max over the tokens that survive top-k, top-p and
-// min-p. A task is a row. The Python twin, and the definition, is sample() in skipkernels/program/reference.py.
+// next_token (sequences) from logits (sequences, vocab): argmax, or Gumbel-max over the tokens that survive top-k,
+// top-p and min-p. A task is a row. The Python twin, and the definition, is sample() in
+// skipkernels/program/reference.py.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -82,7 +83,7 @@ int32_t draw(const Sample& op, int row) {
     for (int32_t id : kept) {
         if (scores[id] < floor) continue;
         const double uniform = philox_uniform(static_cast<uint64_t>(op.seed[row]), static_cast<uint32_t>(id),
-                                              static_cast<uint32_t>(op.generated[row]), kSampleStream);
+                                              static_cast<uint32_t>(op.num_generated[row]), kSampleStream);
         const double value = scores[id] - std::log(-std::log(uniform));
         if (value > best_value) best = id, best_value = value;
     }

@@ -153,6 +153,20 @@ inline Vec load_first(const T* p, int n) {
     return load(buffer);
 }
 
+// The same, for n up to the whole width.
+template <class T>
+inline Vec load_some(const T* p, int n) {
+    return n == Vec::width ? load(p) : load_first(p, n);
+}
+
+// Stores the first n (<= width) elements.
+inline void store_some(float* p, const Vec& a, int n) {
+    if (n == Vec::width) return store(p, a);
+    alignas(64) float buffer[Vec::width];
+    store(buffer, a);
+    for (int i = 0; i < n; ++i) p[i] = buffer[i];
+}
+
 // e^x to 2 ulp over the finite range: 2^n e^r with |r| <= ln2 / 2 and a Taylor polynomial of degree 7 (error 3e-9).
 inline Vec exp(Vec x) {
     x = max(min(x, splat(88.0f)), splat(-87.0f));

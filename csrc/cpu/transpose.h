@@ -1,0 +1,69 @@
+// Vectors across rows: what lies side by side in out lay one below the other.
+#pragma once
+
+#include "vec.h"
+
+namespace skipkernels::SKIPKERNELS_ISA {
+
+// v[i][j] -> v[j][i], for as many vectors as one has elements
+inline void transpose_square(Vec* v) {
+#if defined(SKIPKERNELS_ISA_AVX512) || defined(SKIPKERNELS_ISA_AVX2)
+#    if defined(SKIPKERNELS_ISA_AVX512)
+    auto low = [](Vec a, Vec b) { return Vec{_mm512_unpacklo_ps(a.v, b.v)}; };
+    auto high = [](Vec a, Vec b) { return Vec{_mm512_unpackhi_ps(a.v, b.v)}; };
+    auto low_pairs = [](Vec a, Vec b) { return Vec{_mm512_shuffle_ps(a.v, b.v, 0x44)}; };
+    auto high_pairs = [](Vec a, Vec b) { return Vec{_mm512_shuffle_ps(a.v, b.v, 0xee)}; };
+#    else
+    auto low = [](Vec a, Vec b) { return Vec{_mm256_unpacklo_ps(a.v, b.v)}; };
+    auto high = [](Vec a, Vec b) { return Vec{_mm256_unpackhi_ps(a.v, b.v)}; };
+    auto low_pairs = [](Vec a, Vec b) { return Vec{_mm256_shuffle_ps(a.v, b.v, 0x44)}; };
+    auto high_pairs = [](Vec a, Vec b) { return Vec{_mm256_shuffle_ps(a.v, b.v, 0xee)}; };
+#    endif
+    // squares of four within the 128-bit lanes: v[i + j] then holds column j of rows i .. i + 3, in every lane
+    for (int i = 0; i < Vec::width; i += 4) {
+        const Vec a = low(v[i], v[i + 1]), b = high(v[i], v[i + 1]);
+        const Vec c = low(v[i + 2], v[i + 3]), d = high(v[i + 2], v[i + 3]);
+        v[i] = low_pairs(a, c), v[i + 1] = high_pairs(a, c);
+        v[i + 2] = low_pairs(b, d), v[i + 3] = high_pairs(b, d);
+    }
+    // then the lanes themselves
+#    if defined(SKIPKERNELS_ISA_AVX512)
+    auto even = [](Vec a, Vec b) { return Vec{_mm512_shuffle_f32x4(a.v, b.v, 0x88)}; };
+    auto odd = [](Vec a, Vec b) { return Vec{_mm512_shuffle_f32x4(a.v, b.v, 0xdd)}; };
+    for (int j = 0; j < 4; ++j) {
+        const Vec a = even(v[j], v[j + 4]), b = odd(v[j], v[j + 4]);
+        const Vec c = even(v[j + 8], v[j + 12]), d = odd(v[j + 8], v[j + 12]);
+        v[j] = even(a, c), v[j + 8] = odd(a, c);
+        v[j + 4] = even(b, d), v[j + 12] = odd(b, d);
+    }
+#    else
+    for (int j = 0; j < 4; ++j) {
+        const Vec a = v[j], b = v[j + 4];
+        v[j] = {_mm256_permute2f128_ps(a.v, b.v, 0x20)};
+        v[j + 4] = {_mm256_permute2f128_ps(a.v, b.v, 0x31)};
+    }
+#    endif
+#else
+    for (int i = 0; i < Vec::width; ++i) {
+        for (int j = 0; j < i; ++j) {
+            const float upper = v[j].v[i];
+            v[j].v[i] = v[i].v[j];
+            v[i].v[j] = upper;
+        }
+    }
+#endif
+}
+
+// rows (width pointers to `columns` elements, null for zeros) -> out[column * stride + row]
+template <class T>
+inline void transpose(const T* const* rows, int64_t columns, float* out, int64_t stride) {
+    for (int64_t j = 0; j < columns; j += Vec::width) {
+        const int count = static_cast<int>(columns - j < Vec::width ? columns - j : Vec::width);
+        Vec square[Vec::width];
+        for (int i = 0; i < Vec::width; ++i) square[i] = rows[i] ? load_some(rows[i] + j, count) : splat(0.0f);
+        transpose_square(square);
+        for (int i = 0; i < count; ++i) store(out + (j + i) * stride, square[i]);
+    }
+}
+
+}  // namespace skipkernels::SKIPKERNELS_ISA
