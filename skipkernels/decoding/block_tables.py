@@ -69,6 +69,24 @@ class BlockTables:
         held = max(len(sequence.blocks), self._pool.blocks_for(sequence.num_tokens))
         return self._pool.blocks_for(sequence.max_tokens - 1) - held  # the last token it may have is not cached
 
+    # prompts
+
+    def adopt_filled(self, sequence: Sequence) -> None:
+        """Takes over the next blocks of a prompt that other sequences have filled since it was admitted: of several
+        that come at once and begin alike, the first computes what they have in common."""
+        size, first = self._pool.block_size, sequence.num_cached // self._pool.block_size
+        if sequence.num_cached % size:
+            return
+        found = self._index.match(sequence.block_keys(size)[first : first + sequence.num_prompt_rows // size])
+        if not found:
+            return
+        end = first + len(found)
+        for block in found:
+            self._pool.share(block)
+        self._release(sequence.blocks[first:end])  # nothing was written there yet
+        self._set(sequence, [*sequence.blocks[:first], *found, *sequence.blocks[end:]])
+        sequence.num_cached, sequence.num_indexed = end * size, end
+
     # decoding
 
     def prepare_write(self, sequence: Sequence) -> bool:

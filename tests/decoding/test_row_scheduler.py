@@ -57,6 +57,17 @@ def test_a_second_prompt_shares_the_full_blocks_of_the_first() -> None:
     assert not step.copies
 
 
+def test_of_prompts_that_come_at_once_the_first_computes_what_they_have_in_common() -> None:
+    cache = SimulatedCache(block_size=4, prompt_rows=8, num_blocks=12)
+    first, second = cache.add(Sequence(range(14))), cache.add(Sequence([*range(13), 20]))
+    assert [chunk.sequence for chunk in cache.run_step().chunks] == [first]
+    step = cache.run_step()
+    assert [(chunk.sequence, chunk.start, chunk.end) for chunk in step.chunks] == [(first, 8, 13), (second, 8, 11)]
+    assert second.blocks[:2] == first.blocks[:2]
+    cache.run_step()
+    assert len({*first.blocks, *second.blocks}) == len(first.blocks) + 2, "what was begun alone is kept"
+
+
 def test_an_ended_sequence_still_lends_its_blocks_answer_included() -> None:
     cache = SimulatedCache(block_size=4)
     first = cache.add(Sequence(range(6), max_new_tokens=3))
