@@ -75,15 +75,14 @@ class BlockTables:
         """Takes over the next blocks of a prompt that other sequences have filled since it was admitted: of several
         that come at once and begin alike, the first computes what they have in common."""
         size, first = self._pool.block_size, sequence.num_cached // self._pool.block_size
-        if sequence.num_cached % size:
-            return
-        found = self._index.match(sequence.block_keys(size)[first : first + sequence.num_prompt_rows // size])
+        last = (sequence.num_tokens - 1) // size  # without the newest token, which is to be computed
+        found = self._index.match(sequence.block_keys(size)[first:last])
         if not found:
             return
         end = first + len(found)
         for block in found:
             self._pool.share(block)
-        self._release(sequence.blocks[first:end])  # nothing was written there yet
+        self._release(sequence.blocks[first:end])  # of which the first may be half-written
         self._set(sequence, [*sequence.blocks[:first], *found, *sequence.blocks[end:]])
         sequence.num_cached, sequence.num_indexed = end * size, end
 
