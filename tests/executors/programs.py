@@ -116,8 +116,8 @@ class Case:
         return weights
 
     def state(self) -> DecodeState:
-        """Sequences in the middle of a generation, some with the end of their prompt still to be cached. Their blocks lie
-        scattered over the pool; every position that no row of the step may read is NaN."""
+        """Sequences in the middle of a generation, some with the end of their prompt still to be cached. Their blocks
+        lie scattered over the pool; every position that no row of the step may read is NaN."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         prompt_rows = self.prompt_rows or (0,) * self.num_sequences
         size = self.layout.block_size
