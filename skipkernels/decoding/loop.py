@@ -276,7 +276,7 @@ class DecodeLoop:
             next_s = next(flight.seconds, None)
             seconds = [] if next_s is None else [next_s]
         else:
-            seconds = executor.run(flight.wish)
+            seconds = executor.run(1 if self._inbox else flight.wish)
         if flight.done == 0:
             first_s = prefill_s + (seconds[0] if seconds else 0.0)
             self._budget.measured(flight.step.num_prompt_rows, len(flight.step.decode_rows), first_s)
