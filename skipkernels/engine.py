@@ -22,6 +22,7 @@ from skipkernels.decoding import Decoding, Row
 from skipkernels.errors import DeviceError, RequestError
 from skipkernels.executors import Executor, get_executor
 from skipkernels.executors.execution import Execution
+from skipkernels.executors.support import refuse_while_capturing
 from skipkernels.generation import Generation, SamplingParams, StreamChunk
 from skipkernels.policy import DensePolicy, Policy
 from skipkernels.policy_file import load_policy
@@ -59,6 +60,7 @@ class Engine:
         """``execution``, by default every processor of the cpu, is for the device the weights are on."""
         _check_batch_size(max_batch_size)
         self.execution = (execution or Execution()).resolved()
+        refuse_while_capturing(self.execution.device)
         if weights.embed_tokens.is_cuda != self.execution.on_gpu:
             raise DeviceError(f"the weights are on {weights.embed_tokens.device}, not on {self.execution.device}")
         self.config = config
@@ -115,6 +117,7 @@ class Engine:
         from transformers import PreTrainedModel
 
         execution = Execution(device, executor, num_threads, kernels, conditional, loop, debug).resolved()
+        refuse_while_capturing(execution.device)  # before the module's parameters are touched
         _check_batch_size(max_batch_size)
         wanted = None if dtype is None else resolve_dtype(dtype)
         folder = None if isinstance(model, PreTrainedModel) else resolve_checkpoint(model)

@@ -34,6 +34,7 @@ def advance_kernel(
     num_hidden_layers: tl.constexpr,
     BLOCK_EOS: tl.constexpr,
     BLOCK_LAYERS: tl.constexpr,
+    HAS_FENCE: tl.constexpr,
 ):
     row = tl.program_id(0)
     if tl.load(when + row) == 0:
@@ -65,15 +66,21 @@ def advance_kernel(
     tl.store(active + row, goes_on)
     tl.store(skip_remaining + row, 0)
 
-    # The host polls progress: both numbers in one store, released behind everything this program wrote.
+    # The host polls progress: both numbers in one store, behind a fence behind everything this program wrote. An atomic
+    # would not do: not every bus between GPU and host carries atomics.
     tl.debug_barrier()
     both = (goes_on.to(tl.int64) << 32) | (step + 1).to(tl.int64)
-    tl.atomic_xchg(progress.to(tl.pointer_type(tl.int64), bitcast=True) + row, both, sem="release", scope="sys")
+    if HAS_FENCE:
+        both = tl.inline_asm_elementwise(
+            "fence.acq_rel.sys; mov.b64 $0, $1;", "=l,l", [both], dtype=tl.int64, is_pure=False, pack=1
+        )
+    tl.store(progress.to(tl.pointer_type(tl.int64), bitcast=True) + row, both)
 
 
 def advance(ins: Instruction) -> tuple[Launch, ...]:
     blocks = {
         "BLOCK_EOS": triton.next_power_of_2(ins.sizes["max_eos"]),
         "BLOCK_LAYERS": triton.next_power_of_2(ins.sizes["num_hidden_layers"]),
+        "HAS_FENCE": not triton.knobs.runtime.interpret,  # the interpreter runs no assembly, and needs none
     }
     return (Launch.of(advance_kernel, ins, (ins.sizes["batch_size"],), blocks, num_warps=1),)
