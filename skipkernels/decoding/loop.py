@@ -187,6 +187,11 @@ class DecodeLoop:
             for handle in [*self._inbox, *self._handles.values()]:
                 self.cancel(handle)
 
+    def forget_prefixes(self) -> None:
+        """Empties the prefix index: the next prompts are computed whole."""
+        with self.lock:
+            self.index.clear()
+
     @contextmanager
     def own_rows(self) -> Iterator[OwnRows]:
         """The state and its whole cache for one user. What the prefix index knew is forgotten.

@@ -206,6 +206,8 @@ class GraphExecutor:
     def _prompt_rows(self, max_steps: int, stream: int, progress: _Progress) -> Iterator[None]:
         """A step of prompt rows only, where there are any."""
         if max_steps and self.state.num_prompt_rows and bool(self.state.active.any()):
+            if self._graph is not None and self.execution.loop == "while":
+                self._graph.set_steps(1, stream)
             self._launch_step(stream)
             self._runtime.synchronize(stream)
             yield
