@@ -52,7 +52,7 @@ def score(
     """Decodes passages by force, ``engine.max_batch_size`` of them together, and returns their scores in order.
 
     Args:
-        engine: its rows are used, and free again afterwards.
+        engine: its rows are used, and free again afterwards; no request may be in flight.
         passages: of any lengths; each needs a prompt token and a token to predict.
         policy: None is the engine's own.
         reference: scores of the same passages with ``all_log_probs``, the other side of ``kl``.
@@ -64,24 +64,28 @@ def score(
     """
     for passage in passages:
         _check(engine, passage)
-    executor = engine.executor_for(policy or engine.policy)
+    policy = policy or engine.policy
+    plan, executor = policy.plan(engine.config.num_hidden_layers), engine.executor_for(policy)
     scores: list[Score] = []
     for start in range(0, len(passages), engine.max_batch_size):
         group = passages[start : start + engine.max_batch_size]
-        for index in range(engine.max_batch_size):
-            engine.state.end_row(index)
-        rows = [_Row(engine, index, passage, keep_log_probs) for index, passage in enumerate(group)]
-        if reference is not None:
-            for row, other in zip(rows, reference[start:], strict=False):
-                row.reference = other.all_log_probs
-        for _ in range(max(passage.decoded_tokens for passage in group)):
-            active = [row for row in rows if row.active]
-            executor.run(1)
-            for row in active:
-                row.take_step()
-            if on_step:
-                on_step(len(active))
-        scores += [row.score() for row in rows]
+        with engine.loop.own_rows() as own:
+            for slot, passage in enumerate(group):
+                own.begin(slot, passage.token_ids[: passage.prompt_tokens], plan)
+                own.state.max_new_tokens[slot] = passage.decoded_tokens
+            own.start()
+            rows = [_Row(engine, slot, passage, keep_log_probs) for slot, passage in enumerate(group)]
+            if reference is not None:
+                for row, other in zip(rows, reference[start:], strict=False):
+                    row.reference = other.all_log_probs
+            for _ in range(max(passage.decoded_tokens for passage in group)):
+                active = [row for row in rows if row.active]
+                executor.run(1)
+                for row in active:
+                    row.take_step()
+                if on_step:
+                    on_step(len(active))
+            scores += [row.score() for row in rows]
     return scores
 
 
@@ -99,9 +103,9 @@ def dense_similarities(engine: Engine, passages: Sequence[Passage]) -> Iterator[
         ) -> None:
             chunks[layer].append(_cosine(before.float(), after.float()).cpu())
 
-        tokens = torch.tensor(passage.token_ids, dtype=torch.int32)
-        prefill(engine.config, engine.weights, engine.state, 0, tokens, observe)
-        engine.state.end_row(0)
+        tokens = torch.tensor(passage.token_ids[:-1], dtype=torch.int32)
+        with engine.loop.own_rows() as own:
+            prefill(engine.config, engine.weights, own.state, 0, tokens, observe=observe)
         similarities = torch.stack([torch.cat(parts) for parts in chunks], dim=1)
         yield similarities[passage.prompt_tokens - 1 :].numpy()
 
@@ -110,16 +114,10 @@ class _Row:
     """One row of the engine's state while it is decoded by force."""
 
     def __init__(self, engine: Engine, index: int, passage: Passage, keep_log_probs: bool) -> None:
-        self._state = state = engine.state
+        self._state = engine.state
         self._index = index
         self._passage = passage
         positions, vocab = passage.decoded_tokens, engine.config.vocab_size
-        state.temperature[index] = 0.0  # what is sampled is thrown away: the cheapest rule will do
-        state.repetition_penalty[index] = 1.0
-        state.max_new_tokens[index] = positions
-        state.eos_token_ids[index] = -1
-        prompt = torch.tensor(passage.token_ids[: passage.prompt_tokens], dtype=torch.int32)
-        prefill(engine.config, engine.weights, state, index, prompt)
         self._position = 0
         self._targets = torch.tensor(passage.token_ids[passage.prompt_tokens :])
         self._argmax = torch.empty(positions, dtype=torch.int64)

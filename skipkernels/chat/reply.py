@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from skipkernels.chat.chat import Completion
 from skipkernels.chat.progress import Progress, progress_of
-from skipkernels.decoding.decoding import Row
 from skipkernels.decoding.generation import SamplingParams
+from skipkernels.decoding.handle import Handle
 from skipkernels.engine import Engine, Prompt
 from skipkernels.modality.strategy import Inputs
 from skipkernels.model.text import TextStream
@@ -42,8 +42,7 @@ def complete(engine: Engine, policy: Policy, batch: Sequence[Inputs], prompts: S
     for _ in decoding.steps():
         for reply in replies:
             reply.take()
-    ran = engine.state.run_map
-    return [reply.completion(1.0 - float(ran[reply.index, : reply.tokens].float().mean())) for reply in replies]
+    return [reply.completion() for reply in replies]
 
 
 class _Reply:
@@ -51,13 +50,12 @@ class _Reply:
 
     def __init__(
         self,
-        row: Row,
+        row: Handle,
         prompt: Asked,
         progress: Progress,
         tokenizer: PreTrainedTokenizerBase,
         eos: frozenset[int],
     ) -> None:
-        self.index = row.index
         self.tokens = 0
         self._row = row
         self._limit = prompt.max_new_tokens
@@ -77,17 +75,22 @@ class _Reply:
             self._progress.add(self._text.push(token))
             self._ended_by_itself = self._text.stopped
             if self._text.stopped or self.tokens == self._limit:
-                self._row.end()
+                self._stop()
                 return
         if self._progress.given_up:
-            self._row.end()
+            self._stop()
 
-    def completion(self, skip_ratio: float) -> Completion:
+    def _stop(self) -> None:
+        if self._row.running:
+            self._row.stop()
+
+    def completion(self) -> Completion:
         self._progress.add(self._text.flush())
+        skipped = self._row.runs.run_map[: self.tokens] == 0
         return Completion(
             text=self._text.text,
             finish_reason="stop" if self._ended_by_itself else "length",
             prompt_tokens=self._row.prompt_tokens,
             new_tokens=self.tokens,
-            skip_ratio=skip_ratio,
+            skip_ratio=float(skipped.float().mean()),
         )

@@ -13,7 +13,7 @@ from skipkernels.chat.text_format import TextFormat
 from skipkernels.engine import Engine
 from skipkernels.errors import PolicyError, RequestError
 from skipkernels.modality.strategy import Inputs, Strategy
-from skipkernels.skipping.policy import Policy
+from skipkernels.skipping.policy import DensePolicy, Policy
 
 Metric = Callable[[str, str], float]
 """(text, expected text) -> score in [0, 1]."""
@@ -87,11 +87,14 @@ def prefill_share(engine: Engine) -> float:
     tokens = min(_TIMED_PROMPT, engine.max_seq_len // 2)
     steps = min(_TIMED_STEPS, engine.max_seq_len - tokens)
     prefills, decodes = [], []
-    for _ in range(_ROUNDS):
-        started = time.perf_counter()
-        decoding = engine.begin([[0] * tokens], max_new_tokens=steps, eos_token_ids=())
-        began = time.perf_counter()
-        decoding.step(steps)
-        prefills.append(began - started)
-        decodes.append(time.perf_counter() - began)
+    executor = engine.executor_for(DensePolicy())
+    with engine.loop.own_rows() as own:
+        for _ in range(_ROUNDS):
+            started = time.perf_counter()
+            own.begin(0, [0] * tokens)
+            began = time.perf_counter()
+            own.start()
+            executor.run(steps)
+            prefills.append(began - started)
+            decodes.append(time.perf_counter() - began)
     return min(prefills) / tokens / (min(decodes) / steps)

@@ -1,7 +1,7 @@
-"""Prefill: a prompt's keys and values into the cache, in PyTorch. Every FFN runs; skipping is a property of decoding.
+"""Prefill in PyTorch: a prompt's keys and values into the paged cache, many tokens at a time.
 
-Rows are prefilled one at a time, so a row's cache cannot depend on its neighbours. The prompt's last token is left to
-the decode program, whose first step (always dense) turns it into the first generated token.
+On a CPU the decode program computes prompts itself, as prompt rows. On a GPU many rows go to torch's matrix product,
+which is built for them; and calibration looks at the residual stream of every layer, which only this form shows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from skipkernels.program.state import DecodeState
 CHUNK = 512
 """Prompt tokens computed at a time: bounds the memory of long prompts."""
 
-
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 """Called as (layer, before, after) with the residual stream [tokens, hidden] around each FFN."""
 
@@ -30,30 +29,66 @@ def prefill(
     config: ModelConfig,
     weights: ModelWeights,
     state: DecodeState,
-    row: int,
-    prompt: torch.Tensor,
-    observe: Observer | None = None,
+    slot: int,
+    tokens: torch.Tensor,
+    *,
+    start: int = 0,
+    run_map: torch.Tensor | None = None,
     embedded: EmbeddedPrompt | None = None,
+    observe: Observer | None = None,
 ) -> None:
-    """Caches ``prompt`` (i32 [tokens], at least one) for ``row`` and makes the row active on its last token. The
-    embeddings and positions of ``embedded``, where given, take the place of the tokens' own."""
+    """Caches consecutive tokens of the sequence in ``slot``, whose blocks are in the table.
+
+    Args:
+        tokens: i32 [tokens].
+        start: position of the first one; all before it are cached.
+        run_map: u8 [tokens, layers]: which FFNs run, for tokens that were generated under a policy and are computed
+            again; None: all.
+        embedded: the whole prompt's embeddings and positions, in place of the tokens' own.
+    """
     device = weights.embed_tokens.device
-    cached = prompt[:-1].to(device).long()
+    ids = tokens.to(device).long()
     positions = embedded.positions if embedded else None
-    at = None if positions is None else shifted(positions).to(device)
-    for start in range(0, cached.numel(), CHUNK):
-        end = min(start + CHUNK, cached.numel())
-        hidden = weights.embed_tokens[cached[start:end]]
+    axes = None if positions is None else shifted(positions).to(device)
+    for offset in range(0, ids.numel(), CHUNK):
+        end = min(offset + CHUNK, ids.numel())
+        first, last = start + offset, start + end
+        hidden = weights.embed_tokens[ids[offset:end]]
         if embedded:
-            hidden = embedded.embeddings[start:end].to(hidden)
-        rope = _rope(config, weights, start, end, at)
+            hidden = embedded.embeddings[first:last].to(hidden)
+        rope = _rope(config, weights, first, last, axes)
         for index, layer in enumerate(weights.layers):
-            k_cache, v_cache = state.k_cache[index, row], state.v_cache[index, row]
-            hidden = hidden + _attention(config, layer, index, hidden, start, rope, k_cache, v_cache)
-            before, hidden = hidden, hidden + _ffn(config, layer, hidden)
+            cache = _PagedLayer(state, index, slot, last)
+            hidden = hidden + _attention(config, layer, index, hidden, first, rope, cache)
+            change = _ffn(config, layer, hidden)
+            if run_map is not None:
+                change = torch.where(run_map[offset:end, index, None].to(device) != 0, change, 0)
+            before, hidden = hidden, hidden + change
             if observe:
                 observe(index, before, hidden)
-    state.begin_row(row, prompt)
+
+
+class _PagedLayer:
+    """The keys and values of one layer of one sequence, as [kv_heads, positions, head_dim]."""
+
+    def __init__(self, state: DecodeState, layer: int, slot: int, end: int) -> None:
+        self._caches = state.k_cache[layer], state.v_cache[layer]
+        self._size = state.block_size
+        self._blocks = state.block_table[slot, : -(-end // self._size)].long()
+
+    def append(self, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Writes key and value [kv_heads, tokens, head_dim] at positions ``start`` and on."""
+        at = torch.arange(start, start + key.shape[1], device=key.device)
+        for cache, new in zip(self._caches, (key, value), strict=True):
+            cache[self._blocks[at // self._size], :, at % self._size] = new.transpose(0, 1).to(cache.dtype)
+
+    def read(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        first = begin // self._size
+        keys, values = (
+            cache[self._blocks[first : -(-end // self._size)]].transpose(0, 1).flatten(1, 2) for cache in self._caches
+        )
+        cut = slice(begin - first * self._size, end - first * self._size)
+        return keys[:, cut], values[:, cut]
 
 
 def _attention(
@@ -63,11 +98,10 @@ def _attention(
     hidden: torch.Tensor,
     start: int,
     rope: tuple[torch.Tensor, torch.Tensor],
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    cache: _PagedLayer,
 ) -> torch.Tensor:
-    """Self-attention of a chunk [tokens, hidden] at positions ``start``.. over the cache
-    [kv_heads, max_seq_len, head_dim], which gains the chunk's keys and values."""
+    """Self-attention of a chunk [tokens, hidden] at positions ``start`` and on over the cache, which gains the chunk's
+    keys and values."""
     eps, dtype = config.rms_norm_eps, hidden.dtype
     heads, kv_heads, end = config.num_attention_heads, config.num_key_value_heads, start + hidden.shape[0]
     x = _rms_norm(hidden, layer.input_layernorm, eps)
@@ -76,19 +110,15 @@ def _attention(
     query, key, value = qkv.split([heads, kv_heads, kv_heads])
     if layer.q_norm is not None and layer.k_norm is not None:
         query, key = _rms_norm(query, layer.q_norm, eps), _rms_norm(key, layer.k_norm, eps)
-    k_cache[:, start:end] = apply_rope(key, *rope)
-    v_cache[:, start:end] = value
+    cache.append(start, apply_rope(key, *rope), value)
     window = config.sliding_windows[index]
     begin = max(0, start + 1 - window) if window else 0
+    keys, values = cache.read(begin, end)
     positions = torch.arange(begin, end, device=hidden.device)
     offsets = torch.arange(start, end, device=hidden.device)[:, None] - positions
     mask = offsets >= 0 if window is None else (offsets >= 0) & (offsets < window)
     attended = F.scaled_dot_product_attention(
-        apply_rope(query, *rope)[None],
-        k_cache[None, :, begin:end],
-        v_cache[None, :, begin:end],
-        attn_mask=mask,
-        enable_gqa=heads != kv_heads,
+        apply_rope(query, *rope)[None], keys[None], values[None], attn_mask=mask, enable_gqa=heads != kv_heads
     )
     o_bias = None if layer.o_proj_bias is None else layer.o_proj_bias.to(dtype)
     return F.linear(attended[0].transpose(0, 1).reshape(len(hidden), -1), layer.o_proj, o_bias)

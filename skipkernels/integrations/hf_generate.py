@@ -173,8 +173,8 @@ def _apply(criteria: StoppingCriteriaList, decoding: Decoding, sequences: torch.
     """Ends the rows that one of the user's stopping criteria wants ended."""
     done = criteria(cast(torch.LongTensor, sequences), cast(torch.FloatTensor, torch.empty(0)))
     for row, row_done in zip(decoding.rows, done.tolist(), strict=True):
-        if row_done:
-            row.end()
+        if row_done and row.running:
+            row.stop()
 
 
 def _engine_for(model: PreTrainedModel, batch_size: int, max_length: int, num_threads: int | None) -> Engine:

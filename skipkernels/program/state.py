@@ -232,8 +232,8 @@ class DecodeState:
         return 2 * self.k_cache.numel() * self.k_cache.element_size()
 
     def begin_sequence(self, slot: int, token_ids: torch.Tensor, num_generated: int = 0) -> None:
-        """Gives ``slot`` the tokens (i32 [tokens], at least one) of a sequence, the last ``num_generated`` of which were
-        generated, and arms its decode row on the last one; ``start_decoding`` makes it active."""
+        """Gives ``slot`` the tokens (i32 [tokens], at least one) of a sequence, the last ``num_generated`` of them
+        generated, and sets its decode row to the newest; ``start_decoding`` makes it active."""
         tokens = token_ids.numel()
         self.token_ids[slot].zero_()
         self.token_ids[slot, :tokens] = token_ids

@@ -76,8 +76,8 @@ OPS: dict[str, Op] = {
     for op in (
         Op(
             "embed",
-            """hidden_states = the embedding of each row's token. Where a prompt row's token is -1, its embedding stands in
-            prompt_embeddings (images and sounds), at the row's number among the prompt rows.
+            """hidden_states = the embedding of each row's token. Where a prompt row's token is -1, its embedding stands
+            in prompt_embeddings (images and sounds), at the row's number among the prompt rows.
             """,
             {
                 "hidden_states": _t("f32 num_rows hidden_size", "out"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,3 +58,16 @@ def _status_bytes(field: str) -> int:
         if name == field:
             return int(value.split()[0]) * 1024
     raise DeviceError(f"/proc/self/status holds no {field}")
+
+
+def free_memory_bytes(device: str) -> int:
+    """What can still be allocated: on a CPU what the system calls available, on a CUDA device what its driver says."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

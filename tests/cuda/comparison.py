@@ -18,10 +18,10 @@ from tests.executors.programs import Case, compare_program
 
 def case(**changes: Any) -> Case:
     """One layer, one active row; every size is a multiple of what 16-byte loads want."""
+    seq_lens = changes.get("seq_lens", (5,))
     values: dict[str, Any] = {
-        "batch_size": 1,
-        "seq_lens": (5,) * changes.get("batch_size", 1),
-        "active": (True,) * changes.get("batch_size", 1),
+        "seq_lens": seq_lens,
+        "active": (True,) * len(seq_lens),
         "hidden_size": 64,
         "intermediate_size": 96,
         "vocab_size": 50,
@@ -33,7 +33,7 @@ def case(**changes: Any) -> Case:
         "qkv_bias": False,
         "o_proj_bias": False,
         "dtype": torch.bfloat16,
-        "policy": DensePolicy(),
+        "policies": (DensePolicy(),),
         "seed": 1,
         "num_layers": 1,
         "layout": LAYOUTS["cuda"],

@@ -22,7 +22,7 @@ def sample_instruction(logits: torch.Tensor, **settings: Any) -> Instruction:
     operands: dict[str, torch.Tensor] = {
         "logits": logits,
         "seen": torch.zeros(logits.shape, dtype=torch.uint8),
-        "generated": torch.arange(rows, dtype=torch.int32),
+        "num_generated": torch.arange(rows, dtype=torch.int32),
         "temperature": torch.ones(rows),
         "top_k": torch.zeros(rows, dtype=torch.int32),
         "top_p": torch.ones(rows),

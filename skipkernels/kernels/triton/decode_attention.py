@@ -1,4 +1,4 @@
-"""decode_attention: attn_output = softmax(scaling q k^T) v over the cached positions in the window.
+"""decode_attention: attn_output = softmax(scaling q k^T) v over the positions of a row's own sequence.
 
 Two kernels. ``attend_split``: a program reads the keys and values of one split and one key/value head once, for all
 query heads of the group, and leaves their maximum, sum and unnormalised output in attn_partials. ``merge_splits``
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from skipkernels.kernels.triton.launch import Launch
+from skipkernels.kernels.triton.paged_cache import cache_entries
 from skipkernels.program.table import Instruction
 
 MERGED_TOGETHER = 32
@@ -18,27 +19,31 @@ MERGED_TOGETHER = 32
 
 
 @triton.jit
-def attended(seq_len, row, sliding_window: tl.constexpr, kv_split: tl.constexpr):
+def attended(row_position, row, sliding_window: tl.constexpr, kv_split_size: tl.constexpr):
     """The positions [begin, end) a row attends to, the split ``begin`` is in, and how many splits they are."""
-    end = tl.load(seq_len + row) + 1
+    end = tl.load(row_position + row) + 1
     begin = tl.maximum(end - sliding_window, 0) if sliding_window else end * 0
-    first_split = begin // kv_split
-    return begin, end, first_split, tl.cdiv(end, kv_split) - first_split
+    first_split = begin // kv_split_size
+    return begin, end, first_split, tl.cdiv(end, kv_split_size) - first_split
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+# one code for every block_size: a specialised one might sum in another order
+@triton.jit(do_not_specialize=["num_splits", "block_size", "blocks_per_sequence"])
 def attend_split_kernel(
     query,
     k_cache,
     v_cache,
-    seq_len,
+    block_table,
+    row_sequence,
+    row_position,
     attn_partials,
     when,
-    max_seq_len,
+    block_size,
+    blocks_per_sequence,
     num_splits,
     scaling,
     sliding_window: tl.constexpr,
-    kv_split: tl.constexpr,
+    kv_split_size: tl.constexpr,
     num_attention_heads: tl.constexpr,
     num_key_value_heads: tl.constexpr,
     head_dim: tl.constexpr,
@@ -49,7 +54,7 @@ def attend_split_kernel(
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if tl.load(when + row) == 0:
         return
-    begin, end, first_split, splits = attended(seq_len, row, sliding_window, kv_split)
+    begin, end, first_split, splits = attended(row_position, row, sliding_window, kv_split_size)
     if split >= splits:
         return
     group: tl.constexpr = num_attention_heads // num_key_value_heads
@@ -58,13 +63,16 @@ def attend_split_kernel(
     channels = tl.arange(0, BLOCK_DIM)
     channels_inside = channels < head_dim
     lanes = tl.arange(0, BLOCK_SPLIT)
-    positions = (first_split + split) * kv_split + lanes
-    attends = (lanes < kv_split) & (positions >= begin) & (positions < end)
+    positions = (first_split + split) * kv_split_size + lanes
+    attends = (lanes < kv_split_size) & (positions >= begin) & (positions < end)
 
     at = query + heads[:, None] * head_dim + channels[None, :]
     group_inside = (member < group)[:, None] & channels_inside[None, :]
     q = tl.load(at, mask=group_inside, other=0.0)
-    entries = (row.to(tl.int64) * num_key_value_heads + kv_head) * max_seq_len + positions
+    sequence = tl.load(row_sequence + row)
+    entries = cache_entries(
+        block_table, sequence, positions, attends, kv_head, blocks_per_sequence, block_size, num_key_value_heads
+    )
     at = entries[:, None] * head_dim + channels[None, :]
     mask = attends[:, None] & channels_inside[None, :]
     k = tl.load(k_cache + at, mask=mask, other=0.0).to(tl.float32)
@@ -84,13 +92,13 @@ def attend_split_kernel(
 
 @triton.jit(do_not_specialize=["num_splits"])
 def merge_splits_kernel(
-    seq_len,
+    row_position,
     attn_partials,
     attn_output,
     when,
     num_splits,
     sliding_window: tl.constexpr,
-    kv_split: tl.constexpr,
+    kv_split_size: tl.constexpr,
     num_attention_heads: tl.constexpr,
     head_dim: tl.constexpr,
     MERGED_TOGETHER: tl.constexpr,
@@ -99,7 +107,7 @@ def merge_splits_kernel(
     head, row = tl.program_id(0), tl.program_id(1)
     if tl.load(when + row) == 0:
         return
-    _, _, _, splits = attended(seq_len, row, sliding_window, kv_split)
+    _, _, _, splits = attended(row_position, row, sliding_window, kv_split_size)
     channels = tl.arange(0, BLOCK_DIM)
     channels_inside = channels < head_dim
     of_head = (row * num_attention_heads + head).to(tl.int64)
@@ -125,11 +133,11 @@ def merge_splits_kernel(
 
 def decode_attention(ins: Instruction) -> tuple[Launch, ...]:
     s = ins.sizes
-    heads, kv_heads, rows = s["num_attention_heads"], s["num_key_value_heads"], s["batch_size"]
+    heads, kv_heads, rows = s["num_attention_heads"], s["num_key_value_heads"], s["num_rows"]
     # tensor cores take 16 at least
     group, dim, split = (
         max(16, triton.next_power_of_2(size))
-        for size in (heads // kv_heads, s["head_dim"], int(ins.scalars["kv_split"]))
+        for size in (heads // kv_heads, s["head_dim"], int(ins.scalars["kv_split_size"]))
     )
     splits = {"BLOCK_GROUP": group, "BLOCK_SPLIT": split, "BLOCK_DIM": dim}
     merge = {"MERGED_TOGETHER": MERGED_TOGETHER, "BLOCK_DIM": dim}

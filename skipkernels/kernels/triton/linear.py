@@ -1,4 +1,4 @@
-"""The matrix-vector products that decoding is made of: every weight is read once, for all rows of the batch."""
+"""The matrix-vector products that decoding is made of: every weight is read once for all rows of a tile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load_weights(weight, features, features_inside, columns, columns_inside, in_
 
 @triton.jit
 def linear(
-    x,  # f32 [batch, in_features]
+    x,  # f32 [num_rows, in_features]
     norm,  # f32 [in_features], or None: x is taken as it is
     norm_eps,
     weight,  # [out_features, in_features]
@@ -30,18 +30,18 @@ def linear(
     rows,
     wanted,
     in_features: tl.constexpr,
-    BLOCK_BATCH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    """rms_norm(x) @ weight[features].T, f32 [BLOCK_BATCH, BLOCK_OUT]; rows that are not wanted are not read.
+    """rms_norm(x) @ weight[features].T, f32 [BLOCK_ROWS, BLOCK_OUT]; rows that are not wanted are not read.
 
     The norm's factor is the same for all inputs of a row, so x is read once: its squares are summed alongside the
     products, which are scaled at the end.
     """
     # where BLOCK_IN divides in_features, the compiler is to know that no mask is needed
     DIVIDES: tl.constexpr = in_features % BLOCK_IN == 0
-    if BLOCK_BATCH == 1:
+    if BLOCK_ROWS == 1:
         squares = tl.zeros([BLOCK_IN], tl.float32)
         products = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
         for start in tl.range(0, in_features, BLOCK_IN, num_stages=STAGES):
@@ -55,8 +55,8 @@ def linear(
             products += weights * values[None, :]
         out = tl.sum(products, axis=1)[None, :]
     else:
-        squares = tl.zeros([BLOCK_IN, BLOCK_BATCH], tl.float32)
-        sums = tl.zeros([BLOCK_OUT, BLOCK_BATCH], tl.float32)
+        squares = tl.zeros([BLOCK_IN, BLOCK_ROWS], tl.float32)
+        sums = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
         for start in tl.range(0, in_features, BLOCK_IN, num_stages=STAGES):
             columns = start + tl.arange(0, BLOCK_IN)
             inside = (columns < in_features) | DIVIDES
@@ -83,20 +83,20 @@ class Tile:
     columns: int
 
 
-def tile(weight: torch.Tensor, batch_size: int, *, unit: int = 1) -> Tile:
+def tile(weight: torch.Tensor, num_rows: int, *, unit: int = 1) -> Tile:
     """The tile for a matrix [out, in]; ``unit`` (a power of two) rows stay in one program.
 
     Large tiles read the activations less often, small ones leave no multiprocessor of a GPU idle: so a tile is halved
-    while there are fewer programs than the hundred-odd multiprocessors can hold at once (one row in the batch), or
+    while there are fewer programs than the hundred-odd multiprocessors can hold at once (a single row), or
     than there are (more rows, whose programs keep more on its way).
     """
     out_features, in_features = weight.shape
-    largest, smallest, programs = (16, 4, 512) if batch_size == 1 else (32, 16, 128)
+    largest, smallest, programs = (16, 4, 512) if num_rows == 1 else (32, 16, 128)
     out = largest
     while out > smallest and out_features < out * programs:
         out //= 2
     out = max(out, unit)
     # one row: 16 KB of weights, 64 products a thread; more: 128 bytes of each matrix row, or tf32 halves would spill
     size = weight.element_size()
-    columns = 16384 // (out * size) if batch_size == 1 else 128 // size
+    columns = 16384 // (out * size) if num_rows == 1 else 128 // size
     return Tile(out, max(16, min(columns, triton.next_power_of_2(in_features))))

@@ -110,7 +110,7 @@ def draw(row, best, top_k, top_p, min_p, seed, step, vocab_size: tl.constexpr, B
 def sample_kernel(
     logits,
     seen,
-    generated,
+    num_generated,
     temperature,
     top_k,
     top_p,
@@ -138,12 +138,12 @@ def sample_kernel(
     if not greedy and tl.abs(ranked_score(best)) < float("inf"):  # else there is nothing to draw from
         token = draw(
             row, best, tl.load(top_k + index), tl.load(top_p + index), tl.load(min_p + index),
-            tl.load(seed + index), tl.load(generated + index), vocab_size, BLOCK,
+            tl.load(seed + index), tl.load(num_generated + index), vocab_size, BLOCK,
         )  # fmt: skip
     tl.store(next_token + index, token)
 
 
 def sample(ins: Instruction) -> tuple[Launch, ...]:
     block = min(BLOCK, max(4, triton.next_power_of_2(ins.sizes["vocab_size"])))
-    grid = (ins.sizes["batch_size"],)
+    grid = (ins.sizes["num_sequences"],)
     return (Launch.of(sample_kernel, ins, grid, {"BLOCK": block}, num_warps=WARPS, fuse_multiply_add=False),)

@@ -19,7 +19,6 @@ from skipkernels.model.config import ModelConfig
 from skipkernels.model.weights import allocate_weights
 from skipkernels.program import build_program
 from skipkernels.program.state import LAYOUTS, DecodeState
-from skipkernels.skipping.policy import Policy
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -43,15 +42,23 @@ class Compiled:
     shared_bytes: int
 
 
-def launches(shapes: str, dtype: torch.dtype, batch_size: int, policy: Policy, **changes: object) -> Iterator[Launch]:
+def launches(
+    shapes: str, dtype: torch.dtype, num_sequences: int, num_prompt_rows: int, *, gated: bool, **changes: object
+) -> Iterator[Launch]:
     """One of each kernel that a decode of these shapes launches; no memory is taken for the model."""
     config = ModelConfig.from_hf(shape_config(shapes, 4096))
     config = replace(config, num_hidden_layers=2, sliding_windows=(None, None), **changes)  # type: ignore[arg-type]
     weights = allocate_weights(config, dtype, 4096, "meta")
     state = DecodeState.allocate(
-        config, batch_size=batch_size, max_seq_len=4096, dtype=dtype, device="meta", layout=LAYOUTS["cuda"]
+        config,
+        num_sequences=num_sequences,
+        num_prompt_rows=num_prompt_rows,
+        max_seq_len=4096,
+        dtype=dtype,
+        device="meta",
+        layout=LAYOUTS["cuda"],
     )
-    program = {ins.op: ins for ins in build_program(config, weights, state, policy)}
+    program = {ins.op: ins for ins in build_program(config, weights, state, gated=gated)}
     for op, ins in program.items():
         yield from LAUNCHES[op](ins)
 

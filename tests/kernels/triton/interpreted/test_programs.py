@@ -33,17 +33,16 @@ def small(case: Case) -> Case:
         head_dim=min(case.head_dim, 10),
         num_key_value_heads=min(case.num_key_value_heads, 2),
         group_size=min(case.group_size, 3),
-        batch_size=min(case.batch_size, 5),
-        seq_lens=case.seq_lens[:5],
-        active=case.active[:5],
+        seq_lens=case.seq_lens[:4],
+        active=case.active[:4],
+        prompt_rows=tuple(min(chunk, 3) for chunk in case.prompt_rows[:4]),
     )
 
 
-def plain_case(batch_size: int, dtype: torch.dtype, **changes: object) -> Case:
+def plain_case(num_sequences: int, dtype: torch.dtype, **changes: object) -> Case:
     case = Case(
-        batch_size=batch_size,
-        seq_lens=tuple((7 * row) % 11 for row in range(batch_size)),
-        active=(True,) * batch_size,
+        seq_lens=tuple((7 * slot) % 11 for slot in range(num_sequences)),
+        active=(True,) * num_sequences,
         hidden_size=19,
         intermediate_size=20,
         vocab_size=23,
@@ -55,8 +54,8 @@ def plain_case(batch_size: int, dtype: torch.dtype, **changes: object) -> Case:
         qkv_bias=False,
         o_proj_bias=False,
         dtype=dtype,
-        policy=DensePolicy(),
-        seed=batch_size,
+        policies=(DensePolicy(),),
+        seed=num_sequences,
         num_layers=1,
         layout=LAYOUT,
     )
