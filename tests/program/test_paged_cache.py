@@ -113,14 +113,12 @@ def test_rows_are_appended_where_the_table_says(runs: tuple[Run, Run], block_siz
 
 
 @both
-def test_a_row_appends_the_same_alone_and_among_others(runs: tuple[Run, Run]) -> None:
+def test_a_prompt_row_appends_what_a_decode_row_at_its_position_does(runs: tuple[Run, Run]) -> None:
     table, num_blocks = scattered(32, ROWS.num_sequences)
     query, *caches = append(runs[0], ROWS, table, num_blocks)
     for row, (sequence, position) in enumerate(zip(ROWS.sequences, ROWS.positions, strict=True)):
-        # as the one prompt row of a step; the decode rows' own positions are appended again
-        rows = Rows((0, 1, 2, sequence), (100, 1, 64, position))
-        alone, *own = append(runs[0], rows, table, num_blocks)
-        assert same_bits(alone[3], query[row])
+        alone, *own = append(runs[0], Rows((0, 1, 2), (position,) * 3), table, num_blocks)
+        assert same_bits(alone[sequence], query[row])
         for cache, expected in zip(own, caches, strict=True):
             at = gathered(cache, table)[sequence, :, position], gathered(expected, table)[sequence, :, position]
             assert same_bits(*at)
