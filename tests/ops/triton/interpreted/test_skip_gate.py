@@ -19,7 +19,7 @@ from tests.tolerances import assert_close
 PROMPT_ROWS = 2
 
 
-def gate(sequences: int, layers: int, partials: int, layer: int, seed: int) -> Instruction:
+def any_gate(sequences: int, layers: int, partials: int, layer: int, seed: int) -> Instruction:
     """A gate whose sequences have any policies, thresholds, spans, warm-ups and pasts, side by side."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -32,14 +32,14 @@ def gate(sequences: int, layers: int, partials: int, layer: int, seed: int) -> I
     # partial sums of vectors at every angle; a zero vector now and then
     sums = reals(partials, sequences, 3) * integers(5, sequences).clamp(max=1)[:, None]
     sums[..., 0] = sums[..., 1:].prod(-1).sqrt() * (reals(sequences) * 3).cos()
-    warmup = integers(6, sequences)
+    warmup = integers(6, sequences) * integers(2)  # half of all gates have none, half have low thresholds
     rule = integers(len(BATCH_RULES), sequences)
     mode = torch.tensor([0, 1, 1, 1, 1, 2, 3], dtype=torch.int32)[integers(7, sequences).long()]
     holds = (rule == 0) & (integers(2, sequences) == 0)
     return instruction(
         "skip_gate",
         when=integers(4, sequences).clamp(max=1),
-        run_ffn=integers(2, layers, sequences + PROMPT_ROWS),
+        run_ffn=integers(4, layers, sequences + PROMPT_ROWS).clamp(max=1),
         skip_remaining=integers(3, sequences),
         similarity=torch.full((layers, sequences), math.nan),
         similarity_partials=sums,
@@ -49,7 +49,7 @@ def gate(sequences: int, layers: int, partials: int, layer: int, seed: int) -> I
         gate_mode=mode,
         gated=integers(5, layers, sequences).clamp(max=1),
         first_gated=torch.where(integers(2, sequences) == 0, layer, integers(layers, sequences)).to(torch.int32),
-        gate_threshold=reals(layers, sequences) * 2 - 1,
+        gate_threshold=reals(layers, sequences) * 2 - 1 - integers(2),
         gate_span=integers(40, sequences, low=1),
         warmup_tokens=warmup,
         batch_rule=rule,
@@ -61,10 +61,10 @@ def gate(sequences: int, layers: int, partials: int, layer: int, seed: int) -> I
     )
 
 
-def alone(similarities: list[float], **changes: Any) -> Instruction:
+def plain_gate(similarities: list[float], **changes: Any) -> Instruction:
     """A gate in front of layer 1 of 3, each sequence deciding alone past its warm-up, at threshold 0.5."""
     sequences = len(similarities)
-    ins = gate(sequences, 3, 2, 1, 0)
+    ins = any_gate(sequences, 3, 2, 1, 0)
     similarity = torch.tensor(similarities)
     plain: dict[str, Any] = {
         "run_ffn": 1, "num_generated": 9, "gate_mode": 1, "gated": 1, "gate_threshold": 0.5, "gate_span": 1,
@@ -82,7 +82,7 @@ def runs(ins: Instruction) -> list[int]:
 
 
 def check(*arguments: int) -> None:
-    actual, expected = gate(*arguments), gate(*arguments)
+    actual, expected = any_gate(*arguments), any_gate(*arguments)
     TRITON["skip_gate"](actual)
     skip_gate(expected)
     for name, tensor in actual.tensors.items():
@@ -125,7 +125,7 @@ def test_more_partials_than_are_read_together(sequences: int) -> None:
 
 @pytest.mark.parametrize("partial", [0, 1])
 def test_a_similarity_that_is_no_number_never_skips(partial: int) -> None:
-    ins = alone([math.nan, 0.9])
+    ins = plain_gate([math.nan, 0.9])
     ins.tensors["similarity_partials"][partial, 0, 1] = math.nan
     TRITON["skip_gate"](ins)
     assert runs(ins) == [1, 0]
@@ -133,16 +133,32 @@ def test_a_similarity_that_is_no_number_never_skips(partial: int) -> None:
 
 @pytest.mark.parametrize(("gated", "mode", "run"), [(1, 1, 0), (0, 1, 1), (1, 0, 1)])
 def test_where_a_sequence_is_not_gated_its_span_is_kept(gated: int, mode: int, run: int) -> None:
-    ins = alone([0.1], gated=gated, gate_mode=mode, skip_remaining=2)
+    ins = plain_gate([0.1], gated=gated, gate_mode=mode, skip_remaining=2)
     TRITON["skip_gate"](ins)
     assert runs(ins) == [run]
     assert ins.tensors["skip_remaining"].tolist() == [1 + run]
 
 
+@pytest.mark.parametrize(
+    ("rules", "similarities", "expected"),
+    [
+        ([1, 1, 1, 2, 2, 2], [0.9, 0.9, 0.9, 0.1, 0.9, 0.1], [0, 0, 0, 1, 1, 1]),
+        ([1, 2, 1, 2, 1, 2], [0.9, 0.9, 0.9, 0.9, 0.1, 0.1], [1, 0, 1, 0, 1, 0]),
+        ([0, 1, 2, 0, 1, 2], [0.9, 0.1, 0.9, 0.1, 0.9, 0.1], [0, 1, 1, 1, 1, 1]),  # half is no majority
+    ],
+)
+def test_sequences_of_one_rule_decide_together(
+    rules: list[int], similarities: list[float], expected: list[int]
+) -> None:
+    ins = plain_gate(similarities, batch_rule=rules)
+    TRITON["skip_gate"](ins)
+    assert runs(ins) == expected
+
+
 def test_random_gates_draw_the_numbers_of_philox() -> None:
     seeds = torch.arange(16) * 2**59 - 2**62 + 5
     steps = torch.arange(16) + 9
-    ins = alone(
+    ins = plain_gate(
         [0.1] * 16,
         gate_mode=1 + GATE_MODES.index("random"),
         gate_probability=0.5,
