@@ -125,7 +125,8 @@ def print_table(summary: dict[str, Any], workload: Workload) -> None:
         return f"{values['median']:.{digits}f} ({values['p20']:.{digits}f}-{values['p80']:.{digits}f})"
 
     what = "prompt" if workload.prefill else "decoding"
-    title = f"{what}: {workload.model or workload.shapes} {workload.dtype}, batch 1, {workload.threads} threads: median (p20-p80)"
+    weights = f"{workload.model or workload.shapes} {workload.dtype}"
+    title = f"{what}: {weights}, batch 1, {workload.threads} threads: median (p20-p80)"
     table = Table("system", "tokens/s", "ms/token", "GB/s", title=title)
     for row in summary["rows"]:
         cells = [cell(row["tokens_per_s"], 2), cell(row["ms_per_token"], 1), cell(row["gb_per_s"], 1)]

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Measurement:
     """One system's turn. ``seconds`` holds the decode steps past the first token; ``bytes_per_step`` what the mean one
-    of them had to read; ``skip_ratio`` the FFNs skipped in them; ``first_token_s`` the time from the prompts to the last
-    first token, where it was measured."""
+    of them had to read; ``skip_ratio`` the FFNs skipped in them; ``first_token_s`` the time from the prompts to the
+    last first token, where it was measured."""
 
     seconds: list[float]
     skip_ratio: float

@@ -212,6 +212,8 @@ class RowScheduler:
         free_rows = self.prompt_rows
         for sequence in self._running:
             assert sequence.slot is not None
+            if free_rows and not sequence.decoding:
+                self._tables.adopt_filled(sequence)
             start, missing = sequence.num_cached, sequence.num_prompt_rows
             rows = min(missing, free_rows)
             free_rows -= rows
