@@ -30,8 +30,7 @@ class Modules:
             module(torch.tensor([PROMPT]))
         for hook in hooks:
             hook.remove()
-        cos, sin = module.model.rotary_emb(torch.zeros(1), torch.arange(len(PROMPT))[None])
-        self.cos, self.sin = cos, sin
+        self.cos, self.sin = module.model.rotary_emb(torch.zeros(1), torch.arange(len(PROMPT))[None])
 
     def _hook(self, name: str) -> Callable[..., None]:
         def record(_: torch.nn.Module, args: tuple, kwargs: dict, output: object) -> None:

@@ -138,14 +138,14 @@ def test_weights_of_one_instruction_share_a_dtype() -> None:
     [
         ({"op": "no_such_op"}, "unknown op 'no_such_op'"),
         ({"dtype": "fp8"}, "unknown weight dtype 'fp8'; use fp32, bf16 or fp16"),
-        ({"batch_size": 17}, r"batch_size must lie in 1\.\.16, got 17"),
+        ({"num_rows": 0}, "num_rows must be at least 1, got 0"),
         ({"when": 0}, "when is a null pointer"),
-        ({"operands": {}}, "embed takes 6 operands, got 0"),
+        ({"operands": {}}, "embed takes 8 operands, got 0"),
     ],
 )
 def test_native_instructions_are_checked_too(change: dict[str, Any], message: str) -> None:
     names = _C.instruction_set()["embed"]
-    valid = {"op": "embed", "dtype": "fp32", "when": 1, "batch_size": 1, "operands": dict.fromkeys(names, 1)}
+    valid = {"op": "embed", "dtype": "fp32", "when": 1, "num_rows": 1, "operands": dict.fromkeys(names, 1)}
     _C.Instruction(**valid)
     with pytest.raises(ValueError, match=message):
         _C.Instruction(**{**valid, **change})
