@@ -2,7 +2,7 @@
 // Python learns their fields from here (bindings.cpp), so there is no second list of names or numbers to keep.
 //
 // FIELDS lists an op's operands in three kinds:
-//   TENSOR(type, name)  pointer to a contiguous buffer; shapes stand in skipkernels/ops/table.py
+//   TENSOR(type, name)  pointer to a contiguous buffer; shapes stand in skipkernels/program/table.py
 //   SIZE(name)          a length in elements, taken from the tensors' shapes
 //   INT(name) / FLOAT(name)  a parameter
 // Pointers named const void* / void* hold weights or cache entries in the instruction's weight_dtype.
@@ -16,73 +16,83 @@
 namespace skipkernels {
 
 enum class WeightDtype : int32_t { fp32 = 0, bf16 = 1, fp16 = 2 };
-enum class GateMode : int64_t { similarity = 0, fixed = 1, random = 2 };
-enum class BatchRule : int64_t { per_row = 0, all = 1, majority = 2 };
+enum class GateMode : int32_t { dense = 0, similarity = 1, fixed = 2, random = 3 };
+enum class BatchRule : int32_t { per_row = 0, all = 1, majority = 2 };
 
 // clang-format off
 #define SKIPKERNELS_EMBED(TENSOR, SIZE, INT, FLOAT)                                                                    \
   TENSOR(float, hidden_states) TENSOR(const void, embed_tokens) TENSOR(const int32_t, input_ids)                       \
-  SIZE(batch_size) SIZE(hidden_size) SIZE(vocab_size)
+  TENSOR(const float, prompt_embeddings)                                                                               \
+  SIZE(num_rows) SIZE(hidden_size) SIZE(vocab_size) SIZE(num_prompt_rows)
 
 #define SKIPKERNELS_SKIP_GATE(TENSOR, SIZE, INT, FLOAT)                                                                \
   TENSOR(int32_t, run_ffn) TENSOR(int32_t, skip_remaining) TENSOR(float, similarity)                                   \
-  TENSOR(const float, similarity_partials) TENSOR(const int32_t, generated)                                            \
+  TENSOR(const float, similarity_partials) TENSOR(const int32_t, num_generated)                                        \
   TENSOR(int32_t, skipped) TENSOR(float, threshold_scale)                                                              \
-  SIZE(num_hidden_layers) SIZE(batch_size) SIZE(num_partials) SIZE(three)                                              \
-  INT(layer) INT(mode) FLOAT(threshold) INT(span) INT(warmup_tokens) INT(batch_rule) FLOAT(probability) INT(seed) \
-  FLOAT(target_ratio) INT(ramp_tokens) INT(first_gate)
+  TENSOR(const int32_t, gate_mode) TENSOR(const int32_t, gated) TENSOR(const int32_t, first_gated)                     \
+  TENSOR(const float, gate_threshold) TENSOR(const int32_t, gate_span) TENSOR(const int32_t, warmup_tokens)            \
+  TENSOR(const int32_t, batch_rule) TENSOR(const float, gate_probability) TENSOR(const int64_t, gate_seed)             \
+  TENSOR(const float, target_ratio) TENSOR(const int32_t, ramp_tokens)                                                 \
+  SIZE(num_hidden_layers) SIZE(num_rows) SIZE(num_sequences) SIZE(num_partials) SIZE(three)                            \
+  INT(layer)
 
 #define SKIPKERNELS_QKV_ROPE_APPEND(TENSOR, SIZE, INT, FLOAT)                                                          \
   TENSOR(const float, hidden_states) TENSOR(const float, input_layernorm) TENSOR(const void, qkv_proj)                 \
   TENSOR(const float, qkv_bias) TENSOR(const float, q_norm) TENSOR(const float, k_norm)                                \
-  TENSOR(const float, rope_cos) TENSOR(const float, rope_sin) TENSOR(const int32_t, seq_len)                           \
+  TENSOR(const float, rope_cos) TENSOR(const float, rope_sin)                                                          \
+  TENSOR(const int32_t, position_axes) TENSOR(const int32_t, prompt_positions)                                         \
   TENSOR(float, query) TENSOR(void, k_cache) TENSOR(void, v_cache)                                                     \
-  SIZE(batch_size) SIZE(hidden_size) SIZE(qkv_size) SIZE(head_dim) SIZE(max_seq_len) SIZE(half_head_dim)               \
-  SIZE(num_attention_heads) SIZE(num_key_value_heads)                                                                  \
+  TENSOR(const int32_t, block_table) TENSOR(const int32_t, row_sequence) TENSOR(const int32_t, row_position)           \
+  SIZE(num_rows) SIZE(hidden_size) SIZE(qkv_size) SIZE(head_dim) SIZE(max_seq_len) SIZE(half_head_dim)                 \
+  SIZE(num_prompt_rows) SIZE(three) SIZE(num_attention_heads) SIZE(num_blocks) SIZE(num_key_value_heads)               \
+  SIZE(block_size) SIZE(num_sequences) SIZE(blocks_per_sequence)                                                       \
   FLOAT(rms_norm_eps)
 
 #define SKIPKERNELS_DECODE_ATTENTION(TENSOR, SIZE, INT, FLOAT)                                                         \
-  TENSOR(const float, query) TENSOR(const void, k_cache) TENSOR(const void, v_cache) TENSOR(const int32_t, seq_len)    \
+  TENSOR(const float, query) TENSOR(const void, k_cache) TENSOR(const void, v_cache)                                   \
+  TENSOR(const int32_t, block_table) TENSOR(const int32_t, row_sequence) TENSOR(const int32_t, row_position)           \
   TENSOR(float, attn_partials) TENSOR(float, attn_output)                                                              \
-  SIZE(batch_size) SIZE(num_attention_heads) SIZE(head_dim) SIZE(num_key_value_heads) SIZE(max_seq_len)                \
-  SIZE(num_splits) SIZE(partial_size)                                                                                  \
-  FLOAT(scaling) INT(sliding_window) INT(kv_split)
+  SIZE(num_rows) SIZE(num_attention_heads) SIZE(head_dim) SIZE(num_blocks) SIZE(num_key_value_heads) SIZE(block_size)  \
+  SIZE(num_sequences) SIZE(blocks_per_sequence) SIZE(num_splits) SIZE(partial_size)                                    \
+  FLOAT(scaling) INT(sliding_window) INT(kv_split_size)
 
 #define SKIPKERNELS_O_PROJ_ADD(TENSOR, SIZE, INT, FLOAT)                                                               \
   TENSOR(const float, attn_output) TENSOR(const void, o_proj) TENSOR(const float, o_proj_bias)                         \
   TENSOR(float, hidden_states)                                                                                         \
-  SIZE(batch_size) SIZE(num_attention_heads) SIZE(head_dim) SIZE(hidden_size) SIZE(attention_size)
+  SIZE(num_rows) SIZE(num_attention_heads) SIZE(head_dim) SIZE(hidden_size) SIZE(attention_size)
 
 #define SKIPKERNELS_GATE_UP_SILU(TENSOR, SIZE, INT, FLOAT)                                                             \
   TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) TENSOR(const void, gate_up_proj)    \
   TENSOR(float, intermediate)                                                                                          \
-  SIZE(batch_size) SIZE(hidden_size) SIZE(gate_up_size) SIZE(intermediate_size)                                        \
+  SIZE(num_rows) SIZE(hidden_size) SIZE(gate_up_size) SIZE(intermediate_size)                                        \
   FLOAT(rms_norm_eps)
 
 #define SKIPKERNELS_DOWN_PROJ_ADD(TENSOR, SIZE, INT, FLOAT)                                                            \
   TENSOR(const float, intermediate) TENSOR(const void, down_proj) TENSOR(float, hidden_states)                         \
   TENSOR(float, similarity_partials)                                                                                   \
-  SIZE(batch_size) SIZE(intermediate_size) SIZE(hidden_size) SIZE(num_partials) SIZE(three)                            \
+  SIZE(num_rows) SIZE(intermediate_size) SIZE(hidden_size) SIZE(num_partials) SIZE(num_sequences) SIZE(three)                            \
   INT(rows_per_partial)
 
 #define SKIPKERNELS_LM_HEAD(TENSOR, SIZE, INT, FLOAT)                                                                  \
   TENSOR(const float, hidden_states) TENSOR(const float, norm) TENSOR(const void, lm_head) TENSOR(float, logits)       \
-  SIZE(batch_size) SIZE(hidden_size) SIZE(vocab_size)                                                                  \
+  SIZE(num_rows) SIZE(hidden_size) SIZE(vocab_size) SIZE(num_sequences)                                                \
   FLOAT(rms_norm_eps)
 
 #define SKIPKERNELS_SAMPLE(TENSOR, SIZE, INT, FLOAT)                                                                   \
-  TENSOR(const float, logits) TENSOR(const uint8_t, seen) TENSOR(const int32_t, generated)                             \
+  TENSOR(const float, logits) TENSOR(const uint8_t, seen) TENSOR(const int32_t, num_generated)                         \
   TENSOR(const float, temperature) TENSOR(const int32_t, top_k) TENSOR(const float, top_p) TENSOR(const float, min_p)  \
   TENSOR(const float, repetition_penalty) TENSOR(const int64_t, seed) TENSOR(int32_t, next_token)                      \
-  SIZE(batch_size) SIZE(vocab_size)
+  SIZE(num_sequences) SIZE(vocab_size)
 
 #define SKIPKERNELS_ADVANCE(TENSOR, SIZE, INT, FLOAT)                                                                  \
   TENSOR(const int32_t, next_token) TENSOR(const int32_t, eos_token_ids) TENSOR(const int32_t, max_new_tokens)         \
-  TENSOR(int32_t, input_ids) TENSOR(int32_t, token_ids) TENSOR(uint8_t, seen) TENSOR(int32_t, seq_len)                 \
-  TENSOR(int32_t, generated) TENSOR(int32_t, active) TENSOR(int32_t, skip_remaining) TENSOR(int32_t, run_ffn)          \
+  TENSOR(const int32_t, block_table)                                                                                   \
+  TENSOR(int32_t, input_ids) TENSOR(int32_t, token_ids) TENSOR(uint8_t, seen) TENSOR(int32_t, row_position)            \
+  TENSOR(int32_t, num_generated) TENSOR(int32_t, active) TENSOR(int32_t, skip_remaining) TENSOR(int32_t, run_ffn)      \
   TENSOR(float, similarity) TENSOR(uint8_t, run_map) TENSOR(float, similarity_map) TENSOR(int32_t, progress)           \
-  SIZE(batch_size) SIZE(max_eos) SIZE(token_capacity) SIZE(vocab_size) SIZE(num_hidden_layers) SIZE(max_seq_len)       \
-  SIZE(two)
+  SIZE(num_sequences) SIZE(max_eos) SIZE(blocks_per_sequence) SIZE(num_rows) SIZE(token_capacity) SIZE(vocab_size)     \
+  SIZE(num_hidden_layers) SIZE(max_seq_len) SIZE(two)                                                                  \
+  INT(block_size)
 
 // OP(name of the op, name of its struct, its fields)
 #define SKIPKERNELS_OPS(OP)                                                                                            \
@@ -110,12 +120,12 @@ SKIPKERNELS_OPS(SKIPKERNELS_STRUCT)
 enum class OpCode : int32_t { SKIPKERNELS_OPS(SKIPKERNELS_ENUMERATOR) };
 #undef SKIPKERNELS_ENUMERATOR
 
-// One step of the recorded program. A row is touched where when[row] is non-zero; batch_size is the length of when.
+// One instruction of the recorded program. A row is touched where when[row] is non-zero; num_rows is the length of when.
 struct Instruction {
   OpCode op;
   WeightDtype weight_dtype;
   const int32_t* when;
-  int64_t batch_size;
+  int64_t num_rows;
   union {
 #define SKIPKERNELS_UNION_MEMBER(op, Struct, FIELDS) Struct op;
     SKIPKERNELS_OPS(SKIPKERNELS_UNION_MEMBER)

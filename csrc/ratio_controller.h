@@ -1,6 +1,6 @@
-// Holds one row's running skip ratio at its target: the arithmetic of skip_gate with target_ratio, for every native
-// executor. The definition is RatioController in skipkernels/ops/reference.py; every operation is one fp32 rounding, so
-// units that use it are compiled without contraction into fused multiply-adds.
+// Holds one sequence's running skip ratio at its target: the arithmetic of skip_gate with target_ratio, for every
+// native executor. The definition is RatioController in skipkernels/program/reference.py; every operation is one fp32
+// rounding, so units that use it are compiled without contraction into fused multiply-adds.
 #pragma once
 
 #include <cmath>
@@ -19,16 +19,17 @@ struct RatioController {
     SKIPKERNELS_HOST_DEVICE RatioController(const SkipGate& op, int row)
         : layers(static_cast<float>(op.num_hidden_layers)),
           slack(layers / 2),
-          owed_before(owed(op, op.generated[row]) - static_cast<float>(op.skipped[row])),
-          owed_now(owed(op, op.generated[row] + 1) - static_cast<float>(op.skipped[row])) {}
+          owed_before(owed(op, row, op.num_generated[row]) - static_cast<float>(op.skipped[row])),
+          owed_now(owed(op, row, op.num_generated[row] + 1) - static_cast<float>(op.skipped[row])) {}
 
     // FFNs to have been skipped after so many tokens.
-    SKIPKERNELS_HOST_DEVICE static float owed(const SkipGate& op, int64_t tokens) {
-        const float per_token = op.target_ratio * static_cast<float>(op.num_hidden_layers);
-        if (tokens >= op.ramp_tokens) return per_token * static_cast<float>(tokens);
-        const int64_t past_warmup = tokens > op.warmup_tokens ? tokens - op.warmup_tokens : 0;
-        return per_token * static_cast<float>(op.ramp_tokens) * static_cast<float>(past_warmup) /
-               static_cast<float>(op.ramp_tokens - op.warmup_tokens);
+    SKIPKERNELS_HOST_DEVICE static float owed(const SkipGate& op, int row, int64_t tokens) {
+        const float per_token = op.target_ratio[row] * static_cast<float>(op.num_hidden_layers);
+        const int64_t warmup = op.warmup_tokens[row], ramp = op.ramp_tokens[row];
+        if (tokens >= ramp) return per_token * static_cast<float>(tokens);
+        const int64_t past_warmup = tokens > warmup ? tokens - warmup : 0;
+        return per_token * static_cast<float>(ramp) * static_cast<float>(past_warmup) /
+               static_cast<float>(ramp - warmup);
     }
 
     // threshold_scale for the token that begins

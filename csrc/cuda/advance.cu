@@ -1,5 +1,5 @@
-// Ends a row's step: records what ran, appends the token, moves the row on or ends it, arms the next step. A block is a
-// row.
+// Ends a row's step: records what ran, appends the token, moves the row on, ends it or lets it rest, and arms the next
+// step. A block is a row; prompt rows end here.
 //
 // token_ids, run_map, similarity_map and progress lie in the host's memory. The host reads progress while the device
 // runs on, so progress is written last, in one piece, and behind a fence.
@@ -12,39 +12,55 @@ namespace {
 
 constexpr int kThreads = 128;
 
+enum Progress : int32_t { kEnded, kDecoding, kWaitsForBlock };  // as in skipkernels/program/state.py
+
+// A prompt row lives for one step.
+__device__ void end_prompt_row(const Advance& op, int64_t row) {
+    __syncthreads();  // everybody has read the row's flag
+    if (threadIdx.x == 0) op.active[row] = 0;
+    for (int64_t layer = threadIdx.x; layer < op.num_hidden_layers; layer += kThreads) {
+        op.run_ffn[layer * op.num_rows + row] = 0;
+    }
+}
+
 __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant__ Advance op, const int32_t* when) {
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
     const int64_t row = blockIdx.x;
     if (!when[row]) return;
-    const int32_t token = op.next_token[row], step = op.generated[row];
-    const int32_t generated = step + 1, seq_len = op.seq_len[row] + 1;
-    bool done = generated >= op.max_new_tokens[row] || seq_len >= op.max_seq_len;
-    for (int64_t i = 0; i < op.max_eos; ++i) done |= op.eos_token_ids[row * op.max_eos + i] == token;
+    if (row >= op.num_sequences) return end_prompt_row(op, row);
+    const int32_t token = op.next_token[row], step = op.num_generated[row];
+    const int32_t generated = step + 1, position = op.row_position[row] + 1;
+    bool ended = generated >= op.max_new_tokens[row] || position >= op.max_seq_len;
+    for (int64_t i = 0; i < op.max_eos; ++i) ended |= op.eos_token_ids[row * op.max_eos + i] == token;
+    const bool waits = !ended && op.block_table[row * op.blocks_per_sequence + position / op.block_size] < 0;
+    const bool goes_on = !ended && !waits;
     __syncthreads();  // everybody has read what is about to change
 
     const int64_t map_at = (row * op.max_seq_len + step) * op.num_hidden_layers;
     for (int64_t layer = threadIdx.x; layer < op.num_hidden_layers; layer += kThreads) {
-        int32_t& run = op.run_ffn[layer * op.batch_size + row];
-        float& similarity = op.similarity[layer * op.batch_size + row];
+        int32_t& run = op.run_ffn[layer * op.num_rows + row];
+        float& similarity = op.similarity[layer * op.num_sequences + row];
         op.run_map[map_at + layer] = run != 0;
         op.similarity_map[map_at + layer] = similarity;
-        run = !done;
+        run = goes_on;
         similarity = __uint_as_float(0x7fc00000u);  // NaN
     }
     if (threadIdx.x == 0) {
-        op.token_ids[row * op.token_capacity + seq_len] = token;
-        op.seq_len[row] = seq_len;
-        op.generated[row] = generated;
+        op.token_ids[row * op.token_capacity + position] = token;
+        op.row_position[row] = position;
+        op.num_generated[row] = generated;
         op.input_ids[row] = token;
         op.seen[row * op.vocab_size + token] = 1;
-        op.active[row] = !done;
+        op.active[row] = goes_on;
         op.skip_remaining[row] = 0;
     }
     __syncthreads();
     if (threadIdx.x == 0) {
         ptx::fence_system();
-        reinterpret_cast<int2*>(op.progress)[row] = make_int2(generated, !done);
+        reinterpret_cast<int2*>(op.progress)[row] = make_int2(generated, ended   ? kEnded
+                                                                         : waits ? kWaitsForBlock
+                                                                                 : kDecoding);
     }
 }
 
@@ -52,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant
 
 cudaError_t launch_advance(const Step& step, const LaunchContext& context) {
     const Advance& op = step.ins.advance;
-    return launch_kernel(context, advance_kernel, static_cast<unsigned>(op.batch_size), kThreads, 0, op, step.ins.when);
+    return launch_kernel(context, advance_kernel, static_cast<unsigned>(op.num_rows), kThreads, 0, op, step.ins.when);
 }
 
 }  // namespace skipkernels::cuda

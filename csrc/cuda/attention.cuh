@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_items.cuh"
+#include "paged_cache.cuh"
 
 namespace skipkernels::cuda {
 
@@ -17,10 +18,10 @@ struct alignas(16) AttentionShared {
     float scores[kKvSplit][kHeads];  // then their exponentials; in a merge, the weights of the runs
     float factor[kHeads];            // by which a new maximum shrinks what was summed before
     float max[kHeads], sum[kHeads];
-    AttentionItems<kHeads> items;
     AttentionItem item[2];  // the one at work, and the one after it
+    int has_prompt;         // whether a row of this step is a prompt row
     int is_last;
-    // [kHeads][head_dim], times scaling and log2(e): what follows
+    // [kHeads][head_dim], times scaling and log2(e): what follows; then the rows of the items
     __device__ float* query() { return reinterpret_cast<float*>(this + 1); }
 };
 
@@ -31,10 +32,11 @@ __host__ __device__ constexpr int64_t stage_bytes(int64_t head_dim) {
     return kStaged && keys_and_values > outputs ? keys_and_values : outputs;
 }
 template <class T, int kHeads, bool kStaged>
-constexpr int64_t attention_shared_bytes(int64_t head_dim) {
+constexpr int64_t attention_shared_bytes(int64_t head_dim, int64_t num_rows) {
     return (kStaged ? 2 : 1) * stage_bytes<T, kHeads, kStaged>(head_dim) +
            static_cast<int64_t>(sizeof(AttentionShared<kHeads>)) +
-           kHeads * head_dim * static_cast<int64_t>(sizeof(float));
+           kHeads * head_dim * static_cast<int64_t>(sizeof(float)) +
+           num_rows * static_cast<int64_t>(sizeof(AttentionRow));
 }
 
 // N neighbouring elements in one load, aligned to their size.
@@ -48,7 +50,7 @@ __device__ __forceinline__ void load_elements(const T* from, float (&to)[N]) {
     for (int i = 0; i < N; ++i) to[i] = to_float(bits.element[i]);
 }
 
-// Where a block reads a split: in shared memory or in the cache itself. Indexed by position in the split.
+// Where a block reads a split, in shared memory or in the cache itself: see Attention::offset.
 template <class T>
 struct SplitView {
     const T *keys, *values;
@@ -64,40 +66,52 @@ struct Attention {
     int head_dim;
     char* memory;
     AttentionShared<kHeads>& shared;
+    const AttentionItems<kHeads> items;
+    const PagedCache cache;
 
     __device__ explicit Attention(const DecodeAttention& op)
         : op(op),
           head_dim(static_cast<int>(op.head_dim)),
           memory(ptx::shared_memory()),
-          shared(*reinterpret_cast<AttentionShared<kHeads>*>(memory + (kStaged ? 2 : 1) * stage(1))) {}
+          shared(*reinterpret_cast<AttentionShared<kHeads>*>(memory + (kStaged ? 2 : 1) * stage(1))),
+          items{reinterpret_cast<AttentionRow*>(shared.query() + kHeads * head_dim), static_cast<int>(op.num_rows)},
+          cache(op) {}
 
     __device__ int64_t stage(int number) const { return number * stage_bytes<T, kHeads, kStaged>(head_dim); }
-    __device__ int64_t cache_at(const AttentionItem& item, int split) const {
-        const int64_t row_and_head = int64_t{item.row} * op.num_key_value_heads + item.kv_head;
-        return (row_and_head * op.max_seq_len + int64_t{split} * kKvSplit) * head_dim;
-    }
-    __device__ SplitView<T> view(const AttentionItem& item, int split, int number) const {
+    __device__ SplitView<T> view(int number) const {
         if constexpr (kStaged) {
             const T* keys = reinterpret_cast<const T*>(memory + stage(number));
             return {keys, keys + kKvSplit * head_dim};
         } else {
-            const int64_t at = cache_at(item, split);
-            return {static_cast<const T*>(op.k_cache) + at, static_cast<const T*>(op.v_cache) + at};
+            return {static_cast<const T*>(op.k_cache), static_cast<const T*>(op.v_cache)};
+        }
+    }
+    // Of a position of a split, counted from its beginning, in a view.
+    __device__ auto offset(const AttentionItem& item, int split, int position) const {
+        if constexpr (kStaged) {
+            return position * head_dim;
+        } else {
+            return cache.row(item.sequence, split * kKvSplit + position, item.kv_head) * head_dim;
         }
     }
 
-    // Begins to copy a split's positions; they are neighbours in the cache.
+    // Begins to copy a split's positions; those of a cache block are neighbours.
     __device__ void copy(const AttentionItem& item, int split, int number) const {
         if constexpr (!kStaged) return;
-        const int64_t at = cache_at(item, split);
-        const SplitView<T> to = view(item, split, number);
-        const int pieces = head_dim / V;
-        const int begin = item.first_position(split) * pieces, end = item.last_position(split) * pieces;
-        for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += kAttentionThreads) {
-            ptx::copy_async(const_cast<T*>(to.keys) + i * V, static_cast<const T*>(op.k_cache) + at + i * V);
-        }
-        for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += kAttentionThreads) {
-            ptx::copy_async(const_cast<T*>(to.values) + i * V, static_cast<const T*>(op.v_cache) + at + i * V);
+        const SplitView<T> to = view(number);
+        const int pieces = head_dim / V, end = item.last_position(split), thread = static_cast<int>(threadIdx.x);
+        for (int first = item.first_position(split), count; first < end; first += count) {
+            const int position = split * kKvSplit + first;
+            count = min(end - first, cache.left_in_block(position));
+            const int64_t from = cache.row(item.sequence, position, item.kv_head) * head_dim;
+            const int at = first * head_dim;
+            for (int i = thread; i < count * pieces; i += kAttentionThreads) {
+                ptx::copy_async(const_cast<T*>(to.keys) + at + i * V, static_cast<const T*>(op.k_cache) + from + i * V);
+            }
+            for (int i = thread; i < count * pieces; i += kAttentionThreads) {
+                ptx::copy_async(const_cast<T*>(to.values) + at + i * V,
+                                static_cast<const T*>(op.v_cache) + from + i * V);
+            }
         }
         ptx::commit_copies();
     }
@@ -118,9 +132,10 @@ struct Attention {
             const int position = first + static_cast<int>(threadIdx.x) / kKeyLanes;
             const bool attended = position >= begin && position < end;
             float sum[kHeads] = {};
+            const T* own = keys + (attended ? offset(item, split, position) : 0);
             for (int channel = part * V; attended && channel < head_dim; channel += kKeyLanes * V) {
                 float key[V];
-                load_elements(keys + position * head_dim + channel, key);
+                load_elements(own + channel, key);
 #pragma unroll
                 for (int h = 0; h < kHeads; ++h) {
                     float query[V];
@@ -178,6 +193,7 @@ struct Attention {
         // counted from the split's beginning, so that a warp's share does not depend on the window
         for (int position = warp * groups + lane / lanes; position < end; position += kAttentionWarps * groups) {
             if (position < begin) continue;
+            const T* own = values + offset(item, split, position);
             float weight[kHeads];
             load_floats(shared.scores[position], weight);
 #pragma unroll
@@ -185,7 +201,7 @@ struct Attention {
                 const int channel = first_channel + j * 32 * kPiece;
                 if (channel >= head_dim) break;
                 float value[kPiece];
-                load_elements(values + position * head_dim + channel, value);
+                load_elements(own + channel, value);
 #pragma unroll
                 for (int h = 0; h < kHeads; ++h) {
 #pragma unroll

@@ -8,7 +8,7 @@ namespace skipkernels::cuda {
 constexpr int kMaxRuns = 32;  // of one head: a warp merges them with a lane each
 
 struct AttentionItem {
-    int row, kv_head;
+    int row, sequence, kv_head;
     int first_head, num_heads;    // query heads
     int run, num_runs;            // of this row
     int first_split, last_split;  // of this run
@@ -18,38 +18,59 @@ struct AttentionItem {
     // Positions attended to in a split, counted from its beginning.
     __device__ int first_position(int split) const { return max(begin - split * kKvSplit, 0); }
     __device__ int last_position(int split) const { return min(end - split * kKvSplit, kKvSplit); }
-    // Whether the split has the position that this step adds.
+    // Whether the split has the row's own position.
     __device__ bool has_newest(int split) const { return end <= (split + 1) * kKvSplit; }
 };
 
-// The items of all rows, in shared memory. kHeads: query heads that one item takes.
+// The runs into which a row's positions [begin, end) are cut.
+struct AttentionRuns {
+    int begin, first_split, splits_of_run, count;
+
+    __device__ AttentionRuns(const DecodeAttention& op, int end) {
+        begin = op.sliding_window ? max(end - static_cast<int>(op.sliding_window), 0) : 0;
+        first_split = begin / kKvSplit;
+        const int splits = (end - 1) / kKvSplit - first_split + 1;
+        splits_of_run = static_cast<int>(ceil_div(splits, kMaxRuns));
+        count = static_cast<int>(ceil_div(splits, splits_of_run));
+    }
+};
+
+struct AttentionRow {
+    int end, sequence;
+    int runs_up_to_here;  // of this row and those before it
+};
+
+// The items of all rows. kHeads: query heads that one item takes.
 template <int kHeads>
 struct AttentionItems {
-    struct Row {
-        int begin, end, first_split, splits_of_run, num_runs;
-        int runs_up_to_here;  // of this row and those before it
-    };
-    Row rows[kMaxBatch];
+    AttentionRow* rows;  // (num_rows), in shared memory
+    int num_rows;
 
-    // By one warp, with a lane for each row. A row that is not wanted has no runs.
-    __device__ void cut(const DecodeAttention& op, const int32_t* when) {
+    // By one warp. A row that is not wanted has no runs. Returns whether there is a prompt row.
+    __device__ bool cut(const DecodeAttention& op, const int32_t* when) const {
         const int lane = static_cast<int>(threadIdx.x) % 32;
-        Row row{};
-        if (lane < op.batch_size && ptx::load_relaxed(when + lane)) {
-            row.end = ptx::load_relaxed(op.seq_len + lane) + 1;
-            row.begin = op.sliding_window ? max(row.end - static_cast<int>(op.sliding_window), 0) : 0;
-            row.first_split = row.begin / kKvSplit;
-            const int splits = (row.end - 1) / kKvSplit - row.first_split + 1;
-            row.splits_of_run = static_cast<int>(ceil_div(splits, kMaxRuns));
-            row.num_runs = static_cast<int>(ceil_div(splits, row.splits_of_run));
-        }
-        row.runs_up_to_here = row.num_runs;
+        int runs_before = 0;
+        bool has_prompt = false;
+        for (int first = 0; first < num_rows; first += 32) {
+            const int index = first + lane;
+            const bool wanted = index < num_rows && ptx::load_relaxed(when + index) != 0;
+            AttentionRow row{};
+            if (wanted) {
+                row.end = ptx::load_relaxed(op.row_position + index) + 1;
+                row.sequence = ptx::load_relaxed(op.row_sequence + index);
+                row.runs_up_to_here = AttentionRuns(op, row.end).count;
+                has_prompt |= index >= op.num_sequences;
+            }
 #pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const int before = __shfl_up_sync(kAllLanes, row.runs_up_to_here, distance);
-            if (lane >= distance) row.runs_up_to_here += before;
+            for (int distance = 1; distance < 32; distance *= 2) {
+                const int before = __shfl_up_sync(kAllLanes, row.runs_up_to_here, distance);
+                if (lane >= distance) row.runs_up_to_here += before;
+            }
+            row.runs_up_to_here += runs_before;
+            runs_before = __shfl_sync(kAllLanes, row.runs_up_to_here, 31);
+            if (index < num_rows) rows[index] = row;
         }
-        if (lane < kMaxBatch) rows[lane] = row;
+        return __ballot_sync(kAllLanes, has_prompt) != 0;
     }
 
     __device__ static int group(const DecodeAttention& op) {
@@ -60,7 +81,7 @@ struct AttentionItems {
         return static_cast<int>(op.num_key_value_heads * ceil_div(group(op), kHeads));
     }
     __device__ int count(const DecodeAttention& op) const {
-        return rows[kMaxBatch - 1].runs_up_to_here * items_of_run(op);
+        return rows[num_rows - 1].runs_up_to_here * items_of_run(op);
     }
 
     // 0 <= index < count(). Heads vary fastest, then runs, then rows.
@@ -68,13 +89,22 @@ struct AttentionItems {
         const int run = index / items_of_run(op), unit = index % items_of_run(op);
         AttentionItem item;
         item.row = 0;
-        while (rows[item.row].runs_up_to_here <= run) ++item.row;
-        const Row& row = rows[item.row];
-        item.num_runs = row.num_runs;
-        item.run = run - (row.runs_up_to_here - row.num_runs);
-        item.begin = row.begin, item.end = row.end;
-        item.first_split = row.first_split + item.run * row.splits_of_run;
-        item.last_split = min(item.first_split + row.splits_of_run - 1, (row.end - 1) / kKvSplit);
+        for (int above = num_rows - 1; item.row < above;) {  // the first row whose runs go beyond this one
+            const int middle = (item.row + above) / 2;
+            if (rows[middle].runs_up_to_here > run) {
+                above = middle;
+            } else {
+                item.row = middle + 1;
+            }
+        }
+        const AttentionRow& row = rows[item.row];
+        const AttentionRuns runs(op, row.end);
+        item.sequence = row.sequence;
+        item.num_runs = runs.count;
+        item.run = run - (row.runs_up_to_here - runs.count);
+        item.begin = runs.begin, item.end = row.end;
+        item.first_split = runs.first_split + item.run * runs.splits_of_run;
+        item.last_split = min(item.first_split + runs.splits_of_run - 1, (row.end - 1) / kKvSplit);
         const int parts = static_cast<int>(ceil_div(group(op), kHeads)), part = unit % parts;
         item.kv_head = unit / parts;
         item.first_head = item.kv_head * group(op) + part * kHeads;

@@ -1,7 +1,8 @@
-// attn_output (batch, heads, head_dim) = softmax(scaling q k^T) v over the cached positions in the window.
+// attn_output (rows, heads, head_dim) = softmax(scaling q k^T) v over the cached positions in the window.
 //
-// The positions of a batch row are cut into splits of 64, and these into at most 32 runs of neighbours, by the length
-// alone: the result does not depend on how many blocks there are. A work item is (row, run, key/value head), with up to
+// The positions of a row are cut into splits of 64, and these into at most 32 runs of neighbours, by the length alone:
+// the result does not depend on how many blocks there are, how large those of the cache are or which other rows there
+// are. A work item is (row, run, key/value head), with up to
 // kHeads of its query heads, which share one read of k and v. Blocks are persistent and take items in turn. A run
 // leaves maximum, sum and unnormalised output in attn_partials; the block that finishes a head's last run merges them
 // in order. A row of a single run needs no merge.
@@ -51,20 +52,24 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
     const int block = static_cast<int>(blockIdx.x), grid = static_cast<int>(gridDim.x);
     if (!flags_are_settled) ptx::grid_dependency_wait();
-    if (thread < 32) shared.items.cut(op, when);
+    if (thread < 32) {
+        const bool has_prompt = attention.items.cut(op, when);
+        if (lane == 0) shared.has_prompt = has_prompt;
+    }
     __syncthreads();
-    const int count = shared.items.count(op);
+    const int count = attention.items.count(op);
     if (block >= count) {
         if (count > 0 && next.max_bytes > 0) prefetch(next, count);
         ptx::grid_dependency_wait();
         return;
     }
-    if (thread == 0) shared.item[0] = shared.items.at(op, block);
+    if (thread == 0) shared.item[0] = attention.items.at(op, block);
     __syncthreads();
 
-    // The copies run ahead by one split. Only the newest position's was written by the kernel before this one.
+    // The copies run ahead by one split. Of a sequence without prompt rows only the newest position was written by the
+    // kernel before this one: nobody else writes into a block that it attends to.
     const int first_split = shared.item[0].first_split;
-    const bool is_old = !shared.item[0].has_newest(first_split);
+    const bool is_old = !shared.has_prompt && !shared.item[0].has_newest(first_split);
     if (is_old) attention.copy(shared.item[0], first_split, 0);
     ptx::grid_dependency_wait();
     ptx::grid_dependency_launch();
@@ -74,7 +79,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
     for (int index = block; index < count; index += grid, turn ^= 1) {
         const AttentionItem &item = shared.item[turn], &next_item = shared.item[turn ^ 1];
         const bool is_last_item = index + grid >= count;
-        if (thread == 0 && !is_last_item) shared.item[turn ^ 1] = shared.items.at(op, index + grid);
+        if (thread == 0 && !is_last_item) shared.item[turn ^ 1] = attention.items.at(op, index + grid);
         attention.load_query(item);
         float max = -INFINITY, sum = 0.0f;
         typename Attention<T, V, kHeads, kStaged>::Output output = {};
@@ -86,7 +91,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
             } else if (!is_last_item) {
                 attention.copy(next_item, next_item.first_split, stage ^ 1);
             }
-            const SplitView<T> view = attention.view(item, split, stage);
+            const SplitView<T> view = attention.view(stage);
             attention.score_keys(item, split, view.keys);
             __syncthreads();
             attention.exponentials(warp, lane, max, sum);
@@ -112,14 +117,14 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
 template <class T, int V, int kHeads, bool kStaged>
 cudaError_t launch_attention(const Step& step, const LaunchContext& context) {
     const DecodeAttention& op = step.ins.decode_attention;
-    const int64_t most_items = op.batch_size * kMaxRuns * op.num_key_value_heads *
+    const int64_t most_items = op.num_rows * kMaxRuns * op.num_key_value_heads *
                                ceil_div(op.num_attention_heads / op.num_key_value_heads, kHeads);
     // with weights to prefetch no block is without use
     const int64_t blocks = int64_t{context.num_sms} * kBlocksPerSm;
     const int64_t grid = step.prefetch.max_bytes ? blocks : std::min(most_items, blocks);
     return launch_kernel(context, decode_attention_kernel<T, V, kHeads, kStaged>, static_cast<unsigned>(grid),
-                         kAttentionThreads, attention_shared_bytes<T, kHeads, kStaged>(op.head_dim), op, step.ins.when,
-                         step.flags_are_settled, step.prefetch, step.arrivals);
+                         kAttentionThreads, attention_shared_bytes<T, kHeads, kStaged>(op.head_dim, op.num_rows), op,
+                         step.ins.when, step.flags_are_settled, step.prefetch, step.arrivals);
 }
 
 // The kernel for a group of query heads; larger groups take several items.

@@ -1,6 +1,6 @@
-// hidden_states (batch, hidden) += down_proj (hidden, intermediate) @ intermediate (batch, intermediate)
-// and, where asked for, similarity_partials (tiles, batch, 3): sums of h h', h^2 and h'^2 over the tile's 16 channels,
-// taken while both are in registers. The similarity test costs no pass of its own.
+// hidden_states (rows, hidden) += down_proj (hidden, intermediate) @ intermediate (rows, intermediate)
+// and, where asked for, of decode rows similarity_partials (tiles, sequences, 3): sums of h h', h^2 and h'^2 over the
+// tile's 16 channels, taken while both are in registers. The similarity test costs no pass of its own.
 //
 // Llama-2-7B, bf16: 4096 x 11008 weights, 90 MB, 21 us at 4.3 TB/s; all else is below 0.1 MB.
 #include "linear_kernel.cuh"
@@ -34,8 +34,8 @@ struct AddDownProj {
 #pragma unroll
             for (int lanes = kTileRows / 2; lanes; lanes /= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
         }
-        if (row < 0 || r >= 3) return;
-        float* part = op.similarity_partials + (index * op.batch_size + row) * 3;
+        if (row < 0 || row >= op.num_sequences || r >= 3) return;
+        float* part = op.similarity_partials + (index * op.num_sequences + row) * 3;
         part[r] = r == 0 ? sums[0] : r == 1 ? sums[1] : sums[2];
     }
 };

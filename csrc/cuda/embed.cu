@@ -1,4 +1,5 @@
-// hidden_states (batch, hidden) = embed_tokens (vocab, hidden)[input_ids (batch)]
+// hidden_states (rows, hidden) = embed_tokens (vocab, hidden)[input_ids (rows)]; where a prompt row has no token, its
+// row of prompt_embeddings (prompt rows, hidden)
 #include <algorithm>
 
 #include "common.cuh"
@@ -16,13 +17,16 @@ __global__ void __launch_bounds__(kThreads) embed_kernel(const __grid_constant__
     ptx::grid_dependency_launch();
     const int64_t row = blockIdx.y;
     if (!when[row]) return;
-    const T* from = static_cast<const T*>(op.embed_tokens) + op.input_ids[row] * op.hidden_size;
+    const int64_t token = op.input_ids[row], prompt_row = row - (op.num_rows - op.num_prompt_rows);
+    const T* weights = static_cast<const T*>(op.embed_tokens);
     float* to = op.hidden_states + row * op.hidden_size;
     const int64_t first = int64_t{blockIdx.x} * kThreads * kChannelsOfThread + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < kChannelsOfThread; ++i) {
         const int64_t channel = first + i * kThreads;
-        if (channel < op.hidden_size) to[channel] = to_float(from[channel]);
+        if (channel >= op.hidden_size) return;
+        to[channel] = token < 0 ? op.prompt_embeddings[prompt_row * op.hidden_size + channel]
+                                : to_float(weights[token * op.hidden_size + channel]);
     }
 }
 
@@ -31,7 +35,7 @@ __global__ void __launch_bounds__(kThreads) embed_kernel(const __grid_constant__
 cudaError_t launch_embed(const Step& step, const LaunchContext& context) {
     const Embed& op = step.ins.embed;
     const dim3 grid(static_cast<unsigned>(ceil_div(op.hidden_size, kThreads * kChannelsOfThread)),
-                    static_cast<unsigned>(op.batch_size));
+                    static_cast<unsigned>(op.num_rows));
     return with_weight_type(step.ins.weight_dtype, [&](auto type) {
         return launch_kernel(context, embed_kernel<decltype(type)>, grid, kThreads, 0, op, step.ins.when);
     });

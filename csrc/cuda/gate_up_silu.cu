@@ -1,4 +1,4 @@
-// intermediate (batch, intermediate) = silu(gate @ x) * (up @ x), x = rms_norm(hidden_states);
+// intermediate (rows, intermediate) = silu(gate @ x) * (up @ x), x = rms_norm(hidden_states);
 // gate_up_proj (2 intermediate, hidden) holds the gate rows, then the up rows. A tile is 8 of both.
 //
 // Llama-2-7B, bf16: 22016 x 4096 weights, 180 MB, 42 us at 4.3 TB/s. Skipped, it costs its launch.

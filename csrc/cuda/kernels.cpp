@@ -11,10 +11,22 @@ namespace {
 
 constexpr int64_t kMostTokens = 1 << 19;  // whose weights sample can add up, see sample_truncated.cuh
 constexpr int64_t kLargestHead = 256;
+constexpr int64_t kMostRows = 2048;  // whose lengths attention can hold in shared memory beside its own
 
 void check_size(const char* op, const char* name, int64_t size) {
     skipkernels::check(size > 0 && size <= std::numeric_limits<int32_t>::max(), op, ": ", name,
                        " must lie in 1..2^31-1, got ", size);
+}
+
+int64_t rotated_heads(const QkvRopeAppend& op) { return op.num_attention_heads + op.num_key_value_heads; }
+
+// Of a cache whose positions are found through a block table.
+template <class Op>
+void check_blocks(const char* name, const Op& op) {
+    const int64_t size = op.block_size;
+    skipkernels::check(size > 0 && (size & (size - 1)) == 0, name, ": block_size must be a power of two on CUDA, got ",
+                       size);
+    check_size(name, "num_blocks", op.num_blocks);
 }
 
 }  // namespace
@@ -22,19 +34,20 @@ void check_size(const char* op, const char* name, int64_t size) {
 bool may_write_flags(const Instruction& ins, const Instruction& reader) {
     if (ins.op == OpCode::advance) return true;
     return ins.op == OpCode::skip_gate &&
-           reader.when == ins.skip_gate.run_ffn + ins.skip_gate.layer * ins.skip_gate.batch_size;
+           reader.when == ins.skip_gate.run_ffn + ins.skip_gate.layer * ins.skip_gate.num_rows;
 }
 
 int64_t num_arrivals(const Instruction& ins) {
     switch (ins.op) {
         case OpCode::qkv_rope_append: {
             const QkvRopeAppend& op = ins.qkv_rope_append;
-            return op.q_norm || op.k_norm ? op.num_attention_heads + op.num_key_value_heads : 0;
+            const int64_t passes = (ins.num_rows + kRowsOfPass - 1) / kRowsOfPass;
+            return op.q_norm || op.k_norm ? passes * rotated_heads(op) : 0;
         }
         case OpCode::decode_attention:
-            return ins.batch_size * ins.decode_attention.num_attention_heads;
+            return ins.num_rows * ins.decode_attention.num_attention_heads;
         case OpCode::sample:
-            return ins.batch_size;
+            return ins.num_rows;
         default:
             return 0;
     }
@@ -42,8 +55,10 @@ int64_t num_arrivals(const Instruction& ins) {
 
 int64_t scratch_floats(const Instruction& ins) {
     switch (ins.op) {
-        case OpCode::qkv_rope_append:
-            return ins.batch_size * num_arrivals(ins) * ins.qkv_rope_append.head_dim;
+        case OpCode::qkv_rope_append: {
+            const QkvRopeAppend& op = ins.qkv_rope_append;
+            return op.q_norm || op.k_norm ? ins.num_rows * rotated_heads(op) * op.head_dim : 0;
+        }
         case OpCode::sample:
             return sample_scratch_floats(ins.sample);
         default:
@@ -53,8 +68,8 @@ int64_t scratch_floats(const Instruction& ins) {
 
 void check(const Instruction& ins) {
     using skipkernels::check;  // of a condition
-    check(ins.batch_size >= 1 && ins.batch_size <= kMaxBatch, "batch_size must lie in 1..", kMaxBatch, " on CUDA, got ",
-          ins.batch_size);
+    check(ins.num_rows >= 1 && ins.num_rows <= kMostRows, "the rows of a step must number 1..", kMostRows,
+          " on CUDA, got ", ins.num_rows);
     switch (ins.op) {
         case OpCode::embed:
             check_size("embed", "hidden_size", ins.embed.hidden_size);
@@ -64,14 +79,16 @@ void check(const Instruction& ins) {
         case OpCode::qkv_rope_append:
             check_size("qkv_rope_append", "hidden_size", ins.qkv_rope_append.hidden_size);
             check_size("qkv_rope_append", "qkv_size", ins.qkv_rope_append.qkv_size);
+            check_blocks("qkv_rope_append", ins.qkv_rope_append);
             break;
         case OpCode::decode_attention: {
             const DecodeAttention& op = ins.decode_attention;
-            check(op.kv_split == kKvSplit, "decode_attention: kv_split must be ", kKvSplit, " on CUDA, got ",
-                  op.kv_split, "; allocate the state for a CUDA device");
+            check(op.kv_split_size == kKvSplit, "decode_attention: kv_split_size must be ", kKvSplit, " on CUDA, got ",
+                  op.kv_split_size, "; allocate the state for a CUDA device");
             check(op.head_dim <= kLargestHead, "decode_attention: head_dim must be at most ", kLargestHead,
                   " on CUDA, got ", op.head_dim);
-            check_size("decode_attention", "max_seq_len", op.max_seq_len);
+            check_blocks("decode_attention", op);
+            check_size("decode_attention", "positions of a sequence", op.blocks_per_sequence * op.block_size);
             break;
         }
         case OpCode::o_proj_add:

@@ -5,8 +5,8 @@
 //   - every kernel waits for the end of the one before it before it touches what that one may have written;
 //   - every kernel but skip_gate lets the next one start only after its own wait. So when a kernel starts, all but the
 //     one before it (and, if that is a skip_gate, the one before that) have ended, and what they wrote may be read at
-//     once: caches of earlier steps, lengths, and flags where Step::flags_are_settled says so. That is how a kernel can
-//     load its first weights while the one before it still runs, and yet touch none that will be skipped.
+//     once: caches of earlier steps, positions, and flags where Step::flags_are_settled says so. That is how a kernel
+//     can load its first weights while the one before it still runs, and yet touch none that will be skipped.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +15,7 @@
 
 namespace skipkernels::cuda {
 
-constexpr int kMaxBatch = 16;
+constexpr int kRowsOfPass = 16;      // that a matrix kernel takes at a time
 constexpr int kRowsPerPartial = 16;  // channels of one similarity partial
 constexpr int kKvSplit = 64;         // positions of one split of attention
 

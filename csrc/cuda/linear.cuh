@@ -1,5 +1,5 @@
-// The kernel under every projection: y (rows, m) = w (m, k) x (rows, k) of 1 to 16 batch rows, where x may be the
-// rms_norm of what is given and an epilogue decides which weight rows go together and what becomes of y.
+// The kernel under every projection: y (rows, m) = w (m, k) x (rows, k) of 1 to 16 batch rows at a time, where x may be
+// the rms_norm of what is given and an epilogue decides which weight rows go together and what becomes of y.
 //
 // A decode step is bound by the one read of the weights. On an H200 4.3 TB/s at a latency of about 0.8 us means 3.4 MB
 // in flight, 26 KB per SM. So:
@@ -64,12 +64,12 @@ __device__ __forceinline__ Tile tile_of_neighbours(int index, int64_t m) {
 template <class T>
 struct Linear {
     const T* w;
-    const float* x;     // (batch_size, k)
+    const float* x;     // (num_rows, k)
     const float* norm;  // (k), the weight of an rms_norm of x; not looked at unless Epilogue::kNormed
     float eps;
     const int32_t* when;
     bool when_is_settled;
-    int batch_size;
+    int num_rows;
     int k;
     int tiles;
 };

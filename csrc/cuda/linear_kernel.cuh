@@ -11,20 +11,31 @@ namespace skipkernels::cuda {
 // Rows from which the tensor cores are used; 2 since one row leaves 7 of their 8 columns idle.
 constexpr int kMmaRows = 2;
 
-// kColumnTiles 0: never on the tensor cores.
 template <class T, int V, int kColumnTiles, int kTiles, class Epilogue>
-__global__ void __launch_bounds__(kLinearThreads, 2)
-    linear_kernel(const __grid_constant__ Linear<T> in, const __grid_constant__ Epilogue epilogue) {
-    if (!in.when_is_settled) ptx::grid_dependency_wait();
-    const Rows rows(in.when, in.batch_size);
-    if (rows.count() == 0) {
-        ptx::grid_dependency_wait();
-        return;
-    }
+__device__ __forceinline__ void linear_pass(const Linear<T>& in, const Epilogue& epilogue, const Rows& rows) {
     if constexpr (kColumnTiles > 0) {
         if (rows.count() >= kMmaRows) return linear_mma<T, kColumnTiles, kTiles>(in, epilogue, rows);
     }
     linear_rows<T, V>(in, epilogue, rows);
+}
+
+// kColumnTiles 0: never on the tensor cores. More rows than kRowsOfPass take several passes over the weights.
+template <class T, int V, int kColumnTiles, int kTiles, class Epilogue>
+__global__ void __launch_bounds__(kLinearThreads, 2)
+    linear_kernel(const __grid_constant__ Linear<T> in, const __grid_constant__ Epilogue epilogue) {
+    if (!in.when_is_settled) ptx::grid_dependency_wait();
+    Rows rows(in.when, in.num_rows, 0);
+    if (rows.count() == 0) {
+        ptx::grid_dependency_wait();
+        return;
+    }
+    while (true) {
+        linear_pass<T, V, kColumnTiles, kTiles>(in, epilogue, rows);
+        if (rows.end == in.num_rows) return;
+        rows = Rows(in.when, in.num_rows, rows.end);
+        if (rows.count() == 0) return;
+        __syncthreads();  // nobody reads the sums of the last tile any more
+    }
 }
 
 template <class T, int V, int kColumnTiles, int kTiles, class Epilogue>
@@ -38,7 +49,7 @@ cudaError_t launch_linear_kernel(const Linear<T>& in, const Epilogue& epilogue, 
                          epilogue);
 }
 
-// The operands that every projection has: w (m, k), of which a tile is kTileRows rows, and x (batch_size, k).
+// The operands that every projection has: w (m, k), of which a tile is kTileRows rows, and x (num_rows, k).
 template <class T>
 Linear<T> make_linear(const Step& step, const void* w, const float* x, int64_t k, int64_t tiles,
                       const float* norm = nullptr, float eps = 0.0f) {
@@ -48,7 +59,7 @@ Linear<T> make_linear(const Step& step, const void* w, const float* x, int64_t k
             eps,
             step.ins.when,
             step.flags_are_settled,
-            static_cast<int>(step.ins.batch_size),
+            static_cast<int>(step.ins.num_rows),
             static_cast<int>(k),
             static_cast<int>(tiles)};
 }
@@ -59,8 +70,8 @@ cudaError_t launch_linear(const Linear<T>& in, const Epilogue& epilogue, const L
     const bool vectors = in.k % V == 0 && is_aligned(in.w) && is_aligned(in.x) && is_aligned(in.norm);
     if (!vectors) return launch_linear_kernel<T, 1, 0, 1>(in, epilogue, context);
     if constexpr (V == 8) {
-        if (in.batch_size > 8) return launch_linear_kernel<T, V, 2, 2>(in, epilogue, context);
-        if (in.batch_size >= kMmaRows) {
+        if (in.num_rows > 8) return launch_linear_kernel<T, V, 2, 2>(in, epilogue, context);
+        if (in.num_rows >= kMmaRows) {
             if (in.tiles >= 2 * context.num_sms) return launch_linear_kernel<T, V, 1, 2>(in, epilogue, context);
             return launch_linear_kernel<T, V, 1, 1>(in, epilogue, context);
         }

@@ -1,6 +1,6 @@
 // q, k, v = qkv_proj (qkv_size, hidden) @ rms_norm(hidden_states) + bias; per-head norm of q and k where given; rotary;
-// q -> query, k and v -> the caches at position seq_len. A tile is 8 channels of a head's first half and the 8 they are
-// rotated with.
+// q -> query, k and v -> the paged caches at the row's position. A tile is 8 channels of a head's first half and the 8
+// they are rotated with.
 //
 // A per-head norm needs the whole head, which is several tiles of several blocks: they leave its channels in scratch,
 // and the block that finishes a head's last tile norms, rotates and stores it.
@@ -8,6 +8,7 @@
 // Llama-2-7B, bf16: 12288 x 4096 weights, 101 MB, 23 us at 4.3 TB/s.
 #include "linear_kernel.cuh"
 #include "ops.h"
+#include "paged_cache.cuh"
 
 namespace skipkernels::cuda {
 
@@ -16,13 +17,17 @@ namespace {
 template <class T, bool kHeadsNormed>
 struct RopeAppend {
     static constexpr bool kNormed = true, kFinishesTiles = kHeadsNormed;
+    struct Turn {
+        float cos, sin;
+    };
     struct Early {
-        float bias, cos, sin;
-        int position;
+        float bias;
+        Turn turn;
+        int64_t cache_row;  // of the row's position and the tile's head
     };
     QkvRopeAppend op;
-    int* arrivals;   // (heads of q and k): tiles done of each; kHeadsNormed only, as the next
-    float* scratch;  // (batch_size, heads of q and k, head_dim)
+    int* arrivals;   // (passes, heads of q and k): tiles done of each; kHeadsNormed only, as the next
+    float* scratch;  // (num_rows, heads of q and k, head_dim)
 
     __device__ int tiles_of_head() const { return static_cast<int>(ceil_div(op.half_head_dim, kRunRows)); }
     __device__ int rotated_heads() const { return static_cast<int>(op.num_attention_heads + op.num_key_value_heads); }
@@ -39,20 +44,32 @@ struct RopeAppend {
         if (!tile(index).has(r)) return early;
         if (op.qkv_bias)
             early.bias = op.qkv_bias[(r < kRunRows ? tile(index).first[0] : tile(index).first[1]) + r % kRunRows];
-        early.position = op.seq_len[row];
-        const int64_t angle = early.position * op.half_head_dim + pair(index, r);
-        early.cos = op.rope_cos[angle], early.sin = op.rope_sin[angle];
+        early.turn = turn(row, pair(index, r));
+        early.cache_row = cache_row(index / tiles_of_head(), row);
         return early;
     }
-    __device__ void store(int head, int row, int position, int channel, float value) const {
+    // The angle by which a row's pair of channels is turned.
+    __device__ Turn turn(int row, int pair) const {
+        int position = op.row_position[row];
+        if (op.position_axes && row >= op.num_sequences) {
+            position = op.prompt_positions[(row - op.num_sequences) * 3 + op.position_axes[pair]];
+        }
+        const int64_t angle = int64_t{abs(position)} * op.half_head_dim + pair;
+        const float sin = op.rope_sin[angle];
+        return {op.rope_cos[angle], position < 0 ? -sin : sin};
+    }
+    __device__ int64_t cache_row(int head, int row) const {
+        if (head < op.num_attention_heads) return 0;
+        const auto kv_head = static_cast<int>((head - op.num_attention_heads) % op.num_key_value_heads);
+        return PagedCache(op).row(op.row_sequence[row], op.row_position[row], kv_head);
+    }
+    __device__ void store(int head, int row, int64_t cache_row, int channel, float value) const {
         if (head < op.num_attention_heads) {
             op.query[(row * op.num_attention_heads + head) * op.head_dim + channel] = value;
             return;
         }
         auto* cache = static_cast<T*>(head < rotated_heads() ? op.k_cache : op.v_cache);
-        const int64_t kv_head = (head - op.num_attention_heads) % op.num_key_value_heads;
-        const int64_t at = (row * op.num_key_value_heads + kv_head) * op.max_seq_len + position;
-        store_as(cache + at * op.head_dim + channel, value);
+        store_as(cache + cache_row * op.head_dim + channel, value);
     }
     __device__ void operator()(int index, int row, int r, float value, const Early& early) const {
         const int head = index / tiles_of_head();
@@ -61,29 +78,32 @@ struct RopeAppend {
         const float other = __shfl_xor_sync(kAllLanes, value, kRunRows);
         if (row < 0 || !tile(index).has(r)) return;
         if (head >= rotated_heads()) {
-            store(head, row, early.position, channel, value);
+            store(head, row, early.cache_row, channel, value);
         } else if (kHeadsNormed) {
             scratch[(int64_t{row} * rotated_heads() + head) * op.head_dim + channel] = value;
         } else {
-            const float turned = r < kRunRows ? -other * early.sin : other * early.sin;
-            store(head, row, early.position, channel, value * early.cos + turned);
+            const float turned = r < kRunRows ? -other * early.turn.sin : other * early.turn.sin;
+            store(head, row, early.cache_row, channel, value * early.turn.cos + turned);
         }
     }
 
     __device__ void finish_tile(int index, const Rows& rows, int* is_last) const {
         const int head = index / tiles_of_head();
         if (head >= rotated_heads()) return;
+        // another block may be a pass ahead; all but the last have kRowsOfPass rows, so no two begin in the same 16
+        int* arrived = arrivals + rows.at(0) / kRowsOfPass * rotated_heads() + head;
         __syncthreads();  // all of the tile is in scratch
         if (threadIdx.x == 0) {
-            *is_last = ptx::atomic_add_acq_rel(arrivals + head, 1) == tiles_of_head() - 1;
-            if (*is_last) arrivals[head] = 0;
+            *is_last = ptx::atomic_add_acq_rel(arrived, 1) == tiles_of_head() - 1;
+            if (*is_last) *arrived = 0;
         }
         __syncthreads();
         if (!*is_last) return;
         const float* norm = head < op.num_attention_heads ? op.q_norm : op.k_norm;
         const int half = static_cast<int>(op.half_head_dim), lane = static_cast<int>(threadIdx.x) % 32;
         for (int n = static_cast<int>(threadIdx.x) / 32; n < rows.count(); n += kLinearWarps) {
-            const int row = rows.at(n), position = op.seq_len[row];
+            const int row = rows.at(n);
+            const int64_t at = cache_row(head, row);
             const float* x = scratch + (int64_t{row} * rotated_heads() + head) * op.head_dim;
             float scale = 1.0f;
             if (norm) {
@@ -94,10 +114,9 @@ struct RopeAppend {
             for (int i = lane; i < half; i += 32) {
                 const float first = x[i] * scale * (norm ? norm[i] : 1.0f);
                 const float second = x[i + half] * scale * (norm ? norm[i + half] : 1.0f);
-                const float cos = op.rope_cos[int64_t{position} * half + i],
-                            sin = op.rope_sin[int64_t{position} * half + i];
-                store(head, row, position, i, first * cos - second * sin);
-                store(head, row, position, i + half, second * cos + first * sin);
+                const Turn angle = turn(row, i);
+                store(head, row, at, i, first * angle.cos - second * angle.sin);
+                store(head, row, at, i + half, second * angle.cos + first * angle.sin);
             }
         }
     }

@@ -1,5 +1,5 @@
-// next_token (batch) from logits (batch, vocab): argmax, or Gumbel-max over the tokens that survive top-k, top-p and
-// min-p. The definition is sample() in skipkernels/ops/reference.py.
+// next_token (sequences) from logits (sequences, vocab): argmax, or Gumbel-max over the tokens that survive top-k,
+// top-p and min-p. The definition is sample() in skipkernels/program/reference.py.
 //
 // Both are an argmax, which many blocks find together: each takes 4096 tokens of a row, and the last one of the row to
 // finish compares their winners. Of equals the lower id wins and NaN beats all, so the order of comparisons is without
@@ -62,12 +62,12 @@ int64_t blocks_of_row(const Sample& op) { return ceil_div(op.vocab_size, kTokens
 }  // namespace
 
 int64_t sample_scratch_floats(const Sample& op) {
-    return op.batch_size * blocks_of_row(op) * static_cast<int64_t>(sizeof(Winners) / sizeof(float));
+    return op.num_sequences * blocks_of_row(op) * static_cast<int64_t>(sizeof(Winners) / sizeof(float));
 }
 
 cudaError_t launch_sample(const Step& step, const LaunchContext& context) {
     const Sample& op = step.ins.sample;
-    const dim3 grid(static_cast<unsigned>(blocks_of_row(op)), static_cast<unsigned>(op.batch_size));
+    const dim3 grid(static_cast<unsigned>(blocks_of_row(op)), static_cast<unsigned>(op.num_sequences));
     return launch_kernel(context, sample_kernel, grid, kSampleThreads, sizeof(SampleShared), op, step.ins.when,
                          step.arrivals, reinterpret_cast<Winners*>(step.scratch));
 }

@@ -75,7 +75,7 @@ struct RowScores {
           min_p(op.min_p[row]),
           truncates(top_k > 0 || top_p < 1.0f || min_p > 0.0f),
           seed(static_cast<uint64_t>(op.seed[row])),
-          step(static_cast<uint32_t>(op.generated[row])) {}
+          step(static_cast<uint32_t>(op.num_generated[row])) {}
 
     __device__ float of(int token) const {
         const float logit = logits[token];

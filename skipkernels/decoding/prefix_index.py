@@ -44,6 +44,11 @@ class PrefixIndex:
         self._pool.mark_indexed(block)
         return True
 
+    def clear(self) -> None:
+        """Forgets every block."""
+        for block in list(self._keys):
+            self.forget(block)
+
     def forget(self, block: int) -> None:
         """Takes a block out, so that its holder may write to it."""
         self._drop(block)

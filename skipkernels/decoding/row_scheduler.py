@@ -76,6 +76,14 @@ class RowScheduler:
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
+    def check(self, sequence: Sequence) -> None:
+        """Sets a sequence's ``max_tokens``, the length at which it ends; safe to call from any thread.
+
+        Raises:
+            RequestError: it could not be served even if it were alone.
+        """
+        sequence.max_tokens = self._max_tokens(sequence)
+
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence and sets its ``max_tokens``, the length at which it ends.
 
@@ -84,7 +92,7 @@ class RowScheduler:
         """
         if sequence.arrival is not None:
             raise RequestError(f"this sequence was added before and is {sequence.status}; make a new one")
-        sequence.max_tokens = self._max_tokens(sequence)
+        self.check(sequence)
         sequence.arrival = next(self._arrivals)
         self._waiting.append(sequence)
 
@@ -151,7 +159,7 @@ class RowScheduler:
         for row in step.decode_rows:
             sequence = row.sequence
             if sequence.status is Status.RUNNING:
-                self._append(sequence, generated[row.slot], step.max_steps)
+                self._append(sequence, generated[row.slot])
                 if row.slot in ended or sequence.num_tokens == sequence.max_tokens:
                     finished.append(sequence)
         for sequence in self._running:
@@ -228,8 +236,10 @@ class RowScheduler:
         assert step is self._planned, "this is not the step that was planned last"
         self._planned = None
 
-    def _append(self, sequence: Sequence, tokens: Tokens[int], max_steps: int) -> None:
-        limit = min(max_steps, sequence.max_tokens - sequence.num_tokens)
+    def _append(self, sequence: Sequence, tokens: Tokens[int]) -> None:
+        """A device may have decoded some steps more than were planned, as far as there are blocks."""
+        room = len(sequence.blocks) * self._pool.block_size - sequence.num_cached
+        limit = min(room, sequence.max_tokens - sequence.num_tokens)
         assert 1 <= len(tokens) <= limit, f"slot {sequence.slot}: {len(tokens)} new tokens, expected 1 to {limit}"
         sequence.tokens.extend(tokens)
         sequence.num_cached += len(tokens)

@@ -6,10 +6,10 @@ from types import ModuleType
 from typing import Any
 
 from skipkernels import _C
-from skipkernels.config import dtype_name
-from skipkernels.ops.table import OPS, Instruction
+from skipkernels.model.config import dtype_name
 from skipkernels.program import Program
-from skipkernels.state import DecodeState
+from skipkernels.program.state import DecodeState
+from skipkernels.program.table import OPS, Instruction
 
 
 def native_program(program: Program, state: DecodeState, native: ModuleType = _C) -> list[Any]:
@@ -25,4 +25,4 @@ def _native_instruction(ins: Instruction, dtype: str, native: ModuleType) -> Any
     # a size only an absent operand has is zero, and not looked at
     operands.update({symbol: ins.sizes.get(symbol, 0) for symbol in OPS[ins.op].symbols})
     operands.update(ins.scalars)
-    return native.Instruction(ins.op, dtype, ins.when.data_ptr(), ins.sizes["batch_size"], operands)
+    return native.Instruction(ins.op, dtype, ins.when.data_ptr(), ins.when.numel(), operands)

@@ -8,20 +8,20 @@ from typing import Any, cast
 import torch
 
 from skipkernels.executors.reference import ReferenceExecutor
-from skipkernels.ops.table import Instruction
-from skipkernels.policy import DensePolicy
 from skipkernels.program import Program
-from skipkernels.state import LAYOUTS, DecodeState
+from skipkernels.program.state import LAYOUTS, DecodeState
+from skipkernels.program.table import Instruction
+from skipkernels.skipping.policy import DensePolicy
 from tests.cuda.kernels import HostKernels
 from tests.executors.programs import Case, compare_program
 
 
 def case(**changes: Any) -> Case:
     """One layer, one active row; every size is a multiple of what 16-byte loads want."""
+    seq_lens = changes.get("seq_lens", (5,))
     values: dict[str, Any] = {
-        "batch_size": 1,
-        "seq_lens": (5,) * changes.get("batch_size", 1),
-        "active": (True,) * changes.get("batch_size", 1),
+        "seq_lens": seq_lens,
+        "active": (True,) * len(seq_lens),
         "hidden_size": 64,
         "intermediate_size": 96,
         "vocab_size": 50,
@@ -33,7 +33,7 @@ def case(**changes: Any) -> Case:
         "qkv_bias": False,
         "o_proj_bias": False,
         "dtype": torch.bfloat16,
-        "policy": DensePolicy(),
+        "policies": (DensePolicy(),),
         "seed": 1,
         "num_layers": 1,
         "layout": LAYOUTS["cuda"],

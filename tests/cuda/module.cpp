@@ -41,7 +41,7 @@ class Kernels {
                 const bool may_still_run = i + 1 == at || program[i + 1].op == OpCode::skip_gate;
                 if (may_still_run && cuda::may_write_flags(program[i], ins)) step.flags_are_settled = false;
             }
-            step.prefetch = {prefetch, ins.when, ins.batch_size, prefetch, prefetch, max_bytes};
+            step.prefetch = {prefetch, ins.when, ins.num_rows, prefetch, prefetch, max_bytes};
             steps_.push_back(step);
         }
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from skipkernels.ops.table import instruction
+from skipkernels.program.table import instruction
 from tests.cuda.comparison import case, compare_op, run_with_kernels
 
 PROJECTIONS = ["qkv_rope_append", "o_proj_add", "gate_up_silu", "down_proj_add", "lm_head"]
@@ -26,7 +26,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).r
     ],
 )
 def test_inner_sizes(columns: int, num_sms: int, batch_size: int, dtype: torch.dtype) -> None:
-    program = case(batch_size=batch_size, intermediate_size=columns, hidden_size=24, dtype=dtype, seed=columns)
+    program = case(seq_lens=(5,) * batch_size, intermediate_size=columns, hidden_size=24, dtype=dtype, seed=columns)
     compare_op("down_proj_add", program, num_sms=num_sms, seed=batch_size)
 
 
@@ -35,10 +35,10 @@ def test_inner_sizes(columns: int, num_sms: int, batch_size: int, dtype: torch.d
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 15, 17, 65])  # of a tile of 16, and of its runs of 8
 def test_edges_of_tiles(rows: int, batch_size: int, dtype: torch.dtype) -> None:
     """Outputs on both sides of a projection: an odd hidden_size makes its own loads scalar, an odd vocabulary not."""
-    program = case(batch_size=batch_size, vocab_size=max(2, rows), intermediate_size=rows, dtype=dtype, seed=rows)
+    program = case(seq_lens=(5,) * batch_size, vocab_size=max(2, rows), intermediate_size=rows, dtype=dtype, seed=rows)
     for op in ("gate_up_silu", "lm_head"):
         compare_op(op, program, seed=rows)
-    compare_op("down_proj_add", case(batch_size=batch_size, hidden_size=rows, dtype=dtype, seed=rows))
+    compare_op("down_proj_add", case(seq_lens=(5,) * batch_size, hidden_size=rows, dtype=dtype, seed=rows))
 
 
 @dtypes
@@ -47,9 +47,7 @@ def test_edges_of_tiles(rows: int, batch_size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qk_norm"])
 def test_heads(qk_norm: bool, head_dim: int, batch_size: int, dtype: torch.dtype) -> None:
     lengths = tuple(3 * row for row in range(batch_size))
-    program = case(
-        batch_size=batch_size, seq_lens=lengths, head_dim=head_dim, qk_norm=qk_norm, qkv_bias=True, dtype=dtype
-    )
+    program = case(seq_lens=lengths, head_dim=head_dim, qk_norm=qk_norm, qkv_bias=True, dtype=dtype)
     compare_op("qkv_rope_append", program, seed=head_dim)
 
 
@@ -58,7 +56,7 @@ def test_heads(qk_norm: bool, head_dim: int, batch_size: int, dtype: torch.dtype
 @pytest.mark.parametrize("active", [(False, True, False), (True, True, False), (False,) * 3])
 def test_rows_that_are_not_wanted(active: tuple[bool, ...], op: str, dtype: torch.dtype) -> None:
     """Of three rows one, two and none: the first takes the way of a single row, the last touches no weight."""
-    compare_op(op, case(batch_size=3, active=active, dtype=dtype, qkv_bias=True, o_proj_bias=True))
+    compare_op(op, case(seq_lens=(5,) * 3, active=active, dtype=dtype, qkv_bias=True, o_proj_bias=True))
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 3e5])  # the last: beyond fp16, as massive activations are

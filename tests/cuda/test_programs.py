@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipkernels.policy import SkipPolicy
-from skipkernels.state import LAYOUTS
+from skipkernels.program.state import LAYOUTS
+from skipkernels.skipping.policy import SkipPolicy
 from tests.cuda.kernels import HostKernels
 from tests.cuda_host.controls import SEEDS
 from tests.executors.programs import Case, compare_program
@@ -39,7 +39,6 @@ def test_every_buffer_agrees_in_a_long_sweep(case: Case, seed: int, num_sms: int
 def test_every_batch_size_agrees(batch_size: int, dtype: torch.dtype) -> None:
     """Wide enough for several rounds of loads, and with rows that skip beside rows that do not."""
     case = Case(
-        batch_size=batch_size,
         seq_lens=tuple(3 + 5 * row for row in range(batch_size)),
         active=tuple(row % 5 != 4 for row in range(batch_size)),
         hidden_size=320,
@@ -53,7 +52,7 @@ def test_every_batch_size_agrees(batch_size: int, dtype: torch.dtype) -> None:
         qkv_bias=bool(batch_size % 3),
         o_proj_bias=not batch_size % 3,
         dtype=dtype,
-        policy=SkipPolicy(threshold=0.7, span=2, cold_start=0, cold_end=0, warmup_tokens=2),
+        policies=(SkipPolicy(threshold=0.7, span=2, cold_start=0, cold_end=0, warmup_tokens=2),),
         seed=batch_size,
         num_layers=2,
         layout=CUDA,

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipkernels.ops.reference import sample
-from skipkernels.ops.table import Instruction, instruction
+from skipkernels.program.reference import sample
+from skipkernels.program.table import Instruction, instruction
 from tests.cuda.comparison import run_with_kernels
 
 LISTED = 4096  # tokens that the truncating block looks at in shared memory
@@ -22,7 +22,7 @@ def sample_instruction(logits: torch.Tensor, **settings: Any) -> Instruction:
     operands: dict[str, torch.Tensor] = {
         "logits": logits,
         "seen": torch.zeros(logits.shape, dtype=torch.uint8),
-        "generated": torch.arange(rows, dtype=torch.int32),
+        "num_generated": torch.arange(rows, dtype=torch.int32),
         "temperature": torch.ones(rows),
         "top_k": torch.zeros(rows, dtype=torch.int32),
         "top_p": torch.ones(rows),

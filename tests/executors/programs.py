@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from skipkernels.config import ModelConfig
 from skipkernels.executors import Executor
 from skipkernels.executors.reference import ReferenceExecutor
-from skipkernels.ops.table import OPS, Instruction
-from skipkernels.policy import Policy
+from skipkernels.model.config import ModelConfig
+from skipkernels.model.weights import ModelWeights, allocate_weights
 from skipkernels.program import Program, build_program
-from skipkernels.state import LAYOUTS, DecodeState, Layout
-from skipkernels.weights import ModelWeights, allocate_weights
+from skipkernels.program.state import LAYOUTS, DecodeState, Layout
+from skipkernels.program.table import OPS, Instruction
+from skipkernels.skipping.policy import Policy
 from tests.tolerances import assert_close, name_of
 
 GUARD = 64
@@ -38,11 +38,10 @@ def assert_guards_hold(tensor: torch.Tensor, what: str) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes and variants of one random program."""
+    """The sizes and variants of one random program over one step's rows."""
 
-    batch_size: int
-    seq_lens: tuple[int, ...]  # cached positions of every row
-    active: tuple[bool, ...]
+    seq_lens: tuple[int, ...]  # the position of every sequence's decode row
+    active: tuple[bool, ...]  # of every decode row
     hidden_size: int
     intermediate_size: int
     vocab_size: int
@@ -54,10 +53,17 @@ class Case:
     qkv_bias: bool
     o_proj_bias: bool
     dtype: torch.dtype
-    policy: Policy
+    policies: tuple[Policy, ...]  # sequence i has the (i modulo their number)-th
     seed: int
+    prompt_rows: tuple[int, ...] = ()  # of every sequence: the positions right before its decode row
+    idle_rows: int = 1  # prompt rows of no sequence
+    multi_axis: bool = False  # prompt rows rotate by three positions
     num_layers: int = 4
     layout: Layout = LAYOUTS["cpu"]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.seq_lens)
 
     @property
     def max_seq_len(self) -> int:
@@ -81,8 +87,14 @@ class Case:
             qk_norm=self.qk_norm,
             # the first layers slide, the last attends to all
             sliding_windows=(self.sliding_window,) * (self.num_layers - 1) + (None,),
-            rope_parameters=(),
+            rope_parameters=self._rope_parameters(),
         )
+
+    def _rope_parameters(self) -> tuple[tuple[str, object], ...]:
+        if not self.multi_axis:
+            return ()
+        pairs = self.head_dim // 2
+        return (("mrope_section", (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)),)
 
     def weights(self) -> ModelWeights:
         generator = torch.Generator().manual_seed(self.seed)
@@ -105,45 +117,80 @@ class Case:
         return weights
 
     def state(self) -> DecodeState:
-        """Rows in the middle of a generation. The cache behind a row's end and all of an inactive row are NaN."""
+        """Sequences in the middle of a generation, some with the end of their prompt still to be cached. Their blocks
+        lie scattered over the pool; every position that no row of the step may read is NaN."""
         generator = torch.Generator().manual_seed(self.seed + 1)
-        config = self.config()
+        prompt_rows = self.prompt_rows or (0,) * self.num_sequences
+        size = self.layout.block_size
+        needed = [-(-(seq_len + 1) // size) for seq_len in self.seq_lens]
         state = DecodeState.allocate(
-            config, batch_size=self.batch_size, max_seq_len=self.max_seq_len, dtype=self.dtype, layout=self.layout
+            self.config(),
+            num_sequences=self.num_sequences,
+            num_prompt_rows=sum(prompt_rows) + self.idle_rows,
+            num_blocks=sum(needed) + 2,
+            max_seq_len=self.max_seq_len,
+            dtype=self.dtype,
+            layout=self.layout,
         )
         for _, tensor in state.buffers():
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
         state.top_p.fill_(1.0)
-        for row, (seq_len, active) in enumerate(zip(self.seq_lens, self.active, strict=True)):
+        blocks = torch.randperm(state.num_blocks, generator=generator).tolist()
+        row = 0
+        for slot, (seq_len, active, chunk) in enumerate(zip(self.seq_lens, self.active, prompt_rows, strict=True)):
 
             def draw(low: float, high: float) -> float:
                 return float(torch.rand((), generator=generator)) * (high - low) + low
 
             tokens = torch.randint(self.vocab_size, (seq_len + 1,), generator=generator, dtype=torch.int32)
-            state.begin_row(row, tokens)
-            state.generated[row] = min(seq_len, int(draw(0, 5)))
-            state.skipped[row] = int(draw(0, 8))
-            state.threshold_scale[row] = draw(0.1, 10.0)
-            state.max_new_tokens[row] = int(draw(1, 8))
-            state.eos_token_ids[row, 0] = int(draw(0, self.vocab_size))
+            state.begin_sequence(slot, tokens, min(seq_len, int(draw(0, 5))))
+            state.start_decoding(slot)
+            own, blocks = blocks[: needed[slot]], blocks[needed[slot] :]
+            state.set_blocks(slot, own)
+            state.set_policy(slot, self.policies[slot % len(self.policies)].plan(self.num_layers))
+            state.skipped[slot] = int(draw(0, 8))
+            state.threshold_scale[slot] = draw(0.1, 10.0)
+            state.max_new_tokens[slot] = int(draw(1, 8))
+            state.eos_token_ids[slot, 0] = int(draw(0, self.vocab_size))
+            cached = torch.arange(seq_len - chunk)
+            at = torch.tensor(own)[cached // size], cached % size
             for cache in (state.k_cache, state.v_cache):
-                cache[:, row, :, :seq_len] = torch.randn(cache[:, row, :, :seq_len].shape, generator=generator)
-            state.temperature[row] = 0.0 if draw(0, 1) < 0.4 else draw(0.3, 2.0)
-            state.top_k[row] = int(draw(-self.vocab_size, self.vocab_size)) if draw(0, 1) < 0.7 else 0
-            state.top_k[row].clamp_(min=0)
-            state.top_p[row] = draw(0.1, 1.0) if draw(0, 1) < 0.5 else 1.0
-            state.min_p[row] = draw(0.0, 0.3) if draw(0, 1) < 0.5 else 0.0
-            state.repetition_penalty[row] = draw(0.5, 2.0) if draw(0, 1) < 0.5 else 1.0
-            state.seed[row] = int(draw(-(2**62), 2**62))
+                values = torch.randn(len(cached), len(cache), *cache.shape[2::2], generator=generator)
+                cache.transpose(0, 1)[at[0], :, :, at[1]] = values.to(cache.dtype)
+            self._set_prompt_rows(state, row, slot, seq_len - chunk, tokens[seq_len - chunk : seq_len], generator)
+            row += chunk
+            state.temperature[slot] = 0.0 if draw(0, 1) < 0.4 else draw(0.3, 2.0)
+            state.top_k[slot] = int(draw(-self.vocab_size, self.vocab_size)) if draw(0, 1) < 0.7 else 0
+            state.top_k[slot].clamp_(min=0)
+            state.top_p[slot] = draw(0.1, 1.0) if draw(0, 1) < 0.5 else 1.0
+            state.min_p[slot] = draw(0.0, 0.3) if draw(0, 1) < 0.5 else 0.0
+            state.repetition_penalty[slot] = draw(0.5, 2.0) if draw(0, 1) < 0.5 else 1.0
+            state.seed[slot] = int(draw(-(2**62), 2**62))
             if not active:
-                state.end_row(row)
+                state.end_sequence(slot)
         for name, tensor in list(state.buffers()):
             setattr(state, name, guarded(tensor))
         return state
 
+    def _set_prompt_rows(
+        self, state: DecodeState, row: int, slot: int, start: int, tokens: torch.Tensor, generator: torch.Generator
+    ) -> None:
+        """Prompt tokens, or tokens computed again with some FFNs left out, or embeddings in place of tokens."""
+        chunk = len(tokens)
+        if not chunk:
+            return
+        run_map = torch.randint(2, (chunk, self.num_layers), generator=generator) if slot % 3 == 1 else None
+        embeddings = torch.randn(chunk, self.hidden_size, generator=generator) if slot % 3 == 2 else None
+        positions = None
+        if self.multi_axis:
+            low, high = 1 - self.max_seq_len, self.max_seq_len
+            positions = torch.randint(low, high, (3, chunk), generator=generator, dtype=torch.int32)
+        state.set_prompt_rows(row, slot, start, tokens, run_map=run_map, embeddings=embeddings, positions=positions)
+
     def program(self, weights: ModelWeights, state: DecodeState) -> Program:
-        return build_program(self.config(), weights, state, self.policy)
+        gated = any(policy.plan(self.num_layers) is not None for policy in self.policies)
+        return build_program(self.config(), weights, state, gated=gated)
 
 
 def _in_dtype(tensor: torch.Tensor | None) -> Any:
@@ -217,15 +264,29 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
 
-_BATCH_AXIS = {"run_ffn": 1, "similarity": 1, "similarity_partials": 1, "k_cache": 1, "v_cache": 1}
+_ROW_AXIS = {"run_ffn": 1, "similarity": 1, "similarity_partials": 1}
 
 
 def _assert_other_rows_untouched(
     ins: Instruction, before: dict[str, torch.Tensor], state: DecodeState, written: dict[str, str]
 ) -> None:
-    acted_on = before["active"] if ins.op == "advance" else ins.when  # advance writes the flag it is predicated by
-    others = (acted_on == 0).nonzero()[:, 0]
+    # advance writes the flags it is predicated by
+    acted_on = (before["active"] if ins.op == "advance" else ins.when) != 0
     for name in written:
-        axis = _BATCH_AXIS.get(name, 0)
-        now, then = getattr(state, name).index_select(axis, others), before[name].index_select(axis, others)
+        now, then = getattr(state, name), before[name]
+        if name.endswith("_cache"):
+            untouched = torch.ones(now.shape[1], now.shape[3], dtype=torch.bool)
+            for row in acted_on.nonzero()[:, 0]:
+                position = int(before["row_position"][row])
+                block = before["block_table"][before["row_sequence"][row], position // state.block_size]
+                untouched[block, position % state.block_size] = False
+            now, then = (cache.transpose(2, 3)[:, untouched] for cache in (now, then))
+        else:
+            axis = _ROW_AXIS.get(name, 0)
+            rows = now.shape[axis]
+            others = torch.ones(rows, dtype=torch.bool)  # an instruction may act on fewer rows than the buffer has,
+            common = min(rows, len(acted_on))  # or on more: prompt rows have no logits
+            others[:common] = ~acted_on[:common]
+            others = others.nonzero()[:, 0]
+            now, then = now.index_select(axis, others), then.index_select(axis, others)
         assert same_bits(now, then), f"{ins.op} touched {name} of a row it does not act on"

@@ -1,10 +1,12 @@
 """Hypothesis draws the programs of ``programs``."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import strategies as st
 
-from skipkernels.policy import BATCH_RULES, DensePolicy, FixedPolicy, RandomPolicy, SkipPolicy, TimingPolicy
-from skipkernels.state import LAYOUTS, Layout
+from skipkernels.program.state import LAYOUTS, Layout
+from skipkernels.skipping.policy import BATCH_RULES, DensePolicy, FixedPolicy, RandomPolicy, SkipPolicy, TimingPolicy
 from tests.executors.programs import Case
 
 policies = st.one_of(
@@ -39,15 +41,16 @@ policies = st.one_of(
 
 
 @st.composite
-def cases(draw: st.DrawFn, layout: Layout = LAYOUTS["cpu"]) -> Case:
-    """Any program over small buffers cut by ``layout``."""
-    split = layout.kv_split
+def cases(draw: st.DrawFn, layout: Layout = LAYOUTS["cpu"], max_sequences: int = 16) -> Case:
+    """Any program over small buffers cut by ``layout``, with cache blocks of any size."""
+    split = layout.kv_split_size
     longest = draw(st.sampled_from([5, 40, split, 2 * split + 40]))
-    batch_size = draw(st.integers(1, 16 if longest < split else 4))
-    seq_lens = draw(st.lists(st.integers(0, longest), min_size=batch_size, max_size=batch_size))
-    active = draw(st.lists(st.sampled_from([True, True, False]), min_size=batch_size, max_size=batch_size))
+    sequences = draw(st.integers(1, max_sequences if longest < split else 4))
+    seq_lens = draw(st.lists(st.integers(0, longest), min_size=sequences, max_size=sequences))
+    active = draw(st.lists(st.sampled_from([True, True, False]), min_size=sequences, max_size=sequences))
+    with_prompts = draw(st.booleans())
+    prompt_rows = [draw(st.integers(0, min(length, 9))) if with_prompts else 0 for length in seq_lens]
     return Case(
-        batch_size=batch_size,
         seq_lens=tuple(seq_lens),
         active=tuple(active),
         hidden_size=draw(st.integers(1, 140)),
@@ -61,7 +64,9 @@ def cases(draw: st.DrawFn, layout: Layout = LAYOUTS["cpu"]) -> Case:
         qkv_bias=draw(st.booleans()),
         o_proj_bias=draw(st.booleans()),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
-        policy=draw(policies),
+        policies=tuple(draw(st.lists(policies, min_size=1, max_size=3))),
         seed=draw(st.integers(0, 1 << 30)),
-        layout=layout,
+        prompt_rows=tuple(prompt_rows),
+        multi_axis=draw(st.booleans()),
+        layout=replace(layout, block_size=draw(st.sampled_from([16, 32, 64]))),
     )

@@ -1,0 +1,131 @@
+"""The kernels compile for GPUs that are not here, with the launches a decode would make: registers, memory, code."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from skipkernels.model.config import resolve_dtype
+from skipkernels.program.state import LAYOUTS
+from tests.kernels.triton.compiling import Compiled, compile_launch, launches
+
+MULTI_AXIS = (("rope_type", "default"), ("rope_theta", 10000.0), ("mrope_section", (16, 24, 24)))
+SHARED_BYTES = 99 * 1024
+"""The most a program may have on every GPU from compute capability 8.0 on."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What was compiled before must not stand in for what is compiled now."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def compile_all(
+    capability: int, shapes: str, dtype: torch.dtype, rows: tuple[int, int], *, gated: bool = True, **changes: object
+) -> dict[str, Compiled]:
+    kernels = {}
+    for launch in launches(shapes, dtype, *rows, gated=gated, **changes):
+        kernel = compile_launch(launch, capability)
+        print(
+            f"sm_{capability} {shapes} {dtype} rows {rows} {kernel.name}: {kernel.registers} registers, "
+            f"{kernel.stack_bytes} bytes of stack, {kernel.shared_bytes} of shared memory"
+        )
+        assert kernel.stack_bytes == 0, f"{kernel.name} spills {kernel.stack_bytes} bytes a thread"
+        assert kernel.shared_bytes <= SHARED_BYTES, f"{kernel.name} takes {kernel.shared_bytes} bytes"
+        kernels[kernel.name] = kernel
+    return kernels
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, Compiled]:
+    return compile_all(90, "llama-3-8b", torch.bfloat16, (1, 0))
+
+
+def test_nothing_spills(kernels: dict[str, Compiled]) -> None:
+    assert len(kernels) == 11
+    assert all(kernel.registers < 200 for kernel in kernels.values())
+
+
+@pytest.mark.parametrize(
+    "name", ["qkv_rope_append", "attend_split", "o_proj_add", "gate_up_silu", "down_proj_add", "lm_head"]
+)
+def test_weights_and_caches_are_read_16_bytes_at_a_time(kernels: dict[str, Compiled], name: str) -> None:
+    ptx = kernels[f"{name}_kernel"].ptx
+    assert re.search(r"cp\.async\.cg\.shared\.global.* 0x10|ld\.global\.v4\.b32", ptx)
+    assert not re.search(r"ld\.global\S*b16", ptx)
+
+
+@pytest.mark.parametrize("name", ["skip_gate_kernel", "sample_kernel"])
+def test_arithmetic_that_must_give_the_references_bits_rounds_every_operation(
+    kernels: dict[str, Compiled], name: str
+) -> None:
+    """ptxas contracts nothing either: it is told so by the option that keeps Triton from it."""
+    kernel = kernels[name]
+    assert kernel.options["enable_fp_fusion"] is False
+    assert "div.rn.f32" in kernel.ptx
+    assert not re.search(r"(fma\.rn|div\.full|\w+\.approx)(\.ftz)?\.f32", kernel.ptx)
+
+
+def test_progress_is_one_plain_store_behind_a_fence_for_all_others(kernels: dict[str, Compiled]) -> None:
+    """Atomics need not be atomic for the host, across its bus; a fence covers what other threads wrote only once they
+    have met at a barrier."""
+    ptx = kernels["advance_kernel"].ptx
+    before, _, after = ptx.partition("fence.acq_rel.sys")
+    assert "bar.sync" in before.rpartition("st.global")[2]
+    behind = after.partition("$L__BB")[0]  # the prompt row's branch comes next
+    assert re.findall(r"st\.global\S*", behind) == ["st.global.b64"]
+    assert "atom" not in ptx
+
+
+def test_attention_is_one_code_for_blocks_of_every_size() -> None:
+    """Its sums have the same order, and a row the same bits, by construction."""
+    codes = []
+    for block_size in (16, 24, 32):
+        layout = replace(LAYOUTS["cuda"], block_size=block_size)
+        chosen = launches("llama-3.2-1b", torch.bfloat16, 1, 0, gated=False, layout=layout)
+        codes += [
+            compile_launch(launch, 90).ptx for launch in chosen if launch.kernel.__name__ == "attend_split_kernel"
+        ]
+    assert codes[0] == codes[1] == codes[2]
+
+
+@pytest.mark.parametrize("rows", [(16, 16), (64, 0)])
+def test_many_rows_spill_nothing(rows: tuple[int, int]) -> None:
+    compile_all(90, "llama-3-8b", torch.bfloat16, rows, rope_parameters=MULTI_AXIS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("shapes", "dtype"),
+    [
+        ("llama-3.2-1b", "bf16"),
+        ("llama-3.2-1b", "fp16"),
+        ("llama-3.2-1b", "fp32"),
+        ("llama-2-7b", "bf16"),
+        ("llama-3-8b", "bf16"),
+    ],
+)
+@pytest.mark.parametrize("rows", [(1, 0), (2, 0), (16, 0), (4, 60), (64, 0)])
+def test_nothing_spills_anywhere(capability: int, shapes: str, dtype: str, rows: tuple[int, int]) -> None:
+    compile_all(capability, shapes, resolve_dtype(dtype), rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rows", [(1, 0), (4, 0), (4, 60)])
+def test_nothing_spills_with_biases_norms_of_heads_and_axes(
+    capability: int, rows: tuple[int, int], *, gated: bool
+) -> None:
+    """The other variants of the kernels: Qwen's biases and norms, three positions, the dense program."""
+    variants = {"qkv_bias": True, "o_proj_bias": True, "qk_norm": True, "rope_parameters": MULTI_AXIS}
+    compile_all(capability, "llama-3-8b", torch.bfloat16, rows, gated=gated, **variants)
