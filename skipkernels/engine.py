@@ -19,6 +19,7 @@ from skipkernels.decoding.request import Request
 from skipkernels.errors import DeviceError, RequestError
 from skipkernels.executors import Executor, get_executor
 from skipkernels.executors.execution import Execution
+from skipkernels.executors.support import refuse_while_capturing
 from skipkernels.model.checkpoint import (
     default_eos_token_ids,
     load_config,
@@ -67,6 +68,7 @@ class Engine:
         """``execution``, by default every processor of the cpu, is for the device the weights are on."""
         _check_batch_size(max_batch_size)
         self.execution = (execution or Execution()).resolved()
+        refuse_while_capturing(self.execution.device)
         if weights.embed_tokens.is_cuda != self.execution.on_gpu:
             raise DeviceError(f"the weights are on {weights.embed_tokens.device}, not on {self.execution.device}")
         self.config = config
@@ -130,6 +132,7 @@ class Engine:
         from transformers import PreTrainedModel
 
         execution = Execution(device, executor, num_threads, kernels, conditional, loop, debug).resolved()
+        refuse_while_capturing(execution.device)  # before the module's parameters are touched
         _check_batch_size(max_batch_size)
         wanted = None if dtype is None else resolve_dtype(dtype)
         folder = None if isinstance(model, PreTrainedModel) else resolve_checkpoint(model)

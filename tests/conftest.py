@@ -1,5 +1,7 @@
 """What every test runs under."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -7,6 +9,17 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from tests.models import byte_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SERIAL = ("tests/server/", "tests/benchmark/", "tests/cli/test_serve.py", "tests/modality/test_runtime.py")
+"""Tests of real servers and real times; another process beside them would make them late."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(ROOT).as_posix().startswith(SERIAL):
+            item.add_marker(pytest.mark.serial)
+
 
 settings.register_profile(
     "skipkernels",

@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Measurement:
     """One system's turn. ``seconds`` holds the decode steps past the first token; ``bytes_per_step`` what the mean one
-    of them had to read; ``skip_ratio`` the FFNs skipped in them."""
+    of them had to read; ``skip_ratio`` the FFNs skipped in them; ``first_token_s`` the time from the prompts to the
+    last first token, where it was measured."""
 
     seconds: list[float]
     skip_ratio: float
     bytes_per_step: float
+    first_token_s: float | None = None
 
 
 class System(Protocol):
@@ -56,6 +58,7 @@ class SkipkernelsSystem:
 
     def decode(self, prompt_tokens: int, new_tokens: int) -> Measurement:
         prompts = [self._prompt[:prompt_tokens]] * self.batch_size
+        self._engine.loop.forget_prefixes()  # each turn computes its prompts
         answers = self._engine.generate(prompts, max_new_tokens=new_tokens, eos_token_ids=(), policy=self._policy)
         seconds = answers[0].seconds_per_token[1:]
         ran = ~np.stack([answer.skip_map[1:] for answer in answers])  # [batch, steps, layers]
@@ -67,6 +70,7 @@ class SkipkernelsSystem:
             skip_ratio=1.0 - float(ran.mean()),
             bytes_per_step=dense_step_bytes(config, dtype, self.batch_size, prompt_tokens, new_tokens)
             - skipped_ffns * config.ffn_bytes(dtype),
+            first_token_s=max(answer.time_to_first_token_s for answer in answers),
         )
 
     def instruction_ms(self, prompt_tokens: int, new_tokens: int) -> dict[str, float]:

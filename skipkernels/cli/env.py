@@ -56,7 +56,6 @@ def _package() -> dict[str, Any]:
         "executors": ["cpu", "graph", "reference"],
         "extension": str(_C.__file__),
         "instruction sets": list(_C.usable_isas()),
-        "batch rows at most": _C.max_batch_size,
         "demo model": "present" if has_demo else "missing: train it with python -m skipkernels.demo.train",
     }
 

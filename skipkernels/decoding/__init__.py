@@ -1,1 +1,1 @@
-"""From prompts to tokens: sampling parameters, prefill, the decoding loop, results."""
+"""Decoding: requests in flight, the blocks of the cache they hold, the rows of the next step, and their answers."""

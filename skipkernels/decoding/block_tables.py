@@ -69,6 +69,23 @@ class BlockTables:
         held = max(len(sequence.blocks), self._pool.blocks_for(sequence.num_tokens))
         return self._pool.blocks_for(sequence.max_tokens - 1) - held  # the last token it may have is not cached
 
+    # prompts
+
+    def adopt_filled(self, sequence: Sequence) -> None:
+        """Takes over the next blocks of a prompt that other sequences have filled since it was admitted: of several
+        that come at once and begin alike, the first computes what they have in common."""
+        size, first = self._pool.block_size, sequence.num_cached // self._pool.block_size
+        last = (sequence.num_tokens - 1) // size  # without the newest token, which is to be computed
+        found = self._index.match(sequence.block_keys(size)[first:last])
+        if not found:
+            return
+        end = first + len(found)
+        for block in found:
+            self._pool.share(block)
+        self._release(sequence.blocks[first:end])  # of which the first may be half-written
+        self._set(sequence, [*sequence.blocks[:first], *found, *sequence.blocks[end:]])
+        sequence.num_cached, sequence.num_indexed = end * size, end
+
     # decoding
 
     def prepare_write(self, sequence: Sequence) -> bool:

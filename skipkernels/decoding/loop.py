@@ -187,6 +187,11 @@ class DecodeLoop:
             for handle in [*self._inbox, *self._handles.values()]:
                 self.cancel(handle)
 
+    def forget_prefixes(self) -> None:
+        """Empties the prefix index: the next prompts are computed whole."""
+        with self.lock:
+            self.index.clear()
+
     @contextmanager
     def own_rows(self) -> Iterator[OwnRows]:
         """The state and its whole cache for one user. What the prefix index knew is forgotten.
@@ -276,7 +281,7 @@ class DecodeLoop:
             next_s = next(flight.seconds, None)
             seconds = [] if next_s is None else [next_s]
         else:
-            seconds = executor.run(flight.wish)
+            seconds = executor.run(1 if self._inbox else flight.wish)
         if flight.done == 0:
             first_s = prefill_s + (seconds[0] if seconds else 0.0)
             self._budget.measured(flight.step.num_prompt_rows, len(flight.step.decode_rows), first_s)

@@ -159,7 +159,7 @@ class RowScheduler:
         for row in step.decode_rows:
             sequence = row.sequence
             if sequence.status is Status.RUNNING:
-                self._append(sequence, generated[row.slot], step.max_steps)
+                self._append(sequence, generated[row.slot])
                 if row.slot in ended or sequence.num_tokens == sequence.max_tokens:
                     finished.append(sequence)
         for sequence in self._running:
@@ -212,6 +212,8 @@ class RowScheduler:
         free_rows = self.prompt_rows
         for sequence in self._running:
             assert sequence.slot is not None
+            if free_rows and not sequence.decoding:
+                self._tables.adopt_filled(sequence)
             start, missing = sequence.num_cached, sequence.num_prompt_rows
             rows = min(missing, free_rows)
             free_rows -= rows
@@ -234,8 +236,10 @@ class RowScheduler:
         assert step is self._planned, "this is not the step that was planned last"
         self._planned = None
 
-    def _append(self, sequence: Sequence, tokens: Tokens[int], max_steps: int) -> None:
-        limit = min(max_steps, sequence.max_tokens - sequence.num_tokens)
+    def _append(self, sequence: Sequence, tokens: Tokens[int]) -> None:
+        """A device may have decoded some steps more than were planned, as far as there are blocks."""
+        room = len(sequence.blocks) * self._pool.block_size - sequence.num_cached
+        limit = min(room, sequence.max_tokens - sequence.num_tokens)
         assert 1 <= len(tokens) <= limit, f"slot {sequence.slot}: {len(tokens)} new tokens, expected 1 to {limit}"
         sequence.tokens.extend(tokens)
         sequence.num_cached += len(tokens)

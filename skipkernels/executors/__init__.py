@@ -29,8 +29,7 @@ class Executor(Protocol):
         ...
 
     def interrupt(self) -> None:
-        """Lets the ``run`` that goes on in another thread return after its current step; without one it does
-        nothing."""
+        """Lets the ``run`` that goes on in another thread, or the next one, return after its current step."""
         ...
 
     def run_instruction(self, index: int) -> None: ...

@@ -27,12 +27,12 @@ class ReferenceExecutor:
         """Runs up to ``max_steps`` steps, until no row is active or ``interrupt`` was called. Returns each step's
         seconds."""
         seconds: list[float] = []
-        self._interrupted = False
         while len(seconds) < max_steps and bool(self.state.active.any()) and not (seconds and self._interrupted):
             started = time.perf_counter()
             for index in range(len(self.program)):
                 self.run_instruction(index)
             seconds.append(time.perf_counter() - started)
+        self._interrupted = False  # not at the start: a call that has just been made must not be lost
         return seconds
 
     def steps(self, max_steps: int) -> Generator[float]:

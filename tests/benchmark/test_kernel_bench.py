@@ -11,8 +11,8 @@ from skipkernels.benchmark import bandwidth, shapes
 from skipkernels.benchmark.statistics import quantile
 from skipkernels.benchmark.torch_ops import bytes_of, torch_counterpart
 from skipkernels.cli.app import app
-from skipkernels.executors.cpu import CpuExecutor
 from skipkernels.engine import Engine
+from skipkernels.executors.cpu import CpuExecutor
 from skipkernels.program.table import OPS
 from skipkernels.skipping.policy import TimingPolicy
 from tests.benchmark.test_decode_bench import TINY

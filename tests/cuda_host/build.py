@@ -21,6 +21,8 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+from filelock import FileLock
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "cuda_host"
@@ -85,20 +87,21 @@ def compile_source(source: Path, flags: Sequence[str]) -> Path:
     def object_of_contents() -> Path:
         return CACHE / f"{source.name}-{key_of(plan, *(path.read_bytes() for path in made_from()))}.o"
 
-    with suppress(FileNotFoundError):  # a header is gone
-        if is_kept(headers) and is_kept(made := object_of_contents()):
-            return made
     CACHE.mkdir(parents=True, exist_ok=True)
-    fresh, fresh_headers = (CACHE / f"{plan}.{os.getpid()}.{suffix}" for suffix in ("o", "d"))
-    while True:
-        started = time.time()
-        run([*command, "-o", str(fresh), "-MMD", "-MF", str(fresh_headers)])
-        fresh_headers.rename(headers)
-        if all(path.stat().st_mtime < started for path in made_from()):  # nobody wrote while the compiler read
-            break
-    made = object_of_contents()
-    fresh.rename(made)
-    return made
+    with FileLock(CACHE / f"{plan}.lock"):  # two processes of one test run want the same object
+        with suppress(FileNotFoundError):  # a header is gone
+            if is_kept(headers) and is_kept(made := object_of_contents()):
+                return made
+        fresh, fresh_headers = (CACHE / f"{plan}.fresh.{suffix}" for suffix in ("o", "d"))
+        while True:
+            started = time.time()
+            run([*command, "-o", str(fresh), "-MMD", "-MF", str(fresh_headers)])
+            fresh_headers.rename(headers)
+            if all(path.stat().st_mtime < started for path in made_from()):  # nobody wrote while the compiler read
+                break
+        made = object_of_contents()
+        fresh.rename(made)
+        return made
 
 
 def is_kept(made: Path) -> bool:

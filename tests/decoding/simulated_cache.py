@@ -107,6 +107,8 @@ class SimulatedCache:
         preempted = {sequence for _, sequence in step.preempted}
         assert rows.issuperset(set(decoding) - preempted), "stalled: a decoding sequence has no row"
         assert not rows & preempted, "a preempted sequence has a row"
+        tables = {sequence.slot: tuple(sequence.blocks) for sequence in self.sequences}
+        assert all(tables.get(slot) == blocks for slot, blocks in step.block_tables), "a table of nobody's"
         assert step.num_prompt_rows <= self.scheduler.prompt_rows, "more prompt rows than there are"
         assert len({row.slot for row in step.decode_rows}) == len(step.decode_rows) <= self.slots
         assert 1 <= step.max_steps <= wish

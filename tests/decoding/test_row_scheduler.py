@@ -57,6 +57,40 @@ def test_a_second_prompt_shares_the_full_blocks_of_the_first() -> None:
     assert not step.copies
 
 
+def test_of_prompts_that_come_at_once_the_first_computes_what_they_have_in_common() -> None:
+    cache = SimulatedCache(block_size=4, prompt_rows=8, num_blocks=12)
+    first, second = cache.add(Sequence(range(14))), cache.add(Sequence([*range(13), 20]))
+    assert [chunk.sequence for chunk in cache.run_step().chunks] == [first]
+    step = cache.run_step()
+    assert [(chunk.sequence, chunk.start, chunk.end) for chunk in step.chunks] == [(first, 8, 13), (second, 8, 11)]
+    assert second.blocks[:2] == first.blocks[:2]
+    step = cache.run_step()
+    assert [(chunk.start, chunk.end) for chunk in step.chunks] == [(12, 13)], (
+        "a half-written block gives way to a full one"
+    )
+    assert len({*first.blocks, *second.blocks}) == len(first.blocks) + 1
+
+
+def test_no_room_for_the_copy_of_a_block_that_runs_is_no_room() -> None:
+    cache = SimulatedCache(block_size=4, num_blocks=3, prompt_rows=8)
+    cache.add(Sequence(range(8), max_new_tokens=5))
+    cache.run_step()
+    cache.run_step()
+    again = cache.add(Sequence(range(8), max_new_tokens=1))
+    assert again not in cache.run_step().admitted
+    cache.drain()
+    assert again.status is Status.FINISHED
+
+
+def test_the_start_of_a_prefix_is_kept_longest() -> None:
+    cache = SimulatedCache(block_size=4, num_blocks=3, prompt_rows=12)
+    for prompt in (range(12), range(20, 24)):  # the second needs a block of the first
+        cache.add(Sequence(prompt, max_new_tokens=1))
+        cache.drain()
+    cache.add(Sequence(range(12), max_new_tokens=1))
+    assert [(chunk.start, chunk.end) for chunk in cache.run_step().chunks] == [(8, 11)]
+
+
 def test_an_ended_sequence_still_lends_its_blocks_answer_included() -> None:
     cache = SimulatedCache(block_size=4)
     first = cache.add(Sequence(range(6), max_new_tokens=3))
@@ -208,7 +242,7 @@ def test_cancelled_while_waiting_running_and_in_flight() -> None:
     cache.run_step()
     cache.cancel(waiting)
     cache.run_step(in_flight=lambda: cache.cancel(running))
-    assert running.generated == []
+    assert (running.generated, running.num_cached) == ([], 0)
     cache.check_nothing_is_left()
 
 
@@ -277,8 +311,8 @@ def test_steps_follow_one_another() -> None:
     step = cache.scheduler.plan()
     with pytest.raises(AssertionError, match="planned already"):
         cache.scheduler.plan()
-    with pytest.raises(AssertionError, match="expected 1 to 1"):
-        cache.scheduler.commit(step, {0: [1, 2]})
+    with pytest.raises(AssertionError, match="100 new tokens, expected 1 to"):
+        cache.scheduler.commit(step, {0: [1] * 100})  # more than its blocks hold
 
 
 def test_nothing_to_do_is_an_empty_step() -> None:

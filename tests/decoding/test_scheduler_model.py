@@ -128,7 +128,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=150, stateful_step_count=40)
+TestScheduler.settings = settings(max_examples=100, stateful_step_count=40)
 
 
 class LeakyTables(BlockTables):

@@ -56,6 +56,7 @@ class Case:
     policies: tuple[Policy, ...]  # sequence i has the (i modulo their number)-th
     seed: int
     prompt_rows: tuple[int, ...] = ()  # of every sequence: the positions right before its decode row
+    idle_rows: int = 1  # prompt rows of no sequence
     multi_axis: bool = False  # prompt rows rotate by three positions
     num_layers: int = 4
     layout: Layout = LAYOUTS["cpu"]
@@ -125,7 +126,7 @@ class Case:
         state = DecodeState.allocate(
             self.config(),
             num_sequences=self.num_sequences,
-            num_prompt_rows=sum(prompt_rows) + 1,  # and one that is idle
+            num_prompt_rows=sum(prompt_rows) + self.idle_rows,
             num_blocks=sum(needed) + 2,
             max_seq_len=self.max_seq_len,
             dtype=self.dtype,

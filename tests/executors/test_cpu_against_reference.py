@@ -1,5 +1,8 @@
 """The CPU executor does what the reference does: every buffer is compared after every instruction."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,15 +36,10 @@ def test_every_buffer_agrees_in_a_long_sweep(isa: str, case: Case, num_threads: 
     check(case, isa, num_threads)
 
 
-@pytest.mark.parametrize("isa", _C.usable_isas())
-@pytest.mark.parametrize("batch_size", range(1, 17))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_batch_size_agrees(isa: str, batch_size: int, dtype: torch.dtype) -> None:
-    """Each batch size has register tiles of its own; the inner size is several blocks of the largest tile."""
+def plain_case(num_sequences: int, dtype: torch.dtype, **changes: Any) -> Case:
     case = Case(
-        batch_size=batch_size,
-        seq_lens=tuple((7 * row) % 11 for row in range(batch_size)),
-        active=(True,) * batch_size,
+        seq_lens=tuple((7 * row) % 11 for row in range(num_sequences)),
+        active=(True,) * num_sequences,
         hidden_size=49,
         intermediate_size=1100,
         vocab_size=50,
@@ -53,48 +51,90 @@ def test_every_batch_size_agrees(isa: str, batch_size: int, dtype: torch.dtype) 
         qkv_bias=False,
         o_proj_bias=False,
         dtype=dtype,
-        policy=DensePolicy(),
-        seed=batch_size,
+        policies=(DensePolicy(),),
+        seed=num_sequences,
         num_layers=1,
+    )
+    return replace(case, **changes)
+
+
+@pytest.mark.parametrize("isa", _C.usable_isas())
+@pytest.mark.parametrize("num_sequences", range(1, 17))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_number_of_sequences_agrees(isa: str, num_sequences: int, dtype: torch.dtype) -> None:
+    """Each number of rows has register tiles of its own; the inner size is several blocks of the largest tile."""
+    check(plain_case(num_sequences, dtype), isa, num_threads=2)
+
+
+@pytest.mark.parametrize("isa", _C.usable_isas())
+@pytest.mark.parametrize("prompt_rows", [1, 15, 47, 130, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_prompt_rows_agrees(isa: str, prompt_rows: int, dtype: torch.dtype) -> None:
+    """In one step with decode rows, far beyond what a register tile holds; positions lie in several splits."""
+    case = plain_case(
+        2,
+        dtype,
+        seq_lens=(prompt_rows + 20, 9),
+        prompt_rows=(prompt_rows, 4),
+        intermediate_size=60,
+        sliding_window=20,
+        num_layers=2,
     )
     check(case, isa, num_threads=2)
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        SkipPolicy(threshold=-1.0, span=None, cold_start=0, cold_end=0, warmup_tokens=0),
-        SkipPolicy(threshold=-1.0, span=2, cold_start=0, cold_end=1, warmup_tokens=3),
-        SkipPolicy(threshold=0.7, span=1, cold_start=0, cold_end=0, warmup_tokens=2),
-        SkipPolicy(threshold=0.7, span=1, cold_start=0, cold_end=0, warmup_tokens=0, batch_rule="majority"),
-        SkipPolicy(threshold=0.5, span=1, cold_start=0, cold_end=0, warmup_tokens=0, batch_rule="all"),
-        SkipPolicy(threshold=0.7, span=2, cold_start=0, cold_end=0, warmup_tokens=2, target_ratio=0.3),
-        FixedPolicy((0, 2), warmup_tokens=2),
-        RandomPolicy(0.5, seed=-3, cold_start=0, cold_end=0, warmup_tokens=2),
-        TimingPolicy(0.25),
-    ],
-    ids=lambda policy: policy.label,
-)
-@pytest.mark.parametrize("seed", range(3))
-def test_every_policy_agrees(policy: Policy, seed: int) -> None:
-    """Rows of every kind: in and past their warm-up, with and without a prompt before them, and idle."""
-    case = Case(
-        batch_size=7,
+@pytest.mark.parametrize("num_sequences", [33, 64])
+def test_many_sequences_agree(num_sequences: int) -> None:
+    policies = (
+        DensePolicy(),
+        SkipPolicy(threshold=0.5, span=1, cold_start=0, cold_end=0, warmup_tokens=2),
+        SkipPolicy(threshold=0.5, span=1, cold_start=0, cold_end=0, warmup_tokens=0, batch_rule="majority"),
+    )
+    case = plain_case(num_sequences, torch.float32, intermediate_size=60, num_layers=4, policies=policies)
+    check(case, "auto", num_threads=2)
+
+
+POLICIES = [
+    SkipPolicy(threshold=-1.0, span=None, cold_start=0, cold_end=0, warmup_tokens=0),
+    SkipPolicy(threshold=-1.0, span=2, cold_start=0, cold_end=1, warmup_tokens=3),
+    SkipPolicy(threshold=0.7, span=1, cold_start=0, cold_end=0, warmup_tokens=2),
+    SkipPolicy(threshold=0.7, span=1, cold_start=0, cold_end=0, warmup_tokens=0, batch_rule="majority"),
+    SkipPolicy(threshold=0.5, span=1, cold_start=0, cold_end=0, warmup_tokens=0, batch_rule="all"),
+    SkipPolicy(threshold=0.7, span=2, cold_start=0, cold_end=0, warmup_tokens=2, target_ratio=0.3),
+    FixedPolicy((0, 2), warmup_tokens=2),
+    RandomPolicy(0.5, seed=-3, cold_start=0, cold_end=0, warmup_tokens=2),
+    TimingPolicy(0.25),
+]
+
+
+def policy_case(policies: tuple[Policy, ...], seed: int) -> Case:
+    """Sequences of every kind: in and past their warm-up, with and without a prompt before them, and idle."""
+    return plain_case(
+        7,
+        torch.float32,
         seq_lens=(9, 30, 12, 0, 25, 14, 40),
         active=(True, True, False, True, True, True, True),
+        prompt_rows=(0, 3, 2, 0, 5, 0, 1),
         hidden_size=75,
         intermediate_size=100,
         vocab_size=90,
-        head_dim=10,
-        num_key_value_heads=2,
         group_size=3,
         sliding_window=20,
-        qk_norm=False,
         qkv_bias=True,
         o_proj_bias=True,
-        dtype=torch.float32,
-        policy=policy,
+        policies=policies,
         seed=seed,
         num_layers=6,
     )
-    check(case, "auto", num_threads=1)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.label)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_policy_agrees(policy: Policy, seed: int) -> None:
+    check(policy_case((policy,), seed), "auto", num_threads=1)
+
+
+@pytest.mark.parametrize("first", range(len(POLICIES) + 1))
+def test_policies_agree_side_by_side(first: int) -> None:
+    policies = (DensePolicy(), *POLICIES)
+    check(policy_case(policies[first:] + policies[:first], seed=first), "auto", num_threads=1)

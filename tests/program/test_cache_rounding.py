@@ -37,7 +37,7 @@ def test_the_cache_holds_what_torch_rounds_to(dtype: torch.dtype) -> None:
     chosen = torch.cat((torch.tensor(SPECIAL), ties, half_ties, subnormal, -ties, -subnormal))
     value = bits.to(torch.int32).view(torch.float32).clone()
     value[: len(chosen)] = chosen
-    cache = torch.zeros(1, 1, 2, HEAD_DIM, dtype=dtype)
+    cache = torch.zeros(2, 1, 16, HEAD_DIM, dtype=dtype)
     ins = instruction(
         "qkv_rope_append",
         when=torch.ones(1, dtype=torch.int32),
@@ -47,14 +47,16 @@ def test_the_cache_holds_what_torch_rounds_to(dtype: torch.dtype) -> None:
         qkv_bias=torch.cat((torch.zeros(2 * HEAD_DIM), value)),
         rope_cos=torch.ones(2, HEAD_DIM // 2),
         rope_sin=torch.zeros(2, HEAD_DIM // 2),
-        seq_len=torch.zeros(1, dtype=torch.int32),
         query=torch.zeros(1, 1, HEAD_DIM),
         k_cache=torch.zeros_like(cache),
         v_cache=cache,
+        block_table=torch.ones(1, 1, dtype=torch.int32),
+        row_sequence=torch.zeros(1, dtype=torch.int32),
+        row_position=torch.zeros(1, dtype=torch.int32),
         rms_norm_eps=1e-5,
     )
     run_natively(ins, dtype)
-    expected, actual = value.to(dtype), cache[0, 0, 0]
+    expected, actual = value.to(dtype), cache[1, 0, 0]
     assert torch.equal(actual.isnan(), expected.isnan())
     whole = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     numbers = ~expected.isnan() & (expected != 0)  # -0 plus a product of zero is +0

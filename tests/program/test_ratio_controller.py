@@ -1,6 +1,6 @@
 """A held skip ratio stays at its target whatever the similarities are, row by row, in the reference and natively."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from skipkernels.model.config import ModelConfig
 from skipkernels.model.weights import allocate_weights
 from skipkernels.program import Program, build_program
 from skipkernels.program.state import DecodeState
-from skipkernels.skipping.policy import RAMP_TOKENS, SkipPolicy
+from skipkernels.skipping.policy import RAMP_TOKENS, DensePolicy, FixedPolicy, Policy, RandomPolicy, SkipPolicy
 
 LAYERS, TOKENS = 24, 200
 WITHIN = 0.02
@@ -45,8 +45,9 @@ POLICIES = [
 ]
 
 
-def gates(policy: SkipPolicy, rows: int) -> tuple[DecodeState, Program]:
-    """A state of ``rows`` rows at their first token, and a step's gates over it with the instruction that ends it."""
+def gates(policies: Sequence[Policy]) -> tuple[DecodeState, Program]:
+    """A state of sequences under these policies, at their first token, and a step's gates over it with the instruction
+    that ends it."""
     config = ModelConfig(
         model_type="llama",
         hidden_size=2,
@@ -65,11 +66,15 @@ def gates(policy: SkipPolicy, rows: int) -> tuple[DecodeState, Program]:
         sliding_windows=(None,) * LAYERS,
         rope_parameters=(),
     )
-    state = DecodeState.allocate(config, batch_size=rows, max_seq_len=TOKENS + 1, dtype=torch.float32)
-    for row in range(rows):
-        state.begin_row(row, torch.tensor([0], dtype=torch.int32))
+    state = DecodeState.allocate(config, num_sequences=len(policies), max_seq_len=TOKENS + 1, dtype=torch.float32)
+    blocks = state.block_table.shape[1]
+    for slot, policy in enumerate(policies):
+        state.begin_sequence(slot, torch.tensor([0], dtype=torch.int32))
+        state.set_blocks(slot, range(slot * blocks, (slot + 1) * blocks))
+        state.set_policy(slot, policy.plan(LAYERS))
+        state.start_decoding(slot)
     state.max_new_tokens.fill_(TOKENS)
-    program = build_program(config, allocate_weights(config, torch.float32, TOKENS + 1), state, policy)
+    program = build_program(config, allocate_weights(config, torch.float32, TOKENS + 1), state, gated=True)
     return state, tuple(ins for ins in program if ins.op in ("skip_gate", "advance"))
 
 
@@ -78,15 +83,17 @@ def natively(program: Program, state: DecodeState) -> Executor:
 
 
 def skipped_ffns(
-    policy: SkipPolicy, sequences: list[Similarities], executor: Callable[[Program, DecodeState], Executor] = natively
+    policies: Policy | Sequence[Policy],
+    sequences: list[Similarities],
+    executor: Callable[[Program, DecodeState], Executor] = natively,
 ) -> np.ndarray:
-    """How many FFNs each row skips in each of TOKENS tokens, [rows, tokens]."""
-    state, program = gates(policy, len(sequences))
+    """How many FFNs each sequence skips in each of TOKENS tokens, [sequences, tokens]; one policy holds for all."""
+    state, program = gates([policies] * len(sequences) if isinstance(policies, Policy) else policies)
     runner = executor(program, state)
     for token in range(TOKENS):
         similarities = torch.tensor(np.stack([sequence(token) for sequence in sequences]), dtype=torch.float32)
         for index, ins in enumerate(program):
-            if ins.op == "skip_gate":
+            if ins.op == "skip_gate" and ins.scalars["layer"]:
                 state.similarity_partials[0, :, 0] = similarities[:, int(ins.scalars["layer"]) - 1]
                 state.similarity_partials[0, :, 1:] = 1.0
             runner.run_instruction(index)
@@ -126,14 +133,42 @@ def test_a_row_is_held_alone_as_in_a_batch() -> None:
         assert skipped_ffns(POLICIES[0], [sequences[index]])[0].tolist() == together[index].tolist()
 
 
+SIDE_BY_SIDE: list[tuple[Policy, str]] = [
+    (DensePolicy(), "all one"),
+    *((policy, "noise around a hill") for policy in POLICIES),
+    (SkipPolicy(0.9973, span=3, cold_start=4, cold_end=4, warmup_tokens=1), "noise around a hill"),
+    (SkipPolicy(0.99, span=2, batch_rule="all"), "drifting up"),
+    (FixedPolicy((0, 5, 23), warmup_tokens=3), "constant"),
+    (RandomPolicy(0.4, seed=5), "constant"),
+]
+
+
+def test_sequences_of_any_policy_side_by_side_skip_what_they_skip_alone() -> None:
+    policies, names = zip(*SIDE_BY_SIDE, strict=True)
+    together = skipped_ffns(policies, [SEQUENCES[name] for name in names])
+    for (policy, name), counts in zip(SIDE_BY_SIDE, together, strict=True):
+        assert counts.tolist() == skipped_ffns(policy, [SEQUENCES[name]])[0].tolist(), policy.label
+        if isinstance(policy, SkipPolicy) and policy.target_ratio is not None:
+            assert_held(counts, policy, policy.label)
+        assert counts.any() != isinstance(policy, DensePolicy)
+
+
+def test_native_code_decides_side_by_side_as_the_reference_does() -> None:
+    policies, names = zip(*SIDE_BY_SIDE, strict=True)
+    sequences = [SEQUENCES[name] for name in names]
+    expected = skipped_ffns(policies, sequences, ReferenceExecutor)
+    for policy, counts, reference in zip(policies, skipped_ffns(policies, sequences), expected, strict=True):
+        assert counts.tolist() == reference.tolist(), policy.label
+
+
 def test_similar_layers_are_taken_before_others() -> None:
     """On a hill of similarities the controller finds the level at which the top of the hill is the wanted share."""
     policy = SkipPolicy(0.5, span=1, cold_start=0, cold_end=0, warmup_tokens=1, target_ratio=0.2)
-    state, program = gates(policy, 1)
+    state, program = gates([policy])
     runner = natively(program, state)
     for _ in range(TOKENS):
         for index, ins in enumerate(program):
-            if ins.op == "skip_gate":
+            if ins.op == "skip_gate" and ins.scalars["layer"]:
                 state.similarity_partials[0, 0] = torch.tensor([middle[int(ins.scalars["layer"]) - 1], 1.0, 1.0])
             runner.run_instruction(index)
     skipped = (state.run_map[0, 100:TOKENS] == 0).float().mean(dim=0)

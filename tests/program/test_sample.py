@@ -59,7 +59,7 @@ def sample_instruction(logits: torch.Tensor, **settings: Any) -> Instruction:
     operands: dict[str, torch.Tensor] = {
         "logits": logits.repeat(rows, 1),
         "seen": torch.zeros(rows, logits.numel(), dtype=torch.uint8),
-        "generated": torch.zeros(rows, dtype=torch.int32),
+        "num_generated": torch.zeros(rows, dtype=torch.int32),
         "temperature": torch.ones(rows),
         "top_k": torch.zeros(rows, dtype=torch.int32),
         "top_p": torch.ones(rows),
@@ -78,7 +78,7 @@ def test_draws_follow_the_softmax_distribution() -> None:
     ins = sample_instruction(logits, temperature=0.8)
     counts = torch.zeros(len(logits), dtype=torch.double)
     for step in range(250):
-        ins.tensors["generated"].fill_(step)
+        ins.tensors["num_generated"].fill_(step)
         sample(ins)
         counts += torch.bincount(ins.tensors["next_token"], minlength=len(logits))
     expected = (logits.double() / 0.8).softmax(0) * counts.sum()
@@ -91,10 +91,10 @@ def test_draws_differ_between_rows_and_steps_and_repeat_with_their_seed() -> Non
     sample(ins)
     first = ins.tensors["next_token"].clone()
     assert len(first.unique()) > 12
-    ins.tensors["generated"].fill_(1)
+    ins.tensors["num_generated"].fill_(1)
     sample(ins)
     assert (ins.tensors["next_token"] != first).sum() > 12
-    ins.tensors["generated"].fill_(0)
+    ins.tensors["num_generated"].fill_(0)
     sample(ins)
     assert torch.equal(ins.tensors["next_token"], first)
 
@@ -106,7 +106,7 @@ def test_only_surviving_tokens_are_drawn(settings: dict[str, float]) -> None:
     assert 1 < kept.sum() < 8
     ins, drawn = sample_instruction(logits, **settings), set()
     for step in range(20):
-        ins.tensors["generated"].fill_(step)
+        ins.tensors["num_generated"].fill_(step)
         sample(ins)
         drawn.update(ins.tensors["next_token"].tolist())
     assert drawn == set(kept.nonzero()[:, 0].tolist())

@@ -8,7 +8,7 @@ import torch
 from skipkernels import _C
 from skipkernels.program.reference import REFERENCE
 from skipkernels.program.state import LAYOUTS
-from skipkernels.program.table import OPS, instruction
+from skipkernels.program.table import OPS, Instruction, instruction
 from skipkernels.skipping.policy import BATCH_RULES, GATE_MODES
 
 
@@ -27,7 +27,11 @@ def test_python_and_native_code_know_the_same_fields(name: str) -> None:
 
 def test_python_and_native_code_have_the_same_limits() -> None:
     assert _C.rows_per_partial == LAYOUTS["cpu"].rows_per_partial
-    assert GATE_MODES == ("similarity", "fixed", "random")  # the order of program.h's enumerations
+    assert GATE_MODES == (
+        "similarity",
+        "fixed",
+        "random",
+    )  # from 1 on in program.h, where 0 is dense
     assert BATCH_RULES == ("per_row", "all", "majority")
 
 
@@ -45,7 +49,7 @@ def operands() -> dict[str, Any]:
 def test_a_valid_instruction_knows_its_sizes() -> None:
     ins = instruction("o_proj_add", **operands())
     assert ins.sizes == {
-        "batch_size": 2,
+        "num_rows": 2,
         "num_attention_heads": 3,
         "head_dim": 4,
         "hidden_size": 5,
@@ -63,10 +67,10 @@ def test_a_valid_instruction_knows_its_sizes() -> None:
         ({"o_proj": [1.0]}, "o_proj must be a tensor, got list"),
         ({"o_proj": torch.zeros(5, 12, dtype=torch.int8)}, "o_proj has dtype torch.int8"),
         ({"hidden_states": torch.zeros(2, 5).half()}, "hidden_states has dtype torch.float16, expected torch.float32"),
-        ({"hidden_states": torch.zeros(5)}, r"hidden_states has shape \(5,\), expected \(batch_size, hidden_size\)"),
+        ({"hidden_states": torch.zeros(5)}, r"hidden_states has shape \(5,\), expected \(num_rows, hidden_size\)"),
         ({"hidden_states": torch.zeros(5, 2).T}, r"hidden_states is not contiguous \(strides \(1, 2\)\)"),
         ({"hidden_states": torch.zeros(2, 5, device="meta")}, "hidden_states is on meta, expected cpu"),
-        ({"hidden_states": torch.zeros(3, 5)}, "hidden_states has batch_size=3, expected 2"),
+        ({"hidden_states": torch.zeros(3, 5)}, "hidden_states has num_rows=3, expected 2"),
         ({"o_proj_bias": torch.zeros(6)}, "o_proj_bias has hidden_size=6, expected 5"),
         ({"o_proj": torch.zeros(5, 13)}, "break the relation: attention_size = num_attention_heads head_dim"),
         ({"when": torch.ones(2)}, r"when must be int32 \[2\], got torch.float32 \[2\]"),
@@ -89,6 +93,26 @@ def test_a_missing_scalar_is_named() -> None:
         instruction("lm_head", when=torch.ones(1, dtype=torch.int32), **tensors)
 
 
+def lm_head(num_rows: int, num_sequences: int, flags: int) -> Instruction:
+    return instruction(
+        "lm_head",
+        when=torch.ones(flags, dtype=torch.int32),
+        hidden_states=torch.zeros(num_rows, 4),
+        norm=torch.zeros(4),
+        lm_head=torch.zeros(3, 4),
+        logits=torch.zeros(num_sequences, 3),
+        rms_norm_eps=1e-5,
+    )
+
+
+def test_prompt_rows_take_no_part_in_what_is_done_for_sequences() -> None:
+    assert lm_head(num_rows=5, num_sequences=2, flags=2).rows == [0, 1]
+    with pytest.raises(ValueError, match=r"lm_head: when must be int32 \[2\], got torch.int32 \[5\]"):
+        lm_head(num_rows=5, num_sequences=2, flags=5)
+    of_sequences = [name for name, op in OPS.items() if op.rows == "num_sequences"]
+    assert of_sequences == ["skip_gate", "lm_head", "sample"]
+
+
 def test_weights_of_one_instruction_share_a_dtype() -> None:
     with pytest.raises(ValueError, match=r"k_cache has dtype torch.float16, expected torch.float32 as its fellows"):
         instruction(
@@ -99,10 +123,12 @@ def test_weights_of_one_instruction_share_a_dtype() -> None:
             qkv_proj=torch.zeros(6, 4),
             rope_cos=torch.zeros(8, 1),
             rope_sin=torch.zeros(8, 1),
-            seq_len=torch.zeros(1, dtype=torch.int32),
             query=torch.zeros(1, 1, 2),
             k_cache=torch.zeros(1, 1, 8, 2).half(),
             v_cache=torch.zeros(1, 1, 8, 2),
+            block_table=torch.zeros(1, 1, dtype=torch.int32),
+            row_sequence=torch.zeros(1, dtype=torch.int32),
+            row_position=torch.zeros(1, dtype=torch.int32),
             rms_norm_eps=1e-5,
         )
 
@@ -112,14 +138,14 @@ def test_weights_of_one_instruction_share_a_dtype() -> None:
     [
         ({"op": "no_such_op"}, "unknown op 'no_such_op'"),
         ({"dtype": "fp8"}, "unknown weight dtype 'fp8'; use fp32, bf16 or fp16"),
-        ({"batch_size": 17}, r"batch_size must lie in 1\.\.16, got 17"),
+        ({"num_rows": 0}, "num_rows must be at least 1, got 0"),
         ({"when": 0}, "when is a null pointer"),
-        ({"operands": {}}, "embed takes 6 operands, got 0"),
+        ({"operands": {}}, "embed takes 8 operands, got 0"),
     ],
 )
 def test_native_instructions_are_checked_too(change: dict[str, Any], message: str) -> None:
     names = _C.instruction_set()["embed"]
-    valid = {"op": "embed", "dtype": "fp32", "when": 1, "batch_size": 1, "operands": dict.fromkeys(names, 1)}
+    valid = {"op": "embed", "dtype": "fp32", "when": 1, "num_rows": 1, "operands": dict.fromkeys(names, 1)}
     _C.Instruction(**valid)
     with pytest.raises(ValueError, match=message):
         _C.Instruction(**{**valid, **change})

@@ -27,8 +27,9 @@ SCALE_BOUND = tl.constexpr(RatioController.SCALE_BOUND)
 
 SEQUENCES_PER_WARP = 16
 MOST_WARPS = 8
-SUMS_IN_FLIGHT = 128
-"""Partial sums a thread has on their way from memory: they are added one after the other, but need not come so."""
+PARTIALS_TOGETHER = 64
+SUMS_PER_THREAD = 128
+"""Partial sums on their way from memory at once: they are added one after the other, but need not come so."""
 
 
 @triton.jit
@@ -152,7 +153,7 @@ def skip_gate_kernel(
         scale = tl.where(adapts, clamp(scale * (1.0 + behind * GAIN), 1.0 / SCALE_BOUND, SCALE_BOUND), scale)
         behind = tl.div_rn(owed_now, slack)
         allowed = tl.maximum(tl.floor(owed_now + slack), 0.0).to(tl.int32)
-        limit = (1.0 - threshold) * scale
+        limit = tl.where(holds, 1.0 - threshold, 0.0) * scale
         limit = tl.where(behind >= 0, limit * (1.0 + behind), tl.div_rn(limit, 1.0 - tl.minimum(behind, 0.0)))
         triggers = tl.where(holds, (allowed > 0) & ((behind >= 1.0) | (1.0 - found <= limit)), triggers)
         span = tl.where(holds, tl.minimum(span, allowed), span)
@@ -175,7 +176,10 @@ def skip_gate_kernel(
 def skip_gate(ins: Instruction) -> tuple[Launch, ...]:
     block = triton.next_power_of_2(ins.sizes["num_sequences"])
     warps = min(MOST_WARPS, max(1, block // SEQUENCES_PER_WARP))
-    sums = triton.cdiv(4 * block, 32 * warps)  # of a partial, in each thread
-    together = min(max(1, SUMS_IN_FLIGHT // sums), triton.next_power_of_2(ins.sizes["num_partials"]))
-    blocks = {"BLOCK_SEQUENCES": block, "PARTIALS_TOGETHER": together}
+    sums = triton.cdiv(4 * block, 32 * warps)  # of one partial, in each thread
+    together = min(PARTIALS_TOGETHER, max(1, SUMS_PER_THREAD // sums))
+    blocks = {
+        "BLOCK_SEQUENCES": block,
+        "PARTIALS_TOGETHER": min(together, triton.next_power_of_2(ins.sizes["num_partials"])),
+    }
     return (Launch.of(skip_gate_kernel, ins, (1,), blocks, num_warps=warps, fuse_multiply_add=False),)

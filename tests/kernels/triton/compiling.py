@@ -18,7 +18,7 @@ from skipkernels.kernels.triton.launch import Launch
 from skipkernels.model.config import ModelConfig
 from skipkernels.model.weights import allocate_weights
 from skipkernels.program import build_program
-from skipkernels.program.state import LAYOUTS, DecodeState
+from skipkernels.program.state import LAYOUTS, DecodeState, Layout
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -43,7 +43,14 @@ class Compiled:
 
 
 def launches(
-    shapes: str, dtype: torch.dtype, num_sequences: int, num_prompt_rows: int, *, gated: bool, **changes: object
+    shapes: str,
+    dtype: torch.dtype,
+    num_sequences: int,
+    num_prompt_rows: int,
+    *,
+    gated: bool,
+    layout: Layout = LAYOUTS["cuda"],
+    **changes: object,
 ) -> Iterator[Launch]:
     """One of each kernel that a decode of these shapes launches; no memory is taken for the model."""
     config = ModelConfig.from_hf(shape_config(shapes, 4096))
@@ -56,7 +63,7 @@ def launches(
         max_seq_len=4096,
         dtype=dtype,
         device="meta",
-        layout=LAYOUTS["cuda"],
+        layout=layout,
     )
     program = {ins.op: ins for ins in build_program(config, weights, state, gated=gated)}
     for op, ins in program.items():

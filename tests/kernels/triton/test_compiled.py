@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +10,10 @@ import torch
 pytest.importorskip("triton")
 
 from skipkernels.model.config import resolve_dtype
-from skipkernels.skipping.policy import Policy, RandomPolicy, SkipPolicy
+from skipkernels.program.state import LAYOUTS
 from tests.kernels.triton.compiling import Compiled, compile_launch, launches
 
-POLICY = SkipPolicy(threshold=0.9, span=2, cold_start=0, cold_end=0, warmup_tokens=4)
-HOLDING = SkipPolicy(threshold=0.9, span=2, cold_start=0, cold_end=0, warmup_tokens=4, target_ratio=0.25)
-TOGETHER = SkipPolicy(threshold=0.9, span=2, cold_start=0, cold_end=0, warmup_tokens=4, batch_rule="majority")
-RANDOM = RandomPolicy(0.25, seed=-(2**40), cold_start=0, cold_end=0, warmup_tokens=4)
+MULTI_AXIS = (("rope_type", "default"), ("rope_theta", 10000.0), ("mrope_section", (16, 24, 24)))
 SHARED_BYTES = 99 * 1024
 """The most a program may have on every GPU from compute capability 8.0 on."""
 
@@ -29,13 +27,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def compile_all(
-    capability: int, shapes: str, dtype: torch.dtype, batch_size: int, policy: Policy, **changes: object
+    capability: int, shapes: str, dtype: torch.dtype, rows: tuple[int, int], *, gated: bool = True, **changes: object
 ) -> dict[str, Compiled]:
     kernels = {}
-    for launch in launches(shapes, dtype, batch_size, policy, **changes):
+    for launch in launches(shapes, dtype, *rows, gated=gated, **changes):
         kernel = compile_launch(launch, capability)
         print(
-            f"sm_{capability} {shapes} {dtype} batch {batch_size} {kernel.name}: {kernel.registers} registers, "
+            f"sm_{capability} {shapes} {dtype} rows {rows} {kernel.name}: {kernel.registers} registers, "
             f"{kernel.stack_bytes} bytes of stack, {kernel.shared_bytes} of shared memory"
         )
         assert kernel.stack_bytes == 0, f"{kernel.name} spills {kernel.stack_bytes} bytes a thread"
@@ -46,7 +44,7 @@ def compile_all(
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, Compiled]:
-    return compile_all(90, "llama-3-8b", torch.bfloat16, 1, HOLDING)
+    return compile_all(90, "llama-3-8b", torch.bfloat16, (1, 0))
 
 
 def test_nothing_spills(kernels: dict[str, Compiled]) -> None:
@@ -74,11 +72,32 @@ def test_arithmetic_that_must_give_the_references_bits_rounds_every_operation(
     assert not re.search(r"(fma\.rn|div\.full|\w+\.approx)(\.ftz)?\.f32", kernel.ptx)
 
 
-def test_progress_is_released_behind_all_other_writes(kernels: dict[str, Compiled]) -> None:
-    before, _, after = kernels["advance_kernel"].ptx.partition("atom.global.sys.release.exch.b64")
-    assert after
+def test_progress_is_one_plain_store_behind_a_fence_for_all_others(kernels: dict[str, Compiled]) -> None:
+    """Atomics need not be atomic for the host, across its bus; a fence covers what other threads wrote only once they
+    have met at a barrier."""
+    ptx = kernels["advance_kernel"].ptx
+    before, _, after = ptx.partition("fence.acq_rel.sys")
     assert "bar.sync" in before.rpartition("st.global")[2]
-    assert "st.global" not in after
+    behind = after.partition("$L__BB")[0]  # the prompt row's branch comes next
+    assert re.findall(r"st\.global\S*", behind) == ["st.global.b64"]
+    assert "atom" not in ptx
+
+
+def test_attention_is_one_code_for_blocks_of_every_size() -> None:
+    """Its sums have the same order, and a row the same bits, by construction."""
+    codes = []
+    for block_size in (16, 24, 32):
+        layout = replace(LAYOUTS["cuda"], block_size=block_size)
+        chosen = launches("llama-3.2-1b", torch.bfloat16, 1, 0, gated=False, layout=layout)
+        codes += [
+            compile_launch(launch, 90).ptx for launch in chosen if launch.kernel.__name__ == "attend_split_kernel"
+        ]
+    assert codes[0] == codes[1] == codes[2]
+
+
+@pytest.mark.parametrize("rows", [(16, 16), (64, 0)])
+def test_many_rows_spill_nothing(rows: tuple[int, int]) -> None:
+    compile_all(90, "llama-3-8b", torch.bfloat16, rows, rope_parameters=MULTI_AXIS)
 
 
 @pytest.mark.slow
@@ -94,18 +113,19 @@ def test_progress_is_released_behind_all_other_writes(kernels: dict[str, Compile
         ("llama-3-8b", "bf16"),
     ],
 )
-@pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_nothing_spills_anywhere(capability: int, shapes: str, dtype: str, batch_size: int) -> None:
-    compile_all(capability, shapes, resolve_dtype(dtype), batch_size, POLICY)
+@pytest.mark.parametrize("rows", [(1, 0), (2, 0), (16, 0), (4, 60), (64, 0)])
+def test_nothing_spills_anywhere(capability: int, shapes: str, dtype: str, rows: tuple[int, int]) -> None:
+    compile_all(capability, shapes, resolve_dtype(dtype), rows)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("policy", [HOLDING, TOGETHER, RANDOM], ids=lambda policy: policy.label)
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_nothing_spills_with_biases_and_norms_of_heads(capability: int, policy: Policy, batch_size: int) -> None:
-    """The other variants of the kernels: Qwen's biases and norms, and every kind of gate."""
-    compile_all(
-        capability, "llama-3-8b", torch.bfloat16, batch_size, policy, qkv_bias=True, o_proj_bias=True, qk_norm=True
-    )
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rows", [(1, 0), (4, 0), (4, 60)])
+def test_nothing_spills_with_biases_norms_of_heads_and_axes(
+    capability: int, rows: tuple[int, int], *, gated: bool
+) -> None:
+    """The other variants of the kernels: Qwen's biases and norms, three positions, the dense program."""
+    variants = {"qkv_bias": True, "o_proj_bias": True, "qk_norm": True, "rope_parameters": MULTI_AXIS}
+    compile_all(capability, "llama-3-8b", torch.bfloat16, rows, gated=gated, **variants)

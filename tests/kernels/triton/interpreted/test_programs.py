@@ -63,7 +63,7 @@ def plain_case(num_sequences: int, dtype: torch.dtype, **changes: object) -> Cas
 
 
 @settings(max_examples=4)
-@given(case=cases(layout=LAYOUT))
+@given(case=cases(layout=LAYOUT, max_sequences=4))
 def test_every_buffer_agrees_after_every_instruction(case: Case) -> None:
     check(small(case))
 
@@ -75,88 +75,132 @@ def test_every_buffer_agrees_in_a_long_sweep(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.parametrize("batch_size", range(1, 17))
-def test_every_batch_size_agrees(batch_size: int) -> None:
-    """``sample`` has a program for each row, so that a batch is nothing new to it."""
-    dtype = DTYPES[batch_size % 3] if batch_size > 1 else torch.bfloat16
-    check(plain_case(batch_size, dtype), [op for op in TRITON if op != "sample"])
+@pytest.mark.parametrize("rows", [*range(1, 18), 33])
+def test_every_number_of_rows_agrees(rows: int) -> None:
+    """``sample`` has a program for each row, so that more of them are nothing new to it."""
+    dtype = DTYPES[rows % 3] if rows > 1 else torch.bfloat16
+    check(plain_case(rows, dtype, idle_rows=0), [op for op in TRITON if op != "sample"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", range(1, 17))
+@pytest.mark.parametrize("rows", range(1, 18))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_batch_size_agrees_in_every_dtype(batch_size: int, dtype: torch.dtype) -> None:
-    check(plain_case(batch_size, dtype, hidden_size=49, intermediate_size=70, head_dim=20, qk_norm=True))
+def test_every_number_of_rows_agrees_in_every_dtype(rows: int, dtype: torch.dtype) -> None:
+    check(plain_case(rows, dtype, idle_rows=0, hidden_size=49, intermediate_size=70, head_dim=20, qk_norm=True))
+
+
+@pytest.mark.parametrize("multi_axis", [False, True])
+@pytest.mark.parametrize("block_size", [16, 3])
+def test_prompt_rows_in_several_tiles_agree(block_size: int, multi_axis: bool) -> None:
+    """20 rows of prompts beside 4 of sequences, one of which is idle: tokens, tokens computed again, embeddings."""
+    case = plain_case(
+        4,
+        torch.float16,
+        seq_lens=(9, 12, 8, 5),
+        active=(True, True, True, False),
+        prompt_rows=(6, 9, 5, 0),
+        head_dim=10,
+        qk_norm=True,
+        num_layers=2,
+        policies=(SkipPolicy(threshold=0.3, span=1, cold_start=0, cold_end=0, warmup_tokens=0), DensePolicy()),
+        multi_axis=multi_axis,
+        layout=replace(LAYOUT, block_size=block_size),
+    )
+    check(case, [op for op in TRITON if op != "sample"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_long_rows_take_several_tiles(batch_size: int, dtype: torch.dtype) -> None:
-    case = plain_case(batch_size, dtype, hidden_size=2100, vocab_size=9)
-    check(case, ["lm_head"])
-    check(plain_case(batch_size, dtype, intermediate_size=2100), ["down_proj_add"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_long_rows_take_several_tiles(rows: int, dtype: torch.dtype) -> None:
+    check(plain_case(rows, dtype, idle_rows=0, hidden_size=2100, vocab_size=9), ["lm_head"])
+    check(plain_case(rows, dtype, idle_rows=0, intermediate_size=2100), ["down_proj_add"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_matrices_of_many_rows_take_large_tiles(batch_size: int, dtype: torch.dtype) -> None:
-    check(plain_case(batch_size, dtype, vocab_size=8300), ["lm_head"])
-    check(plain_case(batch_size, dtype, intermediate_size=4150), ["gate_up_silu"])
-    check(plain_case(batch_size, dtype, hidden_size=8300), ["o_proj_add", "down_proj_add"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_matrices_of_many_rows_take_large_tiles(rows: int, dtype: torch.dtype) -> None:
+    check(plain_case(rows, dtype, idle_rows=0, vocab_size=8300), ["lm_head"])
+    check(plain_case(rows, dtype, idle_rows=0, intermediate_size=4150), ["gate_up_silu"])
+    check(plain_case(rows, dtype, idle_rows=0, hidden_size=8300), ["o_proj_add", "down_proj_add"])
 
 
 @pytest.mark.parametrize("rows_per_partial", [1, 24])
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_partials_may_be_cut_anywhere(batch_size: int, rows_per_partial: int) -> None:
+@pytest.mark.parametrize("prompt_rows", [(), (2,)])
+def test_partials_may_be_cut_anywhere(prompt_rows: tuple[int, ...], rows_per_partial: int) -> None:
     policy = SkipPolicy(threshold=0.7, span=1, cold_start=0, cold_end=0, warmup_tokens=0)
-    layout = replace(LAYOUT, rows_per_partial=rows_per_partial)
-    case = plain_case(batch_size, torch.float32, hidden_size=53, num_layers=2, policy=policy, layout=layout)
+    case = plain_case(
+        1,
+        torch.float32,
+        seq_lens=(4,),
+        prompt_rows=prompt_rows,
+        idle_rows=0,
+        hidden_size=53,
+        num_layers=2,
+        policies=(policy,),
+        layout=replace(LAYOUT, rows_per_partial=rows_per_partial),
+    )
     check(case, ["down_proj_add", "skip_gate"])
 
 
 @pytest.mark.parametrize("sliding_window", [None, 1, 64, 100])
-@pytest.mark.parametrize("kv_split", [64, 24])
-def test_attention_over_several_splits(kv_split: int, sliding_window: int | None) -> None:
-    layout = replace(LAYOUT, kv_split=kv_split)
-    case = plain_case(2, torch.bfloat16, seq_lens=(130, 63), sliding_window=sliding_window, layout=layout)
-    check(replace(case, num_layers=2), ["decode_attention"])  # the last layer has no window
+@pytest.mark.parametrize(("kv_split_size", "block_size"), [(64, 32), (24, 64)])
+def test_attention_over_several_splits(kv_split_size: int, block_size: int, sliding_window: int | None) -> None:
+    case = plain_case(
+        2,
+        torch.bfloat16,
+        seq_lens=(130, 63),
+        prompt_rows=(2, 0),
+        sliding_window=sliding_window,
+        num_layers=2,  # the last layer has no window
+        layout=replace(LAYOUT, kv_split_size=kv_split_size, block_size=block_size),
+    )
+    check(case, ["decode_attention"])
 
 
 def test_attention_merges_more_splits_than_it_holds_at_once() -> None:
-    layout = replace(LAYOUT, kv_split=2)
+    layout = replace(LAYOUT, kv_split_size=2)
     check(plain_case(1, torch.float32, seq_lens=(90,), layout=layout), ["decode_attention"])
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        SkipPolicy(threshold=-1.0, span=2, cold_start=0, cold_end=1, warmup_tokens=3),
-        SkipPolicy(threshold=0.7, span=1, cold_start=0, cold_end=0, warmup_tokens=0, batch_rule="majority"),
-        SkipPolicy(threshold=0.5, span=1, cold_start=0, cold_end=0, warmup_tokens=0, batch_rule="all"),
-        SkipPolicy(threshold=0.7, span=2, cold_start=0, cold_end=0, warmup_tokens=2, target_ratio=0.3),
-        FixedPolicy((0, 2), warmup_tokens=2),
-        RandomPolicy(0.5, seed=-3, cold_start=0, cold_end=0, warmup_tokens=2),
-        TimingPolicy(0.25),
-    ],
-    ids=lambda policy: policy.label,
+ALL = SkipPolicy(threshold=0.5, span=1, cold_start=0, cold_end=0, warmup_tokens=0, batch_rule="all")
+MAJORITY = SkipPolicy(threshold=0.7, span=1, cold_start=0, cold_end=0, warmup_tokens=0, batch_rule="majority")
+POLICIES = (
+    SkipPolicy(threshold=-1.0, span=2, cold_start=0, cold_end=1, warmup_tokens=3),
+    MAJORITY,
+    ALL,
+    SkipPolicy(threshold=0.7, span=2, cold_start=0, cold_end=0, warmup_tokens=2, target_ratio=0.3),
+    FixedPolicy((0, 2), warmup_tokens=2),
+    RandomPolicy(0.5, seed=-3, cold_start=0, cold_end=0, warmup_tokens=2),
+    TimingPolicy(0.25),
 )
+GATED_OPS = ("skip_gate", "gate_up_silu", "down_proj_add", "advance")
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.label)
 def test_every_policy_agrees(policy: Policy) -> None:
-    """Rows in and past their warm-up, with and without a prompt before them, and an idle one."""
+    """Sequences in and past their warm-up, with and without a prompt before them, and an idle one."""
     case = plain_case(
         5,
         torch.float32,
         seq_lens=(9, 30, 12, 0, 25),
         active=(True, True, False, True, True),
-        policy=policy,
+        policies=(policy,),
         num_layers=4,
     )
-    check(case, ["skip_gate", "gate_up_silu", "down_proj_add", "advance"])
+    check(case, GATED_OPS)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_a_skipped_ffn_reads_none_of_its_weights(batch_size: int) -> None:
-    case = plain_case(batch_size, torch.bfloat16, num_layers=2)
+def test_policies_beside_one_another_agree() -> None:
+    """Groups that decide together decide among themselves, whoever else is in the step."""
+    policies = (*POLICIES, DensePolicy(), MAJORITY, ALL)
+    case = plain_case(20, torch.float32, policies=policies, hidden_size=5, num_layers=4)
+    check(case, ["skip_gate"])
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_skipped_ffn_reads_none_of_its_weights(rows: int) -> None:
+    case = plain_case(rows, torch.bfloat16, idle_rows=0, num_layers=2)
     weights, state = case.weights(), case.state()
     for matrix in (weights.layers[1].gate_up_proj, weights.layers[1].down_proj):
         matrix.fill_(float("nan"))
@@ -178,9 +222,11 @@ def test_a_skipped_ffn_reads_none_of_its_weights(batch_size: int) -> None:
 
 @pytest.mark.parametrize("op", MATRIX_OPS)
 def test_rows_alone_and_together_agree_bit_by_bit(op: str) -> None:
-    """In a batch, a row's result does not depend on which other rows are active."""
-    case = plain_case(3, torch.bfloat16, seq_lens=(4, 5, 6))
+    """A row's result does not depend on which other rows are active."""
+    case = plain_case(3, torch.bfloat16, seq_lens=(4, 5, 6), prompt_rows=(0, 2, 3))
     together, alone = case.state(), replace(case, active=(False, True, False)).state()
+    alone.active[5:] = 0  # the third sequence's prompt rows
+    alone.run_ffn[:, 5:] = 0
     for state in (together, alone):
         program = case.program(case.weights(), state)
         for index, ins in enumerate(program[:-2]):
@@ -188,5 +234,6 @@ def test_rows_alone_and_together_agree_bit_by_bit(op: str) -> None:
             if ins.op == op:
                 break
     for name in ("query", "hidden_states", "intermediate", "logits"):
-        rows = getattr(together, name)[1], getattr(alone, name)[1]
-        assert torch.equal(rows[0].nan_to_num(-7.0), rows[1].nan_to_num(-7.0))
+        buffers = getattr(together, name), getattr(alone, name)
+        for row in (1, 3, 4) if len(buffers[0]) > 3 else (1,):
+            assert torch.equal(buffers[0][row].nan_to_num(-7.0), buffers[1][row].nan_to_num(-7.0))

@@ -1,4 +1,4 @@
-"""What the kernels read: every weight once for the whole batch, nothing of a skipped FFN, nothing of other rows."""
+"""What the kernels read: every weight once for a tile of rows, nothing of a skipped FFN, nothing of other rows."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ from triton.runtime import interpreter
 from skipkernels.kernels.triton import TRITON
 from skipkernels.program.state import DecodeState
 from skipkernels.program.table import Instruction
+from skipkernels.skipping.policy import DensePolicy, SkipPolicy
 from tests.kernels.triton.interpreted.test_programs import plain_case
 
 MATRICES = {
@@ -39,26 +40,34 @@ def reads_of(tensor: torch.Tensor, addresses: list[np.ndarray]) -> np.ndarray:
     return np.bincount(offsets // tensor.element_size(), minlength=tensor.numel())
 
 
-def program(batch_size: int, active: tuple[bool, ...]) -> tuple[dict[str, Instruction], DecodeState]:
-    case = plain_case(batch_size, torch.bfloat16, active=active, hidden_size=37, intermediate_size=21)
+def program(num_sequences: int, **changes: object) -> tuple[dict[str, Instruction], DecodeState]:
+    case = plain_case(num_sequences, torch.bfloat16, hidden_size=53, intermediate_size=21, **changes)
     state = case.state()
     return {ins.op: ins for ins in case.program(case.weights(), state)}, state
 
 
 @pytest.mark.parametrize("op", MATRICES)
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_every_weight_is_read_once_for_the_whole_batch(op: str, batch_size: int, addresses: list[np.ndarray]) -> None:
-    instructions, _ = program(batch_size, (True,) * batch_size)
+@pytest.mark.parametrize(("rows", "tiles"), [(1, 1), (3, 1), (16, 1), (20, 2)])
+def test_every_weight_is_read_once_for_a_tile_of_rows(
+    op: str, rows: int, tiles: int, addresses: list[np.ndarray]
+) -> None:
+    instructions, _ = program(rows, idle_rows=0)
+    TRITON[op](instructions[op])
+    assert (reads_of(instructions[op].tensors[MATRICES[op]], addresses) == tiles).all()
+
+
+@pytest.mark.parametrize("op", MATRICES)
+def test_a_tile_without_active_rows_reads_no_weight(op: str, addresses: list[np.ndarray]) -> None:
+    instructions, _ = program(20, idle_rows=0)
+    instructions[op].when[:16] = 0
     TRITON[op](instructions[op])
     assert (reads_of(instructions[op].tensors[MATRICES[op]], addresses) == 1).all()
 
 
 @pytest.mark.parametrize("op", MATRICES)
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_where_no_row_is_wanted_nothing_is_read_but_the_flags(
-    op: str, batch_size: int, addresses: list[np.ndarray]
-) -> None:
-    instructions, _ = program(batch_size, (True,) * batch_size)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_where_no_row_is_wanted_nothing_is_read_but_the_flags(op: str, rows: int, addresses: list[np.ndarray]) -> None:
+    instructions, _ = program(rows, idle_rows=0)
     instructions[op].when.zero_()
     TRITON[op](instructions[op])
     flags = reads_of(instructions[op].when, addresses)
@@ -66,12 +75,33 @@ def test_where_no_row_is_wanted_nothing_is_read_but_the_flags(
     assert flags.sum() == sum(len(read) for read in addresses)
 
 
-@pytest.mark.parametrize("op", [op for op in TRITON if op != "skip_gate"])
+@pytest.mark.parametrize("op", TRITON)
 def test_nothing_of_other_rows_is_read(op: str, addresses: list[np.ndarray]) -> None:
-    instructions, state = program(3, (True, False, True))
+    """The second of three sequences is idle, and so is the last of five prompt rows: no other axis is as long."""
+    policy = SkipPolicy(threshold=0.5, span=1, cold_start=0, cold_end=0, warmup_tokens=0, target_ratio=0.1)
+    instructions, state = program(
+        3, active=(True, False, True), prompt_rows=(2, 0, 2), seq_lens=(4, 7, 9), num_layers=4, policies=(policy,)
+    )
     TRITON[op](instructions[op])
+    idle = {state.num_rows: (1, -1), state.num_sequences: (1,), state.num_prompt_rows: (-1,)}
     for name, buffer in state.buffers():
-        if buffer.shape[0] == 3 and name != "active":
-            assert not reads_of(buffer[1], addresses).any(), name
-    assert not reads_of(state.k_cache[0, 1], addresses).any()
-    assert not reads_of(state.v_cache[0, 1], addresses).any()
+        if name in ("active", "run_ffn"):  # the flags
+            continue
+        reads = reads_of(buffer, addresses).reshape(buffer.shape)
+        for axis in (0, 1)[: buffer.dim()]:
+            for row in idle.get(buffer.shape[axis], ()):
+                assert not np.take(reads, row, axis).any(), f"{name}, row {row} of axis {axis}"
+    blocks = state.block_table[1][state.block_table[1] >= 0].tolist()
+    assert blocks
+    for cache in (state.k_cache, state.v_cache):
+        assert not reads_of(cache, addresses).reshape(cache.shape)[:, blocks].any()
+
+
+def test_a_dense_sequence_beside_a_gated_one_is_not_measured(addresses: list[np.ndarray]) -> None:
+    policy = SkipPolicy(threshold=0.5, span=1, cold_start=0, cold_end=0, warmup_tokens=0)
+    instructions, state = program(2, num_layers=4, policies=(policy, DensePolicy()))
+    state.gated.fill_(1)  # in front of the last layer too
+    TRITON["skip_gate"](instructions["skip_gate"])
+    reads = reads_of(state.similarity_partials, addresses).reshape(state.similarity_partials.shape)
+    assert reads[:, 0].all()
+    assert not reads[:, 1].any()

@@ -47,7 +47,7 @@ def build(settings: dict[str, Any], rows: int) -> Instruction:
         when=torch.tensor([1] * (rows - 1) + [0], dtype=torch.int32),
         logits=logits,
         seen=(torch.rand(rows, vocab, generator=generator) < 0.3).to(torch.uint8),
-        generated=torch.randint(100, (rows,), generator=generator, dtype=torch.int32),
+        num_generated=torch.randint(100, (rows,), generator=generator, dtype=torch.int32),
         top_k=torch.full((rows,), values["top_k"], dtype=torch.int32),
         repetition_penalty=torch.full((rows,), values["repetition_penalty"]),
         seed=torch.randint(-(2**62), 2**62, (rows,), generator=generator),
