@@ -1,4 +1,4 @@
-"""Time llama.cpp and skipkernels on the same decode workload, in turns, and print medians and the ratio.
+"""Time llama.cpp and skipkernels on the same decode or prompt, in turns, and print medians and the ratio.
 
     python bench/compare_llama_cpp.py --llama-bench /tmp/llama/build/bin/llama-bench \
         --gguf /tmp/tinyllama-random-bf16.gguf --json out.json
@@ -33,13 +33,16 @@ GGUF_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 @dataclass(frozen=True)
 class Workload:
-    """What both systems decode: one row, ``new_tokens`` steps behind a cache of ``prompt_tokens``."""
+    """What both systems compute: ``new_tokens`` steps after a cache of ``prompt_tokens``; or, with ``prefill``, the
+    prompt itself."""
 
     shapes: str
     dtype: str
     prompt_tokens: int
     new_tokens: int
     threads: int
+    model: Path | None = None  # a checkpoint for skipkernels, in place of shapes
+    prefill: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,10 @@ def run(command: Sequence[str]) -> str:
 
 def sample_llama_cpp(llama_bench: Path, gguf: Path, workload: Workload) -> Sample:
     """One generation of llama-bench, after its own warm-up."""
-    arguments = {"-m": gguf, "-p": 0, "-n": workload.new_tokens, "-d": workload.prompt_tokens, "-t": workload.threads}
+    asked = {"-p": 0, "-n": workload.new_tokens, "-d": workload.prompt_tokens}
+    if workload.prefill:
+        asked = {"-p": workload.prompt_tokens, "-n": 0}
+    arguments = {"-m": gguf, **asked, "-t": workload.threads}
     words = [str(word) for pair in arguments.items() for word in pair]
     (report,) = json.loads(run([str(llama_bench), *words, "-r", "1", "-o", "json"]))
     if report["model_type"].split()[-1] != GGUF_DTYPES[workload.dtype]:
@@ -75,11 +81,18 @@ def sample_skipkernels(workload: Workload) -> Sample:
     """One dense run of our own bench, installed beside this Python."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        options = {name.replace("_", "-"): value for name, value in asdict(workload).items()} | {"json": out}
+        options = {name.replace("_", "-"): value for name, value in asdict(workload).items() if name != "prefill"}
+        options |= {"json": out}
+        if workload.model:
+            del options["shapes"]
+        else:
+            del options["model"]
+        if workload.prefill:
+            options |= {"new-tokens": 4, "rounds": 3}
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         run([str(Path(sys.executable).with_name("skipkernels")), "bench", "decode", "--skip-ratio", "0", *words])
         (report,) = (row for row in json.loads(out.read_text())["rows"] if row["system"] == SKIPKERNELS)
-    return Sample(report["tokens_per_s"], report)
+    return Sample(report["prompt_tokens_per_s" if workload.prefill else "tokens_per_s"], report)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -111,7 +124,9 @@ def print_table(summary: dict[str, Any], workload: Workload) -> None:
     def cell(values: dict[str, float], digits: int) -> str:
         return f"{values['median']:.{digits}f} ({values['p20']:.{digits}f}-{values['p80']:.{digits}f})"
 
-    title = f"{workload.shapes} {workload.dtype}, batch 1, {workload.threads} threads: median (p20-p80)"
+    what = "prompt" if workload.prefill else "decoding"
+    weights = f"{workload.model or workload.shapes} {workload.dtype}"
+    title = f"{what}: {weights}, batch 1, {workload.threads} threads: median (p20-p80)"
     table = Table("system", "tokens/s", "ms/token", "GB/s", title=title)
     for row in summary["rows"]:
         cells = [cell(row["tokens_per_s"], 2), cell(row["ms_per_token"], 1), cell(row["gb_per_s"], 1)]
@@ -128,6 +143,8 @@ def main(
     dtype: Annotated[str, typer.Option(help="Weights of both: the file must hold the same.")] = "bf16",
     prompt_tokens: Annotated[int, typer.Option(help="Tokens in the cache before the first step.", min=1)] = 32,
     new_tokens: Annotated[int, typer.Option(help="Steps timed.", min=1)] = 64,
+    model: Annotated[Path | None, typer.Option(help="A checkpoint for skipkernels, in place of shapes.")] = None,
+    prefill: Annotated[bool, typer.Option("--prefill", help="Time the prompt instead of the steps after it.")] = False,
     threads: Annotated[int, typer.Option(help="Threads of both.", min=1)] = os.cpu_count() or 1,
     rounds: Annotated[int, typer.Option(help="Runs of each system.", min=1)] = 7,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the summary and every run.")] = None,
@@ -135,7 +152,7 @@ def main(
     """Compare the dense decode speed of skipkernels with llama.cpp."""
     if dtype not in GGUF_DTYPES:
         raise SystemExit(f"error: unknown dtype {dtype}; known: {', '.join(GGUF_DTYPES)}")
-    workload = Workload(shapes, dtype, prompt_tokens, new_tokens, threads)
+    workload = Workload(shapes, dtype, prompt_tokens, new_tokens, threads, model, prefill)
     takers = {
         LLAMA_CPP: lambda: sample_llama_cpp(llama_bench, gguf, workload),
         SKIPKERNELS: lambda: sample_skipkernels(workload),
@@ -149,7 +166,7 @@ def main(
     if json_path:
         ours, theirs = samples[SKIPKERNELS][0].report, samples[LLAMA_CPP][0].report
         details = {
-            "workload": asdict(workload),
+            "workload": {name: str(value) for name, value in asdict(workload).items()},
             "tokens_per_s": {system: [sample.tokens_per_s for sample in taken] for system, taken in samples.items()},
             "llama_cpp": {key: theirs[key] for key in ("build_commit", "backends", "n_threads", "type_k")},
             **{key: ours[key] for key in ("device", "isa", "versions", "commit", "date")},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,39 +9,48 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from skipkernels.checkpoint import (
+from skipkernels.decoding.cache_size import cache_blocks
+from skipkernels.decoding.decoding import Decoding
+from skipkernels.decoding.generation import Generation, SamplingParams, StreamChunk
+from skipkernels.decoding.handle import Handle
+from skipkernels.decoding.loop import DecodeLoop
+from skipkernels.decoding.prompt_rows import ProgramRows, TorchRows
+from skipkernels.decoding.request import Request
+from skipkernels.errors import DeviceError, RequestError
+from skipkernels.executors import Executor, get_executor
+from skipkernels.executors.execution import Execution
+from skipkernels.executors.support import refuse_while_capturing
+from skipkernels.model.checkpoint import (
     default_eos_token_ids,
     load_config,
     load_generation_config,
     load_tokenizer,
     resolve_checkpoint,
 )
-from skipkernels.config import ModelConfig, dtype_name, resolve_dtype
-from skipkernels.decoding import Decoding, Row
-from skipkernels.errors import DeviceError, RequestError
-from skipkernels.executors import Executor, get_executor
-from skipkernels.executors.execution import Execution
-from skipkernels.generation import Generation, SamplingParams, StreamChunk
-from skipkernels.policy import DensePolicy, Policy
-from skipkernels.policy_file import load_policy
-from skipkernels.prefill import prefill
+from skipkernels.model.config import ModelConfig, dtype_name, resolve_dtype
+from skipkernels.model.prompt import EmbeddedPrompt
+from skipkernels.model.weights import ModelWeights, fill_rope, load_checkpoint, pack_module, shares_embeddings
 from skipkernels.program import build_program
-from skipkernels.prompt import EmbeddedPrompt
-from skipkernels.state import MAX_BATCH_SIZE, MAX_EOS, DecodeState
-from skipkernels.weights import ModelWeights, fill_rope, load_checkpoint, pack_module, shares_embeddings
+from skipkernels.program.state import MAX_EOS, DecodeState
+from skipkernels.skipping.policy import DensePolicy, Policy
+from skipkernels.skipping.policy_file import load_policy
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_MAX_SEQ_LEN = 4096
-_KEPT_EXECUTORS = 8
+PROMPT_ROWS = 240
+"""Prompt tokens computed in one step on a CPU: enough for the matrix kernels to be bound by arithmetic."""
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]] | EmbeddedPrompt
 """Text, token ids, a chat as a list of ``{"role": ..., "content": ...}`` messages, or embeddings."""
 
 
 class Engine:
-    """Decodes with one set of weights and one set of buffers; not for use from two threads at once."""
+    """Decodes with one set of weights, one set of buffers and one paged cache, for any number of requests at once.
+
+    Safe to use from several threads: requests of all of them share the steps.
+    """
 
     def __init__(
         self,
@@ -54,27 +62,33 @@ class Engine:
         generation_config: GenerationConfig | None = None,
         max_seq_len: int,
         max_batch_size: int = 1,
+        cache_bytes: int | None = None,
         execution: Execution | None = None,
     ) -> None:
         """``execution``, by default every processor of the cpu, is for the device the weights are on."""
         _check_batch_size(max_batch_size)
         self.execution = (execution or Execution()).resolved()
+        refuse_while_capturing(self.execution.device)
         if weights.embed_tokens.is_cuda != self.execution.on_gpu:
             raise DeviceError(f"the weights are on {weights.embed_tokens.device}, not on {self.execution.device}")
         self.config = config
         self.weights = weights
         self.tokenizer = tokenizer
         self.fingerprint = weights.fingerprint(config)
+        device, on_gpu = self.execution.device, self.execution.on_gpu
         self.state = DecodeState.allocate(
             config,
-            batch_size=max_batch_size,
+            num_sequences=max_batch_size,
+            num_prompt_rows=0 if on_gpu else PROMPT_ROWS,
             max_seq_len=max_seq_len,
+            num_blocks=cache_blocks(config, weights.dtype, device, max_batch_size, max_seq_len, cache_bytes),
             dtype=weights.dtype,
-            device=self.execution.device,
+            device=device,
         )
+        rows = TorchRows if on_gpu else ProgramRows
+        self._executors: dict[bool, Executor] = {}
+        self.loop = DecodeLoop(self.state, rows(config, weights, self.state), self._executor, tokenizer)
         self.default_eos_token_ids = default_eos_token_ids(tokenizer, generation_config)
-        self._executors: dict[Policy, Executor] = {}
-        self._decoding: Decoding | None = None
         self.policy = policy or DensePolicy()
         self.executor_for(self.policy)  # an impossible policy is refused here, not at the first prompt
 
@@ -88,6 +102,7 @@ class Engine:
         dtype: str | torch.dtype | None = None,
         max_seq_len: int | None = None,
         max_batch_size: int = 1,
+        cache_bytes: int | None = None,
         executor: str = "auto",
         num_threads: int | None = None,
         kernels: str = "auto",
@@ -104,8 +119,10 @@ class Engine:
             policy: which FFNs to skip: a policy, or the path of a ``skip_policy.json``; None is dense.
             device: ``cpu``, ``cuda`` or ``cuda:N``.
             dtype: fp32, bf16 or fp16; None takes the checkpoint's own.
-            max_seq_len: cached positions per row; None: the model's maximum, at most 4096.
-            max_batch_size: rows decoded together, 1 to 16.
+            max_seq_len: cached positions per sequence; None: the model's maximum, at most 4096.
+            max_batch_size: sequences decoded together; more requests wait for a place.
+            cache_bytes: size of the paged KV cache that they share; None: room for all of them at ``max_seq_len``, but
+                at most half of the memory that is free.
             executor, num_threads, kernels, conditional, loop, debug: see ``Execution``.
             tokenizer: None loads the checkpoint's, where it has one.
 
@@ -115,6 +132,7 @@ class Engine:
         from transformers import PreTrainedModel
 
         execution = Execution(device, executor, num_threads, kernels, conditional, loop, debug).resolved()
+        refuse_while_capturing(execution.device)  # before the module's parameters are touched
         _check_batch_size(max_batch_size)
         wanted = None if dtype is None else resolve_dtype(dtype)
         folder = None if isinstance(model, PreTrainedModel) else resolve_checkpoint(model)
@@ -150,6 +168,7 @@ class Engine:
             generation_config=generation_config,
             max_seq_len=length,
             max_batch_size=max_batch_size,
+            cache_bytes=cache_bytes,
             execution=execution,
         )
 
@@ -173,20 +192,25 @@ class Engine:
 
     @property
     def max_batch_size(self) -> int:
-        return self.state.batch_size
+        return self.state.num_sequences
 
     @property
     def dtype(self) -> str:
         return dtype_name(self.weights.dtype)
 
     def executor_for(self, policy: Policy) -> Executor:
-        """The executor of the program recorded for ``policy``; recorded at its first use, and kept for a while."""
-        if policy not in self._executors:
-            if len(self._executors) >= _KEPT_EXECUTORS:  # a sweep over policies must not pile up threads
-                del self._executors[next(iter(self._executors))]
-            program = build_program(self.config, self.weights, self.state, policy)
-            self._executors[policy] = get_executor(self.execution, program, self.state)
-        return self._executors[policy]
+        """The executor of the program that ``policy`` needs: the dense one, or the one with gates.
+
+        Raises:
+            PolicyError: the policy is impossible on a model of this depth.
+        """
+        return self._executor(policy.plan(self.config.num_hidden_layers) is not None)
+
+    def _executor(self, gated: bool) -> Executor:
+        if gated not in self._executors:
+            program = build_program(self.config, self.weights, self.state, gated=gated)
+            self._executors[gated] = get_executor(self.execution, program, self.state)
+        return self._executors[gated]
 
     def generate(
         self,
@@ -219,13 +243,10 @@ class Engine:
             eos_token_ids=eos_token_ids,
             policy=policy,
         )
-        if stop:  # which has to see every token
-            for _ in decoding.steps():
-                for row in decoding.rows:
-                    row.take_text()
-        else:
-            decoding.step(self.max_seq_len)
-        return decoding.results()
+        try:
+            return decoding.results()
+        finally:
+            decoding.end()
 
     def stream(
         self,
@@ -246,13 +267,42 @@ class Engine:
             eos_token_ids=eos_token_ids,
             policy=policy,
         )
-        (row,) = decoding.rows
-        try:
-            for _ in decoding.steps():
-                yield StreamChunk(row.take_text(), row.token_ids[-1])
-            yield StreamChunk(row.take_rest(), None, decoding.results()[0])
-        finally:
-            decoding.end()
+        yield from decoding.rows[0]
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        eos_token_ids: Sequence[int] | None = None,
+        policy: Policy | None = None,
+    ) -> Handle:
+        """Queues one prompt and returns at once; arguments as in ``generate``. The handle gives its chunks as they come
+        (iterate), the whole answer (``result()``), and ends it (``cancel()``).
+
+        Raises:
+            RequestError: nothing was queued; the message says what to change.
+        """
+        decoding = self.begin(
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            eos_token_ids=eos_token_ids,
+            policy=policy,
+        )
+        return decoding.rows[0]
+
+    def step(self) -> bool:
+        """Runs one step for every request in flight; returns whether there is more to do. Waiting for a handle does
+        this by itself."""
+        return self.loop.step()
+
+    def close(self) -> None:
+        """Cancels all requests in flight; nothing can be submitted from then on."""
+        self.loop.close()
 
     def begin(
         self,
@@ -264,7 +314,7 @@ class Engine:
         eos_token_ids: Sequence[int] | None = None,
         policy: Policy | None = None,
     ) -> Decoding:
-        """Checks a whole request, then prefills its rows; nothing is touched when a check fails.
+        """Checks a whole request, then submits its prompts together; none is when a check fails.
 
         The lower half of ``generate`` and ``stream``, for callers with a loop of their own. Arguments as there.
         """
@@ -274,7 +324,7 @@ class Engine:
         if len(listed) > self.max_batch_size:
             raise RequestError(
                 f"{len(listed)} prompts do not fit max_batch_size={self.max_batch_size}; "
-                f"split them or load the engine with a larger one (at most {MAX_BATCH_SIZE})"
+                "split them or load the engine with a larger one"
             )
         if isinstance(stop, str):
             raise RequestError("stop must be a list of strings, got one string")
@@ -294,22 +344,20 @@ class Engine:
         for given in embedded:
             if given is not None:
                 given.check(self.config, self.weights.embed_tokens, self.max_seq_len)
-        executor = self.executor_for(policy or self.policy)
-
-        if self._decoding:
-            self._decoding.taken_over = True
-            self.state.settle()  # an abandoned stream may have left steps behind on the device
-        for index in range(self.max_batch_size):
-            self.state.end_row(index)
-        started = time.perf_counter()
-        rows = []
-        for index, (tokens, param, given) in enumerate(zip(token_ids, sampling, embedded, strict=True)):
-            self._set_row(index, param, max_new_tokens, eos)
-            ids = torch.tensor(tokens, dtype=torch.int32)
-            prefill(self.config, self.weights, self.state, index, ids, embedded=given)
-            rows.append(Row(self.state, index, len(tokens), self.tokenizer, stop))
-        self._decoding = Decoding(executor, rows, time.perf_counter() - started)
-        return self._decoding
+        plan = (policy or self.policy).plan(self.config.num_hidden_layers)
+        requests = [
+            Request(
+                token_ids=tuple(tokens),
+                plan=plan,
+                sampling=replace(param, top_k=min(param.top_k, self.config.vocab_size)),
+                stop=tuple(stop),
+                eos_token_ids=eos,
+                max_new_tokens=max_new_tokens,
+                embedded=given,
+            )
+            for tokens, param, given in zip(token_ids, sampling, embedded, strict=True)
+        ]
+        return Decoding(self.loop, self.loop.submit_all(requests))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text with the tokenizer's special tokens, a chat through its template."""
@@ -357,22 +405,10 @@ class Engine:
             raise RequestError(f"token id {outside[0]} is outside the vocabulary of {self.config.vocab_size}")
         return tokens
 
-    def _set_row(self, row: int, sampling: SamplingParams, max_new_tokens: int | None, eos: Sequence[int]) -> None:
-        s = self.state
-        s.temperature[row] = sampling.temperature
-        s.top_k[row] = min(sampling.top_k, self.config.vocab_size)
-        s.top_p[row] = sampling.top_p
-        s.min_p[row] = sampling.min_p
-        s.repetition_penalty[row] = sampling.repetition_penalty
-        s.seed[row] = sampling.seed
-        s.max_new_tokens[row] = self.max_seq_len + 1 if max_new_tokens is None else max_new_tokens
-        s.eos_token_ids[row] = -1
-        s.eos_token_ids[row, : len(eos)] = torch.tensor(list(eos), dtype=torch.int32)
-
 
 def _check_batch_size(max_batch_size: int) -> None:
-    if not 1 <= max_batch_size <= MAX_BATCH_SIZE:
-        raise RequestError(f"max_batch_size must lie in 1..{MAX_BATCH_SIZE}, got {max_batch_size}")
+    if max_batch_size < 1:
+        raise RequestError(f"max_batch_size must be at least 1, got {max_batch_size}")
 
 
 def _is_batch(prompts: object) -> bool:

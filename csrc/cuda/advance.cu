@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kThreads = 128;
 
-enum Progress : int32_t { kEnded, kDecoding, kWaitsForBlock };  // as in skipkernels/state.py
+enum Progress : int32_t { kEnded, kDecoding, kWaitsForBlock };  // as in skipkernels/program/state.py
 
 // A prompt row lives for one step.
 __device__ void end_prompt_row(const Advance& op, int64_t row) {

@@ -15,13 +15,40 @@ struct Error : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-inline void check(cudaError_t status, const char* what) {
+// A graph was captured, and the driver does not take it as it is.
+struct InstantiationError : Error {
+    using Error::Error;
+};
+
+template <class Failure = Error>
+void check(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return;
     cudaGetLastError();  // a failure that is not sticky must not show up in the next call
     std::ostringstream message;
     message << what << ": " << cudaGetErrorName(status) << " (" << cudaGetErrorString(status) << ")";
-    throw Error(message.str());
+    throw Failure(message.str());
 }
+
+// Makes `device` the current one for a scope, and then the user's own again. A launch, an allocation and the stream
+// whose handle is 0 all belong to the device that is current.
+class OnDevice {
+  public:
+    explicit OnDevice(int device) {
+        check(cudaGetDevice(&before_), "cudaGetDevice");
+        if (device == before_) return;
+        check(cudaSetDevice(device), "cudaSetDevice");
+        changed_ = true;
+    }
+    ~OnDevice() {
+        if (changed_) cudaSetDevice(before_);
+    }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+
+  private:
+    int before_ = 0;
+    bool changed_ = false;
+};
 
 struct FreeDevice {
     void operator()(void* memory) const { cudaFree(memory); }

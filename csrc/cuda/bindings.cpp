@@ -5,6 +5,7 @@
 
 #include "graph.h"
 #include "launcher.h"
+#include "streams.h"
 
 namespace py = pybind11;
 
@@ -33,7 +34,19 @@ py::dict status() {
 }  // namespace
 
 void bind(py::module_& m) {
+    py::register_local_exception<InstantiationError>(m, "CudaInstantiationError", PyExc_RuntimeError);
     m.def("cuda_status", &status, "Driver and runtime versions, number of devices, and why there is none.");
+
+    m.def(
+        "cuda_synchronize", [](uintptr_t stream, int device) { synchronize(as_stream(stream), device); },
+        py::arg("stream"), py::arg("device"), py::call_guard<py::gil_scoped_release>(),
+        "Waits for a stream; 0 is the device's default stream.");
+    m.def(
+        "cuda_is_busy", [](uintptr_t stream, int device) { return is_busy(as_stream(stream), device); },
+        py::arg("stream"), py::arg("device"));
+    m.def(
+        "cuda_is_capturing", [](uintptr_t stream, int device) { return is_capturing(as_stream(stream), device); },
+        py::arg("stream"), py::arg("device"));
 
     py::class_<Launcher>(m, "CudaLauncher", "Launches single instructions of a program.")
         .def(py::init<const std::vector<Instruction>&, int, int64_t>(), py::arg("program"), py::arg("device"),

@@ -18,7 +18,7 @@ cudaStream_t new_stream() {
 }  // namespace
 
 Graph::Graph(int device) : device_(device) {
-    check(cudaSetDevice(device_), "cudaSetDevice");
+    const OnDevice on(device_);
     steps_left_ = allocate(sizeof(int32_t));
 }
 
@@ -33,7 +33,6 @@ void Graph::begin() {
     if (capturing()) throw Error("a second capture into the same graph before the first has ended");
     release();
     guarded([&] {
-        check(cudaSetDevice(device_), "cudaSetDevice");
         open_.push_back({new_stream(), {}, nullptr, 0});
         check(cudaStreamBeginCapture(stream(), kCaptureMode), "cudaStreamBeginCapture");
     });
@@ -94,25 +93,28 @@ void Graph::finish() {
         check(cudaStreamEndCapture(stream(), &graph_), "cudaStreamEndCapture");
         check(cudaStreamDestroy(stream()), "cudaStreamDestroy");
         open_.pop_back();
-        check(cudaGraphInstantiate(&executable_, graph_, 0), "cudaGraphInstantiate");
+        check<InstantiationError>(cudaGraphInstantiate(&executable_, graph_, 0), "cudaGraphInstantiate");
     });
 }
 
 void Graph::abandon() { release(); }
 
 void Graph::set_steps(int32_t steps, cudaStream_t stream) {
+    const OnDevice on(device_);
     // from pageable memory: copied before the call returns
     check(cudaMemcpyAsync(steps_left_.get(), &steps, sizeof steps, cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
 }
 
 void Graph::launch(cudaStream_t stream) {
     if (!executable_) throw Error("nothing has been captured yet");
+    const OnDevice on(device_);
     check(cudaGraphLaunch(executable_, stream), "cudaGraphLaunch");
 }
 
 template <class Function>
 void Graph::guarded(Function function) {
     try {
+        const OnDevice on(device_);
         function();
     } catch (...) {
         release();

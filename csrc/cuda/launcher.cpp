@@ -60,7 +60,7 @@ bool flags_are_settled(const std::vector<Instruction>& program, size_t index) {
 }  // namespace
 
 Launcher::Launcher(const std::vector<Instruction>& program, int device, int64_t max_prefetch_bytes) : device_(device) {
-    check(cudaSetDevice(device_), "cudaSetDevice");
+    const OnDevice on(device_);
     num_sms_ = attribute(cudaDevAttrMultiProcessorCount, device_);
     has_programmatic_launch_ = attribute(cudaDevAttrComputeCapabilityMajor, device_) >= 9;
     // by default half of the second-level cache: what is prefetched must still be there when it is read
@@ -76,6 +76,8 @@ Launcher::Launcher(const std::vector<Instruction>& program, int device, int64_t 
     }
     arrivals_ = allocate(arrivals * sizeof(int32_t));
     if (arrivals) check(cudaMemset(arrivals_.get(), 0, arrivals * sizeof(int32_t)), "cudaMemset");
+    // a memset is asynchronous, and the streams of later launches need not be ordered behind it
+    check(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
     scratch_ = allocate(scratch * sizeof(float));
     for (Step& step : steps_) {
         step.arrivals = static_cast<int32_t*>(arrivals_.get());
@@ -85,6 +87,7 @@ Launcher::Launcher(const std::vector<Instruction>& program, int device, int64_t 
 
 void Launcher::launch(int64_t index, cudaStream_t stream, bool programmatic) const {
     skipkernels::check(index >= 0 && index < size(), "instruction ", index, " is outside 0..", size() - 1);
+    const OnDevice on(device_);
     const Step& step = steps_[static_cast<size_t>(index)];
     const LaunchContext context{stream, num_sms_, programmatic && has_programmatic_launch_};
     const std::string_view name = kInstructionSet[static_cast<size_t>(step.ins.op)].name;

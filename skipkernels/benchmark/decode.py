@@ -40,7 +40,8 @@ def run_decode_bench(
     Ratios (``bandwidth_fraction``, ``speedup_vs_dense``) are taken within a round and then their median, so a machine
     whose speed drifts from minute to minute does not bend them. The baseline of a batch size is its first system.
     A step decodes one token of every row: ``ms_per_token`` is the time between two tokens of a row, ``bytes_per_token``
-    what is read in that time, ``tokens_per_s`` counts all rows.
+    what is read in that time, ``tokens_per_s`` counts all rows, and so does ``prompt_tokens_per_s``: prompt tokens over
+    the time to the last first token.
     """
     turns: dict[int, _Turns] = defaultdict(_Turns)
     device = device or torch.device("cpu")
@@ -60,6 +61,9 @@ def run_decode_bench(
     rows = []
     for index, system in enumerate(systems):
         row = _row(system, turns[index], turns[first_of_batch[system.batch_size]], rounds)
+        firsts = [m.first_token_s for m in turns[index].measurements if m.first_token_s is not None]
+        tokens = system.batch_size * prompt_tokens
+        row["prompt_tokens_per_s"] = tokens / statistics.median(firsts) if firsts else None
         row["instruction_ms"] = spent = system.instruction_ms(prompt_tokens, new_tokens)
         row["skip_gate_fraction"] = spent.get("skip_gate", 0.0) / sum(spent.values()) if spent else 0.0
         rows.append(row)

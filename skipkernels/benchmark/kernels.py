@@ -12,10 +12,11 @@ import torch
 from skipkernels.benchmark.bandwidth import bandwidth_gb_per_s
 from skipkernels.benchmark.statistics import quantile
 from skipkernels.benchmark.torch_ops import bytes_of, torch_counterpart
-from skipkernels.ops.table import Instruction
-from skipkernels.policy import TimingPolicy
+from skipkernels.program.table import Instruction
+from skipkernels.skipping.policy import GatePlan, TimingPolicy
 
 if TYPE_CHECKING:
+    from skipkernels.decoding.own_rows import OwnRows
     from skipkernels.engine import Engine
     from skipkernels.executors import ProfilingExecutor
 
@@ -32,38 +33,39 @@ def run_kernel_bench(
     layer after the other, so that they come from memory where the model is larger than the caches. A row per op:
     microseconds per instruction (median, p20, p80), bytes, GB/s, share of the bandwidth, torch's microseconds.
     """
-    executor: Any = engine.executor_for(TimingPolicy(0.0))
+    policy = TimingPolicy(0.0)
+    executor: Any = engine.executor_for(policy)
     ops = list(dict.fromkeys(ins.op for ins in executor.program))
     ours: dict[str, list[float]] = {op: [] for op in ops}
     theirs: dict[str, list[float]] = {op: [] for op in ops}
     shares: dict[str, list[float]] = {op: [] for op in ops}
     bytes_per_op: dict[str, int] = {}
     device = engine.state.active.device
-    for number in range(rounds + 1):  # the first is the warm-up
-        _place_rows(engine, kv_len)
-        instructions = {op: [ins for ins in executor.program if ins.op == op] for op in ops}
-        bytes_per_op = {op: bytes_of(listed[0]) for op, listed in instructions.items()}
-        before = bandwidth_gb_per_s(device, num_threads)
-        spent = _seconds_per_instruction(executor)
-        after = bandwidth_gb_per_s(device, num_threads)
-        for op in ops:
-            seconds = _torch_seconds(instructions[op], device)
-            if number == 0:
-                continue
-            ours[op].append(spent[op])
-            shares[op].append(bytes_per_op[op] / spent[op] / 1e9 / ((before + after) / 2))
-            if seconds is not None:
-                theirs[op].append(seconds)
-        on_turn()
+    instructions = {op: [ins for ins in executor.program if ins.op == op] for op in ops}
+    with engine.loop.own_rows() as own:
+        for number in range(rounds + 1):  # the first is the warm-up
+            _place_rows(own, kv_len, policy.plan(engine.config.num_hidden_layers))
+            bytes_per_op = {op: bytes_of(listed[0]) for op, listed in instructions.items()}
+            before = bandwidth_gb_per_s(device, num_threads)
+            spent = _seconds_per_instruction(executor)
+            after = bandwidth_gb_per_s(device, num_threads)
+            for op in ops:
+                seconds = _torch_seconds(instructions[op], device)
+                if number == 0:
+                    continue
+                ours[op].append(spent[op])
+                shares[op].append(bytes_per_op[op] / spent[op] / 1e9 / ((before + after) / 2))
+                if seconds is not None:
+                    theirs[op].append(seconds)
+            on_turn()
     return [_row(op, ours[op], theirs[op], shares[op], bytes_per_op[op]) for op in ops]
 
 
-def _place_rows(engine: Engine, kv_len: int) -> None:
-    """Every row at ``kv_len`` cached positions; what they hold does not change the time."""
-    state = engine.state
-    state.max_new_tokens.fill_(engine.max_seq_len)
-    for row in range(engine.max_batch_size):
-        state.begin_row(row, torch.zeros(kv_len + 1, dtype=torch.int32))
+def _place_rows(own: OwnRows, kv_len: int, plan: GatePlan) -> None:
+    """Every decode row at ``kv_len`` cached positions; what they hold does not change the time."""
+    for slot in range(own.state.num_sequences):
+        own.place(slot, kv_len, plan)
+    own.start()
 
 
 def _seconds_per_instruction(executor: ProfilingExecutor) -> dict[str, float]:

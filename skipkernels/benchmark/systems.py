@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
+import numpy as np
 import torch
 
-from skipkernels.config import ModelConfig
-from skipkernels.decoding import Decoding
 from skipkernels.engine import Engine
-from skipkernels.policy import DensePolicy, Policy, TimingPolicy
-from skipkernels.weights import ModelWeights, parameter_views
+from skipkernels.model.config import ModelConfig
+from skipkernels.model.weights import ModelWeights, parameter_views
+from skipkernels.skipping.policy import DensePolicy, Policy, TimingPolicy
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Measurement:
     """One system's turn. ``seconds`` holds the decode steps past the first token; ``bytes_per_step`` what the mean one
-    of them had to read; ``skip_ratio`` the FFNs skipped in them."""
+    of them had to read; ``skip_ratio`` the FFNs skipped in them; ``first_token_s`` the time from the prompts to the
+    last first token, where it was measured."""
 
     seconds: list[float]
     skip_ratio: float
     bytes_per_step: float
+    first_token_s: float | None = None
 
 
 class System(Protocol):
@@ -55,31 +57,34 @@ class SkipkernelsSystem:
         self._prompt = prompt
 
     def decode(self, prompt_tokens: int, new_tokens: int) -> Measurement:
-        decoding = self._begin(prompt_tokens, new_tokens)
-        decoding.step(new_tokens)
-        seconds = decoding.rows[0].seconds[1:]
-        ran = self._engine.state.run_map[: self.batch_size, 1:new_tokens] != 0  # [batch, steps, layers]
-        loaded = ran.any(dim=0).float().sum(dim=1).mean()  # an FFN is read once for all rows, if any wants it
+        prompts = [self._prompt[:prompt_tokens]] * self.batch_size
+        self._engine.loop.forget_prefixes()  # each turn computes its prompts
+        answers = self._engine.generate(prompts, max_new_tokens=new_tokens, eos_token_ids=(), policy=self._policy)
+        seconds = answers[0].seconds_per_token[1:]
+        ran = ~np.stack([answer.skip_map[1:] for answer in answers])  # [batch, steps, layers]
+        loaded = ran.any(axis=0).sum(axis=1).mean()  # an FFN is read once for all rows, if any wants it
         config, dtype = self._engine.config, self._engine.weights.dtype
         skipped_ffns = config.num_hidden_layers - float(loaded)
         return Measurement(
             seconds=seconds,
-            skip_ratio=1.0 - float(ran.float().mean()),
+            skip_ratio=1.0 - float(ran.mean()),
             bytes_per_step=dense_step_bytes(config, dtype, self.batch_size, prompt_tokens, new_tokens)
             - skipped_ffns * config.ffn_bytes(dtype),
+            first_token_s=max(answer.time_to_first_token_s for answer in answers),
         )
 
     def instruction_ms(self, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
-        self._begin(prompt_tokens, new_tokens).step(1)  # the first token skips nothing
         executor = cast("ProfilingExecutor", self._engine.executor_for(self._policy))
+        plan = self._policy.plan(self._engine.config.num_hidden_layers)
         spent: dict[str, float] = {}
-        for op, seconds in executor.profile(new_tokens - 1):
-            spent[op] = spent.get(op, 0.0) + 1e3 * seconds / (new_tokens - 1)
+        with self._engine.loop.own_rows() as own:
+            for slot in range(self.batch_size):
+                own.begin(slot, self._prompt[:prompt_tokens], plan)
+            own.start()
+            executor.run(1)  # the first token skips nothing
+            for op, seconds in executor.profile(new_tokens - 1):
+                spent[op] = spent.get(op, 0.0) + 1e3 * seconds / (new_tokens - 1)
         return spent
-
-    def _begin(self, prompt_tokens: int, new_tokens: int) -> Decoding:
-        prompts = [self._prompt[:prompt_tokens]] * self.batch_size
-        return self._engine.begin(prompts, max_new_tokens=new_tokens, eos_token_ids=(), policy=self._policy)
 
 
 class TransformersSystem:

@@ -11,26 +11,31 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from skipkernels.ops.table import Instruction
+from skipkernels.program.table import Instruction
 
 
 def torch_counterpart(ins: Instruction) -> Callable[[], object] | None:
-    """A call that does with torch what ``ins`` spends its time on, for all rows; None where torch has nothing."""
-    t, batch = ins.tensors, ins.sizes["batch_size"]
+    """A call that does with torch what ``ins`` spends its time on, for the rows that are active; None where torch has
+    nothing."""
+    t, rows = ins.tensors, ins.when.nonzero()[:, 0]
     matrix = {"qkv_rope_append": "qkv_proj", "gate_up_silu": "gate_up_proj"}.get(ins.op)
     if matrix is None and ins.op in ("o_proj_add", "down_proj_add", "lm_head"):
         matrix = ins.op.removesuffix("_add")
     if matrix is not None:
         weight = t[matrix]
-        x = torch.randn(batch, weight.shape[1], device=weight.device).to(weight.dtype)
+        x = torch.randn(len(rows), weight.shape[1], device=weight.device).to(weight.dtype)
         return lambda: F.linear(x, weight)
     if ins.op == "decode_attention":
-        length = int(t["seq_len"].max()) + 1
-        query = t["query"].to(t["k_cache"].dtype)[:, :, None]
-        keys, values = t["k_cache"][:, :, :length], t["v_cache"][:, :, :length]
+        blocks = t["block_table"][t["row_sequence"][rows].long()]
+        length = int(t["row_position"][rows].max()) + 1
+        query = t["query"][rows].to(t["k_cache"].dtype)[:, :, None]
+        keys, values = (  # one strip per row, as torch wants it
+            t[name][blocks.clamp(min=0).long()].transpose(1, 2).flatten(2, 3)[:, :, :length].contiguous()
+            for name in ("k_cache", "v_cache")
+        )
         return lambda: F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
     if ins.op == "embed":
-        ids = t["input_ids"].long()
+        ids = t["input_ids"][rows].long()
         return lambda: F.embedding(ids, t["embed_tokens"])
     if ins.op == "sample":
         return lambda: t["logits"].argmax(dim=-1)
@@ -39,18 +44,18 @@ def torch_counterpart(ins: Instruction) -> Callable[[], object] | None:
 
 def bytes_of(ins: Instruction) -> int:
     """Bytes that ``ins`` must move at least: its matrix or its share of the cache, once for all rows."""
-    t, s = ins.tensors, ins.sizes
+    t, s, rows = ins.tensors, ins.sizes, int((ins.when != 0).sum())
     if ins.op == "decode_attention":
         window = int(ins.scalars["sliding_window"])
-        positions = sum(min(length + 1, window or length + 1) for length in t["seq_len"].tolist())
+        positions = sum(min(length + 1, window or length + 1) for length in t["row_position"][ins.when != 0].tolist())
         return 2 * positions * s["num_key_value_heads"] * s["head_dim"] * t["k_cache"].element_size()
     for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"):
         if name in t:
             return t[name].nbytes
     if ins.op == "embed":
-        return s["batch_size"] * s["hidden_size"] * (t["embed_tokens"].element_size() + 4)
+        return rows * s["hidden_size"] * (t["embed_tokens"].element_size() + 4)
     if ins.op == "sample":
-        return s["batch_size"] * s["vocab_size"] * 5  # logits and seen
+        return rows * s["vocab_size"] * 5  # logits and seen
     if ins.op == "skip_gate":
         return t["similarity_partials"].nbytes
-    return t["run_ffn"].nbytes * 4  # advance: run_ffn and similarity, read and written
+    return rows * s["num_hidden_layers"] * 16  # advance: run_ffn and similarity, read and written

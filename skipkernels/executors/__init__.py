@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Protocol
 
 from skipkernels.executors.execution import Execution
 from skipkernels.program import Program
-from skipkernels.state import DecodeState
+from skipkernels.program.state import DecodeState
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +19,17 @@ class Executor(Protocol):
     name: str
 
     def run(self, max_steps: int) -> list[float]:
-        """Runs up to ``max_steps`` steps, until no row is active. Returns each step's seconds."""
+        """Runs up to ``max_steps`` steps, until no row is active or ``interrupt`` was called. Returns each step's
+        seconds."""
         ...
 
-    def steps(self) -> Iterator[float]:
-        """Runs until no row is active, and yields each step's seconds as it ends. The device may be some steps ahead
-        of what was yielded; when the iterator is closed, it has come to rest."""
+    def steps(self, max_steps: int) -> Generator[float]:
+        """Runs up to ``max_steps`` steps, until no row is active, and yields each step's seconds as it ends. The device
+        may be some steps ahead of what was yielded; when the iterator is closed, it has come to rest."""
+        ...
+
+    def interrupt(self) -> None:
+        """Lets the ``run`` that goes on in another thread, or the next one, return after its current step."""
         ...
 
     def run_instruction(self, index: int) -> None: ...

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from skipkernels import _C
 from skipkernels.errors import DeviceError
 from skipkernels.executors.native import native_program
-from skipkernels.machine import usable_processors
 from skipkernels.program import Program
-from skipkernels.state import DecodeState
+from skipkernels.program.state import DecodeState
+from skipkernels.support.machine import usable_processors
 
 
 class CpuExecutor:
@@ -28,7 +28,7 @@ class CpuExecutor:
             self._native = _C.CpuExecutor(
                 program=native_program(program, state),
                 active=state.active.data_ptr(),
-                batch_size=state.batch_size,
+                num_rows=state.num_rows,
                 num_threads=usable_processors() if num_threads is None else num_threads,
                 isa=isa,
             )
@@ -38,13 +38,17 @@ class CpuExecutor:
         self.isa: str = self._native.isa
 
     def run(self, max_steps: int) -> list[float]:
-        """Runs up to ``max_steps`` steps, until no row is active. Returns each step's seconds."""
+        """Runs up to ``max_steps`` steps, until no row is active or ``interrupt`` was called. Returns each step's
+        seconds."""
         return self._native.run(max_steps)
 
-    def steps(self) -> Iterator[float]:
-        """Runs until no row is active, one step at a time, and yields each step's seconds."""
-        while seconds := self.run(1):
-            yield seconds[0]
+    def steps(self, max_steps: int) -> Generator[float]:
+        """Runs up to ``max_steps`` steps, one at a time, until no row is active, and yields each step's seconds."""
+        for _ in range(max_steps):
+            yield from self.run(1)
+
+    def interrupt(self) -> None:
+        self._native.interrupt()
 
     def run_instruction(self, index: int) -> None:
         """Runs one instruction of the program, for tests that compare buffers after each."""

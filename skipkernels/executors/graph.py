@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
 from itertools import groupby
-
-import torch
 
 from skipkernels.errors import DeviceError
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.runtime import CudaRuntime, Graph
 from skipkernels.program import Program
-from skipkernels.state import DecodeState
+from skipkernels.program.state import DECODING, DecodeState
+
+logger = logging.getLogger(__name__)
 
 AHEAD = 4
 """Steps enqueued beyond the one the host waits for: enough to hide its wake-up, few enough to waste when rows end."""
@@ -40,8 +40,10 @@ class GraphExecutor:
         self.program = program
         self.state = state
         self.execution = execution
+        self._interrupted = False
         self._runtime = runtime or CudaRuntime(state.active.device)
-        self._runtime.refuse_while_capturing()
+        self.overlaps = execution.kernels == "cuda"  # kernels start before the one in front of them has ended
+        self._runtime.refuse_while_capturing(self._runtime.stream())
         try:
             self._launcher = self._runtime.launcher(program, state, execution.kernels)
             self._warm_up()
@@ -50,13 +52,16 @@ class GraphExecutor:
             raise DeviceError(str(error)) from error
 
     def run(self, max_steps: int) -> list[float]:
-        """Runs up to ``max_steps`` steps, until no row is active. Returns each step's seconds."""
-        return list(self._steps(max_steps))
+        """Runs up to ``max_steps`` steps, until no row is active or ``interrupt`` was called. Returns each step's
+        seconds."""
+        try:
+            return list(self.steps(max_steps))
+        finally:
+            self._interrupted = False
 
-    def steps(self) -> Iterator[float]:
-        """Runs until no row is active and yields each step's seconds; the device is up to AHEAD steps ahead. When the
-        iterator is closed, the device has come to rest."""
-        return self._steps(self.state.max_seq_len)
+    def interrupt(self) -> None:
+        """As in ``Executor``; a generation that is one launch (loop ``while``) cannot be interrupted."""
+        self._interrupted = True
 
     def run_instruction(self, index: int) -> None:
         """Runs one instruction of the program, for tests that compare buffers after each."""
@@ -114,6 +119,19 @@ class GraphExecutor:
 
     def _capture(self) -> Graph:
         """One step, or with loop ``while`` all of them, as a graph."""
+        try:
+            return self._captured()
+        except self._runtime.instantiation_errors as error:
+            if not self.overlaps:
+                raise
+            # NVIDIA says nowhere whether programmatic edges may stand in the bodies of conditional nodes
+            logger.warning(
+                "no graph with programmatic edges (%s): captured without, kernels do not overlap", str(error)
+            )
+        self.overlaps = False
+        return self._captured()
+
+    def _captured(self) -> Graph:
         state, graph = self.state, self._runtime.graph()
         with graph.capture():
             if self.execution.loop == "while":
@@ -124,82 +142,105 @@ class GraphExecutor:
         return graph
 
     def _capture_step(self, graph: Graph) -> None:
-        programmatic = False  # only behind a kernel: conditional nodes take and give full dependencies
+        behind_kernel = False  # conditional nodes take and give full dependencies
         neighbours = groupby(range(len(self.program)), key=lambda index: self.program[index].when.data_ptr())
         for flag, indices in neighbours:
             conditional = self.execution.conditional == "if_node" and flag != self.state.active.data_ptr()
             if not conditional:
                 for index in indices:
-                    self._launcher(index, graph.stream, programmatic)
-                    programmatic = True
+                    self._launcher(index, graph.stream, self.overlaps and behind_kernel)
+                    behind_kernel = True
                 continue
             body = list(indices)
             with graph.if_any(self.program[body[0]].when):
                 for index in body:
-                    self._launcher(index, graph.stream, index != body[0])
-            programmatic = False
+                    self._launcher(index, graph.stream, self.overlaps and index != body[0])
+            behind_kernel = False
 
-    def _steps(self, max_steps: int) -> Iterator[float]:
-        started = time.perf_counter()
-        for _ in self._finished_steps(max_steps):
-            now = time.perf_counter()
-            yield now - started
-            started = now
-
-    def _finished_steps(self, max_steps: int) -> Iterator[None]:
-        progress, stream = self.state.progress, self._runtime.stream()
-        before = progress[:, 0].clone()
-        if max_steps < 1 or not progress[:, 1].any():
-            return
-        launches = self._launches(max_steps, stream)
-        launched = done = 0
-        with self._come_to_rest(stream):
-            while done < max_steps:
-                # a while graph is launched once and makes all its steps
-                while launched < done + AHEAD and next(launches, False):
-                    launched += 1
-                if not self._wait(stream, before, done):
-                    return
-                done += 1
-                yield
-                if not progress[:, 1].any() and int((progress[:, 0] - before).max()) == done:
-                    return
-
-    @contextmanager
-    def _come_to_rest(self, stream: int) -> Iterator[None]:
-        """Waits for the stream in the end, whatever the end is, and turns the device's errors into ours."""
+    def steps(self, max_steps: int) -> Generator[float]:
+        """Runs up to ``max_steps`` steps, until no row is active, and yields each step's seconds; the device is up to
+        AHEAD steps ahead. When the iterator is closed, the device has come to rest."""
+        stream, progress = self._runtime.stream(), _Progress(self.state)
+        self._runtime.refuse_while_capturing(stream)
+        looped = self._graph is not None and self.execution.loop == "while"
+        finished = self._looped if looped else self._replayed
+        if not progress.goes_on(0):
+            finished = self._prompt_rows
         try:
             try:
-                yield
-            finally:
+                started = time.perf_counter()
+                for _ in finished(max_steps, stream, progress):
+                    now = time.perf_counter()
+                    yield now - started
+                    started = now
+            finally:  # whatever the end is, the device has come to rest
                 self._runtime.synchronize(stream)
         except DeviceError:
             raise
         except RuntimeError as error:
             raise DeviceError(f"{error}; load the engine with debug to learn in which instruction") from error
 
-    def _launches(self, max_steps: int, stream: int) -> Iterator[bool]:
-        """Enqueues one more launch each time it is asked, as many as ``max_steps`` take."""
-        if self._graph is None:
-            for _ in range(max_steps):
-                for index in range(len(self.program)):
-                    self.run_instruction(index)
-                yield True
-        elif self.execution.loop == "while":
-            self._graph.set_steps(max_steps, stream)
-            self._graph.launch(stream)
-            yield True
-        else:
-            for _ in range(max_steps):
-                self._graph.launch(stream)
-                yield True
+    def _replayed(self, max_steps: int, stream: int, progress: _Progress) -> Iterator[None]:
+        """A launch a step, AHEAD of them in flight; yields at the end of each step."""
+        done = in_flight = 0
+        while done < max_steps and progress.goes_on(done) and not (done and self._interrupted):
+            while in_flight < min(AHEAD, max_steps - done):
+                self._launch_step(stream)
+                in_flight += 1
+            if not self._wait(stream, progress, done + 1):
+                return
+            done, in_flight = done + 1, in_flight - 1
+            yield
 
-    def _wait(self, stream: int, before: torch.Tensor, done: int) -> bool:
-        """Waits until a row has more than ``done`` new tokens; False where the device came to rest without one."""
+    def _looped(self, max_steps: int, stream: int, progress: _Progress) -> Iterator[None]:
+        """One launch for all steps; yields at the end of each."""
+        if max_steps < 1 or not progress.goes_on(0) or self._graph is None:
+            return
+        self._graph.set_steps(max_steps, stream)
+        self._graph.launch(stream)
+        done = 0
+        while done < max_steps and progress.goes_on(done) and self._wait(stream, progress, done + 1):
+            done += 1
+            yield
+
+    def _prompt_rows(self, max_steps: int, stream: int, progress: _Progress) -> Iterator[None]:
+        """A step of prompt rows only, where there are any."""
+        if max_steps and self.state.num_prompt_rows and bool(self.state.active.any()):
+            if self._graph is not None and self.execution.loop == "while":
+                self._graph.set_steps(1, stream)
+            self._launch_step(stream)
+            self._runtime.synchronize(stream)
+            yield
+
+    def _launch_step(self, stream: int) -> None:
+        if self._graph is not None:
+            self._graph.launch(stream)
+            return
+        for index in range(len(self.program)):
+            self.run_instruction(index)
+
+    def _wait(self, stream: int, progress: _Progress, tokens: int) -> bool:
+        """Waits until a row has that many new tokens; False where the device came to rest without."""
         polls = 0
-        while int((self.state.progress[:, 0] - before).max()) <= done:
+        while progress.tokens() < tokens:
             polls += 1
             time.sleep(0)  # other threads may have the interpreter
             if polls % _POLLS_BEFORE_QUERY == 0 and not self._runtime.busy(stream):
-                return int((self.state.progress[:, 0] - before).max()) > done
+                return progress.tokens() >= tokens
         return True
+
+
+class _Progress:
+    """What a run has made so far. The device writes it into the host's memory while it runs on."""
+
+    def __init__(self, state: DecodeState) -> None:
+        self._progress = state.progress
+        self._before = state.progress[:, 0].clone()
+
+    def tokens(self) -> int:
+        """New tokens of the row that has most."""
+        return int((self._progress[:, 0] - self._before).max())
+
+    def goes_on(self, done: int) -> bool:
+        """Whether a row is active, or the device is ahead of ``done`` steps."""
+        return bool((self._progress[:, 1] == DECODING).any()) or self.tokens() > done

@@ -15,8 +15,9 @@ import torch
 from skipkernels import _C
 from skipkernels.errors import DeviceError
 from skipkernels.executors.native import native_program
+from skipkernels.executors.support import CAPTURED, current_stream_is_captured
 from skipkernels.program import Program
-from skipkernels.state import DecodeState
+from skipkernels.program.state import DecodeState
 
 Launcher = Callable[[int, int, bool], None]
 """Called as (index of the instruction, stream, may it start before the kernel in front of it has ended)."""
@@ -47,41 +48,66 @@ class Graph(Protocol):
     def launch(self, stream: int) -> None: ...
 
 
+def torch_stream(stream: int, device: torch.device) -> torch.cuda.Stream:
+    """torch's object for a stream's handle. ``ExternalStream(0)`` is a fresh stream of torch's pool, not stream 0."""
+    return torch.cuda.ExternalStream(stream, device) if stream else torch.cuda.default_stream(device)
+
+
 class CudaRuntime:
-    """The GPU ``device`` through torch and the extension."""
+    """The GPU ``device``, whose index is known, through torch and the extension. Streams are handles, as torch has
+    them: 0 is the device's default stream."""
 
     native: ModuleType = _C
 
     def __init__(self, device: torch.device) -> None:
+        if device.index is None:
+            raise ValueError(f"{device} names no GPU, for torch may be at another one; a tensor's device does")
         self._device = device
+        self._index = device.index
 
     def stream(self) -> int:
         """torch's current stream."""
         return torch.cuda.current_stream(self._device).cuda_stream
 
     def synchronize(self, stream: int) -> None:
-        torch.cuda.ExternalStream(stream, self._device).synchronize()
+        if self.native.cuda_built:
+            self.native.cuda_synchronize(stream, self._index)
+        else:
+            torch_stream(stream, self._device).synchronize()
 
     def busy(self, stream: int) -> bool:
-        return not torch.cuda.ExternalStream(stream, self._device).query()
+        if self.native.cuda_built:
+            return self.native.cuda_is_busy(stream, self._index)
+        return not torch_stream(stream, self._device).query()
 
-    def refuse_while_capturing(self) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            raise DeviceError(
-                "torch's current stream is being captured into a graph; load the engine before the capture begins"
-            )
+    def refuse_while_capturing(self, stream: int) -> None:
+        """
+        Raises:
+            DeviceError: what is put into ``stream`` would become part of somebody's graph.
+        """
+        if self.native.cuda_built:
+            captured = self.native.cuda_is_capturing(stream, self._index)
+        else:
+            captured = current_stream_is_captured(self._device)
+        if captured:
+            raise DeviceError(CAPTURED)
+
+    @property
+    def instantiation_errors(self) -> tuple[type[Exception], ...]:
+        """What a graph raises that was captured but cannot be instantiated as it is."""
+        return (self.native.CudaInstantiationError,) if self.native.cuda_built else ()
 
     def graph(self) -> Graph:
-        return NativeGraph(self.native, self._device) if self.native.cuda_built else TorchGraph(self._device)
+        return NativeGraph(self.native, self._index) if self.native.cuda_built else TorchGraph(self._device)
 
     def launcher(self, program: Program, state: DecodeState, kernels: str) -> Launcher:
         if kernels == "cuda":
             instructions = native_program(program, state, self.native)
-            return self.native.CudaLauncher(instructions, self._device.index or 0).launch
-        from skipkernels.ops.triton import TRITON
+            return self.native.CudaLauncher(instructions, self._index).launch
+        from skipkernels.kernels.triton import TRITON
 
         def launch(index: int, stream: int, programmatic: bool) -> None:
-            with torch.cuda.stream(torch.cuda.ExternalStream(stream, self._device)):
+            with torch.cuda.stream(torch_stream(stream, self._device)):
                 TRITON[program[index].op](program[index])
 
         return launch
@@ -90,8 +116,8 @@ class CudaRuntime:
 class NativeGraph:
     """A graph captured by the extension (csrc/cuda/graph.h)."""
 
-    def __init__(self, native: ModuleType, device: torch.device) -> None:
-        self._graph = native.CudaGraph(device.index or 0)
+    def __init__(self, native: ModuleType, device: int) -> None:
+        self._graph = native.CudaGraph(device)
 
     @property
     def stream(self) -> int:
@@ -139,7 +165,12 @@ class TorchGraph:
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        # torch's own side stream is one for all graphs, on the device that was current when the first was captured
+        side = torch.cuda.Stream(self._device)
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"),
+        ):
             yield
 
     @contextmanager
@@ -155,5 +186,5 @@ class TorchGraph:
         raise DeviceError("torch captures no WHILE nodes; use loop 'replay'")
 
     def launch(self, stream: int) -> None:
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream, self._device)):
+        with torch.cuda.stream(torch_stream(stream, self._device)):
             self._graph.replay()

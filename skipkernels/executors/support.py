@@ -7,9 +7,12 @@ from importlib.util import find_spec
 
 import torch
 
+from skipkernels.errors import DeviceError
+
 CONDITIONAL_NODES = 12040
 """The driver's CUDA version, as 1000 * major + 10 * minor, that brought conditional graph nodes."""
 _OLDEST_CAPABILITY = (8, 0)
+CAPTURED = "torch's current stream is being captured into a graph; load and use engines outside of captures"
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,27 @@ class CudaSupport:
         )
 
 
+def current_stream_is_captured(device: torch.device | str) -> bool:
+    with torch.cuda.device(device):  # torch asks of the current device alone
+        return torch.cuda.is_current_stream_capturing()
+
+
+def refuse_while_capturing(device: torch.device | str) -> None:
+    """
+    Raises:
+        DeviceError: ``device`` is a GPU, and torch's current stream there is being captured.
+    """
+    if torch.device(device).type == "cuda" and current_stream_is_captured(device):
+        raise DeviceError(CAPTURED)
+
+
 def _device_missing(device: str) -> str | None:
     if not torch.cuda.is_available():
         reason = "finds no GPU" if torch.version.cuda else "is built without CUDA"
         return f"torch {torch.__version__} {reason}; device 'cpu' needs none"
-    index = torch.device(device).index or 0
+    index = torch.device(device).index
+    if index is None:  # 'cuda' alone is the current one
+        index = torch.cuda.current_device()
     if index >= torch.cuda.device_count():
         return f"there are {torch.cuda.device_count()} GPUs, numbered from 0"
     capability = torch.cuda.get_device_capability(index)

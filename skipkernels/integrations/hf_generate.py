@@ -25,12 +25,12 @@ from transformers import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from skipkernels.decoding import Decoding
+from skipkernels.decoding.decoding import Decoding
+from skipkernels.decoding.generation import SamplingParams
 from skipkernels.engine import DEFAULT_MAX_SEQ_LEN, Engine
 from skipkernels.errors import RequestError
-from skipkernels.generation import SamplingParams
-from skipkernels.policy import Policy
-from skipkernels.weights import parameter_views
+from skipkernels.model.weights import parameter_views
+from skipkernels.skipping.policy import Policy
 
 _engines: WeakKeyDictionary[PreTrainedModel, Engine] = WeakKeyDictionary()
 
@@ -173,8 +173,8 @@ def _apply(criteria: StoppingCriteriaList, decoding: Decoding, sequences: torch.
     """Ends the rows that one of the user's stopping criteria wants ended."""
     done = criteria(cast(torch.LongTensor, sequences), cast(torch.FloatTensor, torch.empty(0)))
     for row, row_done in zip(decoding.rows, done.tolist(), strict=True):
-        if row_done:
-            row.end()
+        if row_done and row.running:
+            row.stop()
 
 
 def _engine_for(model: PreTrainedModel, batch_size: int, max_length: int, num_threads: int | None) -> Engine:

@@ -11,18 +11,26 @@ from skipkernels.benchmark import bandwidth, shapes
 from skipkernels.benchmark.statistics import quantile
 from skipkernels.benchmark.torch_ops import bytes_of, torch_counterpart
 from skipkernels.cli.app import app
+from skipkernels.engine import Engine
 from skipkernels.executors.cpu import CpuExecutor
-from skipkernels.ops.table import OPS
-from skipkernels.policy import TimingPolicy
+from skipkernels.program.table import OPS
+from skipkernels.skipping.policy import TimingPolicy
 from tests.benchmark.test_decode_bench import TINY
 from tests.models import random_prompt, tiny_engine, tiny_module
 
 POSITIONS = 12
 
 
+def place(engine: Engine, positions: int) -> None:
+    own = engine.loop.own_rows().__enter__()  # for good: the engine serves one test only
+    for slot in range(engine.max_batch_size):
+        own.begin(slot, random_prompt(positions))
+    own.start()
+
+
 def program():
     engine = tiny_engine(module=tiny_module(dtype=torch.bfloat16), max_batch_size=2)
-    engine.begin([random_prompt(POSITIONS), random_prompt(POSITIONS)], policy=TimingPolicy(0.0))
+    place(engine, POSITIONS)
     executor = engine.executor_for(TimingPolicy(0.0))
     assert isinstance(executor, CpuExecutor)
     return engine, {ins.op: ins for ins in executor.program}
@@ -42,7 +50,7 @@ def test_an_op_moves_its_matrix_or_the_cache_of_all_rows():
 
 def test_a_sliding_window_bounds_what_attention_moves():
     engine = tiny_engine("mistral with a sliding window")
-    engine.begin([random_prompt(40)])
+    place(engine, 40)
     executor = engine.executor_for(engine.policy)
     (attention, *_) = [ins for ins in executor.program if ins.op == "decode_attention"]
     assert bytes_of(attention) == engine.config.kv_bytes(12, torch.float32) // engine.config.num_hidden_layers

@@ -83,3 +83,12 @@ CUDA_HOST_EXPORT int64_t cuda_host_live(const char* kind) {
 }
 
 CUDA_HOST_EXPORT uint64_t cuda_host_switches() { return scheduler.switches(); }
+
+// A stream that does not wait for the legacy one, as torch's are.
+CUDA_HOST_EXPORT cudaStream_t cuda_host_new_stream() {
+    cudaStream_t stream{};
+    cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    return stream;
+}
+
+CUDA_HOST_EXPORT int cuda_host_current_device() { return runtime.device; }

@@ -37,7 +37,7 @@ class HostRuntime:
             getattr(self.library, f"cuda_host_{name}").restype = ctypes.c_char_p
         for name in ("set", "inject"):
             getattr(self.library, f"cuda_host_{name}").restype = ctypes.c_bool
-        for name in ("live", "switches"):
+        for name in ("live", "switches", "new_stream"):
             getattr(self.library, f"cuda_host_{name}").restype = ctypes.c_int64
         self.reset(seed=seed)
 
@@ -81,6 +81,15 @@ class HostRuntime:
 
     def clear_log(self) -> None:
         self.library.cuda_host_clear_log()
+
+    def new_stream(self) -> int:
+        """A stream that does not wait for the legacy one, as torch's are."""
+        return self.library.cuda_host_new_stream()
+
+    @property
+    def device(self) -> int:
+        """The current device."""
+        return self.library.cuda_host_current_device()
 
     @property
     def kernels(self) -> list[str]:

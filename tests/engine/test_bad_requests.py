@@ -7,11 +7,11 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from skipkernels import _C
+from skipkernels.decoding.generation import SamplingParams
 from skipkernels.engine import Engine
 from skipkernels.errors import DeviceError, ModelError, PolicyError, RequestError, SkipkernelsError
 from skipkernels.executors.cpu import CpuExecutor
-from skipkernels.generation import SamplingParams
-from skipkernels.policy import FixedPolicy, SkipPolicy
+from skipkernels.skipping.policy import FixedPolicy, SkipPolicy
 from tests.models import VOCAB, random_prompt, tiny_engine, tiny_module
 
 PROMPT = random_prompt(6)
@@ -71,8 +71,7 @@ def test_text_needs_a_tokenizer(prompt: Any, options: dict[str, Any]) -> None:
         ({"debug": True}, DeviceError, "debug is for device 'cuda', got device 'cpu'"),
         ({"dtype": "fp8"}, ModelError, "unknown dtype 'fp8'; use one of fp32, bf16, fp16"),
         ({"executor": "gpu"}, DeviceError, "unknown executor 'gpu'; use one of auto, cpu, reference, graph"),
-        ({"max_batch_size": 17}, RequestError, r"max_batch_size must lie in 1\.\.16, got 17"),
-        ({"max_batch_size": 0}, RequestError, r"max_batch_size must lie in 1\.\.16, got 0"),
+        ({"max_batch_size": 0}, RequestError, "max_batch_size must be at least 1, got 0"),
         ({"max_seq_len": 0}, RequestError, r"max_seq_len must lie in 1\.\.512 \(the model's maximum\), got 0"),
         ({"max_seq_len": 513}, RequestError, "got 513"),
         ({"policy": SkipPolicy(cold_end=4)}, PolicyError, "leave nothing to skip"),

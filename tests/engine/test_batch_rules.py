@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from skipkernels.engine import Engine
-from skipkernels.policy import SkipPolicy
+from skipkernels.skipping.policy import SkipPolicy
 from tests.models import random_prompt, tiny_engine, tiny_module
 
 PROMPTS = [random_prompt(length, seed=length) for length in (4, 11, 7)]
@@ -48,7 +48,7 @@ def test_rows_that_ended_have_no_vote(rule: str) -> None:
     decoding = engine.begin(PROMPTS, max_new_tokens=30)
     decoding.step(4)
     for row in decoding.rows[:2]:
-        row.end()
+        row.stop()
     decoding.step(30)
     (alone,) = engine_of("per_row", 1, warmup=4).generate(PROMPTS[2], max_new_tokens=30)
     assert decoding.rows[2].token_ids == alone.token_ids

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from skipkernels.decoding.generation import SamplingParams
 from skipkernels.engine import Engine
 from skipkernels.executors.cpu import CpuExecutor
-from skipkernels.generation import SamplingParams
-from skipkernels.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy, SkipPolicy, TimingPolicy
+from skipkernels.skipping.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy, SkipPolicy, TimingPolicy
 from tests.models import random_prompt, tiny_engine, tiny_module
 
 PROMPTS = [random_prompt(length, seed=length) for length in (4, 11, 7)]
@@ -51,23 +51,28 @@ def test_a_profile_has_an_entry_for_every_instruction() -> None:
     policy = FixedPolicy((0, 1, 2), warmup_tokens=0)
     engine = tiny_engine(policy=policy)
     expected = engine.generate(PROMPTS[0], max_new_tokens=12)[0].token_ids
-    decoding = engine.begin(PROMPTS[0], max_new_tokens=12)
-    decoding.step(1)
-    profile = native_executor(engine).profile(10)
+    with engine.loop.own_rows() as own:
+        own.begin(0, PROMPTS[0], policy.plan(4))
+        own.start()
+        native_executor(engine).run(1)
+        profile = native_executor(engine).profile(10)
+        tokens = own.state.token_ids[0, len(PROMPTS[0]) :][:11].tolist()
     assert [op for op, _ in profile] == [ins.op for ins in native_executor(engine).program]
     seconds = {op: [s for name, s in profile if name == op] for op in ("down_proj_add", "o_proj_add")}
     assert seconds["down_proj_add"][:3] == [0.0] * 3  # skipped
     assert all(s > 0 for s in [seconds["down_proj_add"][3], *seconds["o_proj_add"]])
-    row = decoding.rows[0]
-    row.take_steps([0.0] * 10)
-    assert row.token_ids == expected[:11]
+    assert tokens == expected[:11]
 
 
 def test_a_run_ends_with_its_steps_or_its_rows() -> None:
     engine = tiny_engine(max_batch_size=2)
-    engine.begin(PROMPTS[:2], max_new_tokens=6)
     executor = native_executor(engine)
-    assert executor.run(0) == []
-    assert len(executor.run(4)) == 4
-    assert len(executor.run(100)) == 2
-    assert executor.run(100) == []
+    with engine.loop.own_rows() as own:
+        for slot in range(2):
+            own.begin(slot, PROMPTS[slot])
+            own.state.max_new_tokens[slot] = 6
+        own.start()
+        assert executor.run(0) == []
+        assert len(executor.run(4)) == 4
+        assert len(executor.run(100)) == 2
+        assert executor.run(100) == []

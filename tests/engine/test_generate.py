@@ -6,7 +6,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
-from skipkernels.policy import DensePolicy, FixedPolicy
+from skipkernels.skipping.policy import DensePolicy, FixedPolicy
 from tests.models import BOS, EOS, random_prompt, stock_tokens, tiny_engine, tiny_module
 
 PROMPT = random_prompt(6)
@@ -170,6 +170,10 @@ def test_the_state_is_as_new_after_a_request(engine: Engine, tokens: list[int]) 
 
 
 def test_rows_of_an_abandoned_request_do_not_run_on(engine: Engine, tokens: list[int]) -> None:
-    engine.begin([random_prompt(5, seed) for seed in range(3)], eos_token_ids=[]).step(2)
+    abandoned = engine.begin([random_prompt(5, seed) for seed in range(3)], eos_token_ids=[])
+    abandoned.step(2)
+    abandoned.end()
     assert engine.generate(PROMPT, max_new_tokens=30)[0].token_ids == tokens
-    assert engine.state.generated.tolist() == [30, 2, 2]
+    assert [len(row.token_ids) for row in abandoned.rows] == [2, 2, 2]
+    with pytest.raises(RequestError, match="cancelled"):
+        abandoned.results()

@@ -18,7 +18,7 @@ print("decoding", flush=True)
 try:
     engine.generate([1, 2, 3])
 except KeyboardInterrupt:
-    generated = int(engine.state.generated[0])
+    generated = int(engine.state.num_generated[0])
     assert engine.generate([1, 2, 3], max_new_tokens=20)[0].token_ids == expected
     print("interrupted after", generated, flush=True)
     raise

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from skipkernels.engine import Engine
-from skipkernels.policy import FixedPolicy, Policy, SkipPolicy
-from skipkernels.prefill import prefill
+from skipkernels.skipping.policy import FixedPolicy, Policy, SkipPolicy
 from tests.models import random_prompt, tiny_engine, tiny_module
 
 PROMPT = random_prompt(7)
@@ -22,11 +21,12 @@ def poison(engine: Engine, *layers: int) -> None:
 
 
 def begin(engine: Engine, prompts: list[list[int]]) -> None:
-    """Prefills as ``generate`` does, and makes every row look as if past its first token."""
-    for row, prompt in enumerate(prompts):
-        prefill(engine.config, engine.weights, engine.state, row, torch.tensor(prompt, dtype=torch.int32))
-        engine.state.generated[row] = 1
-        engine.state.max_new_tokens[row] = 50
+    """Caches prompts as ``generate`` does, and makes every row look as if past its first token."""
+    own = engine.loop.own_rows().__enter__()  # for good: the engine serves this test only
+    for slot, prompt in enumerate(prompts):
+        own.begin(slot, prompt, engine.policy.plan(engine.config.num_hidden_layers))
+        engine.state.num_generated[slot] = 1
+    own.start()
 
 
 @executors
@@ -61,7 +61,7 @@ def test_tokens_are_the_same_with_poisoned_weights(executor: str, policy: Policy
     begin(engine, [PROMPT])
     poison(engine, 1, 2)
     engine.executor_for(policy).run(12)
-    assert engine.state.generated[0] == 13
+    assert engine.state.num_generated[0] == 13
     assert torch.equal(engine.state.token_ids, healthy)
 
 
@@ -93,8 +93,10 @@ def test_the_cache_of_a_skipped_layer_is_complete(executor: str) -> None:
     (answer,) = engine.generate(PROMPT, max_new_tokens=8)
     assert answer.skip_map[1:, 1:3].all()
     cached = len(PROMPT) + 7
-    assert (engine.state.k_cache[:, 0, :, :cached].abs().sum(-1) > 0).all()
-    assert (engine.state.k_cache[:, 0, :, cached:] == 0).all()
+    layers = len(engine.weights.layers)
+    filled = (engine.state.k_cache.abs().sum(-1) > 0).transpose(2, 3).flatten(1, 2)  # [layers, positions, kv_heads]
+    assert (filled.any(-1) == filled.all(-1)).all()
+    assert filled.all(-1).sum(-1).tolist() == [cached] * layers
 
 
 def test_a_poisoned_layer_that_runs_does_show() -> None:

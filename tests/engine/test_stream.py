@@ -3,9 +3,9 @@
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from skipkernels.decoding.generation import SamplingParams
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
-from skipkernels.generation import SamplingParams
 from tests.models import random_prompt, tiny_engine, tiny_module
 
 PROMPT = random_prompt(6)
@@ -54,18 +54,31 @@ def test_a_stream_that_was_left_open_does_not_end_the_next(engine: Engine) -> No
     abandoned = engine.stream(random_prompt(9, seed=1))
     next(abandoned)
     stream = engine.stream(PROMPT, max_new_tokens=10)
+    abandoned.close()  # it has the only place; the next stream waits for it
     tokens = [next(stream).token_id]
-    abandoned.close()
     tokens += [chunk.token_id for chunk in stream]
     assert tokens == expected
 
 
-def test_a_stream_that_was_taken_over_says_so(engine: Engine) -> None:
-    abandoned = engine.stream(random_prompt(9, seed=1))
-    next(abandoned)
-    engine.generate(PROMPT, max_new_tokens=2)
-    with pytest.raises(RequestError, match="newer"):
-        next(abandoned)
+def test_a_request_waits_for_a_stream_that_has_the_only_place(engine: Engine) -> None:
+    expected = engine.generate(PROMPT, max_new_tokens=2)[0].token_ids
+    stream = engine.stream(random_prompt(9, seed=1), max_new_tokens=20)
+    tokens = [next(stream).token_id]
+    assert engine.generate(PROMPT, max_new_tokens=2)[0].token_ids == expected
+    tokens += [chunk.token_id for chunk in stream]
+    assert tokens[:-1] == engine.generate(random_prompt(9, seed=1), max_new_tokens=20)[0].token_ids
+
+
+def test_streams_of_one_engine_share_its_steps(tokenizer: PreTrainedTokenizerBase) -> None:
+    engine = tiny_engine(module=tiny_module(), tokenizer=tokenizer, max_batch_size=2)
+    prompts = [random_prompt(9, seed=1), random_prompt(4, seed=2)]
+    expected = [engine.generate(prompt, max_new_tokens=12)[0].token_ids for prompt in prompts]
+    first, second = (engine.stream(prompt, max_new_tokens=12) for prompt in prompts)
+    tokens: list[list[int | None]] = [[next(first).token_id], []]
+    for _ in range(12):
+        tokens[1].append(next(second).token_id)
+    tokens[0] += [chunk.token_id for chunk in first]
+    assert [tokens[0][:-1], tokens[1]] == expected
 
 
 def test_a_wrong_request_touches_nothing(engine: Engine) -> None:

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from skipkernels.config import ModelConfig
 from skipkernels.executors import Executor
 from skipkernels.executors.reference import ReferenceExecutor
-from skipkernels.ops.table import OPS, Instruction
-from skipkernels.policy import Policy
+from skipkernels.model.config import ModelConfig
+from skipkernels.model.weights import ModelWeights, allocate_weights
 from skipkernels.program import Program, build_program
-from skipkernels.state import LAYOUTS, DecodeState, Layout
-from skipkernels.weights import ModelWeights, allocate_weights
+from skipkernels.program.state import LAYOUTS, DecodeState, Layout
+from skipkernels.program.table import OPS, Instruction
+from skipkernels.skipping.policy import Policy
 from tests.tolerances import assert_close, name_of
 
 GUARD = 64
@@ -116,8 +116,8 @@ class Case:
         return weights
 
     def state(self) -> DecodeState:
-        """Sequences in the middle of a generation, some with the end of their prompt still to be cached. Their blocks lie
-        scattered over the pool; every position that no row of the step may read is NaN."""
+        """Sequences in the middle of a generation, some with the end of their prompt still to be cached. Their blocks
+        lie scattered over the pool; every position that no row of the step may read is NaN."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         prompt_rows = self.prompt_rows or (0,) * self.num_sequences
         size = self.layout.block_size
@@ -185,9 +185,7 @@ class Case:
         if self.multi_axis:
             low, high = 1 - self.max_seq_len, self.max_seq_len
             positions = torch.randint(low, high, (3, chunk), generator=generator, dtype=torch.int32)
-        state.set_prompt_rows(
-            row, slot, start, tokens, run_map=run_map, embeddings=embeddings, positions=positions
-        )
+        state.set_prompt_rows(row, slot, start, tokens, run_map=run_map, embeddings=embeddings, positions=positions)
 
     def program(self, weights: ModelWeights, state: DecodeState) -> Program:
         gated = any(policy.plan(self.num_layers) is not None for policy in self.policies)

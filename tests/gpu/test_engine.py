@@ -1,15 +1,19 @@
 """The engine on a GPU: against transformers, against the reference, against itself, and for a long time."""
 
+import gc
+
 import pytest
 import torch
 
 from skipkernels import Engine, SamplingParams, SkipPolicy
 from skipkernels.errors import DeviceError, RequestError
-from skipkernels.policy import Policy
+from skipkernels.skipping.policy import Policy
 from tests.models import FAMILIES, random_prompt, stock_tokens, tiny_engine, tiny_module
 
 pytestmark = pytest.mark.gpu
 SKIPPING = SkipPolicy(threshold=0.6, span=1, cold_start=0, cold_end=1, warmup_tokens=3)
+SLACK_BYTES = 8 << 20
+"""By which free memory may change while nothing leaks: the driver hands it out in pieces of 2 MB, when it likes."""
 HELD = SkipPolicy(threshold=0.6, span=1, cold_start=0, cold_end=0, warmup_tokens=3, target_ratio=0.2)
 PROMPTS = [random_prompt(9, 1), random_prompt(4, 2), random_prompt(17, 3)]
 
@@ -71,21 +75,25 @@ def test_ten_thousand_steps_leave_nothing_behind(kernels: str) -> None:
     engine.generate(PROMPTS[:1], max_new_tokens=480)
     torch.cuda.synchronize()
     before = torch.cuda.mem_get_info()[0]
-    for _ in range(10_000 // 480 + 1):
+    for _ in range(10_000 // 480 + 1):  # a leak of a kilobyte a step would be 10 MB
         engine.generate(PROMPTS[:1], max_new_tokens=480)
-    assert torch.cuda.mem_get_info()[0] == before
+    assert before - torch.cuda.mem_get_info()[0] < SLACK_BYTES
 
 
 def test_executors_give_their_memory_back(kernels: str) -> None:
+    """Twelve caches of 4 MB each: one that is kept does not show, all of them do."""
     module = tiny_module().cuda()
     free = []
-    for round_ in range(6):
-        engine = gpu_engine(module=module, kernels=kernels, policy=SkipPolicy(0.5 + 0.05 * round_, warmup_tokens=0))
+    for round_ in range(14):
+        policy = SkipPolicy(0.5 + 0.03 * round_, warmup_tokens=0)
+        engine = gpu_engine(module=module, kernels=kernels, policy=policy, max_seq_len=512, max_batch_size=16)
+        assert engine.state.cache_bytes() > 4 << 20
         engine.generate(PROMPTS[:1], max_new_tokens=8)
         del engine
+        gc.collect()
         torch.cuda.empty_cache()
         free.append(torch.cuda.mem_get_info()[0])
-    assert free[-1] == free[2]  # the first ones load modules
+    assert free[1] - free[-1] < SLACK_BYTES  # the first one loads modules
 
 
 def test_several_engines_share_a_device_and_a_users_stream(kernels: str) -> None:
@@ -98,13 +106,11 @@ def test_several_engines_share_a_device_and_a_users_stream(kernels: str) -> None
 
 def test_an_engine_is_not_loaded_inside_somebodys_capture(kernels: str) -> None:
     module = tiny_module().cuda()
-    graph, refused = torch.cuda.CUDAGraph(), None
-    with torch.cuda.graph(graph):
-        try:
-            engine = gpu_engine(module=module, kernels=kernels)
-        except (DeviceError, RuntimeError) as error:
-            refused = error
-    assert refused is not None
+    before = {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), pytest.raises(DeviceError, match="being captured into a graph"):
+        gpu_engine(module=module, kernels=kernels)
+    assert {name: parameter.data_ptr() for name, parameter in module.named_parameters()} == before
     engine = gpu_engine(module=module, kernels=kernels)
     assert len(engine.generate(PROMPTS[:1], max_new_tokens=4)[0].token_ids) == 4
 

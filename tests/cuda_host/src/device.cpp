@@ -3,8 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "runtime.h"
-#include "scheduler.h"
+#include "graph.h"
 
 namespace cuda_host {
 
@@ -41,10 +40,11 @@ cudaError_t release(std::map<void*, size_t>& memory, void* p) {
     const auto found = memory.find(p);
     if (found == memory.end()) return cudaErrorInvalidValue;
     if (const cudaError_t error = check_unsafe_call()) return error;
+    const cudaError_t error = drain_all();  // work under way may use it
     std::memset(p, 0xff, found->second);
     memory.erase(found);
     std::free(p);
-    return cudaSuccess;
+    return error;
 }
 
 bool get_attribute(cudaDeviceAttr attribute, int& value) {
@@ -77,6 +77,13 @@ bool get_attribute(cudaDeviceAttr attribute, int& value) {
 }
 
 }  // namespace
+
+bool is_pinned(const void* p) {
+    const auto after = runtime.host_memory.upper_bound(const_cast<void*>(p));
+    if (after == runtime.host_memory.begin()) return false;
+    const auto& [begin, bytes] = *std::prev(after);
+    return p < static_cast<const char*>(begin) + bytes;
+}
 
 int64_t blocks_per_sm(const void* function, int64_t block_size, size_t shared_bytes) {
     const Settings& settings = runtime.settings;
@@ -143,16 +150,25 @@ cudaError_t cudaGetDeviceCount(int* count) {
 cudaError_t cudaGetDevice(int* device) {
     return call("cudaGetDevice", "", [=] {
         if (!device) return cudaErrorInvalidValue;
-        *device = 0;
+        *device = runtime.device;
         return cudaSuccess;
     });
 }
 
 cudaError_t cudaSetDevice(int device) {
-    return call("cudaSetDevice", text(device), [=] { return check_device(device); });
+    return call("cudaSetDevice", text(device), [=] {
+        const cudaError_t error = check_device(device);
+        if (!error) runtime.device = device;
+        return error;
+    });
 }
 
-cudaError_t cudaDeviceSynchronize() { return call("cudaDeviceSynchronize", "", check_unsafe_call); }
+cudaError_t cudaDeviceSynchronize() {
+    return call("cudaDeviceSynchronize", "", [] {
+        const cudaError_t error = check_unsafe_call();
+        return error ? error : drain_all();
+    });
+}
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
     return call("cudaDeviceGetAttribute", text(attribute, device), [=] {

@@ -23,6 +23,8 @@ cudaError_t copy(const CUgraph_st& graph, std::vector<ExecNode>& copies, CUgraph
         for (const Edge& edge : node->dependencies) {
             copies[positions[edge.from]].dependents.push_back(copies.size());
             copied.overlaps_dependency = edge.data.type == cudaGraphDependencyTypeProgrammatic;
+            if (graph.parent && copied.overlaps_dependency && !runtime.settings.programmatic_in_bodies)
+                return cudaErrorNotSupported;
         }
         if (node->body) {
             if (const cudaError_t error = copy(*node->body, copied.body, exec)) return error;
@@ -137,15 +139,17 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
         if (!runtime.execs.has(exec) || !known) return cudaErrorInvalidResourceHandle;
         if (known->capture) return invalidate(*known, cudaErrorStreamCaptureUnsupported);
         if (const cudaError_t error = check_legacy_stream(*known)) return error;
-        for (auto& [handle, condition] : exec->conditions) {
-            if (!condition.assign_default) continue;
-            condition.known = true;
-            condition.value = condition.default_value;
-        }
-        running = exec;
-        const cudaError_t error = run(exec->nodes);
-        running = nullptr;
-        return error;
+        return submit(*known, [exec] {
+            for (auto& [handle, condition] : exec->conditions) {
+                if (!condition.assign_default) continue;
+                condition.known = true;
+                condition.value = condition.default_value;
+            }
+            running = exec;
+            const cudaError_t error = run(exec->nodes);
+            running = nullptr;
+            return error;
+        });
     });
 }
 
@@ -154,8 +158,9 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
         "cudaGraphExecDestroy", text(exec),
         [=] {
             if (!runtime.execs.has(exec)) return cudaErrorInvalidValue;
+            const cudaError_t error = drain_all();
             runtime.execs.destroy(exec);
-            return cudaSuccess;
+            return error;
         },
         Needs::device_even_if_it_failed);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <deque>
 #include <thread>
 
 #include "runtime.h"
@@ -46,9 +47,20 @@ struct Condition {
     const Thread* set_by_thread = nullptr;
 };
 
+// Work of a stream that nobody has waited for yet; see the setting `asynchronous`.
+struct Pending {
+    uint64_t number;  // in the order of all streams' work
+    std::function<cudaError_t()> run;
+};
+
 // stream.cpp
 CUstream_st* find_stream(cudaStream_t handle);  // null if there is none
 cudaError_t enqueue(cudaStream_t handle, Work work);
+// Runs it now, or behind all else in the stream.
+cudaError_t submit(CUstream_st& stream, std::function<cudaError_t()> run);
+cudaError_t drain(CUstream_st& stream);
+cudaError_t drain_all();
+void forget_streams();
 
 // capture.cpp
 cudaError_t capture_work(CUstream_st& stream, Work work);
@@ -65,6 +77,8 @@ CUgraphNode_st& append(CUgraph_st& graph, Work work, std::vector<Edge> dependenc
 
 struct CUstream_st {
     bool blocking = true;
+    int device = 0;
+    std::deque<cuda_host::Pending> pending;
     std::shared_ptr<cuda_host::Capture> capture;
     std::vector<cuda_host::Edge> dependencies;    // of the next node captured
     std::vector<cudaGraphNode_t> reported_nodes;  // what cudaStreamGetCaptureInfo gave out

@@ -28,8 +28,8 @@ void Runtime::reset() {
     bodies.clear();
     events.clear();
     streams.clear();
-    *find_stream(cudaStreamLegacy) = {};
-    *find_stream(cudaStreamPerThread) = {};
+    forget_streams();
+    device = 0;
 }
 
 }  // namespace cuda_host

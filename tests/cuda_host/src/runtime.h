@@ -24,22 +24,24 @@ namespace cuda_host {
 extern const int kRuntimeVersion;
 
 // What tests may set, with its default: an H200, but with few multiprocessors.
-#define CUDA_HOST_SETTINGS(SETTING)                                                      \
-    SETTING(device_count, 1)                                                             \
-    SETTING(driver_version, kRuntimeVersion) /* 0: no driver */                          \
-    SETTING(compute_major, 9)                                                            \
-    SETTING(compute_minor, 0)                                                            \
-    SETTING(sm_count, 4)                                                                 \
-    SETTING(total_memory, int64_t{1} << 30)                                              \
-    SETTING(free_memory, int64_t{1} << 30) /* before the first allocation */             \
-    SETTING(l2_bytes, 60 << 20)                                                          \
-    SETTING(shared_bytes_per_block, 48 << 10)                                            \
-    SETTING(shared_bytes_per_block_optin, 227 << 10)                                     \
-    SETTING(shared_bytes_per_sm, 228 << 10)                                              \
-    SETTING(threads_per_sm, 2048)                                                        \
-    SETTING(blocks_per_sm, 32)                                                           \
-    SETTING(while_limit, 100000)  /* iterations of a WHILE node that count as endless */ \
-    SETTING(not_ready_queries, 0) /* how often cudaEventQuery answers "not ready" at first */
+#define CUDA_HOST_SETTINGS(SETTING)                                                                          \
+    SETTING(device_count, 1)                                                                                 \
+    SETTING(driver_version, kRuntimeVersion) /* 0: no driver */                                              \
+    SETTING(compute_major, 9)                                                                                \
+    SETTING(compute_minor, 0)                                                                                \
+    SETTING(sm_count, 4)                                                                                     \
+    SETTING(total_memory, int64_t{1} << 30)                                                                  \
+    SETTING(free_memory, int64_t{1} << 30) /* before the first allocation */                                 \
+    SETTING(l2_bytes, 60 << 20)                                                                              \
+    SETTING(shared_bytes_per_block, 48 << 10)                                                                \
+    SETTING(shared_bytes_per_block_optin, 227 << 10)                                                         \
+    SETTING(shared_bytes_per_sm, 228 << 10)                                                                  \
+    SETTING(threads_per_sm, 2048)                                                                            \
+    SETTING(blocks_per_sm, 32)                                                                               \
+    SETTING(while_limit, 100000)       /* iterations of a WHILE node that count as endless */                \
+    SETTING(not_ready_queries, 0)      /* how often cudaEventQuery answers "not ready" at first */           \
+    SETTING(asynchronous, 0)           /* 1: what is put into a stream is done when somebody waits for it */ \
+    SETTING(programmatic_in_bodies, 1) /* 0: a body with programmatic edges is not instantiated */
 
 struct Settings {
 #define CUDA_HOST_SETTING(name, value) int64_t name = value;
@@ -62,12 +64,13 @@ class Registry {
         live_.insert(objects_.back().get());
         return objects_.back().get();
     }
-    bool has(const T* object) const { return live_.count(object) != 0; }
+    bool has(const T* object) const { return live_.count(const_cast<T*>(object)) != 0; }
     void destroy(T* object) {
         *object = T{};
         live_.erase(object);
     }
     size_t live() const { return live_.size(); }
+    const std::unordered_set<T*>& all() const { return live_; }
     void clear() {
         objects_.clear();
         live_.clear();
@@ -75,7 +78,7 @@ class Registry {
 
   private:
     std::vector<std::unique_ptr<T>> objects_;
-    std::unordered_set<const T*> live_;
+    std::unordered_set<T*> live_;
 };
 
 struct ConditionalHandle {
@@ -92,6 +95,7 @@ struct Runtime {
 
     std::recursive_mutex mutex;  // one call at a time, kernels included
     Settings settings;
+    int device = 0;  // the current one
     std::vector<Call> log;
     std::map<std::string, std::map<int64_t, cudaError_t>> injected;  // function -> calls from now -> error
     cudaError_t last_error = cudaSuccess;
@@ -136,6 +140,8 @@ struct Work {
 
     cudaError_t execute() const;
 };
+
+bool is_pinned(const void* p);  // device.cpp
 
 // capture.cpp: whether a call that capture cannot see may be made now
 cudaError_t check_unsafe_call();

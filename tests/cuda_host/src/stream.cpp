@@ -60,11 +60,84 @@ cudaError_t Work::execute() const {
     return cudaSuccess;
 }
 
+namespace {
+
+std::map<int, CUstream_st> legacy_streams, per_thread_streams;  // of each device
+uint64_t last_pending = 0;
+
+CUstream_st* of_device(std::map<int, CUstream_st>& streams) {
+    CUstream_st& stream = streams[runtime.device];
+    stream.device = runtime.device;
+    return &stream;
+}
+
+cudaError_t drain_up_to(CUstream_st& stream, uint64_t number);
+
+// What an operation of the stream waits for although it is in another: the legacy stream and all blocking ones.
+cudaError_t drain_others(CUstream_st& stream, uint64_t number) {
+    const auto legacy = legacy_streams.find(stream.device);
+    const bool is_legacy = legacy != legacy_streams.end() && &legacy->second == &stream;
+    if (!is_legacy) {
+        if (!stream.blocking || legacy == legacy_streams.end()) return cudaSuccess;
+        return drain_up_to(legacy->second, number);
+    }
+    for (CUstream_st* other : runtime.streams.all()) {
+        if (!other->blocking || other->device != stream.device) continue;
+        if (const cudaError_t error = drain_up_to(*other, number)) return error;
+    }
+    return cudaSuccess;
+}
+
+cudaError_t run_first(CUstream_st& stream) {
+    const Pending first = std::move(stream.pending.front());
+    stream.pending.pop_front();
+    if (const cudaError_t error = drain_others(stream, first.number)) return error;
+    return first.run();
+}
+
+cudaError_t drain_up_to(CUstream_st& stream, uint64_t number) {
+    while (!stream.pending.empty() && stream.pending.front().number <= number) {
+        if (const cudaError_t error = run_first(stream)) return error;
+    }
+    return cudaSuccess;
+}
+
+}  // namespace
+
+// A handle names a stream of the device it was made on; 0 names the legacy stream of the current device.
 CUstream_st* find_stream(cudaStream_t stream) {
-    static CUstream_st legacy, per_thread;
-    if (stream == nullptr || stream == cudaStreamLegacy) return &legacy;
-    if (stream == cudaStreamPerThread) return &per_thread;
+    if (stream == nullptr || stream == cudaStreamLegacy) return of_device(legacy_streams);
+    if (stream == cudaStreamPerThread) return of_device(per_thread_streams);
     return runtime.streams.has(stream) ? stream : nullptr;
+}
+
+cudaError_t submit(CUstream_st& stream, std::function<cudaError_t()> run) {
+    if (stream.device != runtime.device) return cudaErrorInvalidResourceHandle;
+    if (!runtime.settings.asynchronous) return run();
+    stream.pending.push_back({++last_pending, std::move(run)});
+    return cudaSuccess;
+}
+
+cudaError_t drain(CUstream_st& stream) {
+    if (const cudaError_t error = drain_others(stream, last_pending)) return error;
+    return drain_up_to(stream, last_pending);
+}
+
+cudaError_t drain_all() {
+    for (auto* streams : {&legacy_streams, &per_thread_streams}) {
+        for (auto& [device, stream] : *streams) {
+            if (const cudaError_t error = drain(stream)) return error;
+        }
+    }
+    for (CUstream_st* stream : runtime.streams.all()) {
+        if (const cudaError_t error = drain(*stream)) return error;
+    }
+    return cudaSuccess;
+}
+
+void forget_streams() {
+    legacy_streams.clear();
+    per_thread_streams.clear();
 }
 
 cudaError_t enqueue(cudaStream_t handle, Work work) {
@@ -72,7 +145,7 @@ cudaError_t enqueue(cudaStream_t handle, Work work) {
     if (!stream) return cudaErrorInvalidResourceHandle;
     if (stream->capture) return capture_work(*stream, std::move(work));
     if (const cudaError_t error = check_legacy_stream(*stream)) return error;
-    return work.execute();
+    return submit(*stream, [work = std::move(work)] { return work.execute(); });
 }
 
 cudaError_t launch(const cudaLaunchConfig_t* config, const void* function, std::function<void()> run) {
@@ -94,6 +167,11 @@ using namespace cuda_host;
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
     return call("cudaMemcpyAsync", text(to, from, bytes, kind, stream), [=] {
         if (bytes && (!to || !from)) return cudaErrorInvalidValue;
+        if (kind == cudaMemcpyHostToDevice && runtime.settings.asynchronous && !is_pinned(from)) {
+            // pageable memory is staged before the call returns
+            const std::vector<char> staged(static_cast<const char*>(from), static_cast<const char*>(from) + bytes);
+            return enqueue(stream, {cudaGraphNodeTypeMemcpy, [=] { std::memcpy(to, staged.data(), bytes); }, nullptr});
+        }
         return enqueue(stream, {cudaGraphNodeTypeMemcpy, [=] { std::memmove(to, from, bytes); }, nullptr});
     });
 }
@@ -102,7 +180,9 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind 
     return call("cudaMemcpy", text(to, from, bytes, kind), [=] {
         if (bytes && (!to || !from)) return cudaErrorInvalidValue;
         if (const cudaError_t error = check_unsafe_call()) return error;
-        return enqueue(nullptr, {cudaGraphNodeTypeMemcpy, [=] { std::memmove(to, from, bytes); }, nullptr});
+        const cudaError_t error =
+            enqueue(nullptr, {cudaGraphNodeTypeMemcpy, [=] { std::memmove(to, from, bytes); }, nullptr});
+        return error ? error : drain(*find_stream(nullptr));
     });
 }
 
@@ -135,6 +215,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
         if (!stream || flags > cudaStreamNonBlocking) return cudaErrorInvalidValue;
         *stream = runtime.streams.create();
         (*stream)->blocking = flags != cudaStreamNonBlocking;
+        (*stream)->device = runtime.device;
         return cudaSuccess;
     });
 }
@@ -145,8 +226,9 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
         [=] {
             if (!runtime.streams.has(stream)) return cudaErrorInvalidResourceHandle;
             if (stream->capture) return invalidate(*stream, cudaErrorStreamCaptureUnsupported);
+            const cudaError_t error = drain(*stream);
             runtime.streams.destroy(stream);
-            return cudaSuccess;
+            return error;
         },
         Needs::device_even_if_it_failed);
 }
@@ -156,7 +238,8 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
         CUstream_st* stream = find_stream(handle);
         if (!stream) return cudaErrorInvalidResourceHandle;
         if (stream->capture) return invalidate(*stream, cudaErrorStreamCaptureUnsupported);
-        return check_legacy_stream(*stream);
+        if (const cudaError_t error = check_legacy_stream(*stream)) return error;
+        return drain(*stream);
     });
 }
 
@@ -165,7 +248,10 @@ cudaError_t cudaStreamQuery(cudaStream_t handle) {
         CUstream_st* stream = find_stream(handle);
         if (!stream) return cudaErrorInvalidResourceHandle;
         if (stream->capture) return invalidate(*stream, cudaErrorStreamCaptureUnsupported);
-        return check_legacy_stream(*stream);
+        if (const cudaError_t error = check_legacy_stream(*stream)) return error;
+        if (stream->pending.empty()) return cudaSuccess;
+        const cudaError_t error = run_first(*stream);  // time passes between two questions
+        return error ? error : cudaErrorNotReady;
     });
 }
 
@@ -202,6 +288,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
             return cudaSuccess;
         }
         if (const cudaError_t error = check_legacy_stream(*stream)) return error;
+        if (const cudaError_t error = drain(*stream)) return error;  // events are reached at once
         event->capture = nullptr;
         event->dependencies.clear();
         event->recorded = true;

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
 import torch
 
+from skipkernels import Engine
+from skipkernels.executors import Executor
+from skipkernels.executors.execution import Execution
+from skipkernels.executors.graph import GraphExecutor
 from skipkernels.executors.runtime import CudaRuntime
+from skipkernels.program import Program, state
+from skipkernels.program.state import LAYOUTS, DecodeState
 from tests.cuda_host.build import build_core_extension, load_core_extension
 from tests.cuda_host.controls import HostRuntime
+from tests.models import tiny_engine
+
+GpuEngine = Callable[..., Engine]
 
 
 class FakeDevice(CudaRuntime):
-    """A GPU whose memory is that of the CPU; its default stream is that of the user."""
+    """A GPU whose memory is that of the CPU; its default stream is torch's current one."""
 
-    def __init__(self, native: ModuleType, controls: HostRuntime) -> None:
-        super().__init__(torch.device("cpu"))
+    def __init__(self, native: ModuleType, controls: HostRuntime, index: int = 0) -> None:
+        super().__init__(torch.device("cuda", index))
         self.native = native
         self.controls = controls
         self.user_stream = 0
 
     def stream(self) -> int:
         return self.user_stream
-
-    def synchronize(self, stream: int) -> None:
-        if self.controls.failure:
-            raise RuntimeError(self.controls.failure)
-
-    def busy(self, stream: int) -> bool:
-        return False
-
-    def refuse_while_capturing(self) -> None:
-        pass
 
 
 @pytest.fixture(
@@ -54,3 +53,29 @@ def device(library: tuple[ModuleType, HostRuntime]) -> Iterator[FakeDevice]:
     controls.reset()
     yield FakeDevice(native, controls)
     assert not controls.failure
+
+
+@pytest.fixture
+def gpu_engine(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> GpuEngine:
+    """Engines whose executors are graphs on the fake device."""
+
+    fake = device
+
+    def build(
+        conditional: str = "predicate",
+        loop: str = "replay",
+        debug: bool = False,
+        device: FakeDevice = fake,
+        **options: object,
+    ) -> Engine:
+        execution = Execution("cuda", "graph", kernels="cuda", conditional=conditional, loop=loop, debug=debug)
+
+        def get_executor(_: Execution, program: Program, buffers: DecodeState) -> Executor:
+            return GraphExecutor(program, buffers, execution, device)
+
+        monkeypatch.setitem(state.LAYOUTS, "cpu", LAYOUTS["cuda"])
+        monkeypatch.setattr("skipkernels.engine.get_executor", get_executor)
+        monkeypatch.setattr("skipkernels.engine.PROMPT_ROWS", 4)  # threads of an emulated device are slow
+        return tiny_engine(**options)
+
+    return build

@@ -7,14 +7,14 @@ import gc
 import pytest
 import torch
 
-from skipkernels.config import ModelConfig
 from skipkernels.errors import DeviceError
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.graph import GraphExecutor
-from skipkernels.policy import DensePolicy, Policy, SkipPolicy
+from skipkernels.model.config import ModelConfig
+from skipkernels.model.weights import allocate_weights
 from skipkernels.program import build_program
-from skipkernels.state import LAYOUTS, DecodeState
-from skipkernels.weights import allocate_weights
+from skipkernels.program.state import LAYOUTS, DecodeState
+from skipkernels.skipping.policy import DensePolicy, Policy, SkipPolicy
 from tests.executors.graph.conftest import FakeDevice
 from tests.models import tiny_config
 
@@ -103,6 +103,8 @@ def test_an_error_leaves_nothing_behind_and_the_device_usable(device: FakeDevice
     gc.collect()
     for name in (function, f"{function}_v2"):  # as it is called by CUDA 12
         device.controls.inject(name, "cudaErrorUnknown", nth=nth)
+        if function == "cudaGraphInstantiate":  # the second one is without programmatic edges
+            device.controls.inject(name, "cudaErrorUnknown", nth=nth + 1)
     calls = [call.name for call in device.controls.log]
     if calls.count(function) + calls.count(f"{function}_v2") >= nth:
         with pytest.raises(DeviceError, match="cudaErrorUnknown"):
@@ -111,6 +113,26 @@ def test_an_error_leaves_nothing_behind_and_the_device_usable(device: FakeDevice
     assert device.controls.live == before
     device.controls.reset()
     executor(device, "if_node", "while")
+
+
+@pytest.mark.parametrize(("conditional", "loop"), [("if_node", "replay"), ("predicate", "while")])
+def test_bodies_without_programmatic_edges_where_the_driver_refuses_them(
+    device: FakeDevice, conditional: str, loop: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert executor(device, conditional, loop).overlaps
+    assert not caplog.records
+    device.controls.configure(programmatic_in_bodies=0)
+    refused = executor(device, conditional, loop)
+    assert not refused.overlaps
+    assert "kernels do not overlap" in caplog.text
+    refused.state.begin_row(0, torch.tensor([3, 5], dtype=torch.int32))
+    refused.state.max_new_tokens.fill_(4)
+    assert len(refused.run(9)) == 4
+
+
+def test_a_predicated_graph_overlaps_where_bodies_must_not(device: FakeDevice) -> None:
+    device.controls.configure(programmatic_in_bodies=0)
+    assert executor(device).overlaps
 
 
 def test_a_second_capture_into_the_same_graph_is_refused(device: FakeDevice) -> None:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 
 import pytest
 import torch
 
-from skipkernels import Engine, SamplingParams, SkipPolicy, state
+from skipkernels import SamplingParams, SkipPolicy
 from skipkernels.errors import DeviceError
-from skipkernels.executors import Executor
-from skipkernels.executors.execution import Execution
 from skipkernels.executors.graph import AHEAD, GraphExecutor
-from skipkernels.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy
-from skipkernels.program import Program
-from skipkernels.state import LAYOUTS, DecodeState
-from tests.executors.graph.conftest import FakeDevice
+from skipkernels.skipping.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy
+from tests.executors.graph.conftest import FakeDevice, GpuEngine
 from tests.models import byte_tokenizer, random_prompt, tiny_engine
 
 MODES = [(conditional, loop) for conditional in ("predicate", "if_node") for loop in ("replay", "while")]
@@ -30,25 +25,6 @@ POLICIES: list[Policy] = [
 SKIPPING = POLICIES[1]
 PROMPTS = [random_prompt(9, 1), random_prompt(4, 2), random_prompt(17, 3)]
 SAMPLING = [SamplingParams(), SamplingParams(temperature=0.8, seed=5), SamplingParams(temperature=1.0, top_k=20)]
-
-GpuEngine = Callable[..., Engine]
-
-
-@pytest.fixture
-def gpu_engine(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> GpuEngine:
-    """Engines whose executors are graphs on the fake device."""
-
-    def build(conditional: str = "predicate", loop: str = "replay", debug: bool = False, **options: object) -> Engine:
-        execution = Execution("cuda", "graph", kernels="cuda", conditional=conditional, loop=loop, debug=debug)
-
-        def get_executor(_: Execution, program: Program, buffers: DecodeState) -> Executor:
-            return GraphExecutor(program, buffers, execution, device)
-
-        monkeypatch.setitem(state.LAYOUTS, "cpu", LAYOUTS["cuda"])
-        monkeypatch.setattr("skipkernels.engine.get_executor", get_executor)
-        return tiny_engine(**options)
-
-    return build
 
 
 @pytest.mark.parametrize(("conditional", "loop"), MODES)
@@ -108,7 +84,7 @@ def test_a_stop_string_ends_a_row_that_the_device_has_run_beyond(gpu_engine: Gpu
 
 @pytest.mark.parametrize("loop", ["replay", "while"])
 def test_an_abandoned_stream_does_not_disturb_the_next_request(gpu_engine: GpuEngine, loop: str) -> None:
-    engine = gpu_engine(loop=loop)
+    engine = gpu_engine(loop=loop, max_batch_size=2)
     expected = tiny_engine().generate(PROMPTS[1:2], max_new_tokens=10)[0].token_ids
     stream = engine.stream(PROMPTS[0], max_new_tokens=40)
     next(stream)

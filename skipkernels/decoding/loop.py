@@ -1,0 +1,376 @@
+"""DecodeLoop: takes requests, plans steps, runs them, and hands their tokens out. Every generation goes through here.
+
+submit(request) -> handle -> row scheduler -> rows of the state -> step (program) -> tokens -> handle
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from skipkernels.decoding.block_pool import BlockPool
+from skipkernels.decoding.handle import Handle
+from skipkernels.decoding.own_rows import OwnRows
+from skipkernels.decoding.prefix_index import PrefixIndex
+from skipkernels.decoding.prompt_rows import PromptRows
+from skipkernels.decoding.request import Request
+from skipkernels.decoding.row_budget import RowBudget
+from skipkernels.decoding.row_scheduler import RowScheduler
+from skipkernels.decoding.sequence import Sequence as TokenSequence
+from skipkernels.decoding.step import DecodeRow, Step
+from skipkernels.errors import RequestError
+from skipkernels.executors import Executor
+from skipkernels.program.state import ENDED, MAX_EOS, WAITS_FOR_BLOCK, DecodeState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+STEPS_AT_ONCE = 16
+"""Steps planned together where somebody looks at every token: planning costs some 0.1 ms of Python."""
+
+
+@dataclass
+class _Flight:
+    """A planned step, or several, on its way through the executor."""
+
+    step: Step
+    seconds: Iterator[float] | None  # of each step, where somebody looks at every token
+    wish: int
+    done: int = 0
+    handed: dict[int, int] = field(default_factory=dict)  # by slot: num_generated when it took off
+
+
+class DecodeLoop:
+    """Decodes for any number of requests at the same time; safe to use from several threads.
+
+    Requests come in through ``submit`` at any time and take part from the next step on. There is no thread of its own:
+    whoever waits for a handle runs steps, under one lock, and each step serves all that are in flight.
+    """
+
+    def __init__(
+        self,
+        state: DecodeState,
+        prompt_rows: PromptRows,
+        executor: Callable[[bool], Executor],
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        """``executor(gated)`` gives the executor of the program with gates, or of the dense one."""
+        self.lock = threading.RLock()
+        self.state = state
+        block_bytes = state.cache_bytes() // state.num_blocks
+        self.pool = BlockPool(state.num_blocks, state.block_size, block_bytes=block_bytes)
+        self.index = PrefixIndex(self.pool)
+        self.scheduler = RowScheduler(
+            state.num_sequences, prompt_rows.capacity, self.pool, self.index, state.max_seq_len
+        )
+        self._prompt_rows = prompt_rows
+        self._budget = RowBudget(prompt_rows.capacity)
+        self._executor = executor
+        self._tokenizer = tokenizer
+        self._inbox: deque[Handle] = deque()
+        self._handles: dict[TokenSequence, Handle] = {}  # in flight
+        self._flight: _Flight | None = None
+        self._running: Executor | None = None  # what is inside a long call now
+        self._closed = False
+
+    def submit_all(self, requests: Sequence[Request]) -> list[Handle]:
+        """Queues requests. Does not wait, not even for the step that runs now.
+
+        Raises:
+            RequestError: one of them could not be served even if it were alone, or the engine is closed; none is
+                queued.
+        """
+        if self._closed:
+            raise RequestError("the engine is closed; load another one")
+        handles = [Handle(self, request, self._tokenizer) for request in requests]
+        for handle in handles:
+            self.scheduler.check(handle.sequence)
+        self._inbox.extend(handles)
+        if running := self._running:
+            running.interrupt()
+        return handles
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is in flight and nothing waits."""
+        return not (self._inbox or self._handles)
+
+    def step(self, wish: int | None = None) -> bool:
+        """Runs a step of every sequence in flight, or up to ``wish`` of them (None: as many as the answers may want)
+        where nobody looks at single tokens. Returns whether there is more to do."""
+        with self.lock:
+            if self._flight is None:
+                self._take_inbox()
+                if not self.scheduler.has_work:
+                    return False
+                self._flight = self._take_off(wish)
+            try:
+                self._fly(self._flight)
+            except BaseException:
+                self._crash()
+                raise
+            return not self.idle
+
+    def advance(self, handle: Handle) -> None:
+        """Returns once ``handle`` has a chunk that nobody has taken, or has ended; runs steps until then."""
+        while True:
+            with self.lock:
+                handle.read()
+                if handle.has_news:
+                    return
+                self.step()
+
+    def finish(self, handle: Handle) -> None:
+        """Returns once ``handle`` has ended; runs steps until then."""
+        while handle.running:
+            with self.lock:
+                if handle.running:
+                    self.step()
+
+    def cancel(self, handle: Handle) -> None:
+        """Ends a request between two steps and frees all it holds.
+
+        Raises:
+            RequestError: it has ended already.
+        """
+        if running := self._running:
+            running.interrupt()
+        with self.lock:
+            if not handle.running:
+                raise RequestError("this request has ended already; it cannot be cancelled")
+            self._drop(handle)
+            handle.fail(RequestError("this request was cancelled"))
+
+    def stop(self, handle: Handle) -> None:
+        """Ends a request where it is: what was generated is its answer.
+
+        Raises:
+            RequestError: it has ended already.
+        """
+        if running := self._running:
+            running.interrupt()
+        with self.lock:
+            if not handle.running:
+                raise RequestError("this request has ended already; it cannot be stopped")
+            handle.end()
+            self._land()
+            if handle.running:  # it was not decoding
+                self._drop(handle)
+                handle.finish()
+
+    def _drop(self, handle: Handle) -> None:
+        """Takes a request out, wherever it is."""
+        if handle in self._inbox:
+            self._inbox.remove(handle)
+            return
+        sequence = self._handles.pop(handle.sequence).sequence
+        slot = sequence.slot
+        if slot is not None:
+            self.state.end_sequence(slot)
+            handle.runs.save(self.state, slot, len(handle.token_ids))
+        self.scheduler.cancel(sequence)
+
+    def close(self) -> None:
+        """Cancels what is in flight; nothing can be submitted from then on."""
+        self._closed = True
+        with self.lock:
+            for handle in [*self._inbox, *self._handles.values()]:
+                self.cancel(handle)
+
+    def forget_prefixes(self) -> None:
+        """Empties the prefix index: the next prompts are computed whole."""
+        with self.lock:
+            self.index.clear()
+
+    @contextmanager
+    def own_rows(self) -> Iterator[OwnRows]:
+        """The state and its whole cache for one user. What the prefix index knew is forgotten.
+
+        Raises:
+            RequestError: requests are in flight.
+        """
+        with self.lock:
+            if not self.idle:
+                raise RequestError("requests are in flight; wait for them or cancel them first")
+            self.index.clear()
+            self._quiet()
+            try:
+                yield OwnRows(self.state, self._prompt_rows, self._executor(False))
+            finally:
+                self._quiet()
+                self.state.block_table.fill_(-1)
+
+    # one flight
+
+    def _take_inbox(self) -> None:
+        while self._inbox:
+            handle = self._inbox.popleft()
+            self.scheduler.add(handle.sequence)
+            self._handles[handle.sequence] = handle
+
+    def _take_off(self, wish: int | None) -> _Flight:
+        """Plans a step and sets the rows of the state to it."""
+        streamed = any(handle.streamed for handle in self._handles.values())
+        if wish is None:
+            wish = STEPS_AT_ONCE if streamed else self.state.max_seq_len
+        decoding = any(sequence.decoding for sequence in self._handles)
+        self.scheduler.prompt_rows = self._budget.rows(decoding)
+        step = self.scheduler.plan(wish)
+        assert not step.empty, "sequences are waiting and none has a row: the scheduler is stuck"
+        self._apply(step)
+        flight = _Flight(step, None, step.max_steps)
+        flight.handed = {row.slot: row.sequence.num_generated for row in step.decode_rows}
+        executor = self._executor(any(row.sequence.policy_identity for row in step.decode_rows))
+        if streamed:
+            flight.seconds = executor.steps(step.max_steps)
+        self._running = executor
+        return flight
+
+    def _apply(self, step: Step) -> None:
+        state = self.state
+        for slot, sequence in step.preempted:
+            logger.info("the cache is full: request %s waits and will be computed again", sequence.arrival)
+            state.end_sequence(slot)
+            handle = self._handles[sequence]
+            handle.runs.save(state, slot, len(handle.token_ids))
+        for source, target in step.copies:
+            state.copy_block(source, target)
+        for slot, blocks in step.block_tables:
+            state.set_blocks(slot, blocks)
+        for row in step.decode_rows:
+            if row.starts:
+                self._start(row)
+            elif int(state.progress[row.slot, 1]) == WAITS_FOR_BLOCK:
+                state.start_decoding(row.slot)
+        self._prompt_rows.place([(chunk, self._handles[chunk.sequence].runs) for chunk in step.chunks])
+
+    def _start(self, row: DecodeRow) -> None:
+        """Sets a slot's buffers up for a sequence that begins, or comes back after it was preempted."""
+        handle, state, slot = self._handles[row.sequence], self.state, row.slot
+        request = handle.request
+        tokens = torch.tensor(row.sequence.tokens, dtype=torch.int32)
+        state.begin_sequence(slot, tokens, row.sequence.num_generated)
+        handle.runs.restore(state, slot)
+        state.set_policy(slot, request.plan)
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"):
+            getattr(state, name)[slot] = getattr(request.sampling, name)
+        state.max_new_tokens[slot] = row.sequence.max_tokens - row.sequence.num_prompt_tokens
+        eos = request.eos_token_ids
+        for at in range(MAX_EOS):
+            state.eos_token_ids[slot, at] = eos[at] if at < len(eos) else -1
+        state.start_decoding(slot)
+
+    def _fly(self, flight: _Flight) -> None:
+        started = time.perf_counter()
+        if flight.done == 0:
+            self._prompt_rows.run()
+        prefill_s = time.perf_counter() - started
+        executor = self._running
+        assert executor is not None
+        if flight.seconds is not None:
+            next_s = next(flight.seconds, None)
+            seconds = [] if next_s is None else [next_s]
+        else:
+            seconds = executor.run(1 if self._inbox else flight.wish)
+        if flight.done == 0:
+            first_s = prefill_s + (seconds[0] if seconds else 0.0)
+            self._budget.measured(flight.step.num_prompt_rows, len(flight.step.decode_rows), first_s)
+        flight.done += max(1, len(seconds))
+        self._hand_out(flight, seconds)
+        if flight.seconds is None or not seconds or flight.done >= flight.wish or self._must_plan(flight):
+            self._land()
+
+    def _must_plan(self, flight: _Flight) -> bool:
+        """Somebody waits for what only a new plan brings."""
+        if self._inbox:
+            return True
+        ended = any(self._has_ended(row) for row in flight.step.decode_rows)
+        return ended and (self.scheduler.num_waiting > 0 or all(map(self._has_ended, flight.step.decode_rows)))
+
+    def _has_ended(self, row: DecodeRow) -> bool:
+        handle = self._handles.get(row.sequence)
+        return handle is None or handle.ended
+
+    def _hand_out(self, flight: _Flight, seconds: list[float]) -> None:
+        """Gives every handle the tokens it does not have yet."""
+        state = self.state
+        for row in flight.step.decode_rows:
+            handle = self._handles.get(row.sequence)
+            if handle is None or handle.ended:
+                continue
+            generated, status = state.progress[row.slot].tolist()
+            had = len(handle.token_ids)
+            begin = row.sequence.num_prompt_tokens + had
+            new = state.token_ids[row.slot, begin : begin + generated - had].tolist()
+            times = seconds[: len(new)]
+            times += [seconds[-1] if seconds else 0.0] * (len(new) - len(times))
+            handle.take(new, times)
+            if status == ENDED:
+                handle.end()
+            if handle.ended:
+                state.end_sequence(row.slot)
+                self._finish(handle, row.slot)
+
+    def _finish(self, handle: Handle, slot: int) -> None:
+        handle.runs.save(self.state, slot, len(handle.token_ids))
+        handle.finish()
+
+    def _land(self) -> None:
+        """Ends the flight: the device comes to rest, and the scheduler learns what was decoded."""
+        flight, self._flight, self._running = self._flight, None, None
+        if flight is None:
+            return
+        if flight.seconds is not None:
+            flight.seconds.close()  # type: ignore[attr-defined]
+            self._hand_out(flight, [])
+        generated: dict[int, list[int]] = {}
+        ended: list[int] = []
+        for row in flight.step.decode_rows:
+            handle = self._handles.get(row.sequence)
+            if handle is None:
+                continue
+            generated[row.slot] = handle.token_ids[flight.handed[row.slot] :]
+            if handle.ended:
+                ended.append(row.slot)
+                if handle.running:
+                    self.state.end_sequence(row.slot)
+                    self._finish(handle, row.slot)
+        for sequence in self.scheduler.commit(flight.step, generated, ended):
+            del self._handles[sequence]
+
+    def _crash(self) -> None:
+        """A step failed: nobody knows what it has written. Its sequences keep the tokens that were handed out and are
+        computed again."""
+        flight, self._flight, self._running = self._flight, None, None
+        if flight is None:
+            return
+        self.state.settle()
+        for row in flight.step.decode_rows:
+            handle = self._handles.get(row.sequence)
+            if handle is None:
+                continue
+            row.sequence.tokens += handle.token_ids[row.sequence.num_generated :]
+            if handle.ended:
+                self.scheduler.cancel(row.sequence)
+                del self._handles[row.sequence]
+            else:
+                handle.runs.save(self.state, row.slot, len(handle.token_ids))
+        self.scheduler.abandon(flight.step)
+        self._quiet()
+
+    def _quiet(self) -> None:
+        """No row is active, no sequence has begun."""
+        self.state.settle()
+        self.state.active.zero_()
+        self.state.run_ffn.zero_()
+        self.state.progress.zero_()

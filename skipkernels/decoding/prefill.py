@@ -1,0 +1,150 @@
+"""Prefill in PyTorch: a prompt's keys and values into the paged cache, many tokens at a time.
+
+On a CPU the decode program computes prompts itself, as prompt rows. On a GPU many rows go to torch's matrix product,
+which is built for them; and calibration looks at the residual stream of every layer, which only this form shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from skipkernels.model.config import ModelConfig
+from skipkernels.model.prompt import EmbeddedPrompt, shifted
+from skipkernels.model.weights import LayerWeights, ModelWeights
+from skipkernels.program.reference import apply_rope
+from skipkernels.program.state import DecodeState
+
+CHUNK = 512
+"""Prompt tokens computed at a time: bounds the memory of long prompts."""
+
+Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""Called as (layer, before, after) with the residual stream [tokens, hidden] around each FFN."""
+
+
+@torch.inference_mode()
+def prefill(
+    config: ModelConfig,
+    weights: ModelWeights,
+    state: DecodeState,
+    slot: int,
+    tokens: torch.Tensor,
+    *,
+    start: int = 0,
+    run_map: torch.Tensor | None = None,
+    embedded: EmbeddedPrompt | None = None,
+    observe: Observer | None = None,
+) -> None:
+    """Caches consecutive tokens of the sequence in ``slot``, whose blocks are in the table.
+
+    Args:
+        tokens: i32 [tokens].
+        start: position of the first one; all before it are cached.
+        run_map: u8 [tokens, layers]: which FFNs run, for tokens that were generated under a policy and are computed
+            again; None: all.
+        embedded: the whole prompt's embeddings and positions, in place of the tokens' own.
+    """
+    device = weights.embed_tokens.device
+    ids = tokens.to(device).long()
+    positions = embedded.positions if embedded else None
+    axes = None if positions is None else shifted(positions).to(device)
+    for offset in range(0, ids.numel(), CHUNK):
+        end = min(offset + CHUNK, ids.numel())
+        first, last = start + offset, start + end
+        hidden = weights.embed_tokens[ids[offset:end]]
+        if embedded:
+            hidden = embedded.embeddings[first:last].to(hidden)
+        rope = _rope(config, weights, first, last, axes)
+        for index, layer in enumerate(weights.layers):
+            cache = _PagedLayer(state, index, slot, last)
+            hidden = hidden + _attention(config, layer, index, hidden, first, rope, cache)
+            change = _ffn(config, layer, hidden)
+            if run_map is not None:
+                change = torch.where(run_map[offset:end, index, None].to(device) != 0, change, 0)
+            before, hidden = hidden, hidden + change
+            if observe:
+                observe(index, before, hidden)
+
+
+class _PagedLayer:
+    """The keys and values of one layer of one sequence, as [kv_heads, positions, head_dim]."""
+
+    def __init__(self, state: DecodeState, layer: int, slot: int, end: int) -> None:
+        self._caches = state.k_cache[layer], state.v_cache[layer]
+        self._size = state.block_size
+        self._blocks = state.block_table[slot, : -(-end // self._size)].long()
+
+    def append(self, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Writes key and value [kv_heads, tokens, head_dim] at positions ``start`` and on."""
+        at = torch.arange(start, start + key.shape[1], device=key.device)
+        for cache, new in zip(self._caches, (key, value), strict=True):
+            cache[self._blocks[at // self._size], :, at % self._size] = new.transpose(0, 1).to(cache.dtype)
+
+    def read(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        first = begin // self._size
+        keys, values = (
+            cache[self._blocks[first : -(-end // self._size)]].transpose(0, 1).flatten(1, 2) for cache in self._caches
+        )
+        cut = slice(begin - first * self._size, end - first * self._size)
+        return keys[:, cut], values[:, cut]
+
+
+def _attention(
+    config: ModelConfig,
+    layer: LayerWeights,
+    index: int,
+    hidden: torch.Tensor,
+    start: int,
+    rope: tuple[torch.Tensor, torch.Tensor],
+    cache: _PagedLayer,
+) -> torch.Tensor:
+    """Self-attention of a chunk [tokens, hidden] at positions ``start`` and on over the cache, which gains the chunk's
+    keys and values."""
+    eps, dtype = config.rms_norm_eps, hidden.dtype
+    heads, kv_heads, end = config.num_attention_heads, config.num_key_value_heads, start + hidden.shape[0]
+    x = _rms_norm(hidden, layer.input_layernorm, eps)
+    bias = None if layer.qkv_bias is None else layer.qkv_bias.to(dtype)
+    qkv = F.linear(x, layer.qkv_proj, bias).view(-1, heads + 2 * kv_heads, config.head_dim).transpose(0, 1)
+    query, key, value = qkv.split([heads, kv_heads, kv_heads])
+    if layer.q_norm is not None and layer.k_norm is not None:
+        query, key = _rms_norm(query, layer.q_norm, eps), _rms_norm(key, layer.k_norm, eps)
+    cache.append(start, apply_rope(key, *rope), value)
+    window = config.sliding_windows[index]
+    begin = max(0, start + 1 - window) if window else 0
+    keys, values = cache.read(begin, end)
+    positions = torch.arange(begin, end, device=hidden.device)
+    offsets = torch.arange(start, end, device=hidden.device)[:, None] - positions
+    mask = offsets >= 0 if window is None else (offsets >= 0) & (offsets < window)
+    attended = F.scaled_dot_product_attention(
+        apply_rope(query, *rope)[None], keys[None], values[None], attn_mask=mask, enable_gqa=heads != kv_heads
+    )
+    o_bias = None if layer.o_proj_bias is None else layer.o_proj_bias.to(dtype)
+    return F.linear(attended[0].transpose(0, 1).reshape(len(hidden), -1), layer.o_proj, o_bias)
+
+
+def _rope(
+    config: ModelConfig, weights: ModelWeights, start: int, end: int, positions: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine [tokens, head_dim / 2] of a chunk, in the weights' dtype. With positions [3, tokens] each channel
+    pair has a position of its own, that of its axis; negative ones are the tables' mirror images."""
+    cos, sin = weights.rope_cos[start:end], weights.rope_sin[start:end]
+    if positions is not None:
+        at = positions[list(config.position_axes or ()), start:end].T
+        cos, sin = weights.rope_cos.gather(0, at.abs()), weights.rope_sin.gather(0, at.abs()) * at.sign()
+    return cos.to(weights.dtype), sin.to(weights.dtype)
+
+
+def _ffn(config: ModelConfig, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
+    """The FFN branch of a layer for [tokens, hidden], without the residual."""
+    x = _rms_norm(hidden, layer.post_attention_layernorm, config.rms_norm_eps)
+    gate, up = F.linear(x, layer.gate_up_proj).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, layer.down_proj)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As transformers: normalised in fp32, scaled in the model's dtype."""
+    normed = x.float()
+    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
+    return weight.to(x.dtype) * normed.to(x.dtype)

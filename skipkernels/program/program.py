@@ -1,0 +1,164 @@
+"""The decode program: one step as a flat list of instructions over preallocated buffers. This is a token's life."""
+
+from __future__ import annotations
+
+import torch
+
+from skipkernels.model.config import ModelConfig
+from skipkernels.model.weights import ModelWeights
+from skipkernels.program.state import DecodeState
+from skipkernels.program.table import Instruction, instruction
+
+Program = tuple[Instruction, ...]
+
+
+def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState, *, gated: bool = False) -> Program:
+    """Records one step of every active row over the buffers of ``state``.
+
+    Args:
+        gated: with gates that skip FFNs by each sequence's own policy (``DecodeState.set_policy``). Without them the
+            step is dense, reads no policy and measures nothing.
+    """
+    s, eps = state, config.rms_norm_eps
+    program: list[Instruction] = []
+
+    def record(op: str, when: torch.Tensor = s.active, **operands: torch.Tensor | int | float | None) -> None:
+        program.append(instruction(op, when=when, **operands))
+
+    record(
+        "embed",
+        hidden_states=s.hidden_states,
+        embed_tokens=weights.embed_tokens,
+        input_ids=s.input_ids,
+        prompt_embeddings=s.prompt_embeddings,
+    )
+    axes = config.position_axes
+    position_axes = None if axes is None else torch.tensor(axes, dtype=torch.int32, device=s.active.device)
+    for index, layer in enumerate(weights.layers):
+        if gated:
+            record(
+                "skip_gate",
+                when=s.decode_rows,
+                run_ffn=s.run_ffn,
+                skip_remaining=s.skip_remaining,
+                similarity=s.similarity,
+                similarity_partials=s.similarity_partials,
+                num_generated=s.num_generated,
+                skipped=s.skipped,
+                threshold_scale=s.threshold_scale,
+                gate_mode=s.gate_mode,
+                gated=s.gated,
+                first_gated=s.first_gated,
+                gate_threshold=s.gate_threshold,
+                gate_span=s.gate_span,
+                warmup_tokens=s.warmup_tokens,
+                batch_rule=s.batch_rule,
+                gate_probability=s.gate_probability,
+                gate_seed=s.gate_seed,
+                target_ratio=s.target_ratio,
+                ramp_tokens=s.ramp_tokens,
+                layer=index,
+            )
+        record(
+            "qkv_rope_append",
+            hidden_states=s.hidden_states,
+            input_layernorm=layer.input_layernorm,
+            qkv_proj=layer.qkv_proj,
+            qkv_bias=layer.qkv_bias,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            rope_cos=weights.rope_cos,
+            rope_sin=weights.rope_sin,
+            position_axes=position_axes,
+            prompt_positions=None if position_axes is None else s.prompt_positions,
+            query=s.query,
+            k_cache=s.k_cache[index],
+            v_cache=s.v_cache[index],
+            block_table=s.block_table,
+            row_sequence=s.row_sequence,
+            row_position=s.row_position,
+            rms_norm_eps=eps,
+        )
+        record(
+            "decode_attention",
+            query=s.query,
+            k_cache=s.k_cache[index],
+            v_cache=s.v_cache[index],
+            block_table=s.block_table,
+            row_sequence=s.row_sequence,
+            row_position=s.row_position,
+            attn_partials=s.attn_partials,
+            attn_output=s.attn_output,
+            scaling=config.head_dim**-0.5,
+            sliding_window=config.sliding_windows[index] or 0,
+            kv_split_size=s.layout.kv_split_size,
+        )
+        record(
+            "o_proj_add",
+            attn_output=s.attn_output,
+            o_proj=layer.o_proj,
+            o_proj_bias=layer.o_proj_bias,
+            hidden_states=s.hidden_states,
+        )
+        record(
+            "gate_up_silu",
+            when=s.run_ffn[index],
+            hidden_states=s.hidden_states,
+            post_attention_layernorm=layer.post_attention_layernorm,
+            gate_up_proj=layer.gate_up_proj,
+            intermediate=s.intermediate,
+            rms_norm_eps=eps,
+        )
+        record(
+            "down_proj_add",
+            when=s.run_ffn[index],
+            intermediate=s.intermediate,
+            down_proj=layer.down_proj,
+            hidden_states=s.hidden_states,
+            similarity_partials=s.similarity_partials if gated else None,
+            rows_per_partial=s.layout.rows_per_partial,
+        )
+    record(
+        "lm_head",
+        when=s.decode_rows,
+        hidden_states=s.hidden_states,
+        norm=weights.norm,
+        lm_head=weights.lm_head,
+        logits=s.logits,
+        rms_norm_eps=eps,
+    )
+    record(
+        "sample",
+        when=s.decode_rows,
+        logits=s.logits,
+        seen=s.seen,
+        num_generated=s.num_generated,
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        min_p=s.min_p,
+        repetition_penalty=s.repetition_penalty,
+        seed=s.seed,
+        next_token=s.next_token,
+    )
+    record(
+        "advance",
+        next_token=s.next_token,
+        eos_token_ids=s.eos_token_ids,
+        max_new_tokens=s.max_new_tokens,
+        block_table=s.block_table,
+        input_ids=s.input_ids,
+        token_ids=s.token_ids,
+        seen=s.seen,
+        row_position=s.row_position,
+        num_generated=s.num_generated,
+        active=s.active,
+        skip_remaining=s.skip_remaining,
+        run_ffn=s.run_ffn,
+        similarity=s.similarity,
+        run_map=s.run_map,
+        similarity_map=s.similarity_map,
+        progress=s.progress,
+        block_size=s.block_size,
+    )
+    return tuple(program)

@@ -1,0 +1,330 @@
+"""DecodeState: every buffer of a decode, allocated once, with its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from skipkernels.model.config import ModelConfig
+from skipkernels.skipping.policy import BATCH_RULES, GATE_MODES, GatePlan
+
+MAX_EOS = 16
+"""End-of-sequence tokens one sequence may have."""
+ENDED, DECODING, WAITS_FOR_BLOCK = range(3)
+"""What ``progress`` says of a sequence."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How kernels cut their work, where the cut shows in a buffer's shape."""
+
+    kv_split_size: int  # positions of one attention split
+    rows_per_partial: int  # channels summed into one similarity partial: the row panel of the matrix kernels
+    block_size: int = 32  # positions of one cache block
+
+
+LAYOUTS = {"cpu": Layout(kv_split_size=256, rows_per_partial=24), "cuda": Layout(kv_split_size=64, rows_per_partial=16)}
+"""The layout the kernels of a device type want."""
+
+
+@dataclass
+class DecodeState:
+    """The buffers of a step's rows, of up to ``num_sequences`` sequences, and of their paged KV cache.
+
+    A row is one token of one sequence. Row i < ``num_sequences`` is the decode row of sequence i: its newest token,
+    which is the last of ``token_ids`` so far and stands at ``row_position``. The other rows are prompt rows. Rows whose
+    ``active`` flag is zero are left alone by every instruction.
+
+    Position p of sequence s is cached in block ``block_table[s, p // block_size]`` (PagedAttention, Kwon et al., SOSP
+    2023, arXiv 2309.06180).
+
+    Buffers marked *host* lie in the host's memory, pinned where the others are on a GPU: a step writes its results
+    there, and they can be read while the device runs on.
+    """
+
+    layout: Layout
+
+    # per row
+    input_ids: torch.Tensor  # i32 [rows]; -1: the row's embedding stands in prompt_embeddings
+    row_sequence: torch.Tensor  # i32 [rows]
+    row_position: torch.Tensor  # i32 [rows], also the number of cached positions before the row's
+    active: torch.Tensor  # i32 [rows]
+    run_ffn: torch.Tensor  # i32 [layers, rows], non-zero executes
+    # per prompt row
+    prompt_embeddings: torch.Tensor  # f32 [prompt_rows, hidden]
+    prompt_positions: torch.Tensor  # i32 [prompt_rows, 3], for models that rotate by three axes
+    # per sequence
+    next_token: torch.Tensor  # i32 [sequences]
+    token_ids: torch.Tensor  # host, i32 [sequences, max_seq_len + 1], prompt and generated
+    seen: torch.Tensor  # u8 [sequences, vocab], 1 where the token stands in token_ids
+    num_generated: torch.Tensor  # i32 [sequences], new tokens so far
+    progress: torch.Tensor  # host, i32 [sequences, 2]: num_generated, and ENDED, DECODING or WAITS_FOR_BLOCK
+    block_table: torch.Tensor  # i32 [sequences, ceil(max_seq_len / block_size)], -1 where there is no block
+    # sampling, per sequence
+    temperature: torch.Tensor  # f32 [sequences], 0 is greedy
+    top_k: torch.Tensor  # i32 [sequences]
+    top_p: torch.Tensor  # f32 [sequences]
+    min_p: torch.Tensor  # f32 [sequences]
+    repetition_penalty: torch.Tensor  # f32 [sequences]
+    seed: torch.Tensor  # i64 [sequences]
+    max_new_tokens: torch.Tensor  # i32 [sequences]
+    eos_token_ids: torch.Tensor  # i32 [sequences, MAX_EOS], -1 pads
+    # the skip policy of each sequence
+    gate_mode: torch.Tensor  # i32 [sequences]: 0 dense, then 1 + the index in GATE_MODES
+    gated: torch.Tensor  # i32 [layers, sequences], non-zero where the layer's FFN may be skipped
+    first_gated: torch.Tensor  # i32 [sequences], the first such layer
+    gate_threshold: torch.Tensor  # f32 [layers, sequences], for the similarity across the layer's FFN
+    gate_span: torch.Tensor  # i32 [sequences], FFNs one trigger skips
+    warmup_tokens: torch.Tensor  # i32 [sequences]
+    batch_rule: torch.Tensor  # i32 [sequences], index in BATCH_RULES
+    gate_probability: torch.Tensor  # f32 [sequences]
+    gate_seed: torch.Tensor  # i64 [sequences]
+    target_ratio: torch.Tensor  # f32 [sequences], 0: not held
+    ramp_tokens: torch.Tensor  # i32 [sequences]
+    # skipping, per sequence
+    skip_remaining: torch.Tensor  # i32 [sequences], FFNs the last trigger still skips
+    skipped: torch.Tensor  # i32 [sequences], FFNs skipped so far
+    threshold_scale: torch.Tensor  # f32 [sequences], what the ratio controller has made of 1 - threshold
+    similarity: torch.Tensor  # f32 [layers, sequences], NaN where not measured in this step
+    similarity_partials: torch.Tensor  # f32 [partials, sequences, 3]: <h, h'>, |h|^2, |h'|^2
+    run_map: torch.Tensor  # host, u8 [sequences, max_seq_len, layers], run_ffn of every generated token
+    similarity_map: torch.Tensor  # host, f32 [sequences, max_seq_len, layers]
+    # activations
+    hidden_states: torch.Tensor  # f32 [rows, hidden], the residual stream
+    query: torch.Tensor  # f32 [rows, heads, head_dim]
+    attn_partials: torch.Tensor  # f32 [rows, heads, splits, head_dim + 2]: max, sum, output
+    attn_output: torch.Tensor  # f32 [rows, heads, head_dim]
+    intermediate: torch.Tensor  # f32 [rows, intermediate]
+    logits: torch.Tensor  # f32 [sequences, vocab]
+    # the cache, in the weights' dtype
+    k_cache: torch.Tensor  # [layers, blocks, kv_heads, block_size, head_dim]
+    v_cache: torch.Tensor  # [layers, blocks, kv_heads, block_size, head_dim]
+
+    @classmethod
+    def allocate(
+        cls,
+        config: ModelConfig,
+        *,
+        num_sequences: int,
+        max_seq_len: int,
+        dtype: torch.dtype,
+        num_prompt_rows: int = 0,
+        num_blocks: int | None = None,
+        device: torch.device | str = "cpu",
+        layout: Layout | None = None,
+    ) -> DecodeState:
+        """Allocates all buffers; every row starts inactive and no sequence has a block.
+
+        Args:
+            num_blocks: None: enough for every sequence at max_seq_len.
+            layout: None is the device's own.
+        """
+        device = torch.device(device)
+        layout = layout or LAYOUTS[device.type]
+        layers, heads = config.num_hidden_layers, config.num_attention_heads
+        partials = -(-config.hidden_size // layout.rows_per_partial)
+        splits = -(-max_seq_len // layout.kv_split_size) + 1  # a sliding window may straddle one more than it fills
+        table = -(-max_seq_len // layout.block_size)
+        blocks = num_sequences * table if num_blocks is None else num_blocks
+        cache = (layers, blocks, config.num_key_value_heads, layout.block_size, config.head_dim)
+        rows, sequences = num_sequences + num_prompt_rows, num_sequences
+
+        def buffer(kind: torch.dtype, *shape: int, fill: float = 0) -> torch.Tensor:
+            # zeros() hands out untouched pages: a cache costs memory only where it is used
+            tensor = torch.zeros(shape, dtype=kind, device=device)
+            return tensor.fill_(fill) if fill else tensor
+
+        def host_buffer(kind: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=kind, pin_memory=device.type == "cuda")
+
+        f32, i32, i64, u8 = torch.float32, torch.int32, torch.int64, torch.uint8
+        state = cls(
+            layout=layout,
+            input_ids=buffer(i32, rows),
+            row_sequence=buffer(i32, rows),
+            row_position=buffer(i32, rows),
+            active=buffer(i32, rows),
+            run_ffn=buffer(i32, layers, rows),
+            prompt_embeddings=buffer(f32, num_prompt_rows, config.hidden_size),
+            prompt_positions=buffer(i32, num_prompt_rows, 3),
+            next_token=buffer(i32, sequences),
+            token_ids=host_buffer(i32, sequences, max_seq_len + 1),
+            seen=buffer(u8, sequences, config.vocab_size),
+            num_generated=buffer(i32, sequences),
+            progress=host_buffer(i32, sequences, 2),
+            block_table=buffer(i32, sequences, table, fill=-1),
+            temperature=buffer(f32, sequences),
+            top_k=buffer(i32, sequences),
+            top_p=buffer(f32, sequences, fill=1.0),
+            min_p=buffer(f32, sequences),
+            repetition_penalty=buffer(f32, sequences, fill=1.0),
+            seed=buffer(i64, sequences),
+            max_new_tokens=buffer(i32, sequences),
+            eos_token_ids=buffer(i32, sequences, MAX_EOS, fill=-1),
+            gate_mode=buffer(i32, sequences),
+            gated=buffer(i32, layers, sequences),
+            first_gated=buffer(i32, sequences),
+            gate_threshold=buffer(f32, layers, sequences),
+            gate_span=buffer(i32, sequences),
+            warmup_tokens=buffer(i32, sequences),
+            batch_rule=buffer(i32, sequences),
+            gate_probability=buffer(f32, sequences),
+            gate_seed=buffer(i64, sequences),
+            target_ratio=buffer(f32, sequences),
+            ramp_tokens=buffer(i32, sequences),
+            skip_remaining=buffer(i32, sequences),
+            skipped=buffer(i32, sequences),
+            threshold_scale=buffer(f32, sequences, fill=1.0),
+            similarity=buffer(f32, layers, sequences, fill=float("nan")),
+            similarity_partials=buffer(f32, partials, sequences, 3),
+            run_map=host_buffer(u8, sequences, max_seq_len, layers),
+            similarity_map=host_buffer(f32, sequences, max_seq_len, layers),
+            hidden_states=buffer(f32, rows, config.hidden_size),
+            query=buffer(f32, rows, heads, config.head_dim),
+            attn_partials=buffer(f32, rows, heads, splits, config.head_dim + 2),
+            attn_output=buffer(f32, rows, heads, config.head_dim),
+            intermediate=buffer(f32, rows, config.intermediate_size),
+            logits=buffer(f32, sequences, config.vocab_size),
+            k_cache=buffer(dtype, *cache),
+            v_cache=buffer(dtype, *cache),
+        )
+        state.row_sequence[:sequences] = torch.arange(sequences, dtype=i32)
+        return state
+
+    def buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every buffer with its name."""
+        for item in fields(self):
+            if item.name != "layout":
+                yield item.name, getattr(self, item.name)
+
+    @property
+    def num_rows(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        return self.block_table.shape[0]
+
+    @property
+    def num_prompt_rows(self) -> int:
+        return self.prompt_embeddings.shape[0]
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.run_map.shape[1]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.k_cache.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        return self.k_cache.shape[3]
+
+    @property
+    def decode_rows(self) -> torch.Tensor:
+        """``active`` of the decode rows, i32 [sequences]."""
+        return self.active[: self.num_sequences]
+
+    def cache_bytes(self) -> int:
+        return 2 * self.k_cache.numel() * self.k_cache.element_size()
+
+    def begin_sequence(self, slot: int, token_ids: torch.Tensor, num_generated: int = 0) -> None:
+        """Gives ``slot`` the tokens (i32 [tokens], at least one) of a sequence, the last ``num_generated`` of them
+        generated, and sets its decode row to the newest; ``start_decoding`` makes it active."""
+        tokens = token_ids.numel()
+        self.token_ids[slot].zero_()
+        self.token_ids[slot, :tokens] = token_ids
+        self.seen[slot].zero_()
+        self.seen[slot, token_ids.to(self.seen.device).long()] = 1
+        self.input_ids[slot] = token_ids[-1]
+        self.row_position[slot] = tokens - 1
+        self.num_generated[slot] = num_generated
+        self.active[slot] = 0
+        self.progress[slot] = torch.tensor([num_generated, DECODING])
+        self.run_ffn[:, slot] = 0
+        self.skip_remaining[slot] = 0
+        self.skipped[slot] = 0
+        self.threshold_scale[slot] = 1.0
+        self.similarity[:, slot] = float("nan")
+
+    def start_decoding(self, slot: int) -> None:
+        """Makes the decode row of ``slot`` active: for the first time, or again after it has waited for a block."""
+        self.active[slot] = 1
+        self.run_ffn[:, slot] = 1
+        self.progress[slot, 1] = DECODING
+
+    def end_sequence(self, slot: int) -> None:
+        """Stops the decode row of ``slot`` from outside, as ``advance`` does from inside."""
+        self.active[slot] = 0
+        self.progress[slot, 1] = ENDED
+        self.run_ffn[:, slot] = 0
+
+    def set_policy(self, slot: int, plan: GatePlan | None) -> None:
+        """The skip policy of ``slot``; None never skips."""
+        self.gate_mode[slot] = 0 if plan is None else 1 + GATE_MODES.index(plan.mode)
+        self.gated[:, slot] = 0
+        if plan is None:
+            return
+        self.gated[list(plan.gated_layers), slot] = 1
+        self.first_gated[slot] = plan.gated_layers[0]
+        self.gate_threshold[:, slot] = torch.tensor(plan.thresholds or 0.0)
+        self.gate_span[slot] = plan.span
+        # the first generated token comes out of the prompt's last position, and a prompt runs every FFN
+        self.warmup_tokens[slot] = max(1, plan.warmup_tokens)
+        self.batch_rule[slot] = BATCH_RULES.index(plan.batch_rule)
+        self.gate_probability[slot] = plan.probability
+        self.gate_seed[slot] = plan.seed
+        self.target_ratio[slot] = plan.target_ratio
+        self.ramp_tokens[slot] = plan.ramp_tokens
+
+    def set_blocks(self, slot: int, blocks: Sequence[int], first: int = 0) -> None:
+        """Writes ``blocks`` into the table of ``slot``, from its entry ``first`` on; entries after them are emptied."""
+        row = self.block_table[slot]
+        row[first : first + len(blocks)] = torch.tensor(blocks, dtype=torch.int32, device=row.device)
+        row[first + len(blocks) :] = -1
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copies a block's keys and values in every layer."""
+        for cache in (self.k_cache, self.v_cache):
+            cache[:, target] = cache[:, source]
+
+    def set_prompt_rows(
+        self,
+        first: int,
+        slot: int,
+        start: int,
+        token_ids: torch.Tensor,
+        *,
+        run_map: torch.Tensor | None = None,
+        embeddings: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> None:
+        """Makes prompt rows ``first``, ``first + 1``, ... of the next step active on consecutive tokens of ``slot``.
+
+        Args:
+            start: position of the first token.
+            token_ids: i32 [tokens].
+            run_map: u8 [tokens, layers]: which FFNs run, for tokens that were generated under a policy and are computed
+                again; None: all.
+            embeddings: f32 [tokens, hidden], in place of the tokens' own.
+            positions: i32 [3, tokens], for models that rotate by three axes; None: the tokens' own positions.
+        """
+        tokens = token_ids.numel()
+        chosen = slice(self.num_sequences + first, self.num_sequences + first + tokens)
+        own = torch.arange(start, start + tokens, dtype=torch.int32, device=self.input_ids.device)
+        self.input_ids[chosen] = token_ids.to(self.input_ids) if embeddings is None else -1
+        self.row_sequence[chosen] = slot
+        self.row_position[chosen] = own
+        self.active[chosen] = 1
+        self.run_ffn[:, chosen] = 1 if run_map is None else (run_map.T != 0).to(self.run_ffn)
+        if embeddings is not None:
+            self.prompt_embeddings[first : first + tokens] = embeddings
+        self.prompt_positions[first : first + tokens] = own[:, None] if positions is None else positions.T
+
+    def settle(self) -> None:
+        """Waits until the device has done all it was given: from then on the host may write to its buffers."""
+        if self.active.is_cuda:
+            torch.cuda.synchronize(self.active.device)

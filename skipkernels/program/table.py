@@ -1,0 +1,377 @@
+"""The instruction set, as Python sees it: every op's fields, shapes, dtypes and meaning, written once.
+
+``csrc/program.h`` declares the same fields as plain structs; a test holds the two together. The executors know an op
+by its name here, and nothing else.
+
+Shapes are symbolic: a symbol gets its size from the first tensor it appears in and must agree everywhere else.
+``f32``, ``i32``, ``i64`` and ``u8`` are fixed; ``weight`` is the dtype of the model's matrices and of the KV cache,
+one per program.
+
+A *row* is one token of one sequence. The first ``num_sequences`` rows are decode rows: row i is the newest token of
+sequence i, the one whose logits are wanted. The rows after them are prompt rows: tokens whose keys and values are to be
+cached. A row whose ``when`` flag is zero is neither read nor written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FIXED_DTYPES = {"f32": torch.float32, "i32": torch.int32, "i64": torch.int64, "u8": torch.uint8}
+
+
+@dataclass(frozen=True)
+class TensorField:
+    """One tensor operand: dtype kind, symbolic shape, whether the op reads and writes it, whether it may be absent,
+    and whether it lies in (pinned) memory of the host, where a step's results can be read while a device runs on."""
+
+    dtype: str
+    shape: tuple[str, ...]
+    access: str = "in"
+    optional: bool = False
+    on_host: bool = False
+
+
+def _t(spec: str, access: str = "in", optional: bool = False, on_host: bool = False) -> TensorField:
+    dtype, *shape = spec.split()
+    return TensorField(dtype, tuple(shape), access, optional, on_host)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One instruction kind. ``scalars`` maps a field to ``int`` or ``float``; ``relations`` hold between sizes;
+    ``rows`` is the size of ``when``: ``num_rows``, or ``num_sequences`` where only decode rows take part."""
+
+    name: str
+    doc: str
+    tensors: dict[str, TensorField]
+    scalars: dict[str, type] = field(default_factory=dict)
+    relations: tuple[tuple[str, Callable[[dict[str, int]], bool]], ...] = ()
+    rows: str = "num_rows"
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Every size symbol, in order of first appearance."""
+        return tuple(dict.fromkeys(symbol for tensor in self.tensors.values() for symbol in tensor.shape))
+
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(name for name, tensor in self.tensors.items() if tensor.access != "in")
+
+
+_PAGED_CACHE = {
+    "k_cache": _t("weight num_blocks num_key_value_heads block_size head_dim", "inout"),
+    "v_cache": _t("weight num_blocks num_key_value_heads block_size head_dim", "inout"),
+    "block_table": _t("i32 num_sequences blocks_per_sequence"),
+    "row_sequence": _t("i32 num_rows"),
+    "row_position": _t("i32 num_rows"),
+}
+"""Position p of sequence s stands in block ``block_table[s, p / block_size]``, at offset ``p % block_size``."""
+
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        Op(
+            "embed",
+            """hidden_states = the embedding of each row's token. Where a prompt row's token is -1, its embedding stands
+            in prompt_embeddings (images and sounds), at the row's number among the prompt rows.
+            """,
+            {
+                "hidden_states": _t("f32 num_rows hidden_size", "out"),
+                "embed_tokens": _t("weight vocab_size hidden_size"),
+                "input_ids": _t("i32 num_rows"),
+                "prompt_embeddings": _t("f32 num_prompt_rows hidden_size"),
+            },
+        ),
+        Op(
+            "skip_gate",
+            """Decides run_ffn of ``layer`` for each sequence's decode row (FFN-SkipLLM, arXiv 2404.03865), by the
+            sequence's own policy: clears flags, never sets them. A sequence whose gate_mode is 0 (dense), or whose
+            ``gated[layer]`` is 0, is left alone.
+
+            gate_mode 1 (similarity): where the FFN of ``layer - 1`` ran, similarity = <h, h'> / (|h| |h'|) is reduced
+            from its partial sums in their order (0 for a zero vector) and stored; a sequence past its warm-up whose
+            similarity reaches ``gate_threshold[layer - 1]`` triggers, and has the next ``gate_span`` FFNs to skip.
+            batch_rule 0 (per_row) lets each sequence decide; those of batch_rule 1 (all), and those of 2 (majority),
+            trigger every one of their own kind or none; one in its warm-up vetoes.
+            gate_mode 2 (fixed): past the warm-up, skips. gate_mode 3 (random): past the warm-up, skips where the
+            counter-based generator, at (gate_seed, num_generated, layer), falls below ``gate_probability``.
+
+            ``target_ratio`` above 0 (similarity, per_row) makes the sequence's running skip ratio hold that value: the
+            gate owes it ``target_ratio * num_hidden_layers`` FFNs per token, from ``ramp_tokens`` on for the warm-up
+            too, and counts in ``skipped`` what it got. The limit on 1 - similarity is (1 - threshold) *
+            threshold_scale, widened or narrowed by what is owed now; at the sequence's ``first_gated`` layer
+            threshold_scale follows what was owed before. Half a token's FFNs (num_hidden_layers / 2) are the most it
+            may run ahead or behind: beyond, it triggers never or always. Every operation is one fp32 rounding.
+            """,
+            {
+                "run_ffn": _t("i32 num_hidden_layers num_rows", "inout"),
+                "skip_remaining": _t("i32 num_sequences", "inout"),
+                "similarity": _t("f32 num_hidden_layers num_sequences", "out"),
+                "similarity_partials": _t("f32 num_partials num_sequences three"),
+                "num_generated": _t("i32 num_sequences"),
+                "skipped": _t("i32 num_sequences", "inout"),
+                "threshold_scale": _t("f32 num_sequences", "inout"),
+                "gate_mode": _t("i32 num_sequences"),
+                "gated": _t("i32 num_hidden_layers num_sequences"),
+                "first_gated": _t("i32 num_sequences"),
+                "gate_threshold": _t("f32 num_hidden_layers num_sequences"),
+                "gate_span": _t("i32 num_sequences"),
+                "warmup_tokens": _t("i32 num_sequences"),
+                "batch_rule": _t("i32 num_sequences"),
+                "gate_probability": _t("f32 num_sequences"),
+                "gate_seed": _t("i64 num_sequences"),
+                "target_ratio": _t("f32 num_sequences"),
+                "ramp_tokens": _t("i32 num_sequences"),
+            },
+            {"layer": int},
+            (("similarity_partials holds 3 sums", lambda s: s["three"] == 3),),
+            rows="num_sequences",
+        ),
+        Op(
+            "qkv_rope_append",
+            """query = rope(q), and k = rope(k), v into the paged cache at the row's position, of
+            qkv_proj(rms_norm(hidden_states)).
+
+            q and k are normed per head first where q_norm and k_norm are given (Qwen3). Rotary pairs
+            are (i, i + head_dim/2). The angle is that of row_position; where position_axes is given (M-RoPE, arXiv
+            2409.12191), a prompt row's pair i has the position ``prompt_positions[axis]`` of its axis, and a negative
+            one rotates backwards.
+            """,
+            {
+                "hidden_states": _t("f32 num_rows hidden_size"),
+                "input_layernorm": _t("f32 hidden_size"),
+                "qkv_proj": _t("weight qkv_size hidden_size"),
+                "qkv_bias": _t("f32 qkv_size", optional=True),
+                "q_norm": _t("f32 head_dim", optional=True),
+                "k_norm": _t("f32 head_dim", optional=True),
+                "rope_cos": _t("f32 max_seq_len half_head_dim"),
+                "rope_sin": _t("f32 max_seq_len half_head_dim"),
+                "position_axes": _t("i32 half_head_dim", optional=True),
+                "prompt_positions": _t("i32 num_prompt_rows three", optional=True),
+                "query": _t("f32 num_rows num_attention_heads head_dim", "out"),
+                **_PAGED_CACHE,
+            },
+            {"rms_norm_eps": float},
+            (
+                ("half_head_dim = head_dim / 2", lambda s: 2 * s["half_head_dim"] == s["head_dim"]),
+                (
+                    "qkv_size = (num_attention_heads + 2 num_key_value_heads) head_dim",
+                    lambda s: (
+                        s["qkv_size"] == (s["num_attention_heads"] + 2 * s["num_key_value_heads"]) * s["head_dim"]
+                    ),
+                ),
+                ("prompt_positions holds 3 axes", lambda s: s.get("three", 3) == 3),
+            ),
+        ),
+        Op(
+            "decode_attention",
+            """attn_output = softmax(scaling q k^T) v over the positions of the row's own sequence from
+            max(0, row_position + 1 - sliding_window) to row_position, read through the block table.
+
+            Grouped queries: head h attends with key/value head h // (num_attention_heads / num_key_value_heads).
+            sliding_window 0 means none. The range is cut at multiples of ``kv_split_size`` positions and merged in
+            order, so the result does not depend on how many workers there are, on block_size, or on which rows share
+            the step. attn_partials is scratch.
+            """,
+            {
+                "query": _t("f32 num_rows num_attention_heads head_dim"),
+                **{name: _t(" ".join((spec.dtype, *spec.shape))) for name, spec in _PAGED_CACHE.items()},
+                "attn_partials": _t("f32 num_rows num_attention_heads num_splits partial_size", "scratch"),
+                "attn_output": _t("f32 num_rows num_attention_heads head_dim", "out"),
+            },
+            {"scaling": float, "sliding_window": int, "kv_split_size": int},
+            (
+                ("partial_size = head_dim + 2", lambda s: s["partial_size"] == s["head_dim"] + 2),
+                ("heads are grouped evenly", lambda s: s["num_attention_heads"] % s["num_key_value_heads"] == 0),
+            ),
+        ),
+        Op(
+            "o_proj_add",
+            "hidden_states += o_proj(attn_output).",
+            {
+                "attn_output": _t("f32 num_rows num_attention_heads head_dim"),
+                "o_proj": _t("weight hidden_size attention_size"),
+                "o_proj_bias": _t("f32 hidden_size", optional=True),
+                "hidden_states": _t("f32 num_rows hidden_size", "inout"),
+            },
+            {},
+            (
+                (
+                    "attention_size = num_attention_heads head_dim",
+                    lambda s: s["attention_size"] == s["num_attention_heads"] * s["head_dim"],
+                ),
+            ),
+        ),
+        Op(
+            "gate_up_silu",
+            "intermediate = silu(gate_proj(x)) * up_proj(x) of x = rms_norm(hidden_states); gate rows before up rows.",
+            {
+                "hidden_states": _t("f32 num_rows hidden_size"),
+                "post_attention_layernorm": _t("f32 hidden_size"),
+                "gate_up_proj": _t("weight gate_up_size hidden_size"),
+                "intermediate": _t("f32 num_rows intermediate_size", "out"),
+            },
+            {"rms_norm_eps": float},
+            (("gate_up_size = 2 intermediate_size", lambda s: s["gate_up_size"] == 2 * s["intermediate_size"]),),
+        ),
+        Op(
+            "down_proj_add",
+            """hidden_states += down_proj(intermediate); with similarity_partials given, for decode rows also <h, h'>,
+            |h|^2 and |h'|^2 of the residual stream before (h) and after (h'), one partial sum for each
+            ``rows_per_partial`` channels.
+            """,
+            {
+                "intermediate": _t("f32 num_rows intermediate_size"),
+                "down_proj": _t("weight hidden_size intermediate_size"),
+                "hidden_states": _t("f32 num_rows hidden_size", "inout"),
+                "similarity_partials": _t("f32 num_partials num_sequences three", "out", optional=True),
+            },
+            {"rows_per_partial": int},
+            (),
+        ),
+        Op(
+            "lm_head",
+            "logits = lm_head(rms_norm(hidden_states)) of the decode rows.",
+            {
+                "hidden_states": _t("f32 num_rows hidden_size"),
+                "norm": _t("f32 hidden_size"),
+                "lm_head": _t("weight vocab_size hidden_size"),
+                "logits": _t("f32 num_sequences vocab_size", "out"),
+            },
+            {"rms_norm_eps": float},
+            rows="num_sequences",
+        ),
+        Op(
+            "sample",
+            """next_token = argmax of the logits (temperature 0), or a draw from them.
+
+            In transformers' order: repetition penalty on ``seen`` tokens, temperature, top-k (0: off), top-p (1: off),
+            min-p (0: off). The draw is Gumbel-max with one Philox4x32-10 number per token id, keyed by (seed,
+            num_generated): the same seed gives the same tokens on every executor, alone or in a batch. Where the
+            largest score is NaN or infinite, the argmax is taken (the first NaN, where there is one).
+            """,
+            {
+                "logits": _t("f32 num_sequences vocab_size"),
+                "seen": _t("u8 num_sequences vocab_size"),
+                "num_generated": _t("i32 num_sequences"),
+                "temperature": _t("f32 num_sequences"),
+                "top_k": _t("i32 num_sequences"),
+                "top_p": _t("f32 num_sequences"),
+                "min_p": _t("f32 num_sequences"),
+                "repetition_penalty": _t("f32 num_sequences"),
+                "seed": _t("i64 num_sequences"),
+                "next_token": _t("i32 num_sequences", "out"),
+            },
+            rows="num_sequences",
+        ),
+        Op(
+            "advance",
+            """Ends a step. Decode rows: records run_ffn and similarity under ``num_generated``, appends next_token to
+            token_ids, moves row_position and num_generated on, clears ``active`` at an end-of-sequence token, at
+            max_new_tokens or at max_seq_len, and arms run_ffn, similarity and skip_remaining for the next step. Where
+            the next position has no block in block_table (-1), the row rests until the host has given it one:
+            ``active`` and run_ffn are cleared and the rest is as if it went on. ``progress``, written last, tells the
+            host (num_generated, 0: ended, 1: decoding, 2: waits for a block).
+            Prompt rows live for one step: ``active`` and run_ffn are cleared.
+            """,
+            {
+                "next_token": _t("i32 num_sequences"),
+                "eos_token_ids": _t("i32 num_sequences max_eos"),
+                "max_new_tokens": _t("i32 num_sequences"),
+                "block_table": _t("i32 num_sequences blocks_per_sequence"),
+                "input_ids": _t("i32 num_rows", "out"),
+                "token_ids": _t("i32 num_sequences token_capacity", "inout", on_host=True),
+                "seen": _t("u8 num_sequences vocab_size", "inout"),
+                "row_position": _t("i32 num_rows", "inout"),
+                "num_generated": _t("i32 num_sequences", "inout"),
+                "active": _t("i32 num_rows", "inout"),
+                "skip_remaining": _t("i32 num_sequences", "out"),
+                "run_ffn": _t("i32 num_hidden_layers num_rows", "inout"),
+                "similarity": _t("f32 num_hidden_layers num_sequences", "inout"),
+                "run_map": _t("u8 num_sequences max_seq_len num_hidden_layers", "inout", on_host=True),
+                "similarity_map": _t("f32 num_sequences max_seq_len num_hidden_layers", "inout", on_host=True),
+                "progress": _t("i32 num_sequences two", "out", on_host=True),
+            },
+            {"block_size": int},
+            (
+                ("token_ids holds max_seq_len + 1 tokens", lambda s: s["token_capacity"] == s["max_seq_len"] + 1),
+                ("progress holds 2 numbers", lambda s: s["two"] == 2),
+            ),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One step of the recorded program: an op, its operands, and the flag that predicates it, per row.
+
+    ``sizes`` follows from the tensors. ``when`` is int32 [num_rows] or [num_sequences] (``Op.rows``) on the program's
+    device; a row runs where it is non-zero.
+    """
+
+    op: str
+    tensors: dict[str, Any]  # torch.Tensor, or None for an absent optional operand
+    scalars: dict[str, int | float]
+    sizes: dict[str, int]
+    when: torch.Tensor
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows this instruction acts on now."""
+        return [int(row) for row in self.when.nonzero()[:, 0]]
+
+
+def instruction(op_name: str, *, when: torch.Tensor, **operands: torch.Tensor | int | float | None) -> Instruction:
+    """Builds a validated instruction: dtypes, symbolic shapes, contiguity, one device.
+
+    Raises:
+        ValueError: with the op, the field, the expected and the actual value.
+    """
+    op = OPS[op_name]
+    known = set(op.tensors) | set(op.scalars)
+    if unknown := set(operands) - known:
+        raise ValueError(f"{op_name}: unknown operand {sorted(unknown)[0]!r}; it takes {', '.join(sorted(known))}")
+    tensors: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
+    weight_dtype: torch.dtype | None = None
+    for name, spec in op.tensors.items():
+        tensor = operands.get(name)
+        tensors[name] = tensor
+        if tensor is None:
+            if not spec.optional:
+                raise ValueError(f"{op_name}: operand {name} is missing")
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{op_name}: {name} must be a tensor, got {type(tensor).__name__}")
+        if spec.dtype == "weight":
+            weight_dtype = weight_dtype or tensor.dtype
+            if tensor.dtype not in WEIGHT_DTYPES or tensor.dtype != weight_dtype:
+                raise ValueError(f"{op_name}: {name} has dtype {tensor.dtype}, expected {weight_dtype} as its fellows")
+        elif tensor.dtype != _FIXED_DTYPES[spec.dtype]:
+            raise ValueError(f"{op_name}: {name} has dtype {tensor.dtype}, expected {_FIXED_DTYPES[spec.dtype]}")
+        if tensor.dim() != len(spec.shape):
+            raise ValueError(f"{op_name}: {name} has shape {tuple(tensor.shape)}, expected ({', '.join(spec.shape)})")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{op_name}: {name} is not contiguous (strides {tensor.stride()})")
+        device = "cpu" if spec.on_host else when.device
+        if tensor.device != torch.device(device):
+            raise ValueError(f"{op_name}: {name} is on {tensor.device}, expected {device}")
+        for symbol, size in zip(spec.shape, tensor.shape, strict=True):
+            if sizes.setdefault(symbol, size) != size:
+                raise ValueError(f"{op_name}: {name} has {symbol}={size}, expected {sizes[symbol]}")
+    if when.dtype != torch.int32 or tuple(when.shape) != (sizes[op.rows],):
+        raise ValueError(f"{op_name}: when must be int32 [{sizes[op.rows]}], got {when.dtype} {list(when.shape)}")
+    for text, holds in op.relations:
+        if not holds(sizes):
+            raise ValueError(f"{op_name}: sizes {sizes} break the relation: {text}")
+    scalars: dict[str, int | float] = {}
+    for name, kind in op.scalars.items():
+        if name not in operands:
+            raise ValueError(f"{op_name}: operand {name} is missing")
+        scalars[name] = kind(operands[name])
+    return Instruction(op_name, tensors, scalars, sizes, when)
