@@ -24,8 +24,9 @@ class PagedCache {
                           int64_t block_size)
         : block_table_(block_table),
           blocks_per_sequence_(blocks_per_sequence),
-          num_key_value_heads_(static_cast<int>(num_key_value_heads)),
-          shift_(__ffs(static_cast<int>(block_size)) - 1) {}
+          num_key_value_heads_(static_cast<int>(num_key_value_heads)) {
+        shift_ = __ffs(static_cast<int>(block_size)) - 1;
+    }
     __device__ int mask() const { return (1 << shift_) - 1; }
 
     const int32_t* block_table_;

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from skipkernels.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy, SkipPolicy
 from skipkernels.program import Program
-from skipkernels.state import DECODING, ENDED, LAYOUTS, WAITS_FOR_BLOCK, DecodeState
+from skipkernels.program.state import DECODING, ENDED, LAYOUTS, WAITS_FOR_BLOCK, DecodeState
+from skipkernels.skipping.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy, SkipPolicy
 from tests.cuda.comparison import case, compare_op
 from tests.cuda.kernels import HostKernels
 from tests.executors.programs import Case, compare_program, same_bits
