@@ -298,7 +298,7 @@ class Engine:
     def step(self) -> bool:
         """Runs one step for every request in flight; returns whether there is more to do. Waiting for a handle does
         this by itself."""
-        return self.loop.step()
+        return self.loop.step(1)
 
     def close(self) -> None:
         """Cancels all requests in flight; nothing can be submitted from then on."""

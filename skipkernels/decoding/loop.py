@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -130,12 +130,13 @@ class DecodeLoop:
                     return
                 self.step()
 
-    def finish(self, handle: Handle) -> None:
-        """Returns once ``handle`` has ended; runs steps until then."""
-        while handle.running:
+    def finish(self, handles: Collection[Handle]) -> None:
+        """Returns once ``handles`` have ended; runs steps until then, as many in one call as nobody else waits for."""
+        while any(handle.running for handle in handles):
             with self.lock:
-                if handle.running:
-                    self.step()
+                if any(handle.running for handle in handles):
+                    alone = not self._inbox and all(handle in handles for handle in self._handles.values())
+                    self.step(None if alone else STEPS_AT_ONCE)
 
     def cancel(self, handle: Handle) -> None:
         """Ends a request between two steps and frees all it holds.
