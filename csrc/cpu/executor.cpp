@@ -18,9 +18,10 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 
 std::vector<const KernelSet*> usable_kernels() {
     std::vector<const KernelSet*> sets;
-#if SKIPKERNELS_HAVE_AVX512
+#if SKIPKERNELS_HAVE_AVX512 && SKIPKERNELS_HAVE_AVX512_BF16
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
+        if (__builtin_cpu_supports("avx512bf16")) sets.push_back(&avx512_bf16_kernels());
         sets.push_back(&avx512_kernels());
     }
 #endif
