@@ -12,8 +12,11 @@ namespace {
 
 constexpr int kThreads = 128;
 
-__global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant__ Advance op, const int32_t* when) {
+__global__ void __launch_bounds__(kThreads)
+    advance_kernel(const __grid_constant__ Advance op, const int32_t* when, Stamps stamps) {
+    Clock clock(stamps);
     ptx::grid_dependency_wait();
+    clock.waited();
     ptx::grid_dependency_launch();
     const int64_t row = blockIdx.x;
     if (!when[row]) return;
@@ -52,7 +55,8 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant
 
 cudaError_t launch_advance(const Step& step, const LaunchContext& context) {
     const Advance& op = step.ins.advance;
-    return launch_kernel(context, advance_kernel, static_cast<unsigned>(op.batch_size), kThreads, 0, op, step.ins.when);
+    return launch_kernel(context, advance_kernel, static_cast<unsigned>(op.batch_size), kThreads, 0, op, step.ins.when,
+                         context.stamps);
 }
 
 }  // namespace skipkernels::cuda

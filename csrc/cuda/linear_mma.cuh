@@ -88,13 +88,14 @@ struct MmaSums {
 // kTiles tiles are walked side by side and share one read of x: worth it where a block has several, and needed where
 // the 16 rows of x are more bytes than the tile.
 template <class T, int kColumnTiles, int kTiles, class Epilogue>
-__device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& epilogue, const Rows& rows) {
+__device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& epilogue, const Rows& rows,
+                                           const Clock& clock) {
     using Sums = MmaSums<kColumnTiles, kTiles>;
     constexpr int kBlocks = 2 / kTiles;  // a stage is kBlocks blocks of k of kTiles tiles: 4 copies
     constexpr int kStageCopies = 2 * kTiles * kBlocks, kStages = kCopies / kStageCopies;
     constexpr int kStageK = kLinearWarps * kBlocks * kBlockK;  // columns of all warps
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-    const int group = lane / 4, quad = lane % 4, grid = static_cast<int>(gridDim.x);
+    const int group = lane / 4, quad = lane % 4, grid = in.blocks;
     const int groups = static_cast<int>(ceil_div(in.tiles, kTiles)), first_k = warp * kBlocks * kBlockK + quad * 8;
 
     // The copies run ahead by kStages stages, also into the next tiles.
@@ -123,7 +124,8 @@ __device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& 
                 if (group_ahead * kTiles + t >= in.tiles || first_k + k_ahead + b * kBlockK >= in.k) continue;
 #pragma unroll
                 for (int run = 0; run < 2; ++run) {
-                    ptx::copy_async(&slot(stage, t, b, run), lane_rows[t][run] + k_ahead + b * kBlockK);
+                    ptx::copy_weights_async(&slot(stage, t, b, run), lane_rows[t][run] + k_ahead + b * kBlockK,
+                                            in.cache_policy);
                 }
             }
         }
@@ -147,7 +149,17 @@ __device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& 
     const int result_column = thread / kTileRows, result_row = finishes ? rows.at(result_column) : -1;
     auto* shared = reinterpret_cast<float*>(ptx::shared_memory() + kSumsAt);
 
+    if constexpr (kColumnTiles == 1) {  // with more, registers would not do
+        for (int k = first_k; k < in.k; k += kStageK) {
+#pragma unroll
+            for (int b = 0; b < kBlocks; ++b) touch_norm<Epilogue::kNormed>(in, k + b * kBlockK);
+        }
+        if (in.touches_settled && in.when_is_settled && result_row >= 0) {
+            epilogue.touch(static_cast<int>(blockIdx.x) * kTiles, result_row, thread % kTileRows);
+        }
+    }
     ptx::grid_dependency_wait();
+    clock.waited();
     ptx::grid_dependency_launch();
 
     int stage = 0;

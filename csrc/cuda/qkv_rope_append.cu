@@ -5,9 +5,13 @@
 // A per-head norm needs the whole head, which is several tiles of several blocks: they leave its channels in scratch,
 // and the block that finishes a head's last tile norms, rotates and stores it.
 //
+// The skip_gate in front of it may be an extra block here: nobody needs its decision before attention has begun, and
+// alone it would hold up everything for 3.5 to 5 us (by estimate).
+//
 // Llama-2-7B, bf16: 12288 x 4096 weights, 101 MB, 23 us at 4.3 TB/s.
 #include "linear_kernel.cuh"
 #include "ops.h"
+#include "skip_gate.cuh"
 
 namespace skipkernels::cuda {
 
@@ -15,7 +19,7 @@ namespace {
 
 template <class T, bool kHeadsNormed>
 struct RopeAppend {
-    static constexpr bool kNormed = true, kFinishesTiles = kHeadsNormed;
+    static constexpr bool kNormed = true, kFinishesTiles = kHeadsNormed, kHasExtraBlock = true;
     struct Early {
         float bias, cos, sin;
         int position;
@@ -23,6 +27,8 @@ struct RopeAppend {
     QkvRopeAppend op;
     int* arrivals;   // (heads of q and k): tiles done of each; kHeadsNormed only, as the next
     float* scratch;  // (batch_size, heads of q and k, head_dim)
+    bool wants_extra_block;
+    SkipGate gate;
 
     __device__ int tiles_of_head() const { return static_cast<int>(ceil_div(op.half_head_dim, kRunRows)); }
     __device__ int rotated_heads() const { return static_cast<int>(op.num_attention_heads + op.num_key_value_heads); }
@@ -34,15 +40,30 @@ struct RopeAppend {
         const int count = static_cast<int>(min(int64_t{kRunRows}, op.half_head_dim - pair(index, 0)));
         return {{first, first + op.half_head_dim}, {count, count}};
     }
+    __device__ int64_t channel(int index, int r) const {
+        return (r < kRunRows ? tile(index).first[0] : tile(index).first[1]) + r % kRunRows;
+    }
+    __device__ void extra_block(const int32_t* when) const {
+        static_assert(kLinearThreads == kGateThreads && kRingBytes >= kGateSharedBytes);
+        decide(gate, when);
+    }
+    __device__ void touch(int index, int row, int r) const {
+        if (!tile(index).has(r)) return;
+        if (op.qkv_bias) ptx::touch(op.qkv_bias + channel(index, r));
+        const int64_t angle = int64_t{ptx::load_relaxed(op.seq_len + row)} * op.half_head_dim + pair(index, r);
+        ptx::touch(op.rope_cos + angle), ptx::touch(op.rope_sin + angle);
+    }
     __device__ Early early(int index, int row, int r) const {
         Early early{};
         if (!tile(index).has(r)) return early;
-        if (op.qkv_bias)
-            early.bias = op.qkv_bias[(r < kRunRows ? tile(index).first[0] : tile(index).first[1]) + r % kRunRows];
+        if (op.qkv_bias) early.bias = op.qkv_bias[channel(index, r)];
         early.position = op.seq_len[row];
         const int64_t angle = early.position * op.half_head_dim + pair(index, r);
         early.cos = op.rope_cos[angle], early.sin = op.rope_sin[angle];
         return early;
+    }
+    __device__ int64_t cache_at(int64_t row, int64_t kv_head, int64_t position) const {
+        return ((row * op.num_key_value_heads + kv_head) * op.max_seq_len + position) * op.head_dim;
     }
     __device__ void store(int head, int row, int position, int channel, float value) const {
         if (head < op.num_attention_heads) {
@@ -51,8 +72,7 @@ struct RopeAppend {
         }
         auto* cache = static_cast<T*>(head < rotated_heads() ? op.k_cache : op.v_cache);
         const int64_t kv_head = (head - op.num_attention_heads) % op.num_key_value_heads;
-        const int64_t at = (row * op.num_key_value_heads + kv_head) * op.max_seq_len + position;
-        store_as(cache + at * op.head_dim + channel, value);
+        store_as(cache + cache_at(row, kv_head, position) + channel, value);
     }
     __device__ void operator()(int index, int row, int r, float value, const Early& early) const {
         const int head = index / tiles_of_head();
@@ -112,8 +132,11 @@ cudaError_t launch_qkv_rope_append(const Step& step, const LaunchContext& contex
         const int64_t tiles = op.qkv_size / op.head_dim * ceil_div(op.half_head_dim, kRunRows);
         const auto in = make_linear<T>(step, op.qkv_proj, op.hidden_states, op.hidden_size, tiles, op.input_layernorm,
                                        op.rms_norm_eps);
-        if (!op.q_norm && !op.k_norm) return launch_linear(in, RopeAppend<T, false>{op, nullptr, nullptr}, context);
-        return launch_linear(in, RopeAppend<T, true>{op, step.arrivals, step.scratch}, context);
+        const bool gated = step.takes_gate_along;
+        if (!op.q_norm && !op.k_norm) {
+            return launch_linear(in, RopeAppend<T, false>{op, nullptr, nullptr, gated, step.gate}, context);
+        }
+        return launch_linear(in, RopeAppend<T, true>{op, step.arrivals, step.scratch, gated, step.gate}, context);
     });
 }
 
