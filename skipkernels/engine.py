@@ -10,27 +10,27 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from skipkernels.checkpoint import (
+from skipkernels.decoding.decoding import Decoding, Row
+from skipkernels.decoding.generation import Generation, SamplingParams, StreamChunk
+from skipkernels.decoding.prefill import prefill
+from skipkernels.errors import DeviceError, RequestError
+from skipkernels.executors import Executor, get_executor
+from skipkernels.executors.execution import Execution
+from skipkernels.executors.support import refuse_while_capturing
+from skipkernels.model.checkpoint import (
     default_eos_token_ids,
     load_config,
     load_generation_config,
     load_tokenizer,
     resolve_checkpoint,
 )
-from skipkernels.config import ModelConfig, dtype_name, resolve_dtype
-from skipkernels.decoding import Decoding, Row
-from skipkernels.errors import DeviceError, RequestError
-from skipkernels.executors import Executor, get_executor
-from skipkernels.executors.execution import Execution
-from skipkernels.executors.support import refuse_while_capturing
-from skipkernels.generation import Generation, SamplingParams, StreamChunk
-from skipkernels.policy import DensePolicy, Policy
-from skipkernels.policy_file import load_policy
-from skipkernels.prefill import prefill
+from skipkernels.model.config import ModelConfig, dtype_name, resolve_dtype
+from skipkernels.model.prompt import EmbeddedPrompt
+from skipkernels.model.weights import ModelWeights, fill_rope, load_checkpoint, pack_module, shares_embeddings
 from skipkernels.program import build_program
-from skipkernels.prompt import EmbeddedPrompt
-from skipkernels.state import MAX_BATCH_SIZE, MAX_EOS, DecodeState
-from skipkernels.weights import ModelWeights, fill_rope, load_checkpoint, pack_module, shares_embeddings
+from skipkernels.program.state import MAX_BATCH_SIZE, MAX_EOS, DecodeState
+from skipkernels.skipping.policy import DensePolicy, Policy
+from skipkernels.skipping.policy_file import load_policy
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -21,12 +21,12 @@ from bench.gpu.rows import Rows
 from bench.gpu.setting import Setting
 from skipkernels.benchmark.decode import run_decode_bench
 from skipkernels.benchmark.kernels import run_kernel_bench
-from skipkernels.benchmark.report import environment, with_peak_floor
 from skipkernels.benchmark.systems import SkipkernelsSystem, policies_for
 from skipkernels.executors.graph import GraphExecutor
 from skipkernels.executors.kernel_options import SWITCHES, KernelOptions
-from skipkernels.policy import DensePolicy, TimingPolicy
-from skipkernels.state import DecodeState
+from skipkernels.program.state import DecodeState
+from skipkernels.skipping.policy import DensePolicy, TimingPolicy
+from skipkernels.support.report import environment, with_peak_floor
 
 SKIPPING = TimingPolicy(0.25)
 

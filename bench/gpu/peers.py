@@ -13,10 +13,10 @@ from typing import Any
 from bench.gpu.rows import Rows
 from bench.gpu.setting import Setting
 from skipkernels.benchmark.decode import run_decode_bench
-from skipkernels.benchmark.report import environment, with_peak_floor
 from skipkernels.benchmark.shapes import shape_config
 from skipkernels.benchmark.systems import Measurement, SkipkernelsSystem, System, TransformersSystem, module_over
-from skipkernels.policy import DensePolicy
+from skipkernels.skipping.policy import DensePolicy
+from skipkernels.support.report import environment, with_peak_floor
 
 TAIL_SECONDS = 2.0
 """What is left of the part's time when the last peer is stopped, to write its row."""

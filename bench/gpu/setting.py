@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from skipkernels.benchmark import bandwidth, shapes
-from skipkernels.config import ModelConfig, resolve_dtype
 from skipkernels.engine import Engine
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.graph import GraphExecutor
 from skipkernels.executors.kernel_options import KernelOptions
 from skipkernels.executors.runtime import CudaRuntime
+from skipkernels.model.config import ModelConfig, resolve_dtype
+from skipkernels.model.weights import fill_rope, random_weights
 from skipkernels.program import build_program
-from skipkernels.state import LAYOUTS
-from skipkernels.weights import fill_rope, random_weights
+from skipkernels.program.state import LAYOUTS
 
 if TYPE_CHECKING:
-    from skipkernels.policy import Policy
+    from skipkernels.skipping.policy import Policy
 
 
 @dataclass(frozen=True)

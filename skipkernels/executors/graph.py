@@ -11,7 +11,7 @@ from skipkernels.errors import DeviceError
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.runtime import CudaRuntime, Graph
 from skipkernels.program import Program
-from skipkernels.state import DecodeState
+from skipkernels.program.state import DecodeState
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from skipkernels.executors.kernel_options import KernelOptions
 from skipkernels.executors.native import native_program
 from skipkernels.executors.support import CAPTURED, current_stream_is_captured
 from skipkernels.program import Program
-from skipkernels.state import DecodeState
+from skipkernels.program.state import DecodeState
 
 
 class Launcher(Protocol):
@@ -128,7 +128,7 @@ class TritonLauncher:
     """Triton's kernels, on the stream they are given."""
 
     def __init__(self, program: Program, device: torch.device) -> None:
-        from skipkernels.ops.triton import TRITON
+        from skipkernels.kernels.triton import TRITON
 
         self._runs = [(TRITON[ins.op], ins) for ins in program]
         self._device = device

@@ -25,12 +25,12 @@ from transformers import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from skipkernels.decoding import Decoding
+from skipkernels.decoding.decoding import Decoding
+from skipkernels.decoding.generation import SamplingParams
 from skipkernels.engine import DEFAULT_MAX_SEQ_LEN, Engine
 from skipkernels.errors import RequestError
-from skipkernels.generation import SamplingParams
-from skipkernels.policy import Policy
-from skipkernels.weights import parameter_views
+from skipkernels.model.weights import parameter_views
+from skipkernels.skipping.policy import Policy
 
 _engines: WeakKeyDictionary[PreTrainedModel, Engine] = WeakKeyDictionary()
 

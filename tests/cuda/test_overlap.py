@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from skipkernels.policy import DensePolicy, FixedPolicy, Policy, SkipPolicy, TimingPolicy
-from skipkernels.state import LAYOUTS, DecodeState
+from skipkernels.program.state import LAYOUTS, DecodeState
+from skipkernels.skipping.policy import DensePolicy, FixedPolicy, Policy, SkipPolicy, TimingPolicy
 from tests.cuda.kernels import HostKernels
 from tests.cuda_host.controls import SEEDS
 from tests.executors.programs import Case, same_bits

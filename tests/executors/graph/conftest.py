@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from skipkernels import Engine, state
+from skipkernels import Engine
 from skipkernels.executors import Executor
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.graph import GraphExecutor
 from skipkernels.executors.runtime import CudaRuntime
-from skipkernels.program import Program
-from skipkernels.state import LAYOUTS, DecodeState
+from skipkernels.program import Program, state
+from skipkernels.program.state import LAYOUTS, DecodeState
 from tests.cuda_host.build import build_core_extension, load_core_extension
 from tests.cuda_host.controls import HostRuntime
 from tests.models import tiny_engine

@@ -10,7 +10,7 @@ import torch
 from skipkernels import SamplingParams, SkipPolicy
 from skipkernels.errors import DeviceError
 from skipkernels.executors.graph import AHEAD, GraphExecutor
-from skipkernels.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy
+from skipkernels.skipping.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy
 from tests.executors.graph.conftest import FakeDevice, GpuEngine
 from tests.models import byte_tokenizer, random_prompt, tiny_engine
 

@@ -16,7 +16,7 @@ from skipkernels.errors import DeviceError
 from skipkernels.executors import runtime as runtimes
 from skipkernels.executors.graph import GraphExecutor
 from skipkernels.executors.runtime import CudaRuntime, torch_stream
-from skipkernels.ops import triton as triton_ops
+from skipkernels.kernels import triton as triton_ops
 from tests.executors.graph.conftest import FakeDevice, GpuEngine
 from tests.models import random_prompt, tiny_engine
 
