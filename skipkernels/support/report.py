@@ -9,12 +9,25 @@ import subprocess
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import skipkernels
-from skipkernels import _C
-from skipkernels.executors.execution import Execution
+from skipkernels import _C, __version__
 from skipkernels.support.machine import processor_name
+
+
+class Execution(Protocol):
+    """What is reported of an ``executors.execution.Execution``, resolved."""
+
+    @property
+    def on_gpu(self) -> bool: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def kernels(self) -> str: ...
+    @property
+    def conditional(self) -> str: ...
+    @property
+    def loop(self) -> str: ...
 
 
 def environment(execution: Execution) -> dict[str, Any]:
@@ -23,7 +36,7 @@ def environment(execution: Execution) -> dict[str, Any]:
     return {
         **(_gpu(execution) if execution.on_gpu else {"device": processor_name(), "isa": _C.usable_isas()[0]}),
         "versions": {
-            "skipkernels": skipkernels.__version__,
+            "skipkernels": __version__,
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in packages},
         },
