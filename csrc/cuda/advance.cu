@@ -23,8 +23,11 @@ __device__ void end_prompt_row(const Advance& op, int64_t row) {
     }
 }
 
-__global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant__ Advance op, const int32_t* when) {
+__global__ void __launch_bounds__(kThreads)
+    advance_kernel(const __grid_constant__ Advance op, const int32_t* when, Stamps stamps) {
+    Clock clock(stamps);
     ptx::grid_dependency_wait();
+    clock.waited();
     ptx::grid_dependency_launch();
     const int64_t row = blockIdx.x;
     if (!when[row]) return;
@@ -69,7 +72,8 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant
 
 cudaError_t launch_advance(const Step& step, const LaunchContext& context) {
     const Advance& op = step.ins.advance;
-    return launch_kernel(context, advance_kernel, static_cast<unsigned>(op.num_rows), kThreads, 0, op, step.ins.when);
+    return launch_kernel(context, advance_kernel, static_cast<unsigned>(op.num_rows), kThreads, 0, op, step.ins.when,
+                         context.stamps);
 }
 
 }  // namespace skipkernels::cuda

@@ -67,15 +67,15 @@ struct Attention {
     char* memory;
     AttentionShared<kHeads>& shared;
     const AttentionItems<kHeads> items;
-    const PagedCache cache;
+    const PagedCache& cache;
 
-    __device__ explicit Attention(const DecodeAttention& op)
+    __device__ Attention(const DecodeAttention& op, const PagedCache& cache)
         : op(op),
           head_dim(static_cast<int>(op.head_dim)),
           memory(ptx::shared_memory()),
           shared(*reinterpret_cast<AttentionShared<kHeads>*>(memory + (kStaged ? 2 : 1) * stage(1))),
           items{reinterpret_cast<AttentionRow*>(shared.query() + kHeads * head_dim), static_cast<int>(op.num_rows)},
-          cache(op) {}
+          cache(cache) {}
 
     __device__ int64_t stage(int number) const { return number * stage_bytes<T, kHeads, kStaged>(head_dim); }
     __device__ SplitView<T> view(int number) const {

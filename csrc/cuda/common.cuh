@@ -72,6 +72,23 @@ __device__ __forceinline__ float warp_max(float value) {
     return value;
 }
 
+// Takes the stamps of a kernel, by the first thread of each of its blocks.
+class Clock {
+  public:
+    __device__ explicit Clock(Stamps stamps) : stamps_(threadIdx.x == 0 ? stamps : nullptr) {
+        if (stamps_) atomicMin(stamps_, ptx::global_timer());
+    }
+    __device__ void waited() const {
+        if (stamps_) atomicMin(stamps_ + 1, ptx::global_timer());
+    }
+    __device__ ~Clock() {
+        if (stamps_) atomicMax(stamps_ + 2, ptx::global_timer());
+    }
+
+  private:
+    Stamps stamps_;
+};
+
 // f with a value of the weights' type.
 template <class F>
 cudaError_t with_weight_type(WeightDtype dtype, F f) {
@@ -101,6 +118,11 @@ cudaError_t launch_kernel(const LaunchContext& context, void (*kernel)(Parameter
     config.stream = context.stream;
     config.attrs = &overlap;
     config.numAttrs = context.programmatic ? 1 : 0;
+    // An SM changes its carve-out only when it is idle: kernels that differ in it cannot share one.
+    if (const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, context.carveout)) {
+        return error;
+    }
     if (shared_bytes > kSharedBytesOfAll) {
         const cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));

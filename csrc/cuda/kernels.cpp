@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t kMostTokens = 1 << 19;  // whose weights sample can add up, see sample_truncated.cuh
 constexpr int64_t kLargestHead = 256;
-constexpr int64_t kMostRows = 2048;  // whose lengths attention can hold in shared memory beside its own
 
 void check_size(const char* op, const char* name, int64_t size) {
     skipkernels::check(size > 0 && size <= std::numeric_limits<int32_t>::max(), op, ": ", name,

@@ -22,11 +22,12 @@
 //   kNormed                      whether x is to be normed
 //   Tile tile(index)             which weight rows are a tile
 //   Early early(index, row, r)   what it will need of memory for batch row `row` and row r of the tile, asked for
-//   before
-//                                the sums are there
+//                                before the sums are there
+//   touch(index, row, r)         brings near what of that is settled, before the wait
 //   (index, row, r, value, early)  takes y. Called by whole warps: lanes 0..15 and lanes 16..31 each hold the 16 values
 //                                of a tile for one batch row, or row = -1 and nothing
 //   kFinishesTiles, finish_tile(index, rows)   called by all threads behind a tile
+//   kHasExtraBlock, extra_block(when)   what a block beside those of the tiles does, if it is launched
 #pragma once
 
 #include "common.cuh"
@@ -103,6 +104,10 @@ struct Linear {
     int num_rows;
     int k;
     int tiles;
+    int blocks;  // that take the tiles in turn
+    bool triggers_early, touches_settled;
+    uint64_t cache_policy;  // of the weights
+    Stamps stamps;
 };
 
 // Where the weights of a run begin, and its last row, which stands in for those behind it: nobody uses their results.
@@ -128,6 +133,12 @@ __device__ __forceinline__ void load_x(const Linear<T>& in, const float* row, in
         squares = fmaf(x[i], x[i], squares);
         x[i] *= norm[i];
     }
+}
+
+// Brings columns [k, k + 8) of the norm near.
+template <bool kNormed, class T>
+__device__ __forceinline__ void touch_norm(const Linear<T>& in, int k) {
+    if (kNormed && in.touches_settled && k < in.k) ptx::touch(in.norm + k);
 }
 
 template <class T>

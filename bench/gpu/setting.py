@@ -1,0 +1,74 @@
+"""Where a part of the suite measures: on the GPU at published shapes, or dry, on the CPU at tiny ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from skipkernels.benchmark import bandwidth, shapes
+from skipkernels.engine import Engine
+from skipkernels.executors.execution import Execution
+from skipkernels.executors.graph import GraphExecutor
+from skipkernels.executors.kernel_options import KernelOptions
+from skipkernels.executors.runtime import CudaRuntime
+from skipkernels.model.config import ModelConfig, resolve_dtype
+from skipkernels.model.weights import fill_rope, random_weights
+from skipkernels.program import build_program
+from skipkernels.program.state import LAYOUTS
+
+if TYPE_CHECKING:
+    from skipkernels.skipping.policy import Policy
+
+
+@dataclass(frozen=True)
+class Setting:
+    dry: bool
+
+    @classmethod
+    def of(cls, dry: bool) -> Setting:
+        if dry:
+            from bench.gpu.dry_run import TINY
+
+            shapes.SHAPES["tiny"] = dict(TINY)
+            bandwidth.PROBE_BYTES = 1 << 22
+            LAYOUTS["cpu"] = LAYOUTS["cuda"]  # the fake device's memory is the CPU's
+        return cls(dry)
+
+    def execution(self, conditional: str = "auto", loop: str = "auto") -> Execution:
+        if self.dry:
+            return Execution(executor="reference", num_threads=1)
+        return Execution(device="cuda", kernels="cuda", conditional=conditional, loop=loop).resolved()
+
+    def names(self, *published: str) -> tuple[str, ...]:
+        return ("tiny",) if self.dry else published
+
+    def engine(self, name: str, length: int, layers: int | None = None, execution: Execution | None = None) -> Engine:
+        """Random bf16 weights of the named shapes."""
+        execution = execution or self.execution()
+        hf_config = shapes.shape_config(name, length)
+        hf_config.num_hidden_layers = layers or hf_config.num_hidden_layers
+        config = ModelConfig.from_hf(hf_config)
+        weights = random_weights(config, resolve_dtype("bf16"), length, device=execution.device)
+        fill_rope(weights, hf_config)
+        return Engine(config, weights, max_seq_len=length, execution=execution)
+
+    def executor(
+        self, engine: Engine, policy: Policy, options: KernelOptions, stamps: torch.Tensor | None = None
+    ) -> GraphExecutor:
+        """A graph of ``engine``'s step whose kernels have these options."""
+        program = build_program(engine.config, engine.weights, engine.state, policy)
+        return GraphExecutor(program, engine.state, self.graphs(), self._runtime(engine, options, stamps))
+
+    def graphs(self) -> Execution:
+        names = {"kernels": "cuda", "conditional": "predicate", "loop": "replay"}
+        return Execution(device="cuda", executor="graph", **names)
+
+    def _runtime(self, engine: Engine, options: KernelOptions, stamps: torch.Tensor | None) -> CudaRuntime:
+        given: dict[str, Any] = {"options": options, "stamps": stamps}
+        if self.dry:
+            from bench.gpu.dry_run import FakeDevice
+
+            return FakeDevice(**given)
+        return CudaRuntime(engine.state.active.device, **given)
