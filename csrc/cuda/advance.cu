@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant
     const int32_t generated = step + 1, position = op.row_position[row] + 1;
     bool ended = generated >= op.max_new_tokens[row] || position >= op.max_seq_len;
     for (int64_t i = 0; i < op.max_eos; ++i) ended |= op.eos_token_ids[row * op.max_eos + i] == token;
-    const bool waits = !ended && op.block_table[row * op.blocks_per_sequence + position / op.block_size] < 0;
+    const bool waits =
+        !ended && op.block_table[row * op.blocks_per_sequence + position / static_cast<int32_t>(op.block_size)] < 0;
     const bool goes_on = !ended && !waits;
     __syncthreads();  // everybody has read what is about to change
 

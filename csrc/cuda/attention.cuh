@@ -91,7 +91,7 @@ struct Attention {
         if constexpr (kStaged) {
             return position * head_dim;
         } else {
-            return cache.row(item.sequence, split * kKvSplit + position, item.kv_head) * head_dim;
+            return int64_t{cache.row(item.sequence, split * kKvSplit + position, item.kv_head)} * head_dim;
         }
     }
 
@@ -103,7 +103,7 @@ struct Attention {
         for (int first = item.first_position(split), count; first < end; first += count) {
             const int position = split * kKvSplit + first;
             count = min(end - first, cache.left_in_block(position));
-            const int64_t from = cache.row(item.sequence, position, item.kv_head) * head_dim;
+            const int64_t from = int64_t{cache.row(item.sequence, position, item.kv_head)} * head_dim;
             const int at = first * head_dim;
             for (int i = thread; i < count * pieces; i += kAttentionThreads) {
                 ptx::copy_async(const_cast<T*>(to.keys) + at + i * V, static_cast<const T*>(op.k_cache) + from + i * V);

@@ -26,7 +26,7 @@ void check_blocks(const char* name, const Op& op) {
     const int64_t size = op.block_size;
     skipkernels::check(size > 0 && (size & (size - 1)) == 0, name, ": block_size must be a power of two on CUDA, got ",
                        size);
-    check_size(name, "num_blocks", op.num_blocks);
+    check_size(name, "rows of the cache", op.num_blocks * op.num_key_value_heads * size);
 }
 
 }  // namespace

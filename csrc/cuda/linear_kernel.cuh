@@ -12,7 +12,7 @@ namespace skipkernels::cuda {
 constexpr int kMmaRows = 2;
 
 template <class T, int V, int kColumnTiles, int kTiles, class Epilogue>
-__device__ __forceinline__ void linear_pass(const Linear<T>& in, const Epilogue& epilogue, const Rows& rows) {
+__device__ __forceinline__ void linear_pass(const Linear<T>& in, const Epilogue& epilogue, Rows& rows) {
     if constexpr (kColumnTiles > 0) {
         if (rows.count() >= kMmaRows) return linear_mma<T, kColumnTiles, kTiles>(in, epilogue, rows);
     }
@@ -24,17 +24,17 @@ template <class T, int V, int kColumnTiles, int kTiles, class Epilogue>
 __global__ void __launch_bounds__(kLinearThreads, 2)
     linear_kernel(const __grid_constant__ Linear<T> in, const __grid_constant__ Epilogue epilogue) {
     if (!in.when_is_settled) ptx::grid_dependency_wait();
-    Rows rows(in.when, in.num_rows, 0);
-    if (rows.count() == 0) {
-        ptx::grid_dependency_wait();
-        return;
-    }
-    while (true) {
+    Rows& rows = rows_of_pass();
+    for (int first = 0; first < in.num_rows;) {
+        if (threadIdx.x < 32) rows.find(in.when, in.num_rows, first);
+        __syncthreads();
+        if (rows.count() == 0) {
+            ptx::grid_dependency_wait();
+            return;
+        }
         linear_pass<T, V, kColumnTiles, kTiles>(in, epilogue, rows);
-        if (rows.end == in.num_rows) return;
-        rows = Rows(in.when, in.num_rows, rows.end);
-        if (rows.count() == 0) return;
-        __syncthreads();  // nobody reads the sums of the last tile any more
+        first = rows.end;
+        __syncthreads();  // nobody reads the rows, or the sums of the last tile, any more
     }
 }
 

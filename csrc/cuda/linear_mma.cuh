@@ -88,7 +88,7 @@ struct MmaSums {
 // kTiles tiles are walked side by side and share one read of x: worth it where a block has several, and needed where
 // the 16 rows of x are more bytes than the tile.
 template <class T, int kColumnTiles, int kTiles, class Epilogue>
-__device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& epilogue, const Rows& rows) {
+__device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& epilogue, Rows& rows) {
     using Sums = MmaSums<kColumnTiles, kTiles>;
     constexpr int kBlocks = 2 / kTiles;  // a stage is kBlocks blocks of k of kTiles tiles: 4 copies
     constexpr int kStageCopies = 2 * kTiles * kBlocks, kStages = kCopies / kStageCopies;
@@ -231,7 +231,7 @@ __device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& 
         __syncthreads();  // before the next sums are left there
         if constexpr (Epilogue::kFinishesTiles) {
             for (int t = 0; t < kTiles && at * kTiles + t < in.tiles; ++t) {
-                epilogue.finish_tile(at * kTiles + t, rows, block_flag());
+                epilogue.finish_tile(at * kTiles + t, rows);
             }
         }
     }

@@ -34,7 +34,7 @@ __device__ __forceinline__ float sum_each_of_8(float (&value)[8]) {
 
 // V: columns of one load, 16 bytes of them or 1.
 template <class T, int V, class Epilogue>
-__device__ __forceinline__ void linear_rows(const Linear<T>& in, const Epilogue& epilogue, const Rows& rows) {
+__device__ __forceinline__ void linear_rows(const Linear<T>& in, const Epilogue& epilogue, Rows& rows) {
     constexpr int kStages = kCopies / kRunRows, kChunk = kRunWarps * 32 * V;
     constexpr bool kCopied = V > 1;  // else weights are read where they are used
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
@@ -125,7 +125,7 @@ __device__ __forceinline__ void linear_rows(const Linear<T>& in, const Epilogue&
                 epilogue(index, result_row, r, result, early);
             }
         }
-        if constexpr (Epilogue::kFinishesTiles) epilogue.finish_tile(index, rows, block_flag());
+        if constexpr (Epilogue::kFinishesTiles) epilogue.finish_tile(index, rows);
     }
 }
 

@@ -5,26 +5,33 @@
 
 namespace skipkernels::cuda {
 
-struct PagedCache {
-    const int32_t* block_table;
-    int64_t blocks_per_sequence;
-    int num_key_value_heads, block_shift;  // block_size is a power of two
-
+class PagedCache {
+  public:
     template <class Op>
     __device__ explicit PagedCache(const Op& op)
-        : block_table(op.block_table),
-          blocks_per_sequence(op.blocks_per_sequence),
-          num_key_value_heads(static_cast<int>(op.num_key_value_heads)),
-          block_shift(__ffs(static_cast<int>(op.block_size)) - 1) {}
+        : PagedCache(op.block_table, op.blocks_per_sequence, op.num_key_value_heads, op.block_size) {}
 
-    __device__ int block_size() const { return 1 << block_shift; }
-    // Positions from this one to the end of its block.
-    __device__ int left_in_block(int position) const { return block_size() - (position & (block_size() - 1)); }
-    // The row of head_dim elements; positions of the same block are neighbours. Of a table that only the host writes.
-    __device__ int64_t row(int sequence, int position, int kv_head) const {
-        const int block = block_table[sequence * blocks_per_sequence + (position >> block_shift)];
-        return ((int64_t{block} * num_key_value_heads + kv_head) << block_shift) + (position & (block_size() - 1));
+    // The row of head_dim elements. The table is the host's: no kernel writes it.
+    __device__ int row(int sequence, int position, int kv_head) const {
+        const int block = block_table_[sequence * blocks_per_sequence_ + (position >> shift_)];
+        return ((block * num_key_value_heads_ + kv_head) << shift_) + (position & mask());
     }
+    // Positions from this one to the end of its block: the rows behind row().
+    __device__ int left_in_block(int position) const { return mask() + 1 - (position & mask()); }
+
+  private:
+    __device__ PagedCache(const int32_t* block_table, int64_t blocks_per_sequence, int64_t num_key_value_heads,
+                          int64_t block_size)
+        : block_table_(block_table),
+          blocks_per_sequence_(blocks_per_sequence),
+          num_key_value_heads_(static_cast<int>(num_key_value_heads)) {
+        shift_ = __ffs(static_cast<int>(block_size)) - 1;
+    }
+    __device__ int mask() const { return (1 << shift_) - 1; }
+
+    const int32_t* block_table_;
+    int64_t blocks_per_sequence_;
+    int num_key_value_heads_, shift_;  // block_size is a power of two
 };
 
 }  // namespace skipkernels::cuda

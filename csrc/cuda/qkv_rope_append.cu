@@ -23,7 +23,7 @@ struct RopeAppend {
     struct Early {
         float bias;
         Turn turn;
-        int64_t cache_row;  // of the row's position and the tile's head
+        int cache_row;  // of the row's position and the tile's head
     };
     QkvRopeAppend op;
     int* arrivals;   // (passes, heads of q and k): tiles done of each; kHeadsNormed only, as the next
@@ -58,18 +58,18 @@ struct RopeAppend {
         const float sin = op.rope_sin[angle];
         return {op.rope_cos[angle], position < 0 ? -sin : sin};
     }
-    __device__ int64_t cache_row(int head, int row) const {
+    __device__ int cache_row(int head, int row) const {
         if (head < op.num_attention_heads) return 0;
         const auto kv_head = static_cast<int>((head - op.num_attention_heads) % op.num_key_value_heads);
         return PagedCache(op).row(op.row_sequence[row], op.row_position[row], kv_head);
     }
-    __device__ void store(int head, int row, int64_t cache_row, int channel, float value) const {
+    __device__ void store(int head, int row, int cache_row, int channel, float value) const {
         if (head < op.num_attention_heads) {
             op.query[(row * op.num_attention_heads + head) * op.head_dim + channel] = value;
             return;
         }
         auto* cache = static_cast<T*>(head < rotated_heads() ? op.k_cache : op.v_cache);
-        store_as(cache + cache_row * op.head_dim + channel, value);
+        store_as(cache + int64_t{cache_row} * op.head_dim + channel, value);
     }
     __device__ void operator()(int index, int row, int r, float value, const Early& early) const {
         const int head = index / tiles_of_head();
@@ -87,23 +87,23 @@ struct RopeAppend {
         }
     }
 
-    __device__ void finish_tile(int index, const Rows& rows, int* is_last) const {
+    __device__ void finish_tile(int index, Rows& rows) const {
         const int head = index / tiles_of_head();
         if (head >= rotated_heads()) return;
         // another block may be a pass ahead; all but the last have kRowsOfPass rows, so no two begin in the same 16
         int* arrived = arrivals + rows.at(0) / kRowsOfPass * rotated_heads() + head;
         __syncthreads();  // all of the tile is in scratch
         if (threadIdx.x == 0) {
-            *is_last = ptx::atomic_add_acq_rel(arrived, 1) == tiles_of_head() - 1;
-            if (*is_last) *arrived = 0;
+            rows.flag = ptx::atomic_add_acq_rel(arrived, 1) == tiles_of_head() - 1;
+            if (rows.flag) *arrived = 0;
         }
         __syncthreads();
-        if (!*is_last) return;
+        if (!rows.flag) return;
         const float* norm = head < op.num_attention_heads ? op.q_norm : op.k_norm;
         const int half = static_cast<int>(op.half_head_dim), lane = static_cast<int>(threadIdx.x) % 32;
         for (int n = static_cast<int>(threadIdx.x) / 32; n < rows.count(); n += kLinearWarps) {
             const int row = rows.at(n);
-            const int64_t at = cache_row(head, row);
+            const int at = cache_row(head, row);
             const float* x = scratch + (int64_t{row} * rotated_heads() + head) * op.head_dim;
             float scale = 1.0f;
             if (norm) {
