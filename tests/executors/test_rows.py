@@ -21,6 +21,7 @@ from tests.models import random_prompt, tiny_module
 
 EXECUTORS = pytest.mark.parametrize("executor", [ReferenceExecutor, natively], ids=["reference", "native"])
 SLIDING = "mistral with a sliding window"
+MODELS = {SLIDING: torch.float32, "qwen3": torch.bfloat16}
 PROMPT = random_prompt(23)
 OTHER = random_prompt(12, seed=1)
 NEW_TOKENS = 6
@@ -29,7 +30,7 @@ SKIPS = SkipPolicy(threshold=0.6, span=1, cold_start=0, cold_end=0, warmup_token
 
 @cache
 def model(family: str) -> tuple[ModelConfig, ModelWeights]:
-    return packed(tiny_module(family), 64)
+    return packed(tiny_module(family, dtype=MODELS[family]), 64)
 
 
 def decoder(executor: MakeExecutor, family: str = SLIDING, **options: Any) -> Decoder:
@@ -77,7 +78,7 @@ def cuts(draw: st.DrawFn, length: int, most: int = 8) -> list[int]:
 
 
 @EXECUTORS
-@pytest.mark.parametrize("family", [SLIDING, "qwen3"])
+@pytest.mark.parametrize("family", MODELS)
 @given(chunks=cuts(len(PROMPT) - 1), together=st.booleans(), block_size=st.sampled_from([16, 32, 64]))
 def test_a_prompt_may_be_cut_anywhere(
     executor: MakeExecutor, family: str, chunks: list[int], together: bool, block_size: int
