@@ -28,17 +28,17 @@ from skipkernels.policy_file import load_policy
 from skipkernels.prefill import prefill
 from skipkernels.program import build_program
 from skipkernels.prompt import EmbeddedPrompt
+from skipkernels.prompts import Prompt, encode, listed_prompts, single_prompt
 from skipkernels.state import MAX_BATCH_SIZE, MAX_EOS, DecodeState
-from skipkernels.weights import ModelWeights, fill_rope, load_checkpoint, pack_module, shares_embeddings
+from skipkernels.module_check import shares_embeddings
+from skipkernels.shards import Shards
+from skipkernels.weights import ModelWeights, fill_rope, load_checkpoint, pack_module
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_MAX_SEQ_LEN = 4096
 _KEPT_EXECUTORS = 8
-
-Prompt = str | Sequence[int] | Sequence[dict[str, Any]] | EmbeddedPrompt
-"""Text, token ids, a chat as a list of ``{"role": ..., "content": ...}`` messages, or embeddings."""
 
 
 class Engine:
@@ -122,6 +122,9 @@ class Engine:
         config = ModelConfig.from_hf(hf_config)
         if folder is None:
             config = replace(config, tie_word_embeddings=shares_embeddings(cast("PreTrainedModel", model)))
+        shards = None if folder is None else Shards(folder)
+        if shards is not None:
+            config = replace(config, tie_word_embeddings=shards.head_is_tied(config))
         length = max_seq_len if max_seq_len is not None else min(config.max_position_embeddings, DEFAULT_MAX_SEQ_LEN)
         if not 1 <= length <= config.max_position_embeddings:
             raise RequestError(
@@ -131,15 +134,15 @@ class Engine:
             policy.plan(config.num_hidden_layers)  # before gigabytes are read
         stored = resolve_dtype(hf_config.dtype or "fp32") if folder else cast("PreTrainedModel", model).dtype
         _check_memory(config, wanted or stored, length, max_batch_size, device)
-        if folder is None:
-            module = cast("PreTrainedModel", model)
+        module = cast("PreTrainedModel", model) if folder is None else None
+        if module is not None:
             weights = pack_module(module, config, wanted, length, device)
             generation_config: GenerationConfig | None = module.generation_config
         else:
-            weights = load_checkpoint(folder, config, wanted or stored, length, device)
+            weights = load_checkpoint(cast(Shards, shards), config, wanted or stored, length, device)
             tokenizer = tokenizer or load_tokenizer(folder)
             generation_config = load_generation_config(folder)
-        fill_rope(weights, hf_config)
+        fill_rope(weights, hf_config, module)
         if isinstance(policy, str | Path):
             policy = load_policy(policy, fingerprint=weights.fingerprint(config))
         return cls(
@@ -239,7 +242,7 @@ class Engine:
     ) -> Iterator[StreamChunk]:
         """Generates for one prompt and yields each token as it comes; arguments as in ``generate``."""
         decoding = self.begin(
-            [prompt],
+            [single_prompt(prompt)],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             stop=stop,
@@ -268,7 +271,7 @@ class Engine:
 
         The lower half of ``generate`` and ``stream``, for callers with a loop of their own. Arguments as there.
         """
-        listed = list(cast(Sequence[Prompt], prompts)) if _is_batch(prompts) else [cast(Prompt, prompts)]
+        listed = listed_prompts(prompts)
         if not listed:
             raise RequestError("no prompt was given")
         if len(listed) > self.max_batch_size:
@@ -313,21 +316,12 @@ class Engine:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text with the tokenizer's special tokens, a chat through its template."""
-        if isinstance(prompt, EmbeddedPrompt):
-            return list(prompt.token_ids)
-        if isinstance(prompt, str):
-            return list(self._require_tokenizer("a text prompt").encode(prompt))
-        if len(prompt) and isinstance(prompt[0], dict):
-            tokenizer = self._require_tokenizer("a chat prompt")
-            if not tokenizer.chat_template:
-                raise RequestError("this tokenizer has no chat template; pass the prompt as text")
-            messages = cast(list[dict[str, str]], list(prompt))
-            encoded = cast(
-                dict[str, list[int]],
-                tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True),
-            )
-            return list(encoded["input_ids"])
-        return [int(token) for token in cast(Sequence[int], prompt)]
+        given = single_prompt(prompt)
+        if isinstance(given, EmbeddedPrompt):
+            return list(given.token_ids)
+        if isinstance(given, str) or (given and isinstance(given[0], dict)):
+            return encode(given, self._require_tokenizer("a text prompt" if isinstance(given, str) else "a chat prompt"))
+        return list(cast(Sequence[int], given))
 
     def _require_tokenizer(self, what: str) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -373,14 +367,6 @@ class Engine:
 def _check_batch_size(max_batch_size: int) -> None:
     if not 1 <= max_batch_size <= MAX_BATCH_SIZE:
         raise RequestError(f"max_batch_size must lie in 1..{MAX_BATCH_SIZE}, got {max_batch_size}")
-
-
-def _is_batch(prompts: object) -> bool:
-    """A list of prompts, as opposed to one prompt that is itself a list (of ids or of messages)."""
-    if isinstance(prompts, str | EmbeddedPrompt):
-        return False
-    first = next(iter(prompts), None)  # type: ignore[call-overload]
-    return not isinstance(first, int | dict)
 
 
 def _check_memory(config: ModelConfig, dtype: torch.dtype, max_seq_len: int, batch_size: int, device: str) -> None:
