@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from skipkernels.errors import ModelError
+from skipkernels.errors import ModelError, RequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -136,10 +136,23 @@ class ModelConfig:
         """Positions that the model was made for: those of its configuration, or more where its rotary embeddings are
         stretched. Farther ones can be computed, but were never trained."""
         rope = dict(self.rope_parameters)
-        factor = rope.get("factor", 1.0)
+        if rope["rope_type"] not in ("linear", "yarn"):
+            return self.max_position_embeddings
         original = rope.get("original_max_position_embeddings") or self.max_position_embeddings
-        stretched = int(cast(float, factor) * cast(int, original)) if rope["rope_type"] != "default" else 0
-        return max(self.max_position_embeddings, stretched)
+        return max(self.max_position_embeddings, int(cast(float, rope["factor"]) * cast(int, original)))
+
+    def check_length(self, max_seq_len: int) -> None:
+        """Raises RequestError for a number of positions that the model cannot have; warns of one it was not made for.
+        Under linear and yarn scaling there is no end, as in transformers."""
+        endless = dict(self.rope_parameters)["rope_type"] in ("linear", "yarn")
+        if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int):
+            raise RequestError(f"max_seq_len must be an integer, got {max_seq_len!r}")
+        if max_seq_len < 1 or (max_seq_len > self.reach and not endless):
+            raise RequestError(
+                f"max_seq_len must lie in 1..{self.reach} (the model's maximum), got {max_seq_len}"
+            )
+        if max_seq_len > self.reach:
+            logger.warning("max_seq_len=%d is more than the %d positions the model was made for", max_seq_len, self.reach)
 
     @property
     def qkv_size(self) -> int:
@@ -221,6 +234,10 @@ def _rope_parameters(config: PreTrainedConfig) -> dict[str, object]:
             f"{family}: rope_type {rope['rope_type']!r} is not supported; "
             f"supported are {', '.join(SUPPORTED_ROPE_TYPES)}"
         )
+    for name in ("rope_theta", "factor", "original_max_position_embeddings"):
+        value = rope.get(name, 1.0 if name != "factor" or rope["rope_type"] == "default" else None)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ModelError(f"{family}: {name} of the rotary parameters must be a positive number, got {value!r}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelError(f"{family}: partial_rotary_factor={rope['partial_rotary_factor']} is not supported; only 1.0")
     return rope

@@ -12,6 +12,7 @@ from skipkernels.executors import Executor
 from skipkernels.generation import FinishReason, Generation
 from skipkernels.state import DecodeState
 from skipkernels.text import TextStream
+from skipkernels.turns import Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,37 +103,55 @@ class Decoding:
     """Rows in flight over one executor. A newer decoding of the same engine takes their places over; from then on
     this one cannot go on, and its end means nothing."""
 
-    def __init__(self, executor: Executor, rows: list[Row], prefill_s: float) -> None:
+    def __init__(self, executor: Executor, rows: list[Row], prefill_s: float, turns: Turns) -> None:
         self._executor = executor
+        self._turns = turns
         self.rows = rows
         self._prefill_s = prefill_s
         self.taken_over = False
 
     @property
     def running(self) -> bool:
-        if self.taken_over:
-            raise RequestError("a newer request to this engine has taken this generation's place; use a second engine")
+        self._refuse_taken_over()
         return any(row.running for row in self.rows)
 
     def step(self, max_steps: int) -> None:
         """Decodes up to ``max_steps`` tokens of every running row, in one call of the executor."""
-        step_seconds = self._executor.run(max_steps)
-        for row in self.rows:
-            row.take_steps(step_seconds)
+        with self._turns.take():
+            self._refuse_taken_over()
+            step_seconds = self._executor.run(max_steps)
+            for row in self.rows:
+                row.take_steps(step_seconds)
 
     def steps(self) -> Iterator[None]:
-        """Decodes token by token until no row runs; the device need not wait for the caller between two tokens."""
-        for seconds in self._executor.steps():
-            for row in self.rows:
-                row.take_steps([seconds])
+        """Decodes token by token until no row runs; the device need not wait for the caller between two tokens.
+
+        Whoever shares the engine with other threads looks at the rows inside the same turn as the step.
+        """
+        steps = self._executor.steps()
+        while True:
+            with self._turns.take():
+                self._refuse_taken_over()
+                seconds = next(steps, None)
+                if seconds is None:
+                    return
+                for row in self.rows:
+                    row.take_steps([seconds])
             yield
             if not self.running:
                 return
 
     def end(self) -> None:
-        if not self.taken_over:
-            for row in self.rows:
-                row.end()
+        with self._turns.take():
+            if not self.taken_over:
+                for row in self.rows:
+                    row.end()
 
     def results(self) -> list[Generation]:
-        return [row.result(self._prefill_s) for row in self.rows]
+        with self._turns.take():
+            self._refuse_taken_over()
+            return [row.result(self._prefill_s) for row in self.rows]
+
+    def _refuse_taken_over(self) -> None:
+        if self.taken_over:
+            raise RequestError("a newer request to this engine has taken this generation's place; use a second engine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,10 +20,18 @@ from skipkernels.checkpoint import (
 )
 from skipkernels.config import ModelConfig, dtype_name, resolve_dtype
 from skipkernels.decoding import Decoding, Row
-from skipkernels.errors import DeviceError, RequestError
+from skipkernels.errors import DeviceError, PolicyError, RequestError
 from skipkernels.executors import Executor, get_executor
 from skipkernels.executors.execution import Execution
-from skipkernels.generation import Generation, SamplingParams, StreamChunk
+from skipkernels.generation import (
+    Generation,
+    SamplingParams,
+    StreamChunk,
+    checked_count,
+    checked_eos,
+    checked_stop,
+    default_sampling,
+)
 from skipkernels.policy import DensePolicy, Policy
 from skipkernels.policy_file import load_policy
 from skipkernels.prefill import prefill
@@ -30,6 +39,7 @@ from skipkernels.program import build_program
 from skipkernels.prompt import EmbeddedPrompt
 from skipkernels.prompts import Prompt, encode, listed_prompts, single_prompt
 from skipkernels.state import MAX_BATCH_SIZE, MAX_EOS, DecodeState
+from skipkernels.turns import Turns
 from skipkernels.module_check import shares_embeddings
 from skipkernels.shards import Shards
 from skipkernels.weights import ModelWeights, fill_rope, load_checkpoint, pack_module
@@ -42,8 +52,10 @@ _KEPT_EXECUTORS = 8
 
 
 class Engine:
-    """Decodes with one set of weights and one set of buffers; not for use from two threads at once."""
+    """Decodes with one set of weights and one set of buffers. Threads that share it take turns: ``generate`` runs to
+    its end, and a stream ends with an error when another thread's request takes its place."""
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         config: ModelConfig,
@@ -65,20 +77,28 @@ class Engine:
         self.weights = weights
         self.tokenizer = tokenizer
         self.fingerprint = weights.fingerprint(config)
-        self.state = DecodeState.allocate(
-            config,
-            batch_size=max_batch_size,
-            max_seq_len=max_seq_len,
-            dtype=weights.dtype,
-            device=self.execution.device,
-        )
+        try:
+            self.state = DecodeState.allocate(
+                config,
+                batch_size=max_batch_size,
+                max_seq_len=max_seq_len,
+                dtype=weights.dtype,
+                device=self.execution.device,
+            )
+        except RuntimeError as error:  # what torch's allocators raise
+            raise DeviceError(
+                f"no memory for {max_batch_size} rows of {max_seq_len} positions ({str(error).splitlines()[0]})"
+            ) from error
+        self.generation_config = generation_config
         self.default_eos_token_ids = default_eos_token_ids(tokenizer, generation_config)
+        self._turns = Turns(on_gpu=self.execution.on_gpu)
         self._executors: dict[Policy, Executor] = {}
         self._decoding: Decoding | None = None
         self.policy = policy or DensePolicy()
         self.executor_for(self.policy)  # an impossible policy is refused here, not at the first prompt
 
     @classmethod
+    @torch.inference_mode(False)
     def from_pretrained(
         cls,
         model: str | Path | PreTrainedModel,
@@ -125,27 +145,26 @@ class Engine:
         shards = None if folder is None else Shards(folder)
         if shards is not None:
             config = replace(config, tie_word_embeddings=shards.head_is_tied(config))
-        length = max_seq_len if max_seq_len is not None else min(config.max_position_embeddings, DEFAULT_MAX_SEQ_LEN)
-        if not 1 <= length <= config.max_position_embeddings:
-            raise RequestError(
-                f"max_seq_len must lie in 1..{config.max_position_embeddings} (the model's maximum), got {length}"
-            )
+        length = max_seq_len if max_seq_len is not None else min(config.reach, DEFAULT_MAX_SEQ_LEN)
+        config.check_length(length)
         if isinstance(policy, Policy):
             policy.plan(config.num_hidden_layers)  # before gigabytes are read
-        stored = resolve_dtype(hf_config.dtype or "fp32") if folder else cast("PreTrainedModel", model).dtype
-        _check_memory(config, wanted or stored, length, max_batch_size, device)
+        if wanted is None:
+            wanted = resolve_dtype(hf_config.dtype or "fp32") if folder else cast("PreTrainedModel", model).dtype
+        _check_memory(config, wanted, length, max_batch_size, device)
         module = cast("PreTrainedModel", model) if folder is None else None
+        given_tokenizer = tokenizer
         if module is not None:
             weights = pack_module(module, config, wanted, length, device)
             generation_config: GenerationConfig | None = module.generation_config
         else:
-            weights = load_checkpoint(cast(Shards, shards), config, wanted or stored, length, device)
-            tokenizer = tokenizer or load_tokenizer(folder)
-            generation_config = load_generation_config(folder)
+            weights = load_checkpoint(cast(Shards, shards), config, wanted, length, device)
+            tokenizer = load_tokenizer(cast(Path, folder)) if tokenizer is None else tokenizer
+            generation_config = load_generation_config(cast(Path, folder))
         fill_rope(weights, hf_config, module)
         if isinstance(policy, str | Path):
             policy = load_policy(policy, fingerprint=weights.fingerprint(config))
-        return cls(
+        engine = cls(
             config,
             weights,
             policy=policy,
@@ -155,6 +174,9 @@ class Engine:
             max_batch_size=max_batch_size,
             execution=execution,
         )
+        # a folder's own tokenizer has no say in where answers end, as in transformers
+        engine.default_eos_token_ids = default_eos_token_ids(given_tokenizer, generation_config)
+        return engine
 
     def with_rows(self, max_batch_size: int) -> Engine:
         """Another engine on the same weights, for another number of rows."""
@@ -163,6 +185,7 @@ class Engine:
             self.weights,
             policy=self.policy,
             tokenizer=self.tokenizer,
+            generation_config=self.generation_config,
             max_seq_len=self.max_seq_len,
             max_batch_size=max_batch_size,
             execution=self.execution,
@@ -184,6 +207,8 @@ class Engine:
 
     def executor_for(self, policy: Policy) -> Executor:
         """The executor of the program recorded for ``policy``; recorded at its first use, and kept for a while."""
+        if not isinstance(policy, Policy):
+            raise PolicyError(f"a policy is wanted, got a {type(policy).__name__}; load_policy reads one from a file")
         if policy not in self._executors:
             if len(self._executors) >= _KEPT_EXECUTORS:  # a sweep over policies must not pile up threads
                 del self._executors[next(iter(self._executors))]
@@ -198,7 +223,7 @@ class Engine:
         max_new_tokens: int | None = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         stop: Sequence[str] = (),
-        eos_token_ids: Sequence[int] | None = None,
+        eos_token_ids: Sequence[int] | int | None = None,
         policy: Policy | None = None,
     ) -> list[Generation]:
         """Generates for up to ``max_batch_size`` prompts together and returns their answers in order.
@@ -206,29 +231,30 @@ class Engine:
         Args:
             prompts: one prompt or several; a prompt is text, token ids, a chat, or embeddings.
             max_new_tokens: None: until an end-of-sequence token or a full cache.
-            sampling: one for all prompts or one each; None is greedy.
+            sampling: one for all prompts or one each; None is greedy, with the model's own repetition penalty.
             stop: strings that end a generation; they are not part of its text.
-            eos_token_ids: tokens that end a generation; None: the model's own.
+            eos_token_ids: tokens that end a generation, or one; None: the model's own.
             policy: overrides the engine's policy for this call.
 
         Raises:
             RequestError: nothing was generated; the message says what to change.
         """
-        decoding = self.begin(
-            prompts,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop=stop,
-            eos_token_ids=eos_token_ids,
-            policy=policy,
-        )
-        if stop:  # which has to see every token
-            for _ in decoding.steps():
-                for row in decoding.rows:
-                    row.take_text()
-        else:
-            decoding.step(self.max_seq_len)
-        return decoding.results()
+        with self._turns.take():
+            decoding = self.begin(
+                prompts,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                stop=stop,
+                eos_token_ids=eos_token_ids,
+                policy=policy,
+            )
+            if stop:  # which has to see every token
+                for _ in decoding.steps():
+                    for row in decoding.rows:
+                        row.take_text()
+            else:
+                decoding.step(self.max_seq_len)
+            return decoding.results()
 
     def stream(
         self,
@@ -237,7 +263,7 @@ class Engine:
         max_new_tokens: int | None = None,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
-        eos_token_ids: Sequence[int] | None = None,
+        eos_token_ids: Sequence[int] | int | None = None,
         policy: Policy | None = None,
     ) -> Iterator[StreamChunk]:
         """Generates for one prompt and yields each token as it comes; arguments as in ``generate``."""
@@ -250,10 +276,17 @@ class Engine:
             policy=policy,
         )
         (row,) = decoding.rows
+        steps = decoding.steps()
         try:
-            for _ in decoding.steps():
-                yield StreamChunk(row.take_text(), row.token_ids[-1])
-            yield StreamChunk(row.take_rest(), None, decoding.results()[0])
+            while True:
+                with self._turns.take():
+                    if next(steps, steps) is steps:
+                        break
+                    chunk = StreamChunk(row.take_text(), row.token_ids[-1])
+                yield chunk
+            with self._turns.take():
+                chunk = StreamChunk(row.take_rest(), None, decoding.results()[0])
+            yield chunk
         finally:
             decoding.end()
 
@@ -264,7 +297,7 @@ class Engine:
         max_new_tokens: int | None = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         stop: Sequence[str] = (),
-        eos_token_ids: Sequence[int] | None = None,
+        eos_token_ids: Sequence[int] | int | None = None,
         policy: Policy | None = None,
     ) -> Decoding:
         """Checks a whole request, then prefills its rows; nothing is touched when a check fails.
@@ -279,40 +312,41 @@ class Engine:
                 f"{len(listed)} prompts do not fit max_batch_size={self.max_batch_size}; "
                 f"split them or load the engine with a larger one (at most {MAX_BATCH_SIZE})"
             )
-        if isinstance(stop, str):
-            raise RequestError("stop must be a list of strings, got one string")
-        if any(not text for text in stop):
-            raise RequestError("a stop string must not be empty")
+        stop = checked_stop(stop)
         if stop:
             self._require_tokenizer("a stop string")
-        if sampling is None or isinstance(sampling, SamplingParams):
-            sampling = [sampling or SamplingParams()] * len(listed)
+        if sampling is None:
+            sampling = default_sampling(self.generation_config)
+        if isinstance(sampling, SamplingParams):
+            sampling = [sampling] * len(listed)
         if len(sampling) != len(listed):
             raise RequestError(f"{len(sampling)} sampling parameters for {len(listed)} prompts")
-        eos = self.default_eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
+        eos = self.default_eos_token_ids if eos_token_ids is None else checked_eos(eos_token_ids)
         if len(eos) > MAX_EOS:
             raise RequestError(f"{len(eos)} end-of-sequence tokens; at most {MAX_EOS} are possible")
+        max_new_tokens = None if max_new_tokens is None else checked_count("max_new_tokens", max_new_tokens)
         token_ids = [self._checked_tokens(self.encode(prompt), max_new_tokens) for prompt in listed]
         embedded = [prompt if isinstance(prompt, EmbeddedPrompt) else None for prompt in listed]
         for given in embedded:
             if given is not None:
                 given.check(self.config, self.weights.embed_tokens, self.max_seq_len)
-        executor = self.executor_for(policy or self.policy)
 
-        if self._decoding:
-            self._decoding.taken_over = True
-            self.state.settle()  # an abandoned stream may have left steps behind on the device
-        for index in range(self.max_batch_size):
-            self.state.end_row(index)
-        started = time.perf_counter()
-        rows = []
-        for index, (tokens, param, given) in enumerate(zip(token_ids, sampling, embedded, strict=True)):
-            self._set_row(index, param, max_new_tokens, eos)
-            ids = torch.tensor(tokens, dtype=torch.int32)
-            prefill(self.config, self.weights, self.state, index, ids, embedded=given)
-            rows.append(Row(self.state, index, len(tokens), self.tokenizer, stop))
-        self._decoding = Decoding(executor, rows, time.perf_counter() - started)
-        return self._decoding
+        with self._turns.take():
+            executor = self.executor_for(self.policy if policy is None else policy)
+            if self._decoding:
+                self._decoding.taken_over = True
+                self.state.settle()  # an abandoned stream may have left steps behind on the device
+            for index in range(self.max_batch_size):
+                self.state.end_row(index)
+            started = time.perf_counter()
+            rows = []
+            for index, (tokens, param, given) in enumerate(zip(token_ids, sampling, embedded, strict=True)):
+                self._set_row(index, param, max_new_tokens, eos)
+                ids = torch.tensor(tokens, dtype=torch.int32)
+                prefill(self.config, self.weights, self.state, index, ids, embedded=given)
+                rows.append(Row(self.state, index, len(tokens), self.tokenizer, stop))
+            self._decoding = Decoding(executor, rows, time.perf_counter() - started, self._turns)
+            return self._decoding
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text with the tokenizer's special tokens, a chat through its template."""
@@ -338,8 +372,6 @@ class Engine:
                 f"the prompt has {len(tokens)} tokens, the cache holds max_seq_len={self.max_seq_len}; "
                 "shorten it or load the engine with a larger max_seq_len"
             )
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         room = self.max_seq_len - len(tokens) + 1  # the last token is not cached
         if max_new_tokens is not None and max_new_tokens > room:
             raise RequestError(
@@ -370,11 +402,12 @@ def _check_batch_size(max_batch_size: int) -> None:
 
 
 def _check_memory(config: ModelConfig, dtype: torch.dtype, max_seq_len: int, batch_size: int, device: str) -> None:
-    """Refuses a model that does not fit a GPU before a byte of it is read."""
-    if not device.startswith("cuda"):
-        return
+    """Refuses a model that does not fit before a byte of it is read."""
     weights, cache = config.weight_bytes(dtype), config.cache_bytes(batch_size, max_seq_len, dtype)
-    free, total = torch.cuda.mem_get_info(torch.device(device))
+    if device.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(torch.device(device))
+    else:  # a cache takes memory only where it is used, and files leave their pages when they are asked to
+        free = total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if weights + cache > free:
         gib = 2**30
         raise DeviceError(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _SAMPLES = 1 << 14
 """Elements of a tensor that are hashed: all of a small one, evenly spread ones of a larger."""
@@ -24,6 +26,8 @@ class WeightsHash:
         self._digests: dict[str, bytes] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        import torch
+
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)
         step += 1 - step % 2  # odd, so that not the same few columns of every row are taken
@@ -40,6 +44,8 @@ class WeightsHash:
 
 def fingerprint(architecture_hash: str, norms: Iterable[torch.Tensor], weights_hash: str) -> str:
     """Files of the first releases hold the part before the separator, which knows two norms only."""
+    import torch
+
     digest = hashlib.sha256(architecture_hash.encode())
     for norm in norms:
         digest.update(norm.bfloat16().view(torch.int16).cpu().numpy().tobytes())

@@ -13,8 +13,9 @@ PACKAGE = Path(skipkernels.__file__).parent
 # each room may import from the rooms before it
 ROOMS = [
     ["errors", "machine"],
-    ["files", "config", "generation", "policy", "ops.philox"],
-    ["policy_file", "prompt", "weights", "state", "ops.table", "ops.reference", "ops", "text", "checkpoint"],
+    ["files", "config", "generation", "policy", "ops.philox", "fingerprint", "turns"],
+    ["policy_file", "prompt", "prompts", "shards", "module_check", "weights", "state", "text", "checkpoint"],
+    ["ops.table", "ops.reference", "ops"],
     ["program", "prefill"],
     ["executors"],
     ["decoding"],

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from skipkernels import _C
 from skipkernels.errors import DeviceError
 from skipkernels.executors.native import native_program
-from skipkernels.machine import usable_processors
+from skipkernels.machine import default_threads
 from skipkernels.program import Program
 from skipkernels.state import DecodeState
 
 
 class CpuExecutor:
-    """Executes a program in C++ on ``num_threads`` threads (default: every processor this process may use)."""
+    """Executes a program in C++ on ``num_threads`` threads (default: see ``default_threads``)."""
 
     name = "cpu"
 
@@ -29,10 +29,10 @@ class CpuExecutor:
                 program=native_program(program, state),
                 active=state.active.data_ptr(),
                 batch_size=state.batch_size,
-                num_threads=usable_processors() if num_threads is None else num_threads,
+                num_threads=default_threads() if num_threads is None else num_threads,
                 isa=isa,
             )
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # also: the system gives no more threads
             raise DeviceError(str(error)) from error
         self.num_threads: int = self._native.num_threads
         self.isa: str = self._native.isa
