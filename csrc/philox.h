@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon et al., SC 2011), for every native executor. The Python twin is skipkernels/ops/philox.py.
+// Philox4x32-10 (Salmon et al., SC 2011), for every native executor. The Python twin is skipkernels/program/philox.py.
 #pragma once
 
 #include <cstdint>

@@ -2,7 +2,7 @@
 // Python learns their fields from here (bindings.cpp), so there is no second list of names or numbers to keep.
 //
 // FIELDS lists an op's operands in three kinds:
-//   TENSOR(type, name)  pointer to a contiguous buffer; shapes stand in skipkernels/ops/table.py
+//   TENSOR(type, name)  pointer to a contiguous buffer; shapes stand in skipkernels/program/table.py
 //   SIZE(name)          a length in elements, taken from the tensors' shapes
 //   INT(name) / FLOAT(name)  a parameter
 // Pointers named const void* / void* hold weights or cache entries in the instruction's weight_dtype.

@@ -1,6 +1,6 @@
 // Holds one row's running skip ratio at its target: the arithmetic of skip_gate with target_ratio, for every native
-// executor. The definition is RatioController in skipkernels/ops/reference.py; every operation is one fp32 rounding, so
-// units that use it are compiled without contraction into fused multiply-adds.
+// executor. The definition is RatioController in skipkernels/program/reference.py; every operation is one fp32
+// rounding, so units that use it are compiled without contraction into fused multiply-adds.
 #pragma once
 
 #include <cmath>

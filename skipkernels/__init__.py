@@ -9,36 +9,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from skipkernels.decoding.generation import Generation as Generation
+    from skipkernels.decoding.generation import SamplingParams as SamplingParams
+    from skipkernels.decoding.generation import StreamChunk as StreamChunk
     from skipkernels.engine import Engine as Engine
     from skipkernels.errors import SkipkernelsError as SkipkernelsError
-    from skipkernels.generation import Generation as Generation
-    from skipkernels.generation import SamplingParams as SamplingParams
-    from skipkernels.generation import StreamChunk as StreamChunk
     from skipkernels.integrations.hf_generate import hf_generate as hf_generate
-    from skipkernels.policy import DensePolicy as DensePolicy
-    from skipkernels.policy import FixedPolicy as FixedPolicy
-    from skipkernels.policy import RandomPolicy as RandomPolicy
-    from skipkernels.policy import SkipPolicy as SkipPolicy
-    from skipkernels.policy import TimingPolicy as TimingPolicy
-    from skipkernels.policy_file import load_policy as load_policy
-    from skipkernels.policy_file import save_policy as save_policy
+    from skipkernels.skipping.policy import DensePolicy as DensePolicy
+    from skipkernels.skipping.policy import FixedPolicy as FixedPolicy
+    from skipkernels.skipping.policy import RandomPolicy as RandomPolicy
+    from skipkernels.skipping.policy import SkipPolicy as SkipPolicy
+    from skipkernels.skipping.policy import TimingPolicy as TimingPolicy
+    from skipkernels.skipping.policy_file import load_policy as load_policy
+    from skipkernels.skipping.policy_file import save_policy as save_policy
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Engine": "engine",
     "SkipkernelsError": "errors",
-    "Generation": "generation",
-    "SamplingParams": "generation",
-    "StreamChunk": "generation",
+    "Generation": "decoding.generation",
+    "SamplingParams": "decoding.generation",
+    "StreamChunk": "decoding.generation",
     "hf_generate": "integrations.hf_generate",
-    "DensePolicy": "policy",
-    "FixedPolicy": "policy",
-    "RandomPolicy": "policy",
-    "SkipPolicy": "policy",
-    "TimingPolicy": "policy",
-    "load_policy": "policy_file",
-    "save_policy": "policy_file",
+    "DensePolicy": "skipping.policy",
+    "FixedPolicy": "skipping.policy",
+    "RandomPolicy": "skipping.policy",
+    "SkipPolicy": "skipping.policy",
+    "TimingPolicy": "skipping.policy",
+    "load_policy": "skipping.policy_file",
+    "save_policy": "skipping.policy_file",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -7,23 +7,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
-from skipkernels.checkpoint import (
-    default_eos_token_ids,
-    load_config,
-    load_generation_config,
-    load_tokenizer,
-    resolve_checkpoint,
-)
-from skipkernels.config import ModelConfig, dtype_name, resolve_dtype
-from skipkernels.decoding import Decoding, Row
-from skipkernels.errors import DeviceError, PolicyError, RequestError
-from skipkernels.executors import Executor, get_executor
-from skipkernels.executors.execution import Execution
-from skipkernels.generation import (
+from skipkernels.decoding.decoding import Decoding, Row
+from skipkernels.decoding.generation import (
     Generation,
     SamplingParams,
     StreamChunk,
@@ -32,17 +21,28 @@ from skipkernels.generation import (
     checked_stop,
     default_sampling,
 )
-from skipkernels.policy import DensePolicy, Policy
-from skipkernels.policy_file import load_policy
-from skipkernels.prefill import prefill
+from skipkernels.decoding.prefill import prefill
+from skipkernels.errors import DeviceError, PolicyError, RequestError
+from skipkernels.executors import Executor, get_executor
+from skipkernels.executors.execution import Execution
+from skipkernels.model.checkpoint import (
+    default_eos_token_ids,
+    load_config,
+    load_generation_config,
+    load_tokenizer,
+    resolve_checkpoint,
+)
+from skipkernels.model.config import ModelConfig, dtype_name, resolve_dtype
+from skipkernels.model.module_check import shares_embeddings
+from skipkernels.model.prompt import EmbeddedPrompt
+from skipkernels.model.prompts import Prompt, encode, listed_prompts, single_prompt
+from skipkernels.model.shards import Shards
+from skipkernels.model.weights import ModelWeights, fill_rope, load_checkpoint, pack_module
 from skipkernels.program import build_program
-from skipkernels.prompt import EmbeddedPrompt
-from skipkernels.prompts import Prompt, encode, listed_prompts, single_prompt
-from skipkernels.state import MAX_BATCH_SIZE, MAX_EOS, DecodeState
-from skipkernels.turns import Turns
-from skipkernels.module_check import shares_embeddings
-from skipkernels.shards import Shards
-from skipkernels.weights import ModelWeights, fill_rope, load_checkpoint, pack_module
+from skipkernels.program.state import MAX_BATCH_SIZE, MAX_EOS, DecodeState
+from skipkernels.skipping.policy import DensePolicy, Policy
+from skipkernels.skipping.policy_file import load_policy
+from skipkernels.support.turns import Turns
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -354,7 +354,9 @@ class Engine:
         if isinstance(given, EmbeddedPrompt):
             return list(given.token_ids)
         if isinstance(given, str) or (given and isinstance(given[0], dict)):
-            return encode(given, self._require_tokenizer("a text prompt" if isinstance(given, str) else "a chat prompt"))
+            return encode(
+                given, self._require_tokenizer("a text prompt" if isinstance(given, str) else "a chat prompt")
+            )
         return list(cast(Sequence[int], given))
 
     def _require_tokenizer(self, what: str) -> PreTrainedTokenizerBase:

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from skipkernels.serving.models.omni_processor import ImageAudioProcessor
+from skipkernels.chat.multimodal.omni_processor import ImageAudioProcessor
 from tests.models import BOS, byte_tokenizer, randomise
 
 # by the names that Qwen2.5-Omni's processor asks its tokenizer for

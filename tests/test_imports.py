@@ -10,52 +10,90 @@ import pytest
 import skipkernels
 
 PACKAGE = Path(skipkernels.__file__).parent
-# each room may import from the rooms before it
+# a room may import from itself and from the rooms before it
 ROOMS = [
-    ["errors", "machine"],
-    ["files", "config", "generation", "policy", "ops.philox", "fingerprint", "turns"],
-    ["policy_file", "prompt", "prompts", "shards", "module_check", "weights", "state", "text", "checkpoint"],
-    ["ops.table", "ops.reference", "ops"],
-    ["program", "prefill"],
-    ["executors"],
-    ["decoding"],
-    ["engine"],
+    "errors",
+    "support",
+    "modality",  # this early: it knows no model and no HTTP
+    "demo",
+    "skipping",
+    "model",
+    "program",
+    "kernels",
+    "executors",
+    "decoding",
+    "engine",
+    "calibration",
+    "methods",
+    "integrations",
+    "quality",
+    "chat",
+    "workloads",
+    "server",
+    "benchmark",
+    "cli",
 ]
-RANK = {module: rank for rank, modules in enumerate(ROOMS) for module in modules}
+FLOOR = {"_C", "__version__"}  # of the package itself, for everybody
+DOORS = {"", "__main__"}  # what stands above all rooms: the package's public names, and python -m skipkernels
+RANK = {room: rank for rank, room in enumerate(ROOMS)}
 
 
 def modules() -> list[str]:
-    return sorted(
-        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
-        for path in PACKAGE.rglob("*.py")
-    )
+    """All modules without the package's name, which is the empty one."""
+    paths = (path.relative_to(PACKAGE).with_suffix("").parts for path in PACKAGE.rglob("*.py"))
+    return sorted(".".join(parts[:-1] if parts[-1] == "__init__" else parts) for parts in paths)
 
 
 def rank(module: str) -> int:
-    """Of the module or the room it is in; the doors (cli, integrations ...) come last."""
-    while module not in RANK and "." in module:
-        module = module.rpartition(".")[0]
-    return RANK.get(module, len(ROOMS))
+    return RANK.get(module.partition(".")[0], len(ROOMS))
 
 
-def imported(module: str) -> set[str]:
-    base = PACKAGE.joinpath(*module.split("."))
-    source = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+def imported(tree: ast.AST) -> set[str]:
+    """What a source imports of this package, wherever in it, for type checking too."""
     found = set()
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("skipkernels."):
-            found.add(node.module.removeprefix("skipkernels."))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "skipkernels":
+                found |= {alias.name for alias in node.names} - FLOOR
+            elif node.module and node.module.startswith("skipkernels."):
+                found.add(node.module.removeprefix("skipkernels."))
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.partition(".")[0] == "skipkernels"]
+            found |= {name.removeprefix("skipkernels").removeprefix(".") for name in names}
     return found
 
 
-@pytest.mark.parametrize("module", [module for module in modules() if rank(module) < len(ROOMS)])
+def against_the_order(module: str, tree: ast.AST) -> set[str]:
+    return {other for other in imported(tree) if rank(other) > rank(module)}
+
+
+@pytest.mark.parametrize("module", [module for module in modules() if module not in DOORS])
 def test_imports_run_one_way(module: str) -> None:
-    against = {other for other in imported(module) if rank(other) > rank(module)}
-    assert not against, f"{module} imports {', '.join(sorted(against))}, which stand above it"
+    base = PACKAGE.joinpath(*module.split("."))
+    source = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+    against = against_the_order(module, ast.parse(source.read_text(encoding="utf-8")))
+    assert not against, f"{module} imports {', '.join(sorted(against))}, whose rooms come after its own"
 
 
-def test_every_module_of_the_core_has_its_room() -> None:
-    assert set(RANK) <= set(modules())
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from skipkernels.engine import Engine",
+        "from skipkernels import Engine",
+        "from skipkernels import engine",
+        "import skipkernels",
+        "import skipkernels.cli.app",
+        "def later():\n    from skipkernels.server.http.app import create_app",
+    ],
+)
+def test_an_import_against_the_order_is_seen(line: str) -> None:
+    assert against_the_order("modality.scheduler", ast.parse(line))
+
+
+def test_every_module_is_in_a_room_and_every_room_is_there() -> None:
+    rooms = {module.partition(".")[0] for module in modules() if module not in DOORS}
+    assert rooms == set(ROOMS)
 
 
 def test_importing_the_package_imports_no_torch() -> None:

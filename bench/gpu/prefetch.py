@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 
-from skipkernels.benchmark.kernels_command import random_engine
-from skipkernels.benchmark.report import environment
+from skipkernels.cli.bench.kernels import random_engine
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.graph import GraphExecutor
 from skipkernels.executors.native import native_program
 from skipkernels.executors.runtime import CudaRuntime, Launcher
-from skipkernels.policy import Policy, TimingPolicy
 from skipkernels.program import Program, build_program
-from skipkernels.state import DecodeState
+from skipkernels.program.state import DecodeState
+from skipkernels.skipping.policy import Policy, TimingPolicy
+from skipkernels.support.report import environment
 
 MEGABYTES = (0, 4, 8, 16, 24, 32)
 ROUNDS, STEPS, LAYERS = 7, 32, 16

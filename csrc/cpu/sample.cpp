@@ -1,5 +1,5 @@
 // next_token (batch) from logits (batch, vocab): argmax, or Gumbel-max over the tokens that survive top-k, top-p and
-// min-p. A task is a row. The Python twin, and the definition, is sample() in skipkernels/ops/reference.py.
+// min-p. A task is a row. The Python twin, and the definition, is sample() in skipkernels/program/reference.py.
 #include <algorithm>
 #include <cmath>
 #include <functional>

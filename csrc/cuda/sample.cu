@@ -1,5 +1,5 @@
 // next_token (batch) from logits (batch, vocab): argmax, or Gumbel-max over the tokens that survive top-k, top-p and
-// min-p. The definition is sample() in skipkernels/ops/reference.py.
+// min-p. The definition is sample() in skipkernels/program/reference.py.
 //
 // Both are an argmax, which many blocks find together: each takes 4096 tokens of a row, and the last one of the row to
 // finish compares their winners. Of equals the lower id wins and NaN beats all, so the order of comparisons is without

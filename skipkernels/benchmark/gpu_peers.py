@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from skipkernels.benchmark.systems import Measurement, TransformersSystem, dense_step_bytes
-from skipkernels.config import ModelConfig
+from skipkernels.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from skipkernels.policy import Policy
+    from skipkernels.skipping.policy import Policy
 
 
 class CompiledSystem(TransformersSystem):

@@ -12,8 +12,8 @@ import torch
 from skipkernels.benchmark.bandwidth import bandwidth_gb_per_s
 from skipkernels.benchmark.statistics import quantile
 from skipkernels.benchmark.torch_ops import bytes_of, torch_counterpart
-from skipkernels.ops.table import Instruction
-from skipkernels.policy import TimingPolicy
+from skipkernels.program.table import Instruction
+from skipkernels.skipping.policy import TimingPolicy
 
 if TYPE_CHECKING:
     from skipkernels.engine import Engine

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
 
-from skipkernels.config import ModelConfig
-from skipkernels.decoding import Decoding
+from skipkernels.decoding.decoding import Decoding
 from skipkernels.engine import Engine
-from skipkernels.policy import DensePolicy, Policy, TimingPolicy
-from skipkernels.weights import ModelWeights, parameter_views
+from skipkernels.model.config import ModelConfig
+from skipkernels.model.weights import ModelWeights, parameter_views
+from skipkernels.skipping.policy import DensePolicy, Policy, TimingPolicy
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from skipkernels.ops.table import Instruction
+from skipkernels.program.table import Instruction
 
 
 def torch_counterpart(ins: Instruction) -> Callable[[], object] | None:

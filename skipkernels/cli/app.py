@@ -12,8 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from skipkernels import __version__
-from skipkernels.benchmark.cli import app as bench
-from skipkernels.cli import console
+from skipkernels.cli.bench.app import app as bench
 from skipkernels.cli.calibrate import calibrate
 from skipkernels.cli.demo import demo
 from skipkernels.cli.env import env
@@ -22,6 +21,7 @@ from skipkernels.cli.generate import generate
 from skipkernels.cli.serve import serve
 from skipkernels.cli.trace import trace
 from skipkernels.errors import SkipkernelsError
+from skipkernels.support import console
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from skipkernels.cli import options as opt
-from skipkernels.cli.console import err, out, percent, print_json, require_folder, require_picture, table
 from skipkernels.cli.groups import grouped
 from skipkernels.cli.models import (
     CALIBRATION_ROWS,
@@ -20,11 +19,12 @@ from skipkernels.cli.models import (
     parse_span,
     run_calibration,
 )
+from skipkernels.support.console import err, out, percent, print_json, require_folder, require_picture, table
 
 if TYPE_CHECKING:
-    from skipkernels.calibration import Calibration
-    from skipkernels.scoring import Comparison
-    from skipkernels.verification import Margin
+    from skipkernels.calibration.calibration import Calibration
+    from skipkernels.calibration.scoring import Comparison
+    from skipkernels.calibration.verification import Margin
 
 _SHOWN_TRIALS = 8
 
@@ -86,7 +86,7 @@ def calibrate(
     seconds = time.perf_counter() - started
     calibration.save(out_file)
     if plot is not None:
-        from skipkernels.plots import plot_similarity
+        from skipkernels.calibration.plots import plot_similarity
 
         plot_similarity(calibration.curve, calibration.policy, plot)
     if json:

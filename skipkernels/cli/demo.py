@@ -12,18 +12,18 @@ import typer
 from rich.console import Console
 
 from skipkernels.cli import options as opt
-from skipkernels.cli.console import percent, print_json, progress_bar, table
 from skipkernels.cli.models import CALIBRATION_ROWS, DEMO, POLICY_FILE, ModelOptions
 from skipkernels.errors import PolicyError
-from skipkernels.policy import DensePolicy, Policy, SkipPolicy
-from skipkernels.policy_file import load_policy
+from skipkernels.skipping.policy import DensePolicy, Policy, SkipPolicy
+from skipkernels.skipping.policy_file import load_policy
+from skipkernels.support.console import percent, print_json, progress_bar, table
 
 if TYPE_CHECKING:
+    from skipkernels.calibration.scoring import Comparison
+    from skipkernels.calibration.speed import Speed
+    from skipkernels.decoding.generation import Generation, StreamChunk
     from skipkernels.demo import Fact
     from skipkernels.engine import Engine
-    from skipkernels.generation import Generation, StreamChunk
-    from skipkernels.scoring import Comparison
-    from skipkernels.speed import Speed
 
 _SHOWN_FACTS = 4
 _COUNTED_FACTS = 96
@@ -112,7 +112,7 @@ def _ask(screen: Console, engine: Engine, facts: Sequence[Fact], policy: Policy)
 
 def _tell(screen: Console, engine: Engine, policy: Policy) -> Generation:
     """Continues a prompt freely, past the end of a document if it comes."""
-    from skipkernels.generation import SamplingParams
+    from skipkernels.decoding.generation import SamplingParams
 
     screen.print("\n[bold]Free continuation[/]")
     screen.print(_STORY, style="dim", end="", markup=False)
@@ -137,7 +137,7 @@ def _print_stream(screen: Console, chunks: Iterator[StreamChunk]) -> Generation:
 
 
 def _show_map(screen: Console, engine: Engine, story: Generation) -> None:
-    from skipkernels.trace import TraceMap, legend, render
+    from skipkernels.calibration.trace import TraceMap, legend, render
 
     start, stop = _MAPPED
     part = TraceMap.of(story, engine.tokenizer).part(start, stop)
@@ -148,7 +148,7 @@ def _show_map(screen: Console, engine: Engine, story: Generation) -> None:
 
 def _measure(engine: Engine, rows: Engine, facts: Sequence[Fact], policy: SkipPolicy) -> Figures:
     """Speed on ``engine``, quality on the many rows of ``rows``."""
-    from skipkernels.speed import measure_speeds
+    from skipkernels.calibration.speed import measure_speeds
 
     with progress_bar("measuring") as report:
         speed = measure_speeds(
@@ -186,9 +186,9 @@ def _is_right(generation: Generation, fact: Fact) -> bool:
 
 def _compare(engine: Engine, policy: SkipPolicy, report: Callable[[float], None]) -> Comparison:
     """The policy beside the dense model on text that neither training nor calibration's search has seen."""
+    from skipkernels.calibration.passages import cut_passages
+    from skipkernels.calibration.scoring import compare, score
     from skipkernels.cli.builtin_text import demo_streams
-    from skipkernels.passages import cut_passages
-    from skipkernels.scoring import compare, score
 
     assert engine.tokenizer is not None  # the demo model has one
     documents = demo_streams(engine.tokenizer)[:1]

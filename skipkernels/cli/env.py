@@ -13,8 +13,8 @@ from rich.table import Table
 
 from skipkernels import __version__
 from skipkernels.cli import options as opt
-from skipkernels.cli.console import out, print_json
-from skipkernels.machine import default_threads, processor_name, usable_processors
+from skipkernels.support.console import out, print_json
+from skipkernels.support.machine import default_threads, processor_name, usable_processors
 
 _EXTRAS = {"triton": ("triton",), "plot": ("matplotlib",), "bench": ("gguf",), "test": ("pytest", "hypothesis")}
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")

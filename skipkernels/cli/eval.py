@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from skipkernels.cli.console import err, out, print_json, progress_bar, require_folder, require_picture, table
 from skipkernels.cli.eval_tasks import TaskOptions
 from skipkernels.cli.groups import grouped
 from skipkernels.cli.models import ModelOptions
+from skipkernels.support.console import err, out, print_json, progress_bar, require_folder, require_picture, table
 
 if TYPE_CHECKING:
     from skipkernels.engine import Engine
+    from skipkernels.methods.setup import Setup
     from skipkernels.quality.evaluation import Entry
-    from skipkernels.quality.setup import Setup
     from skipkernels.quality.task import Task
 
 _ROWS = 16
@@ -53,11 +53,11 @@ class MethodOptions:
 
     def entries(self, setup: Setup) -> list[Entry]:
         """The plan; the full model comes first, because others are compared with it."""
-        from skipkernels.policy_file import load_policy
+        from skipkernels.methods.ffn_skip import FFNSkip, GivenPolicy
+        from skipkernels.methods.method import FULL
+        from skipkernels.methods.methods import method_kind
         from skipkernels.quality.evaluation import Entry
-        from skipkernels.quality.ffn_skip import FFNSkip, GivenPolicy
-        from skipkernels.quality.method import FULL
-        from skipkernels.quality.methods import method_kind
+        from skipkernels.skipping.policy_file import load_policy
 
         ratios = self.ratio_list()
         kinds = [method_kind(name) for name in dict.fromkeys(self.methods.split(","))]
@@ -97,9 +97,9 @@ def evaluate(
     require_picture(plot)
     engine = model_options.load(max_batch_size=_ROWS)
 
-    from skipkernels.benchmark.report import environment
     from skipkernels.quality.evaluation import evaluate as fill_cells
     from skipkernels.quality.results_file import ResultsFile
+    from skipkernels.support.report import environment
 
     with err.status("collecting text and tasks ..."):
         setup, tasks = task_options.prepare(

@@ -16,11 +16,11 @@ from skipkernels.cli.models import ModelOptions, calibration_texts
 from skipkernels.errors import RequestError
 
 if TYPE_CHECKING:
+    from skipkernels.calibration.passages import Passage
     from skipkernels.demo import Fact
     from skipkernels.engine import Engine
-    from skipkernels.passages import Passage
+    from skipkernels.methods.setup import Setup
     from skipkernels.quality.full_text import FullText
-    from skipkernels.quality.setup import Setup
     from skipkernels.quality.task import Task
 
 TASKS = ("facts", "perplexity", "agreement", "generation", "summarization", "chat")
@@ -98,9 +98,9 @@ class TaskOptions:
         Raises:
             RequestError, SkipkernelsError: a file, a package or a task is missing or wrong; nothing was measured.
         """
-        from skipkernels.passages import cut_passages
+        from skipkernels.calibration.passages import cut_passages
+        from skipkernels.methods.setup import Setup
         from skipkernels.quality.facts import read_facts, split
-        from skipkernels.quality.setup import Setup
 
         # of the bundled model's text, facts are the second part: those here are not asked later
         (prose, *_) = calibration_texts(engine, model_options.model, self.text)[1]
@@ -220,7 +220,7 @@ class _Material:
     @cached_property
     def full_texts(self) -> tuple[FullText, FullText]:
         """Text of the full model to measure on, and to set ratios on."""
-        from skipkernels.quality.ffn_methods import Full
+        from skipkernels.methods.ffn_methods import Full
         from skipkernels.quality.full_text import FullText
 
         full = Full().build(self.setup, Full().find(self.setup, 0.0, ()))

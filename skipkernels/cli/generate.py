@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from skipkernels.cli import options as opt
-from skipkernels.cli.console import err, percent, print_json, progress_bar, table
 from skipkernels.cli.groups import grouped
 from skipkernels.cli.models import ModelOptions, PolicyOptions, SamplingOptions
-from skipkernels.policy import DensePolicy, Policy
+from skipkernels.skipping.policy import DensePolicy, Policy
+from skipkernels.support.console import err, percent, print_json, progress_bar, table
 
 if TYPE_CHECKING:
+    from skipkernels.decoding.generation import Generation, SamplingParams
     from skipkernels.engine import Engine, Prompt
-    from skipkernels.generation import Generation, SamplingParams
 
 DEFAULT_NEW_TOKENS = 128
 _ROUNDS = 5
@@ -79,7 +79,7 @@ def _compare(
     engine: Engine, token_ids: list[int], generation: Generation, sampling: SamplingParams, policy: Policy
 ) -> dict[str, float]:
     """Tokens per second of the policy and of the dense model on this prompt and number of tokens."""
-    from skipkernels.speed import measure_speeds
+    from skipkernels.calibration.speed import measure_speeds
 
     new_tokens = len(generation.token_ids)
     if new_tokens < 2:

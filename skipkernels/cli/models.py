@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from skipkernels.cli import console
 from skipkernels.cli import options as opt
-from skipkernels.cli.console import err, progress_bar
 from skipkernels.errors import ModelError
-from skipkernels.files import read_text
-from skipkernels.policy import DensePolicy, Policy, SkipPolicy
-from skipkernels.policy_file import load_policy
+from skipkernels.skipping.policy import DensePolicy, Policy, SkipPolicy
+from skipkernels.skipping.policy_file import load_policy
+from skipkernels.support import console
+from skipkernels.support.console import err, progress_bar
+from skipkernels.support.files import read_text
 
 if TYPE_CHECKING:
-    from skipkernels.calibration import Calibration
+    from skipkernels.calibration.calibration import Calibration
+    from skipkernels.decoding.generation import SamplingParams
     from skipkernels.engine import Engine
-    from skipkernels.generation import SamplingParams
 
 DEMO = "demo"
 POLICY_FILE = "skip_policy.json"
@@ -100,7 +100,7 @@ class SamplingOptions:
 
     def params(self, engine: Engine | None = None) -> SamplingParams:
         """A repetition penalty that was not given is the one of the ``engine``'s model."""
-        from skipkernels.generation import SamplingParams, default_sampling
+        from skipkernels.decoding.generation import SamplingParams, default_sampling
 
         given = asdict(self)
         if self.repetition_penalty is None:
@@ -195,7 +195,7 @@ def parse_span(text: str) -> int | None:
 
 def run_calibration(engine: Engine, texts: Sequence[str | Sequence[int]], ratio: float, **options: Any) -> Calibration:
     """``calibrate`` behind a progress bar."""
-    from skipkernels.calibration import calibrate
+    from skipkernels.calibration.calibration import calibrate
 
     with progress_bar("calibrating") as report:
         return calibrate(engine, texts, ratio, progress=report, **options)

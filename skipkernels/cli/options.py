@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from skipkernels.machine import MAX_THREADS
+from skipkernels.support.machine import MAX_THREADS
 
 _MODEL_PANEL = "Model"
 _POLICY_PANEL = "Which FFNs to skip"

@@ -10,19 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from skipkernels.cli.console import err, progress_bar, require_folder, table
 from skipkernels.cli.groups import grouped
 from skipkernels.cli.models import POLICY_FILE, ModelOptions
 from skipkernels.cli.serve_options import ClusterOptions, LimitOptions, SchedulingOptions, ServerOptions
 from skipkernels.errors import SkipkernelsError
-from skipkernels.files import read_text
+from skipkernels.support.console import err, progress_bar, require_folder, table
+from skipkernels.support.files import read_text
 
 if TYPE_CHECKING:
-    from skipkernels.serving.chat.chat import ChatFormat, ChatModel
-    from skipkernels.serving.chat.loading import ChatModelLoader
-    from skipkernels.serving.http.backend import Backend
-    from skipkernels.serving.http.samples import ChatLine
-    from skipkernels.serving.profile import Profile
+    from skipkernels.chat.chat import ChatFormat, ChatModel
+    from skipkernels.chat.loading import ChatModelLoader
+    from skipkernels.modality.profile import Profile
+    from skipkernels.server.http.backend import Backend
+    from skipkernels.server.http.samples import ChatLine
 
 Measure = Callable[..., "Profile"]
 """Takes a ``ChatModel``, and perhaps ``progress``."""
@@ -49,13 +49,13 @@ def serve(
 ) -> None:
     """Serve MODEL over HTTP: /v1/chat/completions as OpenAI has it, and deadline_ms and min_accuracy in addition."""
     try:
-        from skipkernels.serving.http.samples import read_chats
-        from skipkernels.serving.http.server import listen
-        from skipkernels.serving.http.server import serve as serve_http
-        from skipkernels.serving.http.service import Service
+        from skipkernels.server.http.samples import read_chats
+        from skipkernels.server.http.server import listen
+        from skipkernels.server.http.server import serve as serve_http
+        from skipkernels.server.http.service import Service
     except ImportError as error:
         raise SkipkernelsError(f"serving needs more packages ({error}): pip install skipkernels[serve]") from error
-    from skipkernels.serving.policies import get_policy
+    from skipkernels.modality.policies import get_policy
 
     get_policy(scheduling.selection)  # a wrong name is refused before a model is loaded
     require_folder(scheduling.profile)
@@ -75,8 +75,8 @@ def serve(
 def _loader(
     model_options: ModelOptions, scheduling: SchedulingOptions, cluster: ClusterOptions, chats: Chats
 ) -> ChatModelLoader:
-    from skipkernels.serving.chat.loading import ChatModelLoader
-    from skipkernels.serving.chat.text_model import exact_match, shared_prefix
+    from skipkernels.chat.loading import ChatModelLoader
+    from skipkernels.chat.text_model import exact_match, shared_prefix
 
     path = model_options.path
     if (folder := Path(path)).is_dir():
@@ -108,9 +108,9 @@ def _loader(
 @contextmanager
 def _here(load: ChatModelLoader, scheduling: SchedulingOptions, chats: Chats) -> Iterator[Served]:
     """The model in this process, beside the server."""
-    from skipkernels.serving.http.backend import Embedded
-    from skipkernels.serving.runtime import Runtime
-    from skipkernels.serving.thread_executor import ThreadExecutor
+    from skipkernels.modality.runtime import Runtime
+    from skipkernels.modality.thread_executor import ThreadExecutor
+    from skipkernels.server.http.backend import Embedded
 
     with err.status(f"loading {load.name} ..."):
         model = load()
@@ -129,7 +129,7 @@ def _on_ray(
     load: ChatModelLoader, scheduling: SchedulingOptions, options: ClusterOptions, chats: Chats
 ) -> Iterator[Served]:
     """The model in processes of its own."""
-    from skipkernels.serving.ray.cluster import Resources, ray_cluster
+    from skipkernels.server.ray.cluster import Resources, ray_cluster
 
     reserved = Resources(cpus=load.options["num_threads"], gpus=float(load.options["device"].startswith("cuda")))
     with ray_cluster(options.ray_address) as cluster:
@@ -157,9 +157,9 @@ def _profile(
     Args:
         resumable: whether a measurement that was killed goes on where it was.
     """
-    from skipkernels.serving.chat import chat_profile
-    from skipkernels.serving.http.samples import samples_of
-    from skipkernels.serving.profile_file import load_profile, save_profile
+    from skipkernels.chat import chat_profile
+    from skipkernels.modality.profile_file import load_profile, save_profile
+    from skipkernels.server.http.samples import samples_of
 
     path = scheduling.profile
     if path is not None and path.exists():

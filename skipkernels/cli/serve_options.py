@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from skipkernels.serving.http.limits import Limits
+    from skipkernels.server.http.limits import Limits
 
 _SERVER_PANEL = "Server"
 _LIMITS_PANEL = "Limits"
@@ -65,7 +65,7 @@ class LimitOptions:
     max_requests: Annotated[int, typer.Option(min=1, help="At one time.", rich_help_panel=_LIMITS_PANEL)] = 256
 
     def limits(self) -> Limits:
-        from skipkernels.serving.http.limits import Limits
+        from skipkernels.server.http.limits import Limits
 
         return Limits(**dataclasses.asdict(self))
 

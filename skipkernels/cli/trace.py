@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from skipkernels.cli import options as opt
-from skipkernels.cli.console import out, percent, print_json, require_picture
 from skipkernels.cli.groups import grouped
 from skipkernels.cli.models import ModelOptions, PolicyOptions, SamplingOptions
+from skipkernels.support.console import out, percent, print_json, require_picture
 
 
 @grouped
@@ -26,7 +26,7 @@ def trace(
     json: opt.Json = False,
 ) -> None:
     """Show which FFNs every generated token ran and skipped: a line per token, a character per layer."""
-    from skipkernels.trace import Cell, TraceMap, legend, render
+    from skipkernels.calibration.trace import Cell, TraceMap, legend, render
 
     require_picture(png)
     engine = model_options.load()
@@ -41,7 +41,7 @@ def trace(
     trace_map = TraceMap.of(generation, engine.tokenizer)
     summary = f"{percent(generation.skip_ratio)} of the FFNs skipped: {chosen.label}"
     if png is not None:
-        from skipkernels.plots import plot_trace
+        from skipkernels.calibration.plots import plot_trace
 
         plot_trace(trace_map, png, summary)
     if json:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from skipkernels.executors.execution import Execution
 from skipkernels.program import Program
-from skipkernels.state import DecodeState
+from skipkernels.program.state import DecodeState
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from skipkernels import _C
 from skipkernels.errors import DeviceError
 from skipkernels.executors.native import native_program
-from skipkernels.machine import default_threads
 from skipkernels.program import Program
-from skipkernels.state import DecodeState
+from skipkernels.program.state import DecodeState
+from skipkernels.support.machine import default_threads
 
 
 class CpuExecutor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from skipkernels.errors import DeviceError
 from skipkernels.executors.support import CudaSupport
-from skipkernels.machine import MAX_THREADS
+from skipkernels.support.machine import MAX_THREADS
 
 logger = logging.getLogger(__name__)
 

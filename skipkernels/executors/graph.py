@@ -13,7 +13,7 @@ from skipkernels.errors import DeviceError
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.runtime import CudaRuntime, Graph
 from skipkernels.program import Program
-from skipkernels.state import DecodeState
+from skipkernels.program.state import DecodeState
 
 AHEAD = 4
 """Steps enqueued beyond the one the host waits for: enough to hide its wake-up, few enough to waste when rows end."""

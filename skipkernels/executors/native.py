@@ -6,10 +6,10 @@ from types import ModuleType
 from typing import Any
 
 from skipkernels import _C
-from skipkernels.config import dtype_name
-from skipkernels.ops.table import OPS, Instruction
+from skipkernels.model.config import dtype_name
 from skipkernels.program import Program
-from skipkernels.state import DecodeState
+from skipkernels.program.state import DecodeState
+from skipkernels.program.table import OPS, Instruction
 
 
 def native_program(program: Program, state: DecodeState, native: ModuleType = _C) -> list[Any]:

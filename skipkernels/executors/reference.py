@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import torch
 
-from skipkernels.ops.reference import REFERENCE
 from skipkernels.program import Program
-from skipkernels.state import DecodeState
+from skipkernels.program.reference import REFERENCE
+from skipkernels.program.state import DecodeState
 
 
 class ReferenceExecutor:
-    """Executes a program by the functions of ``ops.reference``."""
+    """Executes a program by the functions of ``program.reference``."""
 
     name = "reference"
 

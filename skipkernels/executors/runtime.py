@@ -16,7 +16,7 @@ from skipkernels import _C
 from skipkernels.errors import DeviceError
 from skipkernels.executors.native import native_program
 from skipkernels.program import Program
-from skipkernels.state import DecodeState
+from skipkernels.program.state import DecodeState
 
 Launcher = Callable[[int, int, bool], None]
 """Called as (index of the instruction, stream, may it start before the kernel in front of it has ended)."""
@@ -78,7 +78,7 @@ class CudaRuntime:
         if kernels == "cuda":
             instructions = native_program(program, state, self.native)
             return self.native.CudaLauncher(instructions, self._device.index or 0).launch
-        from skipkernels.ops.triton import TRITON
+        from skipkernels.kernels.triton import TRITON
 
         def launch(index: int, stream: int, programmatic: bool) -> None:
             with torch.cuda.stream(torch.cuda.ExternalStream(stream, self._device)):

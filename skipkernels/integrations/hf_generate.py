@@ -26,19 +26,19 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from skipkernels.config import ModelConfig
-from skipkernels.decoding import Decoding
+from skipkernels.decoding.decoding import Decoding
+from skipkernels.decoding.generation import SamplingParams
 from skipkernels.engine import DEFAULT_MAX_SEQ_LEN, Engine
 from skipkernels.errors import ModelError, RequestError
-from skipkernels.generation import SamplingParams
-from skipkernels.module_check import check_module, shares_embeddings
-from skipkernels.policy import Policy
-from skipkernels.turns import Turns
-from skipkernels.weights import expected_parameters, parameter_views, rope_tables
+from skipkernels.model.config import ModelConfig
+from skipkernels.model.module_check import check_module, shares_embeddings
+from skipkernels.model.weights import expected_parameters, parameter_views, rope_tables
+from skipkernels.skipping.policy import Policy
+from skipkernels.support.turns import Turns
 
 _engines: WeakKeyDictionary[PreTrainedModel, Engine] = WeakKeyDictionary()
 _turns: WeakKeyDictionary[PreTrainedModel, Turns] = WeakKeyDictionary()
@@ -194,9 +194,7 @@ _PROCESSORS: dict[type, tuple[str, type]] = {
 """The processors that the decode program has, in its order, and their parameters."""
 
 
-def _sampling(
-    config: GenerationConfig, processors: LogitsProcessorList, padding: torch.Tensor
-) -> list[SamplingParams]:
+def _sampling(config: GenerationConfig, processors: LogitsProcessorList, padding: torch.Tensor) -> list[SamplingParams]:
     """What transformers' processors would do, for each row of ``padding`` tokens; each row has a seed of its own."""
     values: dict[str, Any] = {}
     order = list(_PROCESSORS)
@@ -270,7 +268,9 @@ def _turns_of(model: PreTrainedModel) -> Turns:
 def _engine_for(model: PreTrainedModel, batch_size: int, max_length: int, num_threads: int | None) -> Engine:
     """The module's engine: built at its first use, and again when it is too small or the module has changed."""
     if model.device.type == "meta":
-        raise ModelError(f"the {type(model).__name__} is on the meta device and holds no values; load its weights first")
+        raise ModelError(
+            f"the {type(model).__name__} is on the meta device and holds no values; load its weights first"
+        )
     engine = _engines.get(model)
     if engine is not None and engine.execution.num_threads == num_threads and _is_current(engine, model):
         if engine.max_batch_size >= batch_size and engine.max_seq_len >= max_length:

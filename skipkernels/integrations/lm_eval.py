@@ -13,11 +13,11 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from skipkernels.calibration.passages import Passage
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError, SkipkernelsError
-from skipkernels.passages import Passage
-from skipkernels.quality.method import Method
-from skipkernels.quality.work import Work
+from skipkernels.methods.method import Method
+from skipkernels.methods.work import Work
 
 try:
     from lm_eval import simple_evaluate

@@ -1,5 +1,4 @@
-"""Quality under skipping: methods that leave out work, tasks that measure what that costs, and the evaluation of both.
+"""Quality under skipping: tasks that measure what a method costs, and the evaluation of methods by tasks.
 
-calibration text -> MethodKind.find -> what a method needs at a ratio -> MethodKind.build -> Method
 Task.run(Method) -> Outcome, item by item -> bootstrap -> cell of the results file -> table, plot
 """

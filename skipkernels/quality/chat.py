@@ -16,16 +16,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from skipkernels.calibration.passages import Passage
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
-from skipkernels.passages import Passage
+from skipkernels.methods.method import Method, OnItem, ignore
+from skipkernels.methods.work import Work
 from skipkernels.quality.estimate import Item, Metric
 from skipkernels.quality.free_generation import REPETITION, repeated
 from skipkernels.quality.jsonl import digest, read_jsonl
 from skipkernels.quality.judge import Judge, JudgeUnreachable
-from skipkernels.quality.method import Method, OnItem, ignore
 from skipkernels.quality.task import Outcome
-from skipkernels.quality.work import Work
 
 SCORE = Metric("judge's score", "points", higher_is_better=True)
 LENGTH = Metric("answer length", "tokens", higher_is_better=True)

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from skipkernels.errors import PolicyError
+from skipkernels.methods.method import FULL, Found, MethodKind, Progress, ignore
+from skipkernels.methods.setup import Setup
 from skipkernels.quality.estimate import Item, estimate, estimate_relative
 from skipkernels.quality.jsonl import digest
-from skipkernels.quality.method import FULL, Found, MethodKind, Progress, ignore
 from skipkernels.quality.results_file import Cell, ResultsFile
-from skipkernels.quality.setup import Setup
 from skipkernels.quality.task import Outcome, Task, Unfinished
 
 _FIND_SHARE = 0.5  # of a cell's progress

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from skipkernels.calibration.passages import Passage
 from skipkernels.demo.facts import Fact
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
-from skipkernels.passages import Passage
+from skipkernels.methods.method import Method, OnItem, ignore
+from skipkernels.methods.work import Work
 from skipkernels.quality.estimate import Metric
 from skipkernels.quality.jsonl import digest, read_jsonl
-from skipkernels.quality.method import Method, OnItem, ignore
 from skipkernels.quality.task import Outcome
-from skipkernels.quality.work import Work
 
 EXACT_MATCH = Metric("exact match", "share", higher_is_better=True)
 _OTHERS = 64

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from skipkernels.passages import Passage
-from skipkernels.quality.method import Method, Reading
+from skipkernels.calibration.passages import Passage
+from skipkernels.methods.method import Method, Reading
 
 
 class FullText:

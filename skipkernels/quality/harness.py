@@ -8,11 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from skipkernels.calibration.passages import Passage
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError, SkipkernelsError
-from skipkernels.passages import Passage
+from skipkernels.methods.method import Method, OnItem, ignore
 from skipkernels.quality.estimate import Item, Metric, Unit
-from skipkernels.quality.method import Method, OnItem, ignore
 from skipkernels.quality.task import Outcome
 
 PREFIX = "lm-eval:"

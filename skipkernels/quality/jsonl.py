@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from skipkernels.errors import RequestError
-from skipkernels.files import read_text
+from skipkernels.support.files import read_text
 
 
 def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from skipkernels.passages import Passage
+from skipkernels.calibration.passages import Passage
+from skipkernels.methods.method import Method, OnItem, ignore
+from skipkernels.methods.work import Work
 from skipkernels.quality.estimate import Metric
-from skipkernels.quality.method import Method, OnItem, ignore
 from skipkernels.quality.task import Outcome
-from skipkernels.quality.work import Work
 
 PERPLEXITY = Metric("perplexity", "perplexity", higher_is_better=False, exponential=True)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from skipkernels.errors import RequestError
-from skipkernels.files import read_document
+from skipkernels.support.files import read_document
 
 FORMAT = "skipkernels.quality"
 VERSION = 1

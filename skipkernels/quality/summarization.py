@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skipkernels.calibration.passages import Passage
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError, SkipkernelsError
-from skipkernels.passages import Passage
+from skipkernels.methods.method import Method, OnItem, ignore
+from skipkernels.methods.work import Work
 from skipkernels.quality.estimate import Item, Metric
 from skipkernels.quality.jsonl import digest, read_jsonl
-from skipkernels.quality.method import Method, OnItem, ignore
 from skipkernels.quality.task import Outcome
-from skipkernels.quality.work import Work
 
 _ROUGE = {
     name: Metric(shown, "share", higher_is_better=True)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from skipkernels.calibration.passages import Passage
 from skipkernels.errors import SkipkernelsError
-from skipkernels.passages import Passage
+from skipkernels.methods.method import Method, OnItem, ignore
+from skipkernels.methods.work import Work
 from skipkernels.quality.estimate import Item, Metric
-from skipkernels.quality.method import Method, OnItem, ignore
-from skipkernels.quality.work import Work
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from skipkernels.benchmark import bandwidth, shapes
 from skipkernels.benchmark import decode as bench
 from skipkernels.benchmark.systems import Measurement, SkipkernelsSystem, TransformersSystem, module_over
 from skipkernels.cli.app import app
-from skipkernels.config import ModelConfig
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
-from skipkernels.ops.table import OPS
-from skipkernels.policy import DensePolicy, FixedPolicy, TimingPolicy
-from skipkernels.weights import fill_rope, random_weights
+from skipkernels.model.config import ModelConfig
+from skipkernels.model.weights import fill_rope, random_weights
+from skipkernels.program.table import OPS
+from skipkernels.skipping.policy import DensePolicy, FixedPolicy, TimingPolicy
 
 TINY = {
     "hidden_size": 64,

@@ -3,7 +3,7 @@
 import torch
 
 from skipkernels.benchmark.gpu_peers import CompiledSystem, TorchGraphSystem
-from skipkernels.config import ModelConfig
+from skipkernels.model.config import ModelConfig
 from tests.models import random_prompt, stock_tokens, tiny_module
 
 

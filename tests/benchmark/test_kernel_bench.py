@@ -12,8 +12,8 @@ from skipkernels.benchmark.statistics import quantile
 from skipkernels.benchmark.torch_ops import bytes_of, torch_counterpart
 from skipkernels.cli.app import app
 from skipkernels.executors.cpu import CpuExecutor
-from skipkernels.ops.table import OPS
-from skipkernels.policy import TimingPolicy
+from skipkernels.program.table import OPS
+from skipkernels.skipping.policy import TimingPolicy
 from tests.benchmark.test_decode_bench import TINY
 from tests.models import random_prompt, tiny_engine, tiny_module
 

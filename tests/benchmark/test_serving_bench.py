@@ -10,13 +10,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from skipkernels.cli.app import app
-from skipkernels.serving.fusion import clips as fusion_clips
-from skipkernels.serving.fusion import train as fusion_train
-from skipkernels.serving.fusion.clips import ClipSource
-from skipkernels.serving.fusion.trainer import Schedule, train
-from skipkernels.serving.profile_file import save_profile
+from skipkernels.modality.profile_file import save_profile
+from skipkernels.workloads.fusion import clips as fusion_clips
+from skipkernels.workloads.fusion import train as fusion_train
+from skipkernels.workloads.fusion.clips import ClipSource
+from skipkernels.workloads.fusion.trainer import Schedule, train
 from tests.cli.test_errors import assert_one_line
-from tests.serving.profiles import entry, profile_of
+from tests.modality.profiles import entry, profile_of
 
 TINY = ClipSource(segments=3, frames={"audio": 2, "video": 2})
 SHAPE = {"layers": 5, "hidden": 32, "intermediate": 32, "heads": 2}

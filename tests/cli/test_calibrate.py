@@ -8,9 +8,9 @@ import pytest
 from typer.testing import Result
 
 from skipkernels import Engine, SkipPolicy
+from skipkernels.calibration.verification import Margin
 from skipkernels.cli.calibrate import margin_sentence
-from skipkernels.policy_file import load_policy
-from skipkernels.verification import Margin
+from skipkernels.skipping.policy_file import load_policy
 from tests.cli.conftest import LAYERS, save_checkpoint
 
 Run = Callable[..., Result]

@@ -101,7 +101,7 @@ def test_a_picture_without_matplotlib_says_what_to_install(
 
 
 def test_a_bug_is_one_line_too(run: Run, checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skipkernels.trace.render", lambda *_: 1 / 0)
+    monkeypatch.setattr("skipkernels.calibration.trace.render", lambda *_: 1 / 0)
     assert_one_line(run("trace", checkpoint, "x", "--max-new-tokens", "2", "--dense"), 1, "bug", "--debug")
 
 
@@ -109,7 +109,7 @@ def test_an_interruption_ends_with_130(run: Run, checkpoint: str, monkeypatch: p
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("skipkernels.trace.render", interrupted)
+    monkeypatch.setattr("skipkernels.calibration.trace.render", interrupted)
     result = run("trace", checkpoint, "x", "--max-new-tokens", "2", "--dense")
     assert result.exit_code == INTERRUPTED == 130
     assert result.stderr == "interrupted\n"

@@ -21,14 +21,14 @@ from PIL import Image as PillowImage
 from typer.testing import Result
 
 from skipkernels import Engine
+from skipkernels.chat.chat_profile import Effort
 from skipkernels.demo import demo_model_path
-from skipkernels.serving.chat.chat_profile import Effort
-from skipkernels.serving.http.service import Service
-from skipkernels.serving.profile_file import load_profile
+from skipkernels.modality.profile_file import load_profile
+from skipkernels.server.http.service import Service
+from tests.chat.multimodal.chats import picture
 from tests.cli.test_errors import assert_one_line
 from tests.multimodal import tiny_multimodal
-from tests.serving.http.media import image_part
-from tests.serving.models.chats import picture
+from tests.server.http.media import image_part
 
 Run = Callable[..., Result]
 QUESTION = "Q: What is the reason phrase of HTTP status 404?\nA:"
@@ -180,7 +180,7 @@ def test_the_model_on_ray_answers_the_same(prose: str) -> None:
 def service(monkeypatch: pytest.MonkeyPatch) -> list[Service]:
     """What would have been served."""
     served: list[Service] = []
-    monkeypatch.setattr("skipkernels.serving.http.server.serve", lambda service, *_, **__: served.append(service))
+    monkeypatch.setattr("skipkernels.server.http.server.serve", lambda service, *_, **__: served.append(service))
     return served
 
 
@@ -191,7 +191,7 @@ def served_words(checkpoint: str, prose: str, *more: str) -> Sequence[str]:
 def test_a_profile_is_measured_once(run: Run, checkpoint: str, prose: str, service: list[Service]) -> None:
     words = served_words(checkpoint, prose, "--profile", "profile.json", "--max-batch-size", "1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skipkernels.serving.chat.chat_profile.THOROUGH", QUICKEST)
+        patch.setattr("skipkernels.chat.chat_profile.THOROUGH", QUICKEST)
         first = run(*words)
         assert first.exit_code == 0, first.output
     assert "wrote profile.json" in first.stderr
@@ -207,7 +207,7 @@ def test_a_profile_is_measured_once(run: Run, checkpoint: str, prose: str, servi
 
 def test_another_models_profile_is_refused(run: Run, checkpoint: str, prose: str, service: list[Service]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skipkernels.serving.chat.chat_profile.THOROUGH", QUICKEST)
+        patch.setattr("skipkernels.chat.chat_profile.THOROUGH", QUICKEST)
         assert run(*served_words(checkpoint, prose, "--profile", "profile.json")).exit_code == 0
     words = served_words(checkpoint, prose, "--profile", "profile.json", "--skip-levels", "0,0.1")
     assert_one_line(run(*words), 1, "profile.json", "fingerprint")
@@ -235,8 +235,8 @@ def test_a_multimodal_model_drops_the_image_for_a_deadline(
     samples.write_text("".join(json.dumps({"messages": image_chat("What?", seed)}) + "\n" for seed in range(3)))
     words = [llava, "--profile", str(profile), "--skip-levels", "0", "--max-batch-size", "2", "--port", "0"]
     with monkeypatch.context() as patch:
-        patch.setattr("skipkernels.serving.chat.chat_profile.THOROUGH", QUICKEST)
-        patch.setattr("skipkernels.serving.http.server.serve", lambda *_, **__: None)
+        patch.setattr("skipkernels.chat.chat_profile.THOROUGH", QUICKEST)
+        patch.setattr("skipkernels.server.http.server.serve", lambda *_, **__: None)
         measured = run("serve", *words, "--samples", str(samples))
     assert measured.exit_code == 0, measured.output
     document = json.loads(profile.read_text())
@@ -311,7 +311,7 @@ def test_a_missing_package_is_named(checkpoint: str, package: str, words: list[s
 
 
 def test_an_open_door_is_pointed_out(run: Run, checkpoint: str, prose: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skipkernels.serving.http.server.serve", lambda *_, on_started, **__: on_started())
+    monkeypatch.setattr("skipkernels.server.http.server.serve", lambda *_, on_started, **__: on_started())
     words = served_words(checkpoint, prose)
     assert "no --api-key" in run(*words, "--host", "0.0.0.0").stderr
     assert "no --api-key" not in run(*words, "--host", "0.0.0.0", "--api-key", "x").stderr

@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 
 from skipkernels.executors.reference import ReferenceExecutor
-from skipkernels.ops.table import Instruction
-from skipkernels.policy import DensePolicy
 from skipkernels.program import Program
-from skipkernels.state import LAYOUTS, DecodeState
+from skipkernels.program.state import LAYOUTS, DecodeState
+from skipkernels.program.table import Instruction
+from skipkernels.skipping.policy import DensePolicy
 from tests.cuda.kernels import HostKernels
 from tests.executors.programs import Case, compare_program
 

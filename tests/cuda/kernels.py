@@ -12,7 +12,7 @@ import torch
 
 from skipkernels.executors.native import native_program
 from skipkernels.program import Program
-from skipkernels.state import DecodeState
+from skipkernels.program.state import DecodeState
 from tests.cuda_host.build import ROOT, build_host_extension, load_module
 from tests.cuda_host.controls import HostRuntime
 

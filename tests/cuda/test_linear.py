@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from skipkernels.ops.table import instruction
+from skipkernels.program.table import instruction
 from tests.cuda.comparison import case, compare_op, run_with_kernels
 
 PROJECTIONS = ["qkv_rope_append", "o_proj_add", "gate_up_silu", "down_proj_add", "lm_head"]

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipkernels.policy import SkipPolicy
-from skipkernels.state import LAYOUTS
+from skipkernels.program.state import LAYOUTS
+from skipkernels.skipping.policy import SkipPolicy
 from tests.cuda.kernels import HostKernels
 from tests.cuda_host.controls import SEEDS
 from tests.executors.programs import Case, compare_program

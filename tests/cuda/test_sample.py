@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipkernels.ops.reference import sample
-from skipkernels.ops.table import Instruction, instruction
+from skipkernels.program.reference import sample
+from skipkernels.program.table import Instruction, instruction
 from tests.cuda.comparison import run_with_kernels
 
 LISTED = 4096  # tokens that the truncating block looks at in shared memory

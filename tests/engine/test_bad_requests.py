@@ -7,11 +7,11 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from skipkernels import _C
+from skipkernels.decoding.generation import SamplingParams
 from skipkernels.engine import Engine
 from skipkernels.errors import DeviceError, ModelError, PolicyError, RequestError, SkipkernelsError
 from skipkernels.executors.cpu import CpuExecutor
-from skipkernels.generation import SamplingParams
-from skipkernels.policy import FixedPolicy, SkipPolicy
+from skipkernels.skipping.policy import FixedPolicy, SkipPolicy
 from tests.models import VOCAB, random_prompt, tiny_engine, tiny_module
 
 PROMPT = random_prompt(6)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from skipkernels.engine import Engine
-from skipkernels.policy import SkipPolicy
+from skipkernels.skipping.policy import SkipPolicy
 from tests.models import random_prompt, tiny_engine, tiny_module
 
 PROMPTS = [random_prompt(length, seed=length) for length in (4, 11, 7)]

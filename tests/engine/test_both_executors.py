@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from skipkernels.decoding.generation import SamplingParams
 from skipkernels.engine import Engine
 from skipkernels.executors.cpu import CpuExecutor
-from skipkernels.generation import SamplingParams
-from skipkernels.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy, SkipPolicy, TimingPolicy
+from skipkernels.skipping.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy, SkipPolicy, TimingPolicy
 from tests.models import random_prompt, tiny_engine, tiny_module
 
 PROMPTS = [random_prompt(length, seed=length) for length in (4, 11, 7)]

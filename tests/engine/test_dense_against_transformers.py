@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from skipkernels.decoding.prefill import CHUNK
 from skipkernels.engine import Engine
-from skipkernels.prefill import CHUNK
 from tests.models import FAMILIES, random_prompt, stock_tokens, tiny_engine, tiny_module
 from tests.tolerances import assert_close
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skipkernels.decoding.prefill import CHUNK
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
-from skipkernels.prefill import CHUNK
-from skipkernels.prompt import EmbeddedPrompt, shifted
+from skipkernels.model.prompt import EmbeddedPrompt, shifted
 from tests.models import FAMILIES, random_prompt, tiny_engine, tiny_module
 from tests.multimodal import tiny_multimodal
 from tests.tolerances import assert_close

@@ -6,7 +6,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
-from skipkernels.policy import DensePolicy, FixedPolicy
+from skipkernels.skipping.policy import DensePolicy, FixedPolicy
 from tests.models import BOS, EOS, random_prompt, stock_tokens, tiny_engine, tiny_module
 
 PROMPT = random_prompt(6)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from skipkernels.config import ModelConfig
-from skipkernels.weights import expected_parameters
+from skipkernels.model.config import ModelConfig
+from skipkernels.model.weights import expected_parameters
 
 CONFIG = LlamaConfig(
     hidden_size=1024,

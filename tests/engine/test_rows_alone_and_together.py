@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from skipkernels.decoding.generation import SamplingParams
 from skipkernels.engine import Engine
-from skipkernels.generation import SamplingParams
-from skipkernels.policy import DensePolicy, Policy, RandomPolicy, SkipPolicy
+from skipkernels.skipping.policy import DensePolicy, Policy, RandomPolicy, SkipPolicy
 from tests.models import random_prompt, tiny_engine, tiny_module
 
 LENGTHS = [3, 17, 1, 8, 30, 5, 2, 11, 24, 9, 1, 14, 6, 21, 4, 12]

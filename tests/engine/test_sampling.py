@@ -2,8 +2,8 @@
 
 import pytest
 
+from skipkernels.decoding.generation import SamplingParams
 from skipkernels.errors import RequestError
-from skipkernels.generation import SamplingParams
 from tests.models import random_prompt, tiny_engine, tiny_module
 
 PROMPT = random_prompt(6)

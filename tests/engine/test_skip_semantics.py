@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-from skipkernels.policy import SkipPolicy
+from skipkernels.skipping.policy import SkipPolicy
 from tests.models import random_prompt, stock_tokens, tiny_engine, tiny_module
 from tests.tolerances import TOLERANCES, assert_close
 

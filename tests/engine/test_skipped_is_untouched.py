@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from skipkernels.decoding.prefill import prefill
 from skipkernels.engine import Engine
-from skipkernels.policy import FixedPolicy, Policy, SkipPolicy
-from skipkernels.prefill import prefill
+from skipkernels.skipping.policy import FixedPolicy, Policy, SkipPolicy
 from tests.models import random_prompt, tiny_engine, tiny_module
 
 PROMPT = random_prompt(7)

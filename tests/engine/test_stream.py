@@ -3,9 +3,9 @@
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from skipkernels.decoding.generation import SamplingParams
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
-from skipkernels.generation import SamplingParams
 from tests.models import random_prompt, tiny_engine, tiny_module
 
 PROMPT = random_prompt(6)

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from skipkernels.config import ModelConfig
 from skipkernels.executors import Executor
 from skipkernels.executors.reference import ReferenceExecutor
-from skipkernels.ops.table import OPS, Instruction
-from skipkernels.policy import Policy
+from skipkernels.model.config import ModelConfig
+from skipkernels.model.weights import ModelWeights, allocate_weights
 from skipkernels.program import Program, build_program
-from skipkernels.state import LAYOUTS, DecodeState, Layout
-from skipkernels.weights import ModelWeights, allocate_weights
+from skipkernels.program.state import LAYOUTS, DecodeState, Layout
+from skipkernels.program.table import OPS, Instruction
+from skipkernels.skipping.policy import Policy
 from tests.tolerances import assert_close, name_of
 
 GUARD = 64

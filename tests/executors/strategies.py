@@ -3,8 +3,8 @@
 import torch
 from hypothesis import strategies as st
 
-from skipkernels.policy import BATCH_RULES, DensePolicy, FixedPolicy, RandomPolicy, SkipPolicy, TimingPolicy
-from skipkernels.state import LAYOUTS, Layout
+from skipkernels.program.state import LAYOUTS, Layout
+from skipkernels.skipping.policy import BATCH_RULES, DensePolicy, FixedPolicy, RandomPolicy, SkipPolicy, TimingPolicy
 from tests.executors.programs import Case
 
 policies = st.one_of(

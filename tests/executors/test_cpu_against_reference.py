@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from skipkernels import _C
 from skipkernels.executors.cpu import CpuExecutor
-from skipkernels.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy, SkipPolicy, TimingPolicy
+from skipkernels.skipping.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy, SkipPolicy, TimingPolicy
 from tests.executors.programs import Case, compare_program
 from tests.executors.strategies import cases
 

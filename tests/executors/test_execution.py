@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from skipkernels.config import ModelConfig
 from skipkernels.engine import _check_memory
 from skipkernels.errors import DeviceError
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.support import CudaSupport
+from skipkernels.model.config import ModelConfig
 from tests.models import tiny_config
 
 EVERYTHING = CudaSupport(device=None, kernels={"cuda": None, "triton": None}, if_node=None, while_node=None)

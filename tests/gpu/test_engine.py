@@ -5,7 +5,7 @@ import torch
 
 from skipkernels import Engine, SamplingParams, SkipPolicy
 from skipkernels.errors import DeviceError, RequestError
-from skipkernels.policy import Policy
+from skipkernels.skipping.policy import Policy
 from tests.models import FAMILIES, random_prompt, stock_tokens, tiny_engine, tiny_module
 
 pytestmark = pytest.mark.gpu

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from skipkernels.executors.execution import Execution
-from skipkernels.policy import DensePolicy, FixedPolicy, RandomPolicy, SkipPolicy, TimingPolicy
-from skipkernels.state import LAYOUTS
+from skipkernels.program.state import LAYOUTS
+from skipkernels.skipping.policy import DensePolicy, FixedPolicy, RandomPolicy, SkipPolicy, TimingPolicy
 from tests.executors.programs import Case, compare_program
 from tests.gpu.twin import GpuTwin
 

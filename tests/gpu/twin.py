@@ -4,13 +4,13 @@ from dataclasses import fields, replace
 
 import torch
 
-from skipkernels.config import ModelConfig
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.graph import GraphExecutor
-from skipkernels.policy import Policy
+from skipkernels.model.config import ModelConfig
+from skipkernels.model.weights import ModelWeights
 from skipkernels.program import Program, build_program
-from skipkernels.state import DecodeState
-from skipkernels.weights import ModelWeights
+from skipkernels.program.state import DecodeState
+from skipkernels.skipping.policy import Policy
 
 
 def weights_on_gpu(weights: ModelWeights) -> ModelWeights:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from skipkernels import hf_generate
 from skipkernels.errors import RequestError
-from skipkernels.policy import FixedPolicy, SkipPolicy
+from skipkernels.skipping.policy import FixedPolicy, SkipPolicy
 from tests.models import FAMILIES, random_prompt, stock_tokens, tiny_engine, tiny_module
 
 PROMPT = random_prompt(9)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from skipkernels.errors import RequestError
-from skipkernels.quality.methods import METHODS
-from skipkernels.quality.setup import Setup
-from skipkernels.quality.short_gpt import ShortGPT
+from skipkernels.methods.methods import METHODS
+from skipkernels.methods.setup import Setup
+from skipkernels.methods.short_gpt import ShortGPT
 from tests.models import BOS, EOS, byte_tokenizer, random_prompt, tiny_engine, tiny_module
 
 pytest.importorskip("lm_eval")

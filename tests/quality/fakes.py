@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from skipkernels.passages import Passage
+from skipkernels.calibration.passages import Passage
+from skipkernels.methods.method import Answer, Found, Method, OnItem, Progress, RatioOf, Reading, ignore
+from skipkernels.methods.setup import Setup
+from skipkernels.methods.work import Work
 from skipkernels.quality.estimate import Item, Metric
-from skipkernels.quality.method import Answer, Found, Method, OnItem, Progress, RatioOf, Reading, ignore
-from skipkernels.quality.setup import Setup
 from skipkernels.quality.task import Outcome
-from skipkernels.quality.work import Work
 
 WORK = Work(tokens=10, ffns=40, ffns_skipped=10, layer_bytes=400, layer_bytes_skipped=60)
 

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from skipkernels.cli.console import table
+from skipkernels.calibration.passages import Passage
 from skipkernels.errors import PolicyError
-from skipkernels.passages import Passage
+from skipkernels.methods.method import Found, Method, OnItem, Progress, ignore
+from skipkernels.methods.setup import Setup
 from skipkernels.quality.evaluation import Entry, evaluate
-from skipkernels.quality.method import Found, Method, OnItem, Progress, ignore
 from skipkernels.quality.plot import plot_quality
 from skipkernels.quality.report import group_table, tables, unreachable
 from skipkernels.quality.results_file import ResultsFile
-from skipkernels.quality.setup import Setup
 from skipkernels.quality.task import Outcome, Task, Unfinished
+from skipkernels.support.console import table
 from tests.quality.fakes import SHARE, FakeFull, FakeKind, FakeTask
 
 RIGHT = {"full": 4, "fake@0.1": 3, "fake@0.3": 1}

@@ -6,8 +6,8 @@ import pytest
 
 from skipkernels.demo.facts import Fact
 from skipkernels.errors import RequestError
+from skipkernels.methods.setup import Setup
 from skipkernels.quality.facts import EXACT_MATCH, Facts, read_facts, split
-from skipkernels.quality.setup import Setup
 from tests.models import tiny_engine
 from tests.quality.fakes import WORK, FakeMethod
 

@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from skipkernels.calibration.passages import Passage
 from skipkernels.errors import RequestError, SkipkernelsError
-from skipkernels.passages import Passage
+from skipkernels.methods.method import Method
+from skipkernels.methods.methods import METHODS
+from skipkernels.methods.setup import Setup
 from skipkernels.quality.agreement import Agreement
 from skipkernels.quality.estimate import estimate
 from skipkernels.quality.free_generation import FreeGeneration, common_prefix, repeated
 from skipkernels.quality.full_text import FullText
-from skipkernels.quality.method import Method
-from skipkernels.quality.methods import METHODS
 from skipkernels.quality.perplexity import PERPLEXITY, Perplexity
-from skipkernels.quality.setup import Setup
 from skipkernels.quality.summarization import Summarization
+from tests.methods.conftest import ALIKE, LAYERS
 from tests.models import random_prompt, tiny_engine, tiny_module
-from tests.quality.conftest import ALIKE, LAYERS
 from tests.quality.fakes import FakeMethod
 
 PASSAGES = [Passage(tuple(random_prompt(8 + 20, seed)), 8) for seed in range(3)]

@@ -7,14 +7,14 @@ import gc
 import pytest
 import torch
 
-from skipkernels.config import ModelConfig
 from skipkernels.errors import DeviceError
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.graph import GraphExecutor
-from skipkernels.policy import DensePolicy, Policy, SkipPolicy
+from skipkernels.model.config import ModelConfig
+from skipkernels.model.weights import allocate_weights
 from skipkernels.program import build_program
-from skipkernels.state import LAYOUTS, DecodeState
-from skipkernels.weights import allocate_weights
+from skipkernels.program.state import LAYOUTS, DecodeState
+from skipkernels.skipping.policy import DensePolicy, Policy, SkipPolicy
 from tests.executors.graph.conftest import FakeDevice
 from tests.models import tiny_config
 

@@ -8,14 +8,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from skipkernels import Engine, SamplingParams, SkipPolicy, state
+from skipkernels import Engine, SamplingParams, SkipPolicy
 from skipkernels.errors import DeviceError
 from skipkernels.executors import Executor
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.graph import AHEAD, GraphExecutor
-from skipkernels.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy
-from skipkernels.program import Program
-from skipkernels.state import LAYOUTS, DecodeState
+from skipkernels.program import Program, state
+from skipkernels.program.state import LAYOUTS, DecodeState
+from skipkernels.skipping.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy
 from tests.executors.graph.conftest import FakeDevice
 from tests.models import byte_tokenizer, random_prompt, tiny_engine
 

@@ -1,0 +1,85 @@
+"""Pictures of a calibration and of a trace, as PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from skipkernels.calibration.calibration import SimilarityCurve
+from skipkernels.calibration.trace import MEANINGS, Cell, TraceMap
+from skipkernels.skipping.policy import SkipPolicy
+from skipkernels.support.pictures import BLUE, GREEN, GREY, ORANGE, pyplot, save
+
+_COLOURS = {Cell.RUN: BLUE, Cell.SKIPPED: GREY, Cell.TRIGGERED: ORANGE}
+_LABELLED_TOKENS = 150
+
+
+def plot_similarity(curve: SimilarityCurve, policy: SkipPolicy, path: str | Path) -> None:
+    """Similarity of every layer, with the threshold and the cold layers of ``policy``.
+
+    Drawn as the distance from 1 on a logarithmic scale, upside down: near 1 is where the differences are.
+    """
+    plt = pyplot()
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = plt.subplots(figsize=(8.0, 4.2), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    layers = np.arange(len(curve.mean))
+    mean, p10, p90 = (np.maximum(1.0 - np.array(row), 1e-7) for row in (curve.mean, curve.p10, curve.p90))
+    axes.fill_between(layers, p10, p90, color=BLUE, alpha=0.18, linewidth=0, label="10th to 90th percentile")
+    axes.plot(layers, mean, color=BLUE, marker="o", markersize=4, label="mean")
+    if policy.layer_thresholds is None:
+        axes.axhline(1.0 - policy.threshold, color=ORANGE, linestyle="--", label=f"threshold {policy.threshold:.4f}")
+    else:
+        tested = list(policy.plan(len(layers)).tested_layers)
+        distances = np.maximum(1.0 - np.array(policy.layer_thresholds)[tested], 1e-7)
+        axes.plot(tested, distances, color=ORANGE, marker="_", linestyle="none", markersize=12, label="thresholds")
+    first, last = policy.cold_start, len(layers) - policy.cold_end - 1
+    for begin, end in ((-0.5, first + 0.5), (last + 0.5, len(layers) - 0.5)):
+        axes.axvspan(begin, end, color=GREY, zorder=0, label="always run" if begin < 0 else None)
+    axes.set_yscale("log")
+    axes.invert_yaxis()
+    axes.yaxis.set_major_formatter(lambda distance, _: f"{1.0 - distance:.6f}".rstrip("0").rstrip("."))
+    axes.set(xlim=(-0.5, len(layers) - 0.5), xlabel="layer", ylabel="cosine similarity across the FFN")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(facecolor="white", framealpha=1.0, edgecolor="none", loc="lower right")
+    save(figure, path)
+
+
+def plot_trace(trace: TraceMap, path: str | Path, title: str) -> None:
+    """The trace map, tokens from left to right and layers from bottom to top, with both totals."""
+    plt = pyplot()
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    tokens, layers = trace.cells.shape
+    figure, axes = plt.subplots(figsize=(min(40.0, 3.0 + 0.17 * tokens), 2.6 + 0.13 * layers), layout="constrained")
+    colours = ListedColormap([_COLOURS[cell] for cell in Cell])
+    axes.pcolormesh(trace.cells.T, cmap=colours, vmin=-0.5, vmax=len(Cell) - 0.5, edgecolors="white", linewidth=0.4)
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_ylabel("layer")
+    step = 4 if layers > 16 else 2
+    axes.set_yticks(np.arange(0, layers, step) + 0.5, np.arange(0, layers, step))
+    if tokens <= _LABELLED_TOKENS:
+        axes.set_xticks(np.arange(tokens) + 0.5, [_plain(text) for text in trace.tokens], rotation=90, fontsize=7)
+    else:
+        axes.set_xlabel("generated token")
+    axes.tick_params(length=0)
+    share = axes.inset_axes((1.01, 0.0, 0.7 / figure.get_figwidth(), 1.0), sharey=axes)
+    share.barh(np.arange(layers) + 0.5, trace.skipped.mean(axis=0), height=0.8, color=GREEN)
+    share.set(xlim=(0, 1), xticks=(0, 1), xticklabels=("0", "100 %"))
+    share.set_title("share", fontsize=8)
+    share.tick_params(length=0, labelleft=False, labelsize=7)
+    for extra in (axes, share):
+        extra.spines[:].set_visible(False)
+    handles = [Patch(facecolor=_COLOURS[cell], edgecolor="#c0c5cc", label=MEANINGS[cell]) for cell in Cell]
+    axes.legend(
+        handles=handles, frameon=False, ncols=3, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0
+    )
+    save(figure, path)
+
+
+def _plain(text: str) -> str:
+    """Safe for matplotlib, which reads $...$ as formulas."""
+    return text.replace("$", r"\$")

@@ -1,0 +1,86 @@
+"""Which policies a calibration may choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from skipkernels.errors import PolicyError
+from skipkernels.skipping.policy import BatchRule, SkipPolicy
+
+WARMUPS = (1, 4, 8, 16, 25)
+"""Warm-ups tried where none is given. The first generated token runs every FFN in any case, so 1 is none at all."""
+_GRID = 24
+_SPANS = 12
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The skip policies of a model of ``layers``. What is given (not None) is the only value tried."""
+
+    layers: int
+    spans: tuple[int | None, ...] | None = None
+    cold_start: int | None = None
+    cold_end: int | None = None
+    warmup_tokens: int | None = None
+    batch_rule: BatchRule = "per_row"
+
+    def __post_init__(self) -> None:
+        if self.spans is not None and not self.spans:
+            raise PolicyError("spans is empty: name at least one span to try, or leave it out")
+
+    @property
+    def widest(self) -> SkipPolicy:
+        """No more layers are cold than have to be, and no more tokens are warm-up."""
+        return SkipPolicy(
+            cold_start=self.cold_start or 0,
+            cold_end=self.cold_end or 0,
+            warmup_tokens=WARMUPS[0] if self.warmup_tokens is None else self.warmup_tokens,
+            batch_rule=self.batch_rule,
+        )
+
+    @property
+    def tried_spans(self) -> tuple[int | None, ...]:
+        """None and at most 12 others, of one layer up to half of them all, where none are given."""
+        if self.spans is not None:
+            return self.spans
+        half = max(1, self.layers // 2)
+        return (None, *map(int, np.unique(np.linspace(1, half, min(half, _SPANS)).round())))
+
+    def windows(self) -> list[tuple[int, int]]:
+        """Cold bounds, (cold_start, cold_end), that leave a layer to skip: layer ``cold_start`` is tested, those
+        after it may be skipped. All of them up to 24 layers, a grid in deeper models."""
+        step = -(-self.layers // _GRID)
+        starts = range(0, self.layers - 1, step) if self.cold_start is None else [self.cold_start]
+        ends = range(0, self.layers - 1, step) if self.cold_end is None else [self.cold_end]
+        return [(start, end) for start in starts for end in ends if start + end <= self.layers - 2]
+
+    def candidates(self) -> Iterator[SkipPolicy]:
+        """Every span in every window, thresholds left open. Spans that are not given end before the window does: None
+        is the one that does not."""
+        for span in self.tried_spans:
+            for start, end in self.windows():
+                policy = replace(self.widest, span=span, cold_start=start, cold_end=end)
+                if self.spans is not None or span is None or span < self._gated(policy):
+                    yield policy
+
+    def neighbours(self, policy: SkipPolicy) -> Iterator[SkipPolicy]:
+        """``policy`` with one of its bounds or its span moved by a layer, as far as they are free and possible."""
+        moves: list[SkipPolicy] = []
+        for step in (-1, 1):
+            if self.cold_start is None and policy.cold_start + step >= 0:
+                moves.append(replace(policy, cold_start=policy.cold_start + step))
+            if self.cold_end is None and policy.cold_end + step >= 0:
+                moves.append(replace(policy, cold_end=policy.cold_end + step))
+            span = step + (self._gated(policy) if policy.span is None else policy.span)
+            if self.spans is None and span >= 1:
+                moves.append(replace(policy, span=span))
+        for moved in moves:
+            if (gated := self._gated(moved)) > 0:
+                yield replace(moved, span=None) if self.spans is None and (moved.span or 0) >= gated else moved
+
+    def _gated(self, policy: SkipPolicy) -> int:
+        """Layers that ``policy`` may skip."""
+        return self.layers - policy.cold_start - policy.cold_end - 1

@@ -1,0 +1,91 @@
+"""The skip rule on recorded similarities: what a policy would skip if skipping changed nothing after it.
+
+Hundreds of policies a second, to find the few that are worth decoding with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from skipkernels.skipping.policy import SkipPolicy
+
+Similarities = npt.NDArray[np.float32]
+"""[positions, layers]: cosine of the residual stream before and after each FFN of the dense model."""
+
+_BISECTIONS = 24
+_LOG_FACTOR = 9.0  # of the distance of a threshold from 1: more than its seven digits tell
+_SLACK = 0.01  # of a ratio: a set of layers that misses it by less is worth a look
+
+
+def simulate(similarities: Similarities, policy: SkipPolicy) -> npt.NDArray[np.bool_]:
+    """The FFNs that ``policy`` skips, [positions, layers], every position taken as past its warm-up."""
+    positions, layers = similarities.shape
+    plan = policy.plan(layers)
+    skipped = np.zeros((positions, layers), dtype=bool)
+    remaining = np.zeros(positions, dtype=np.int64)
+    for layer in plan.gated_layers:
+        triggered = ~skipped[:, layer - 1] & (similarities[:, layer - 1] >= plan.thresholds[layer - 1])
+        remaining[triggered] = plan.span
+        skipped[:, layer] = remaining > 0
+        remaining -= skipped[:, layer]
+    return skipped
+
+
+def reachable_ratio(policy: SkipPolicy, layers: int) -> float:
+    """Share of the FFNs of a token past its warm-up that ``policy`` skips at most: when every test passes."""
+    return float(simulate(np.ones((1, layers), dtype=np.float32), policy).mean())
+
+
+def tuned(similarities: Similarities, policy: SkipPolicy, ratio: float) -> SkipPolicy:
+    """``policy`` with the threshold at which it skips ``ratio`` of the FFNs, or as near below as similarities allow.
+
+    Where ``policy`` cannot skip more than that, every test passes. Thresholds per layer are moved together, the
+    distance of each from 1 by the same factor.
+    """
+    if policy.layer_thresholds is None:
+        policy = replace(policy, threshold=0.99)
+    fewer, more = -_LOG_FACTOR, _LOG_FACTOR
+    if simulate(similarities, _scaled(policy, more)).mean() <= ratio:
+        return _scaled(policy, more)
+    for _ in range(_BISECTIONS):
+        middle = (fewer + more) / 2
+        if simulate(similarities, _scaled(policy, middle)).mean() > ratio:
+            more = middle
+        else:
+            fewer = middle
+    return _scaled(policy, fewer)
+
+
+def _scaled(policy: SkipPolicy, log_factor: float) -> SkipPolicy:
+    """The distance of each threshold from 1 times e to ``log_factor``."""
+
+    def scaled(threshold: float) -> float:
+        return round(max(-1.0, 1.0 - (1.0 - threshold) * math.exp(log_factor)), 7)
+
+    if policy.layer_thresholds is None:
+        return replace(policy, threshold=scaled(policy.threshold))
+    return replace(policy, layer_thresholds=tuple(scaled(threshold) for threshold in policy.layer_thresholds))
+
+
+def rank(similarities: Similarities, policies: Iterable[SkipPolicy], ratio: float) -> list[SkipPolicy]:
+    """The policies that can skip about ``ratio``, each tuned to it, the least change left out first.
+
+    The change of a skipped FFN is taken as 1 - similarity, and that of a token as growing with the square of its
+    skipped FFNs where the ratio is missed. Of policies that skip the same FFNs one is kept.
+    """
+    costs: dict[bytes, tuple[float, SkipPolicy]] = {}
+    for policy in policies:
+        if reachable_ratio(policy, similarities.shape[1]) < ratio - _SLACK:
+            continue
+        candidate = tuned(similarities, policy, ratio)
+        skipped = simulate(similarities, candidate)
+        if not skipped.any():
+            continue
+        left_out = float(((1.0 - similarities) * skipped).sum(axis=1).mean())
+        costs[np.packbits(skipped).tobytes()] = (left_out * float(ratio / skipped.mean()) ** 2, candidate)
+    return [policy for _, policy in sorted(costs.values(), key=lambda entry: entry[0])]

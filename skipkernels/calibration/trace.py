@@ -1,0 +1,111 @@
+"""The trace map: for every generated token and every layer, whether the FFN ran, was skipped, or started a skip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from rich.text import Text
+
+from skipkernels.decoding.generation import Generation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Cell(IntEnum):
+    """What became of one FFN of one token."""
+
+    RUN = 0
+    SKIPPED = 1
+    TRIGGERED = 2  # ran, and had the layers after it skipped
+
+
+GLYPHS = {Cell.RUN: ("█", "blue"), Cell.SKIPPED: ("·", "bright_black"), Cell.TRIGGERED: ("◆", "yellow")}
+MEANINGS = {Cell.RUN: "ran", Cell.SKIPPED: "skipped", Cell.TRIGGERED: "ran and started a skip"}
+_BARS = " ▁▂▃▄▅▆▇█"
+_TOKEN_WIDTH = 14
+_PICTURES = {"\n": "⏎", "\t": "⇥"}
+
+
+@dataclass(frozen=True)
+class TraceMap:
+    """One generation, cell by cell."""
+
+    tokens: tuple[str, ...]
+    cells: npt.NDArray[np.int8]  # [tokens, layers], of Cell
+    first: int = 1  # number of the first token
+
+    @classmethod
+    def of(cls, generation: Generation, tokenizer: PreTrainedTokenizerBase | None) -> TraceMap:
+        """A layer started a skip where it ran and was tested, and the next one was skipped."""
+        skipped = generation.skip_map
+        cells = np.where(skipped, Cell.SKIPPED, Cell.RUN).astype(np.int8)
+        tested = ~np.isnan(generation.similarity_map[:, :-1])
+        cells[:, :-1][tested & ~skipped[:, :-1] & skipped[:, 1:]] = Cell.TRIGGERED
+        return cls(tuple(token_texts(generation.token_ids, tokenizer)), cells)
+
+    def part(self, start: int, stop: int) -> TraceMap:
+        """The tokens from index ``start`` to before ``stop``."""
+        return TraceMap(self.tokens[start:stop], self.cells[start:stop], self.first + start)
+
+    @property
+    def skipped(self) -> npt.NDArray[np.bool_]:
+        return self.cells == Cell.SKIPPED
+
+
+def token_texts(token_ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+    """Each token on its own, control characters made visible; its number where there is no tokenizer."""
+    for token_id in token_ids:
+        text = str(token_id) if tokenizer is None else str(tokenizer.decode([token_id]))
+        yield "".join(character if character.isprintable() else _picture(character) for character in text)
+
+
+def _picture(control: str) -> str:
+    """One visible character in place of a control character, which could do anything to a terminal."""
+    code = ord(control)
+    return _PICTURES.get(control) or (chr(0x2400 + code) if code < 0x20 else "\N{REPLACEMENT CHARACTER}")
+
+
+def render(trace: TraceMap, width: int) -> Text:
+    """The map for a terminal of ``width`` columns: a line per token, a character per layer. Layers that do not fit
+    beside one another follow in further blocks."""
+    layers = trace.cells.shape[1]
+    per_block = max(8, width - _TOKEN_WIDTH - 15)
+    lines = Text()
+    for start in range(0, layers, per_block):
+        _append_block(lines, trace, start, min(start + per_block, layers))
+    return lines
+
+
+def legend() -> Text:
+    """What the characters of the map mean."""
+    line = Text("  ")
+    for cell, (glyph, style) in GLYPHS.items():
+        line.append(glyph, style).append(f" {MEANINGS[cell]}   ", "dim")
+    return line
+
+
+def _append_block(lines: Text, trace: TraceMap, start: int, end: int) -> None:
+    """Layers ``start`` to ``end`` of the map: header, tokens, totals."""
+    numbers = [f"{layer % 100:>2}" if layer % 2 == 0 else "  " for layer in range(start, end)]
+    margin = " " * (_TOKEN_WIDTH + 6)
+    for digit, name in enumerate(("layer", "")):
+        lines.append(f"{name:<{len(margin)}}{''.join(number[digit] for number in numbers)}", "dim")
+        lines.append("  skipped\n" if digit else "\n", "dim")
+    for index, (token, cells) in enumerate(zip(trace.tokens, trace.cells[:, start:end], strict=True)):
+        lines.append(f"{trace.first + index:>4}  ", "dim")
+        shown = Text(token)
+        shown.truncate(_TOKEN_WIDTH - 1, overflow="ellipsis", pad=True)
+        lines.append_text(shown).append(" ")
+        for cell in cells:
+            lines.append(*GLYPHS[Cell(cell)])
+        lines.append(f"  {(cells == Cell.SKIPPED).sum():>4}\n", "dim")
+    share = trace.skipped[:, start:end].mean(axis=0)
+    bars = "".join(_BARS[round(value * (len(_BARS) - 1))] for value in share)
+    lines.append(f"{'skipped':<{len(margin)}}", "dim").append(bars, "green")
+    lines.append(f"  {trace.skipped[:, start:end].mean():>4.0%}\n", "dim")

@@ -1,0 +1,144 @@
+"""Profiles of models that chat: how often a strategy is right, or how faithful it is to the model at its fullest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from skipkernels.calibration.passages import cut_passages
+from skipkernels.chat.chat import ChatModel
+from skipkernels.chat.text_format import PROFILED_NEW_TOKENS, PROFILED_PROMPT_TOKENS, TextPrompt
+from skipkernels.chat.text_model import TextModel
+from skipkernels.modality.errors import ProfileError
+from skipkernels.modality.job import Request
+from skipkernels.modality.profile import Profile, StrategyProfile
+from skipkernels.modality.profiler import Progress, Sample, measure_profile
+from skipkernels.modality.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Args:
+        passages: of a text; samples of one's own are all used.
+        rounds: timings of each strategy and batch size.
+        batch_sizes: those up to the largest are timed, and the largest; what lies between is interpolated.
+        memory: whether to measure peak memory.
+    """
+
+    passages: int
+    rounds: int
+    batch_sizes: tuple[int, ...]
+    memory: bool
+
+    def sizes(self, largest: int) -> list[int]:
+        return sorted({1, largest, *(size for size in self.batch_sizes if size < largest)})
+
+
+QUICK = Effort(passages=48, rounds=3, batch_sizes=(1,), memory=False)
+"""To begin with: times are corrected by the batches that follow, promises stay as cautious as few samples make them."""
+THOROUGH = Effort(passages=400, rounds=20, batch_sizes=(1, 2, 4, 8), memory=True)
+"""To keep in a file."""
+
+
+@dataclass(frozen=True, eq=False)
+class ChatSample:
+    """A chat to profile on.
+
+    Args:
+        request: with all of the model's modalities.
+        expected: the right answer; None: what the model itself answers when it leaves nothing out.
+    """
+
+    request: Request
+    expected: str | None = None
+
+
+def profile_of_texts(
+    model: TextModel,
+    texts: Sequence[str],
+    effort: Effort,
+    max_batch_size: int,
+    *,
+    journal: str | Path | None = None,
+    progress: Progress = lambda stage, share: None,
+) -> Profile:
+    """See ``profile_of_samples``; these are passages of ``texts``, to be continued at a work of 1.
+
+    Raises:
+        RequestError: the texts are too short.
+        ProfileError: see ``profile_of_samples``.
+    """
+    search, held_out = cut_passages(model.engine, texts, effort.passages, PROFILED_PROMPT_TOKENS, 1)
+    prompts = [passage.token_ids[:PROFILED_PROMPT_TOKENS] for passage in search + held_out]
+    samples = [ChatSample(Request({"text": TextPrompt(prompt, PROFILED_NEW_TOKENS)})) for prompt in prompts]
+    return profile_of_samples(model, samples, effort, max_batch_size, journal=journal, progress=progress)
+
+
+def profile_of_samples(
+    model: ChatModel,
+    samples: Sequence[ChatSample],
+    effort: Effort,
+    max_batch_size: int,
+    *,
+    journal: str | Path | None = None,
+    progress: Progress = lambda stage, share: None,
+) -> Profile:
+    """The profile of a model on chats; its times are those of requests whose work is 1.
+
+    Args:
+        samples: all of them with a right answer, or none.
+        max_batch_size: what the model can run together.
+        journal, progress: see ``measure_profile``.
+
+    Raises:
+        ProfileError: nothing to measure; or no strategy leaves nothing out, to compare the others with.
+    """
+    faithful = all(sample.expected is None for sample in samples)
+    if faithful:
+        samples = with_own_answers(model, samples, max_batch_size)
+    assert all(sample.expected is not None for sample in samples), "some samples have a right answer, others have none"
+    measured = measure_profile(
+        model,
+        [Sample(sample.request.inputs, sample.expected) for sample in samples],
+        batch_sizes=effort.sizes(max_batch_size),
+        rounds=effort.rounds,
+        memory=effort.memory,
+        journal=journal,
+        progress=progress,
+    )
+    mean_work = sum(sample.request.work for sample in samples) / len(samples)
+    meaning = f"agreement with {_fullest(model)}" if faithful else "right answers"
+    return replace(
+        measured,
+        strategies=tuple(_of_unit_work(entry, mean_work) for entry in measured.strategies),
+        source=f"measured on {len(samples)} samples; accuracy: {meaning}",
+    )
+
+
+def with_own_answers(model: ChatModel, samples: Sequence[ChatSample], max_batch_size: int) -> list[ChatSample]:
+    """The samples with what ``model`` answers when it leaves nothing out."""
+    strategy = _fullest(model)
+    if strategy not in model.strategies:
+        raise ProfileError(
+            f"accuracy is measured against {strategy}, which is not among {model.name}'s strategies; add skip level 0"
+        )
+    answers = [
+        answer.text
+        for first in range(0, len(samples), max_batch_size)
+        for answer in model.run([one.request.inputs for one in samples[first : first + max_batch_size]], strategy)
+    ]
+    return [replace(sample, expected=answer) for sample, answer in zip(samples, answers, strict=True)]
+
+
+def _fullest(model: ChatModel) -> Strategy:
+    return Strategy(tuple(model.modalities))
+
+
+def _of_unit_work(entry: StrategyProfile, work: float) -> StrategyProfile:
+    timings = (
+        replace(timing, median_ms=timing.median_ms / work, p95_ms=timing.p95_ms / work) for timing in entry.timings
+    )
+    return replace(entry, timings=tuple(timings))

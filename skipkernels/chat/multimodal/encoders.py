@@ -1,0 +1,82 @@
+"""The encoders of a multimodal module, and the merge of their outputs with the text: all that comes before the
+decoder's first layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from skipkernels.model.prompt import EmbeddedPrompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Encoders:
+    """Takes the text decoder out of a module; what stays prepares the decoder's inputs.
+
+    Args:
+        module: a multimodal module of transformers, which cannot generate by itself from then on.
+    """
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        self._seen = _FirstLayer(module.get_input_embeddings())
+        _replace(module, module.get_decoder(), self._seen)
+        module.set_output_embeddings(nn.Identity())
+        self._module = module.eval()
+
+    @torch.inference_mode()
+    def __call__(self, token_ids: Sequence[int], media: Sequence[Mapping[str, torch.Tensor]]) -> EmbeddedPrompt:
+        """The prompt of one request. Encoders of absent modalities do not run.
+
+        Args:
+            token_ids: with placeholders for what is in ``media``.
+            media: pixels or spectrograms of each modality, as the module's processor names them.
+        """
+        device, dtype = self._module.device, self._module.dtype
+        ids = torch.tensor([list(token_ids)], device=device)
+        tensors = {name: tensor.to(device) for tensors in media for name, tensor in tensors.items()}
+        floats = {name: tensor.to(dtype) for name, tensor in tensors.items() if tensor.is_floating_point()}
+        self._module(input_ids=ids, attention_mask=torch.ones_like(ids), **{**tensors, **floats})
+        embeddings, positions = self._seen.embeddings, self._seen.positions
+        # a position each, or three; then text positions may stand in front of them
+        axes = positions[-3:, 0] if positions is not None and positions.dim() == 3 else None
+        return EmbeddedPrompt(token_ids, embeddings[0], axes)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """By name, without the text decoder's."""
+        decoder = set(self._seen.parameters())
+        return {name: parameter for name, parameter in self._module.named_parameters() if parameter not in decoder}
+
+
+def _replace(module: nn.Module, part: nn.Module, by: nn.Module) -> None:
+    """Wherever it stands; ``set_decoder`` of transformers does nothing for some families."""
+    for parent in module.modules():
+        for name, child in parent.named_children():
+            if child is part:
+                setattr(parent, name, by)
+                return
+
+
+class _FirstLayer(nn.Module):
+    """Stands where the text decoder was, and keeps what its first layer would have seen."""
+
+    embeddings: torch.Tensor  # [1, tokens, hidden]
+    positions: torch.Tensor | None  # [1, tokens], [3, 1, tokens] or [4, 1, tokens]
+
+    def __init__(self, embed_tokens: nn.Module) -> None:
+        super().__init__()
+        self.embed_tokens = embed_tokens
+
+    def get_input_embeddings(self) -> nn.Module:  # the modules around it ask for them
+        return self.embed_tokens
+
+    def forward(
+        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor | None = None, **_: Any
+    ) -> BaseModelOutputWithPast:
+        self.embeddings, self.positions = inputs_embeds, position_ids
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)

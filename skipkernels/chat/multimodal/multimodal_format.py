@@ -1,0 +1,146 @@
+"""Chats for multimodal models: a prompt for every subset of what the chat holds, and the tensors of each modality."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from itertools import chain, combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from skipkernels.chat.chat import Audio, Chat, Image, Part, modalities_of, modality_of
+from skipkernels.chat.text_format import allowed_new_tokens, work_of
+from skipkernels.decoding.generation import SamplingParams
+from skipkernels.errors import RequestError
+from skipkernels.modality.job import Request
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import ProcessorMixin
+
+_MOST_ELONGATED = 200  # processors that scale the shorter side would make gigabytes of a line of pixels
+_SHORTEST_S = 0.1  # some encoders put out nothing for less, and then fail
+
+Subset = tuple[str, ...]
+"""Modalities in alphabetical order, as in a ``Strategy``."""
+
+
+@dataclass(frozen=True)
+class MultimodalPrompt:
+    """The ``text`` modality of a request: the tokens to decode from when a subset is kept, and how."""
+
+    token_ids: dict[Subset, tuple[int, ...]]
+    max_new_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+
+
+class MultimodalFormat:
+    """A ``ChatFormat``: the processor's chat template, and its tensors by modality.
+
+    Args:
+        modalities: what the model takes; ``text`` is one of them and cannot be left out.
+        max_seq_len: positions that the model's cache holds.
+        prefill_share: what a token of the prompt costs, as a share of a new token.
+    """
+
+    def __init__(
+        self, processor: ProcessorMixin, modalities: tuple[str, ...], max_seq_len: int, prefill_share: float
+    ) -> None:
+        self.modalities = modalities
+        self._processor = copy.deepcopy(processor)  # the model's own tokenizer decodes meanwhile, in another thread
+        self._max_seq_len = max_seq_len
+        self._prefill_share = prefill_share
+        named = vars(processor).items()
+        self._reserved = [token for name, token in named if name.endswith("_token") and isinstance(token, str)]
+
+    def request(self, chat: Chat) -> Request:
+        """A request that needs no more than the modalities of its strategy: what a processor does to images and
+        recordings is done here, beside the device."""
+        given = modalities_of(chat.messages)
+        self._check(chat, given)
+        media = sorted(given - {"text"})
+        token_ids: dict[Subset, tuple[int, ...]] = {}
+        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        for kept in chain.from_iterable(combinations(media, size) for size in range(len(media) + 1)):
+            features = self._features(chat, kept)
+            token_ids[tuple(sorted((*kept, "text")))] = tuple(features["input_ids"][0].tolist())
+            if not kept:
+                of_text = set(features)
+            elif len(kept) == 1:
+                tensors[kept[0]] = {name: features[name] for name in features if name not in of_text}
+        prompt_tokens = max(map(len, token_ids.values()))
+        new_tokens = allowed_new_tokens(chat, prompt_tokens, self._max_seq_len)
+        prompt = MultimodalPrompt(token_ids, new_tokens, chat.sampling, chat.stop)
+        work = work_of(prompt_tokens, new_tokens, self._prefill_share)
+        return Request({"text": prompt, **tensors}, work=work)
+
+    def _check(self, chat: Chat, given: Collection[str]) -> None:
+        if not any(message.text.strip() for message in chat.messages):
+            raise RequestError("the messages hold no text; say what to do with the images and recordings")
+        unknown = sorted(set(given) - set(self.modalities))
+        if unknown:
+            raise RequestError(f"this model does not take {unknown[0]}; it takes {', '.join(self.modalities)}")
+        for part in chain.from_iterable(message.parts for message in chat.messages):
+            if isinstance(part, Image):
+                _check_image(part)
+            elif isinstance(part, Audio):
+                _check_audio(part, self._processor.feature_extractor.chunk_length)
+            elif reserved := next((token for token in self._reserved if token in part), None):
+                raise RequestError(f"the text holds {reserved!r}, by which this model knows a medium; remove it")
+
+    def _features(self, chat: Chat, kept: Collection[str]) -> dict[str, torch.Tensor]:
+        """The processor's tensors for the chat without the images or recordings that are not kept."""
+        messages: list[dict[str, Any]] = [
+            {
+                "role": message.role,
+                "content": [self._content(part) for part in message.parts if modality_of(part) in (*kept, "text")],
+            }
+            for message in chat.messages
+        ]
+        options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        try:
+            features: Any = self._processor.apply_chat_template(messages, add_generation_prompt=True, **options)
+        except ImportError:
+            raise
+        except Exception as error:  # whatever a checkpoint's template or processor does with what it was not made for
+            raise RequestError(f"this model's processor refuses this chat: {error}") from error
+        return dict(features)
+
+    def _content(self, part: Part) -> dict[str, Any]:
+        if isinstance(part, Image):
+            from PIL import Image as PillowImage
+
+            return {"type": "image", "image": PillowImage.fromarray(part.pixels)}
+        if isinstance(part, Audio):
+            return {"type": "audio", "audio": _resampled(part, self._processor.feature_extractor.sampling_rate)}
+        return {"type": "text", "text": part}
+
+
+def _check_image(image: Image) -> None:
+    height, width = image.pixels.shape[:2]
+    if max(height, width) > _MOST_ELONGATED * min(height, width):
+        raise RequestError(
+            f"an image of {width} x {height} pixels is too long and thin; one side may be at most {_MOST_ELONGATED} "
+            "times the other"
+        )
+
+
+def _check_audio(audio: Audio, most_s: float) -> None:
+    seconds = len(audio.samples) / audio.rate_hz
+    if not _SHORTEST_S <= seconds <= most_s:
+        raise RequestError(
+            f"a recording lasts {seconds:.2f} s, this model hears {_SHORTEST_S} to {most_s:g} s; cut it to that"
+        )
+
+
+def _resampled(audio: Audio, rate_hz: int) -> np.ndarray:
+    """f32 [samples] at ``rate_hz``."""
+    from scipy.signal import resample_poly
+
+    if audio.rate_hz == rate_hz:
+        return audio.samples
+    divisor = np.gcd(audio.rate_hz, rate_hz)
+    return resample_poly(audio.samples, rate_hz // divisor, audio.rate_hz // divisor).astype(np.float32)

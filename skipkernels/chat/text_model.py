@@ -1,0 +1,97 @@
+"""A language model on this project's engine as a ``ModalityModel``: one modality, a policy for each skip level."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from skipkernels.chat.chat import ChatFormat, Completion
+from skipkernels.chat.reply import complete
+from skipkernels.chat.text_format import TextFormat
+from skipkernels.engine import Engine
+from skipkernels.errors import PolicyError, RequestError
+from skipkernels.modality.strategy import Inputs, Strategy
+from skipkernels.skipping.policy import Policy
+
+Metric = Callable[[str, str], float]
+"""(text, expected text) -> score in [0, 1]."""
+_TIMED_PROMPT, _TIMED_STEPS, _ROUNDS = 256, 16, 5
+
+
+def exact_match(text: str, expected: str) -> float:
+    """1 for the expected text, white space around it aside."""
+    return float(text.strip() == expected.strip())
+
+
+def shared_prefix(text: str, expected: str) -> float:
+    """The share of the expected text up to the first difference."""
+    same = next((at for at, pair in enumerate(zip(text, expected, strict=False)) if pair[0] != pair[1]), None)
+    length = min(len(text), len(expected)) if same is None else same
+    return length / len(expected) if expected else float(not text)
+
+
+class TextModel:
+    """A ``ChatModel``: its inputs are ``TextPrompt``, its outputs ``Completion``.
+
+    Args:
+        engine: with a tokenizer; its ``max_batch_size`` is the largest batch.
+        policies: by skip level; level 0 is the dense model's.
+        metric: what the profile's accuracies mean.
+    """
+
+    modalities: tuple[str, ...] = ("text",)
+
+    def __init__(self, name: str, engine: Engine, policies: Mapping[float, Policy], metric: Metric) -> None:
+        if engine.tokenizer is None:
+            raise RequestError(f"{name} has no tokenizer, and chats are text; serve a checkpoint with one")
+        check_policies(policies, engine.config.num_hidden_layers)
+        self.name = name
+        self.device = engine.execution.device
+        self.dtype = engine.dtype
+        self.strategies = tuple(Strategy(("text",), level) for level in policies)
+        self.fingerprint = f"{engine.fingerprint}-{policies_hash(policies)}"
+        self.engine = engine
+        self.format: ChatFormat = TextFormat(engine.tokenizer, engine.max_seq_len, prefill_share(engine))
+        self._policies = {strategy: policies[strategy.skip_level] for strategy in self.strategies}
+        self._metric = metric
+
+    def run(self, batch: Sequence[Inputs], strategy: Strategy) -> list[Completion]:
+        """Decodes the prompts together; each row ends at its own limit, stop string or end of sequence."""
+        prompts = [inputs["text"].token_ids for inputs in batch]
+        return complete(self.engine, self._policies[strategy], batch, prompts)
+
+    def score(self, output: Completion, expected: str) -> float:
+        return self._metric(output.text, expected)
+
+
+def check_policies(policies: Mapping[float, Policy], num_layers: int) -> None:
+    """Raises PolicyError for a policy that a model of this depth cannot have, or that its skip level belies."""
+    for level, policy in policies.items():
+        if (policy.plan(num_layers) is None) != (level == 0.0):
+            raise PolicyError(f"skip level {level} stands for policy {policy.label}; only level 0 skips nothing")
+
+
+def policies_hash(policies: Mapping[float, Policy]) -> str:
+    """Eight hex digits over the policies of all skip levels, for fingerprints."""
+    written = json.dumps({str(level): policy.to_dict() for level, policy in policies.items()}, sort_keys=True)
+    return hashlib.sha256(written.encode()).hexdigest()[:8]
+
+
+def prefill_share(engine: Engine) -> float:
+    """What a token of the prompt costs, as a share of a new token; measured, dense, batch 1.
+
+    Whatever else the machine does only adds to a time, so the least of several is taken.
+    """
+    tokens = min(_TIMED_PROMPT, engine.max_seq_len // 2)
+    steps = min(_TIMED_STEPS, engine.max_seq_len - tokens)
+    prefills, decodes = [], []
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        decoding = engine.begin([[0] * tokens], max_new_tokens=steps, eos_token_ids=())
+        began = time.perf_counter()
+        decoding.step(steps)
+        prefills.append(began - started)
+        decodes.append(time.perf_counter() - began)
+    return min(prefills) / tokens / (min(decodes) / steps)

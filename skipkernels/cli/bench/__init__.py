@@ -1,0 +1,1 @@
+"""``skipkernels bench``: one command a file."""

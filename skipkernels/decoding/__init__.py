@@ -1,0 +1,1 @@
+"""From prompts to tokens: sampling parameters, prefill, the decoding loop, results."""

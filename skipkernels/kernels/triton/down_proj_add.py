@@ -1,0 +1,81 @@
+"""down_proj_add: hidden_states += down_proj(intermediate), and the partial sums of the similarity test."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from skipkernels.kernels.triton.launch import Launch
+from skipkernels.kernels.triton.linear import linear, tile
+from skipkernels.kernels.triton.rows import block_batch, wanted_rows
+from skipkernels.program.table import Instruction
+
+
+@triton.jit
+def store_partials(
+    products,
+    which: tl.constexpr,  # of <h, h'>, |h|^2, |h'|^2
+    similarity_partials,
+    rows,
+    wanted,
+    batch_size,
+    num_partials: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    sums = tl.sum(tl.reshape(products, [BLOCK_BATCH, PARTIALS, LANES]), axis=2)
+    partials = tl.program_id(0) * PARTIALS + tl.arange(0, PARTIALS)
+    at = similarity_partials + (partials[None, :] * batch_size + rows[:, None]) * 3 + which
+    tl.store(at, sums, mask=wanted[:, None] & (partials < num_partials)[None, :])
+
+
+@triton.jit(do_not_specialize=["batch_size"])
+def down_proj_add_kernel(
+    intermediate,
+    down_proj,
+    hidden_states,
+    similarity_partials,
+    when,
+    batch_size,
+    hidden_size: tl.constexpr,
+    intermediate_size: tl.constexpr,
+    rows_per_partial: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    rows, wanted, any_wanted = wanted_rows(when, batch_size, BLOCK_BATCH)
+    if not any_wanted:
+        return
+    index = tl.arange(0, PARTIALS * LANES)
+    lanes = index % LANES
+    channels = (tl.program_id(0) * PARTIALS + index // LANES) * rows_per_partial + lanes
+    inside = (lanes < rows_per_partial) & (channels < hidden_size)
+    change = linear(
+        intermediate, None, 0.0, down_proj, channels, inside, rows, wanted,
+        intermediate_size, BLOCK_BATCH, PARTIALS * LANES, BLOCK_IN,
+    )  # fmt: skip
+    at = hidden_states + rows[:, None] * hidden_size + channels[None, :]
+    mask = wanted[:, None] & inside[None, :]
+    before = tl.load(at, mask=mask, other=0.0)
+    after = before + change
+    tl.debug_barrier()  # threads of several warps may hold the same element: all have read it before one writes it
+    tl.store(at, after, mask=mask)
+    if similarity_partials is not None:
+        num_partials: tl.constexpr = tl.cdiv(hidden_size, rows_per_partial)
+        sizes: tl.constexpr = (num_partials, BLOCK_BATCH, PARTIALS, LANES)
+        store_partials(before * after, 0, similarity_partials, rows, wanted, batch_size, *sizes)
+        store_partials(before * before, 1, similarity_partials, rows, wanted, batch_size, *sizes)
+        store_partials(after * after, 2, similarity_partials, rows, wanted, batch_size, *sizes)
+
+
+def down_proj_add(ins: Instruction) -> tuple[Launch, ...]:
+    rows_per_partial = int(ins.scalars["rows_per_partial"])
+    lanes = triton.next_power_of_2(rows_per_partial)
+    cut = tile(ins.tensors["down_proj"], ins.sizes["batch_size"], unit=lanes)
+    partials = cut.out // lanes
+    grid = (triton.cdiv(ins.sizes["hidden_size"], partials * rows_per_partial),)
+    blocks = {"BLOCK_BATCH": block_batch(ins), "PARTIALS": partials, "LANES": lanes, "BLOCK_IN": cut.columns}
+    return (Launch.of(down_proj_add_kernel, ins, grid, blocks),)

@@ -1,0 +1,54 @@
+"""gate_up_silu: intermediate = silu(gate_proj(x)) * up_proj(x) of x = rms_norm(hidden_states)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from skipkernels.kernels.triton.launch import Launch
+from skipkernels.kernels.triton.linear import linear, tile
+from skipkernels.kernels.triton.rows import block_batch, wanted_rows
+from skipkernels.program.table import Instruction
+
+
+@triton.jit(do_not_specialize=["batch_size"])
+def gate_up_silu_kernel(
+    hidden_states,
+    post_attention_layernorm,
+    gate_up_proj,
+    intermediate,
+    when,
+    batch_size,
+    rms_norm_eps,
+    hidden_size: tl.constexpr,
+    intermediate_size: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    rows, wanted, any_wanted = wanted_rows(when, batch_size, BLOCK_BATCH)
+    if not any_wanted:
+        return
+    # gate and up rows alternate, so that one tile holds both of a channel
+    PAIRS: tl.constexpr = BLOCK_OUT // 2
+    index = tl.arange(0, BLOCK_OUT)
+    channels = tl.program_id(0) * PAIRS + index // 2
+    gate_up = linear(
+        hidden_states, post_attention_layernorm, rms_norm_eps,
+        gate_up_proj, channels + index % 2 * intermediate_size, channels < intermediate_size,
+        rows, wanted, hidden_size, BLOCK_BATCH, BLOCK_OUT, BLOCK_IN,
+    )  # fmt: skip
+    gate, up = tl.split(tl.reshape(gate_up, [BLOCK_BATCH, PAIRS, 2]))
+    channels = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    tl.store(
+        intermediate + rows[:, None] * intermediate_size + channels[None, :],
+        gate * tl.sigmoid(gate) * up,
+        mask=wanted[:, None] & (channels < intermediate_size)[None, :],
+    )
+
+
+def gate_up_silu(ins: Instruction) -> tuple[Launch, ...]:
+    cut = tile(ins.tensors["gate_up_proj"], ins.sizes["batch_size"], unit=2)
+    grid = (triton.cdiv(ins.sizes["gate_up_size"], cut.out),)
+    blocks = {"BLOCK_BATCH": block_batch(ins), "BLOCK_OUT": cut.out, "BLOCK_IN": cut.columns}
+    return (Launch.of(gate_up_silu_kernel, ins, grid, blocks),)

@@ -1,0 +1,47 @@
+"""o_proj_add: hidden_states += o_proj(attn_output)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from skipkernels.kernels.triton.launch import Launch
+from skipkernels.kernels.triton.linear import linear, tile
+from skipkernels.kernels.triton.rows import block_batch, wanted_rows
+from skipkernels.program.table import Instruction
+
+
+@triton.jit(do_not_specialize=["batch_size"])
+def o_proj_add_kernel(
+    attn_output,
+    o_proj,
+    o_proj_bias,
+    hidden_states,
+    when,
+    batch_size,
+    hidden_size: tl.constexpr,
+    attention_size: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    rows, wanted, any_wanted = wanted_rows(when, batch_size, BLOCK_BATCH)
+    if not any_wanted:
+        return
+    channels = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    inside = channels < hidden_size
+    change = linear(
+        attn_output, None, 0.0, o_proj, channels, inside, rows, wanted, attention_size, BLOCK_BATCH, BLOCK_OUT, BLOCK_IN
+    )
+    if o_proj_bias is not None:
+        change += tl.load(o_proj_bias + channels, mask=inside, other=0.0)[None, :]
+    at = hidden_states + rows[:, None] * hidden_size + channels[None, :]
+    mask = wanted[:, None] & inside[None, :]
+    tl.store(at, tl.load(at, mask=mask) + change, mask=mask)
+
+
+def o_proj_add(ins: Instruction) -> tuple[Launch, ...]:
+    cut = tile(ins.tensors["o_proj"], ins.sizes["batch_size"])
+    grid = (triton.cdiv(ins.sizes["hidden_size"], cut.out),)
+    blocks = {"BLOCK_BATCH": block_batch(ins), "BLOCK_OUT": cut.out, "BLOCK_IN": cut.columns}
+    return (Launch.of(o_proj_add_kernel, ins, grid, blocks),)

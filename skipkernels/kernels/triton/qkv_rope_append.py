@@ -1,0 +1,111 @@
+"""qkv_rope_append: rms_norm -> qkv_proj -> rotary -> query, and the new position of k_cache and v_cache."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from skipkernels.kernels.triton.launch import Launch
+from skipkernels.kernels.triton.linear import linear, tile
+from skipkernels.kernels.triton.rows import block_batch, wanted_rows
+from skipkernels.program.table import Instruction
+
+
+@triton.jit
+def norm_head(x, norm, channels, inside, head_dim: tl.constexpr, eps):
+    """rms_norm of a whole head [BLOCK_BATCH, BLOCK_OUT], zero outside; the head itself where there is no norm."""
+    if norm is not None:
+        mean_square = tl.sum(x * x, axis=1) / head_dim
+        weight = tl.load(norm + channels, mask=inside, other=0.0)
+        x *= tl.rsqrt(mean_square + eps)[:, None] * weight[None, :]
+    return x
+
+
+@triton.jit
+def store_pairs(buffer, offsets, first, second, half: tl.constexpr, mask):
+    tl.store(buffer + offsets, first.to(buffer.dtype.element_ty), mask=mask)
+    tl.store(buffer + offsets + half, second.to(buffer.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["batch_size"])
+def qkv_rope_append_kernel(
+    hidden_states,
+    input_layernorm,
+    qkv_proj,
+    qkv_bias,
+    q_norm,
+    k_norm,
+    rope_cos,
+    rope_sin,
+    seq_len,
+    query,
+    k_cache,
+    v_cache,
+    when,
+    batch_size,
+    max_seq_len,
+    rms_norm_eps,
+    hidden_size: tl.constexpr,
+    num_attention_heads: tl.constexpr,
+    num_key_value_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    rows, wanted, any_wanted = wanted_rows(when, batch_size, BLOCK_BATCH)
+    if not any_wanted:
+        return
+    # a program has one head; channels i and i + head_dim / 2, which are rotated together, alternate
+    half: tl.constexpr = head_dim // 2
+    PAIRS: tl.constexpr = BLOCK_OUT // 2
+    head = tl.program_id(0)
+    index = tl.arange(0, BLOCK_OUT)
+    pair = tl.program_id(1) * PAIRS + index // 2
+    inside = pair < half
+    channels = pair + index % 2 * half
+    features = head * head_dim + channels
+    out = linear(
+        hidden_states, input_layernorm, rms_norm_eps, qkv_proj, features, inside, rows, wanted,
+        hidden_size, BLOCK_BATCH, BLOCK_OUT, BLOCK_IN,
+    )  # fmt: skip
+    if qkv_bias is not None:
+        out += tl.load(qkv_bias + features, mask=inside, other=0.0)[None, :]
+    is_query = head < num_attention_heads
+    is_value = head >= num_attention_heads + num_key_value_heads
+    if is_query:
+        out = norm_head(out, q_norm, channels, inside, head_dim, rms_norm_eps)
+    elif not is_value:
+        out = norm_head(out, k_norm, channels, inside, head_dim, rms_norm_eps)
+    first, second = tl.split(tl.reshape(out, [BLOCK_BATCH, PAIRS, 2]))
+
+    pair = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
+    mask = wanted[:, None] & (pair < half)[None, :]
+    position = tl.load(seq_len + rows, mask=wanted, other=0).to(tl.int64)
+    if not is_value:
+        angle = position[:, None] * half + pair[None, :]
+        cos = tl.load(rope_cos + angle, mask=mask, other=0.0)
+        sin = tl.load(rope_sin + angle, mask=mask, other=0.0)
+        first, second = first * cos - second * sin, second * cos + first * sin
+    if is_query:
+        of_query = (rows[:, None] * num_attention_heads + head) * head_dim + pair[None, :]
+        store_pairs(query, of_query, first, second, half, mask)
+    else:
+        kv_head = (head - num_attention_heads) % num_key_value_heads
+        entry = (rows[:, None].to(tl.int64) * num_key_value_heads + kv_head) * max_seq_len + position[:, None]
+        of_entry = entry * head_dim + pair[None, :]
+        if is_value:
+            store_pairs(v_cache, of_entry, first, second, half, mask)
+        else:
+            store_pairs(k_cache, of_entry, first, second, half, mask)
+
+
+def qkv_rope_append(ins: Instruction) -> tuple[Launch, ...]:
+    sizes = ins.sizes
+    has_norm = ins.tensors["q_norm"] is not None or ins.tensors["k_norm"] is not None
+    whole_head = 2 * triton.next_power_of_2(sizes["half_head_dim"])
+    cut = tile(ins.tensors["qkv_proj"], sizes["batch_size"], unit=whole_head if has_norm else 2)
+    heads = sizes["num_attention_heads"] + 2 * sizes["num_key_value_heads"]
+    grid = (heads, triton.cdiv(sizes["head_dim"], cut.out))
+    blocks = {"BLOCK_BATCH": block_batch(ins), "BLOCK_OUT": cut.out, "BLOCK_IN": cut.columns}
+    return (Launch.of(qkv_rope_append_kernel, ins, grid, blocks),)

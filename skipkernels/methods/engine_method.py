@@ -1,0 +1,79 @@
+"""EngineMethod: a method that skips FFNs, on the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from skipkernels.calibration.passages import Passage
+from skipkernels.calibration.scoring import Score, score
+from skipkernels.engine import Engine
+from skipkernels.methods.method import Answer, Found, Method, OnItem, Reading, ignore
+from skipkernels.methods.setup import Setup
+from skipkernels.methods.work import SkipMap, Work
+from skipkernels.skipping.policy import Policy, policy_from_dict
+
+
+class EngineMethod:
+    """Decodes on the engine, ``max_batch_size`` rows together. ``policy_of`` gives the policy of each such batch."""
+
+    def __init__(self, engine: Engine, policy_of: Callable[[int], Policy]) -> None:
+        self._engine = engine
+        self._policy_of = policy_of
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        eos_token_ids: Sequence[int] | None = None,
+        on_item: OnItem = ignore,
+    ) -> list[Answer]:
+        engine, answers = self._engine, []
+        for number, start in enumerate(range(0, len(prompts), engine.max_batch_size)):
+            batch = [list(prompt) for prompt in prompts[start : start + engine.max_batch_size]]
+            generations = engine.generate(
+                batch,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+                eos_token_ids=eos_token_ids,
+                policy=self._policy_of(number),
+            )
+            answers += [Answer(g.token_ids, g.text, self._work(g.skip_map)) for g in generations]
+            on_item(len(batch))
+        return answers
+
+    def score(
+        self,
+        passages: Sequence[Passage],
+        *,
+        reference: Sequence[Reading] | None = None,
+        keep_log_probs: bool = False,
+        on_item: OnItem = ignore,
+    ) -> list[Reading]:
+        engine, readings = self._engine, []
+        for number, start in enumerate(range(0, len(passages), engine.max_batch_size)):
+            batch = slice(start, start + engine.max_batch_size)
+            scores = score(
+                engine,
+                passages[batch],
+                self._policy_of(number),
+                # of a reference, only all_log_probs is looked at
+                reference=None if reference is None else cast("Sequence[Score]", reference[batch]),
+                keep_log_probs=keep_log_probs,
+            )
+            readings += [Reading(s.argmax, s.log_probs, s.kl, s.all_log_probs, self._work(s.skip_map)) for s in scores]
+            on_item(len(scores))
+        return readings
+
+    def _work(self, skip_map: SkipMap) -> Work:
+        return Work.of_ffns(self._engine.config, self._engine.weights.dtype, skip_map)
+
+
+class PolicyKind:
+    """What methods have in common that are one policy."""
+
+    def build(self, setup: Setup, found: Found) -> Method:
+        policy = policy_from_dict(found["policy"])
+        return EngineMethod(setup.engine, lambda batch: policy)

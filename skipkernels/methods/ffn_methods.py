@@ -1,0 +1,74 @@
+"""The full model, and the two choices of FFNs that FFN skip has to be better than, on the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from skipkernels.calibration.passages import Passage
+from skipkernels.calibration.scoring import dense_similarities
+from skipkernels.methods.engine_method import EngineMethod, PolicyKind
+from skipkernels.methods.lengths import Lengths
+from skipkernels.methods.method import FULL, Found, Method, Progress, RatioOf, ignore
+from skipkernels.methods.setup import Setup
+from skipkernels.skipping.policy import DensePolicy, FixedPolicy, RandomPolicy, policy_from_dict
+
+
+class Full(PolicyKind):
+    """Every layer of every token."""
+
+    name: ClassVar[str] = FULL
+    source: ClassVar[str] = "the model itself, on the engine"
+    ratio_of: ClassVar[RatioOf] = "nothing"
+
+    def find(self, setup: Setup, ratio: float, alike: Sequence[Passage], progress: Progress = ignore) -> Found:
+        return {"policy": DensePolicy().to_dict()}
+
+
+class RandomSkip:
+    """Each FFN outside the first and the last layer is skipped with the same probability.
+
+    A policy draws by token and layer, alike for all rows; every batch has a seed of its own, so that the result does
+    not hang on one draw.
+    """
+
+    name: ClassVar[str] = "random"
+    source: ClassVar[str] = "random FFN skip, a baseline of FFN-SkipLLM (arXiv 2404.03865)"
+    ratio_of: ClassVar[RatioOf] = "FFN executions"
+
+    def find(self, setup: Setup, ratio: float, alike: Sequence[Passage], progress: Progress = ignore) -> Found:
+        past_warmup = Lengths.of(alike).share_past(ratio, setup.warmup_tokens)
+        policy = RandomPolicy(past_warmup, seed=setup.seed, warmup_tokens=setup.warmup_tokens)
+        policy.plan(setup.engine.config.num_hidden_layers)  # refuses what it cannot reach
+        return {"policy": policy.to_dict()}
+
+    def build(self, setup: Setup, found: Found) -> Method:
+        first = found["policy"]
+        return EngineMethod(setup.engine, lambda batch: policy_from_dict(first | {"seed": first["seed"] + batch}))
+
+
+class FixedSkip(PolicyKind):
+    """The same FFNs for every token: those of the highest mean similarity on the calibration text."""
+
+    name: ClassVar[str] = "fixed"
+    source: ClassVar[str] = "non-adaptive FFN skip, a baseline of FFN-SkipLLM (arXiv 2404.03865)"
+    ratio_of: ClassVar[RatioOf] = "FFN executions"
+
+    def find(self, setup: Setup, ratio: float, alike: Sequence[Passage], progress: Progress = ignore) -> Found:
+        layers = setup.engine.config.num_hidden_layers
+        count = round_half_up(Lengths.of(alike).share_past(ratio, setup.warmup_tokens) * layers)
+        similarities = setup.remember("mean similarity", lambda: _mean_similarity(setup))
+        chosen = sorted(range(layers), key=lambda layer: -similarities[layer])[:count]
+        policy = FixedPolicy(tuple(chosen), warmup_tokens=setup.warmup_tokens)
+        return {"policy": policy.to_dict()}
+
+
+def _mean_similarity(setup: Setup) -> list[float]:
+    similarities = np.concatenate(list(dense_similarities(setup.engine, setup.text_passages)))
+    return [round(value, 6) for value in similarities.mean(axis=0).tolist()]
+
+
+def round_half_up(value: float) -> int:
+    return int(value + 0.5)

@@ -1,0 +1,160 @@
+"""LayerDecoder: a decoder in which every token may leave out whole layers. The reference path of the baselines.
+
+A rule says layer by layer which tokens run. A token that does not run a layer passes it unchanged, and the layer's keys
+and values are computed from what passes: the state of the last layer that ran is propagated, as in CALM (Schuster et
+al. 2022) and the depth-adaptive transformer (Elbayad et al. 2020), so later tokens find an entry in every layer.
+
+Decisions are taken layer by layer, never from one token to the next, so any number of tokens is read at once.
+Activations are fp32 and keys and values are rounded to the model's dtype, as in the decode program.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from skipkernels.model.config import ModelConfig
+from skipkernels.model.weights import LayerWeights, ModelWeights
+from skipkernels.program.reference import apply_rope, rms_norm
+
+_CHUNK = 512  # tokens read at a time: bounds the memory of attention
+
+
+class LayerRule(Protocol):
+    """Which tokens run which layers."""
+
+    def runs(self, layer: int, hidden: torch.Tensor, ran: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Whether each token runs ``layer``.
+
+        Args:
+            hidden: f32 [tokens, hidden], the residual stream in front of the layer.
+            ran: bool [tokens], whether the token ran the layer before; True at layer 0.
+            step: i64 [tokens], index of the generated token that a position yields. The prompt's last position has 0,
+                those before it are negative.
+
+        Returns:
+            bool [tokens].
+        """
+        ...
+
+
+class EveryLayer:
+    """The full model."""
+
+    def runs(self, layer: int, hidden: torch.Tensor, ran: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(ran)
+
+
+class LayerDecoder:
+    """One sequence at a time. Holds an fp32 copy of the weights, unless they are fp32 themselves."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, max_seq_len: int) -> None:
+        self.config = config
+        self.dtype = weights.dtype
+        self._device = weights.embed_tokens.device
+        self.max_seq_len = max_seq_len
+        self._embed_tokens = weights.embed_tokens
+        self._layers = [_in_fp32(layer) for layer in weights.layers]
+        self._norm, self._lm_head = weights.norm, weights.lm_head.float()
+        self._rope_cos, self._rope_sin = weights.rope_cos, weights.rope_sin
+        shape = (config.num_hidden_layers, config.num_key_value_heads, max_seq_len, config.head_dim)
+        self._k_cache = torch.zeros(shape, dtype=weights.dtype, device=self._device)
+        self._v_cache = torch.zeros_like(self._k_cache)
+        self._length = 0
+
+    def begin(self) -> None:
+        """Forgets all tokens."""
+        self._length = 0
+
+    @torch.inference_mode()
+    def read(self, tokens: torch.Tensor, rule: LayerRule, first_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads tokens after those read before.
+
+        Args:
+            tokens: i64 [tokens], at least one.
+            first_step: the ``step`` of the first of them, see ``LayerRule``.
+
+        Returns:
+            The residual stream after the last layer, f32 [tokens, hidden], and which layers ran, bool [tokens, layers].
+        """
+        parts = []
+        for chunk in tokens.to(self._device).split(_CHUNK):
+            steps = first_step + torch.arange(len(chunk), device=self._device)
+            parts.append(self._read_chunk(chunk, rule, steps))
+            self._length += len(chunk)
+            first_step += len(chunk)
+        hidden, ran = zip(*parts, strict=True)
+        return torch.cat(hidden), torch.cat(ran)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm and lm_head of hidden [tokens, hidden]: f32 [tokens, vocab]."""
+        return F.linear(rms_norm(hidden, self._norm, self.config.rms_norm_eps), self._lm_head)
+
+    def _read_chunk(
+        self, tokens: torch.Tensor, rule: LayerRule, steps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self._embed_tokens[tokens].float()
+        ran = torch.ones_like(tokens, dtype=torch.bool)
+        maps = []
+        for index, layer in enumerate(self._layers):
+            ran = rule.runs(index, hidden, ran, steps)
+            maps.append(ran)
+            query = self._project(index, layer, hidden)
+            if ran.any():
+                after = hidden + self._attend(index, layer, query)
+                after = after + self._ffn(layer, after)
+                hidden = torch.where(ran[:, None], after, hidden)
+        return hidden, torch.stack(maps, dim=1)
+
+    def _project(self, index: int, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
+        """Appends keys and values of hidden [tokens, hidden]; returns the queries [heads, tokens, head_dim]."""
+        c, start, end = self.config, self._length, self._length + len(hidden)
+        heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
+        x = rms_norm(hidden, layer.input_layernorm, c.rms_norm_eps)
+        qkv = F.linear(x, layer.qkv_proj, layer.qkv_bias)
+        qkv = qkv.view(len(hidden), heads + 2 * kv_heads, c.head_dim).transpose(0, 1)
+        query, key, value = qkv.split([heads, kv_heads, kv_heads])
+        if layer.q_norm is not None and layer.k_norm is not None:
+            query = rms_norm(query, layer.q_norm, c.rms_norm_eps)
+            key = rms_norm(key, layer.k_norm, c.rms_norm_eps)
+        cos, sin = self._rope_cos[start:end], self._rope_sin[start:end]
+        self._k_cache[index, :, start:end] = apply_rope(key, cos, sin)
+        self._v_cache[index, :, start:end] = value
+        return apply_rope(query, cos, sin)
+
+    def _attend(self, index: int, layer: LayerWeights, query: torch.Tensor) -> torch.Tensor:
+        """The attention branch [tokens, hidden] of the newest tokens, without the residual."""
+        tokens, start = query.shape[1], self._length
+        window = self.config.sliding_windows[index]
+        begin = max(0, start + 1 - window) if window else 0
+        positions = torch.arange(begin, start + tokens, device=self._device)
+        offsets = positions[-tokens:, None] - positions
+        mask = (offsets >= 0) & (offsets < window) if window else offsets >= 0
+        attended = F.scaled_dot_product_attention(
+            query[None],
+            self._k_cache[None, index, :, begin : start + tokens].float(),
+            self._v_cache[None, index, :, begin : start + tokens].float(),
+            attn_mask=mask,
+            enable_gqa=True,
+        )
+        return F.linear(attended[0].transpose(0, 1).reshape(tokens, -1), layer.o_proj, layer.o_proj_bias)
+
+    def _ffn(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
+        """The FFN branch [tokens, hidden], without the residual."""
+        x = rms_norm(hidden, layer.post_attention_layernorm, self.config.rms_norm_eps)
+        gate, up = F.linear(x, layer.gate_up_proj).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, layer.down_proj)
+
+
+def _in_fp32(layer: LayerWeights) -> LayerWeights:
+    return replace(
+        layer,
+        qkv_proj=layer.qkv_proj.float(),
+        o_proj=layer.o_proj.float(),
+        gate_up_proj=layer.gate_up_proj.float(),
+        down_proj=layer.down_proj.float(),
+    )

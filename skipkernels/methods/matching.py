@@ -1,0 +1,39 @@
+"""Matching: the setting of a method at which it leaves out the wanted share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from skipkernels.methods.method import Progress, Reading
+from skipkernels.methods.work import Work
+
+CLOSE_ENOUGH = 0.003
+_RUNS = 16
+
+
+def match(
+    measure: Callable[[float], float], wanted: float, low: float, high: float, progress: Progress
+) -> tuple[float, float]:
+    """Bisects between two settings for the one whose measured ratio is closest to ``wanted``.
+
+    Args:
+        measure: the ratio at a setting; it falls as the setting grows.
+        low, high: settings that leave out too much and too little.
+
+    Returns:
+        The setting, and its measured ratio.
+    """
+    measured: dict[float, float] = {}
+    for run in range(_RUNS):
+        setting = (low + high) / 2
+        measured[setting] = measure(setting)
+        progress(f"matching the ratio: {measured[setting]:.1%}", (run + 1) / _RUNS)
+        if abs(measured[setting] - wanted) <= CLOSE_ENOUGH:
+            break
+        low, high = (setting, high) if measured[setting] > wanted else (low, setting)
+    return min(measured.items(), key=lambda entry: abs(entry[1] - wanted))
+
+
+def skip_ratio(readings: Iterable[Reading]) -> float:
+    """Of all readings together."""
+    return sum((reading.work for reading in readings), Work()).ffn_skip_ratio

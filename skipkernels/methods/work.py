@@ -1,0 +1,65 @@
+"""Work: what decoding some tokens took and left out, in terms that hold for every method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from skipkernels.model.config import ModelConfig
+
+SkipMap = npt.NDArray[np.bool_]
+"""[tokens, layers], True where something was left out."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counts over generated tokens; the counts of several generations add up.
+
+    Layer bytes are those of the layers' matrices: embeddings, norms and lm_head are the same for every method, except
+    that early exit reads lm_head once for every layer it tests, which is not counted here.
+    """
+
+    tokens: int = 0
+    ffns: int = 0
+    ffns_skipped: int = 0
+    layer_bytes: int = 0
+    layer_bytes_skipped: int = 0
+
+    @classmethod
+    def of_ffns(cls, config: ModelConfig, dtype: torch.dtype, skipped: SkipMap) -> Work:
+        """Of a method that skips FFNs only."""
+        return cls._of(config, dtype, skipped, config.ffn_bytes(dtype))
+
+    @classmethod
+    def of_layers(cls, config: ModelConfig, dtype: torch.dtype, skipped: SkipMap, *, fills_cache: bool) -> Work:
+        """Of a method that skips whole layers; with ``fills_cache`` it reads their key and value projections."""
+        kv_bytes = 2 * config.num_key_value_heads * config.head_dim * config.hidden_size * dtype.itemsize
+        layer = config.attention_bytes(dtype) + config.ffn_bytes(dtype)
+        return cls._of(config, dtype, skipped, layer - kv_bytes * fills_cache)
+
+    @classmethod
+    def _of(cls, config: ModelConfig, dtype: torch.dtype, skipped: SkipMap, bytes_each: int) -> Work:
+        count = int(skipped.sum())
+        return cls(
+            tokens=len(skipped),
+            ffns=skipped.size,
+            ffns_skipped=count,
+            layer_bytes=skipped.size * (config.attention_bytes(dtype) + config.ffn_bytes(dtype)),
+            layer_bytes_skipped=count * bytes_each,
+        )
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(Work)))
+
+    @property
+    def ffn_skip_ratio(self) -> float:
+        """Skipped FFN executions over layers x tokens; a layer that is skipped skips its FFN."""
+        return self.ffns_skipped / self.ffns if self.ffns else 0.0
+
+    @property
+    def layer_bytes_saved(self) -> float:
+        """Share of the layers' weight bytes that were not read."""
+        return self.layer_bytes_skipped / self.layer_bytes if self.layer_bytes else 0.0

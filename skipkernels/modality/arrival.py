@@ -1,0 +1,15 @@
+"""Arrival: a job of a load that is replayed or simulated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from skipkernels.modality.job import Job
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A job, and when it comes."""
+
+    at_ms: float
+    job: Job

@@ -1,0 +1,29 @@
+"""Where a batch runs: the one thing a device, a process or a remote replica has to offer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from skipkernels.modality.strategy import Inputs, Strategy
+
+
+class Executor(Protocol):
+    """Runs one batch at a time; a batch that has started is never interrupted."""
+
+    async def run(self, batch: Sequence[Inputs], strategy: Strategy) -> Sequence[Any]:
+        """One output per request, in order.
+
+        Raises:
+            WorkerLost: the device, process or machine is gone; ``recover`` is called before the next batch.
+            Exception: the model failed on this batch; the executor itself can go on.
+        """
+        ...
+
+    async def recover(self) -> None:
+        """After ``WorkerLost``: returns once batches can run again. Whatever it raises retires this executor."""
+        ...
+
+    async def close(self) -> None:
+        """Frees what it holds; no batch is running."""
+        ...

@@ -1,0 +1,99 @@
+"""What comes in and what goes out: requests, jobs, answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from skipkernels.modality.errors import JobError
+from skipkernels.modality.strategy import Inputs, Strategy
+
+
+@dataclass(frozen=True)
+class Request:
+    """One input of a model.
+
+    Args:
+        inputs: data by modality name. A request may lack modalities; then only strategies without them are open to it.
+        work: its cost as a multiple of the profiled requests' cost, for models whose requests differ in length. A
+            batch takes as long as its largest request makes it.
+    """
+
+    inputs: Inputs = field(repr=False)
+    work: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise JobError("a request holds no modality; give at least one")
+        if not (_is_number(self.work) and 0.0 < self.work < math.inf):
+            raise JobError(f"work must be a positive multiple of a profiled request's, got {self.work!r}")
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        return frozenset(self.inputs)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Requests with one deadline and one accuracy requirement.
+
+    Args:
+        requests: at least one, all of the same modalities.
+        deadline_ms: from arrival to the completion of the last request; infinity: none, and served when all jobs that
+            have one leave room.
+        min_accuracy: the least mean over the job's requests of what their strategies promise, in [0, 1]. A promise is
+            a lower confidence bound on the model's mean score over inputs like the validation set's. It is a guarantee
+            on the average, not for each request.
+    """
+
+    requests: Sequence[Request]
+    deadline_ms: float = math.inf
+    min_accuracy: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "requests", tuple(self.requests))
+        if not self.requests:
+            raise JobError("a job needs at least one request, got none")
+        if len({request.modalities for request in self.requests}) > 1:
+            raise JobError("the requests of a job must hold the same modalities; make one job for each kind")
+        if not (_is_number(self.deadline_ms) and self.deadline_ms > 0.0):  # NaN fails too
+            raise JobError(f"deadline_ms must be a positive number of milliseconds, got {self.deadline_ms!r}")
+        if not (_is_number(self.min_accuracy) and 0.0 <= self.min_accuracy <= 1.0):
+            raise JobError(f"min_accuracy must lie in [0, 1], got {self.min_accuracy!r}")
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        return self.requests[0].modalities
+
+    def check_modalities(self, known: Collection[str]) -> None:
+        """Raises JobError when a request holds a modality that is not ``known``."""
+        unknown = sorted(self.modalities - set(known))
+        if unknown:
+            raise JobError(f"unknown modality {unknown[0]!r}; this model takes {', '.join(sorted(known))}")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one request."""
+
+    output: Any = field(repr=False)
+    strategy: Strategy
+    time_ms: float  # from the job's arrival to the end of this request's batch
+    promised_accuracy: float  # of the strategy
+    retried: bool  # its first worker was lost or failed
+
+
+@dataclass(frozen=True)
+class JobAnswer:
+    """The answers to a job, in the order of its requests."""
+
+    answers: tuple[Answer, ...]
+    time_ms: float  # from arrival to the end of the last batch
+    promised_accuracy: float  # mean over the requests, at least the job's min_accuracy
+    deadline_met: bool
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,86 @@
+"""How long a batch will take: the profile's times, corrected by what batches really took."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import accumulate
+
+from skipkernels.modality.profile import Profile
+
+_OWN_STEP = 0.2  # of the way to a new measurement; five batches forget most of what was
+_OTHERS_STEP = 0.05  # a device that slows down slows every strategy, also those that have not run since
+_BATCH_WASTE = 0.05  # time per request that a smaller batch may cost
+
+
+class LatencyModel:
+    """Expected batch times by strategy, which is a position in ``profile.strategies``, and batch size.
+
+    Each strategy has a correction factor. It is averaged as a logarithm, so that one batch that took a hundred times
+    too long weighs as much as two that took ten times. Strategies without news drift towards what the others show:
+    else one slow batch could keep a strategy from ever being tried again.
+
+    Args:
+        memory_bytes: the most that a batch may take above the resident model; None: all that was profiled is allowed.
+
+    Raises:
+        ProfileError: some strategy does not fit ``memory_bytes`` with one request.
+    """
+
+    def __init__(self, profile: Profile, memory_bytes: float | None = None) -> None:
+        self._medians: list[list[float]] = []  # [strategy][batch size], entry 0 unused
+        self._spreads: list[list[float]] = []  # 95th percentile above the median
+        for entry in profile.strategies:
+            sizes = range(1, entry.largest_batch(memory_bytes) + 1)
+            # a batch that measured faster than a smaller one did so by chance
+            self._medians.append([0.0, *accumulate((entry.median_ms(size) for size in sizes), max)])
+            self._spreads.append([0.0, *(entry.p95_ms(size) - entry.median_ms(size) for size in sizes)])
+        self.batch_limits = [_efficient_batch(medians) for medians in self._medians]
+        self.largest_batches = [len(medians) - 1 for medians in self._medians]
+        self._log_factors = [0.0] * len(profile.strategies)
+        self._correct()
+
+    def _correct(self) -> None:
+        factors = [math.exp(log_factor) for log_factor in self._log_factors]
+        self.batch_ms = [[ms * by for ms in row] for row, by in zip(self._medians, factors, strict=True)]
+        self.spread_ms = [[ms * by for ms in row] for row, by in zip(self._spreads, factors, strict=True)]
+
+    @property
+    def factors(self) -> list[float]:
+        """Measured over profiled time, by strategy."""
+        return [math.exp(log_factor) for log_factor in self._log_factors]
+
+    def observe(self, strategy: int, batch_size: int, work: float, measured_ms: float) -> None:
+        """Takes in what a batch took, from its start to its answers."""
+        profiled_ms = self._medians[strategy][batch_size] * work
+        seen = math.log(max(measured_ms, 1e-3) / profiled_ms)
+        for other, log_factor in enumerate(self._log_factors):
+            step = _OWN_STEP if other == strategy else _OTHERS_STEP
+            self._log_factors[other] = log_factor + step * (seen - log_factor)
+        self._correct()
+
+    def alone_ms(self, split: Mapping[int, int]) -> float:
+        """Of a job's requests by strategy, in batches of its own, each as large as it may be."""
+        total_ms = 0.0
+        for strategy, count in split.items():
+            times = self.batch_ms[strategy]
+            batches, rest = divmod(count, len(times) - 1)
+            total_ms += batches * times[-1] + times[rest]
+        return total_ms
+
+    def request_ms(self, requests: int) -> list[float]:
+        """Time per request by strategy, when ``requests`` (at least one) wait and share batches."""
+        return [
+            row[min(limit, requests)] / min(limit, requests)
+            for row, limit in zip(self.batch_ms, self.batch_limits, strict=True)
+        ]
+
+
+def _efficient_batch(medians: list[float]) -> int:
+    """The smallest batch whose time per request is near the best one's.
+
+    A batch is not interrupted: a larger one would keep urgent requests waiting and bring next to nothing.
+    """
+    per_request = [ms / size for size, ms in enumerate(medians) if size]
+    near_best = (1 + _BATCH_WASTE) * min(per_request)
+    return 1 + next(index for index, ms in enumerate(per_request) if ms <= near_best)

@@ -1,0 +1,165 @@
+"""The decision: strategies for everything that waits, checked by laying it out in batches; the first one can start.
+
+1. Everyone gets the most accurate strategy, if all are in time with that.
+2. Else the policy chooses, and its choice is laid out. What the plan is over is taken off the budgets, and the policy
+   chooses again: how long a job takes depends on the batches it shares, which only the plan shows.
+3. If someone would still be late, everyone takes the cheapest split: no job is late for another one's accuracy. Those
+   that are late all the same go behind the others, as few as possible, and before those without a deadline.
+
+In 1 and 2, in time means with room for the jobs to come that have earlier deadlines. And batches are kept short, since
+whoever comes has to wait for the one that runs; they are not when jobs would be late by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from skipkernels.modality.demand import Demand, without_hope
+from skipkernels.modality.forecast import Forecast
+from skipkernels.modality.latency import LatencyModel
+from skipkernels.modality.menu import cost_ms
+from skipkernels.modality.optimiser import Split
+from skipkernels.modality.plan import Limits, Plan, lay_out
+from skipkernels.modality.policies import SelectionPolicy
+
+_ROUNDS = 3  # of choosing in step 2, at most
+_ROUND_JOBS = 256  # in all rounds together: what can be decided in 2 ms
+
+
+class Planner:
+    """Decides for a scheduler.
+
+    Args:
+        promised: accuracy by strategy.
+    """
+
+    def __init__(
+        self, policy: SelectionPolicy, latency: LatencyModel, promised: Sequence[float], forecast: Forecast
+    ) -> None:
+        self._policy = policy
+        self._latency = latency
+        self._promised = promised
+        self._forecast = forecast
+
+    def decide(
+        self, demands: Sequence[Demand], late: Sequence[Demand], free_ms: Sequence[float], now_ms: float
+    ) -> tuple[Plan, list[int]]:
+        """
+        Args:
+            demands: in order of their deadlines.
+            late: jobs whose deadline is lost; they are served when there is room.
+            free_ms: when each worker is free; now for the one that gets the batch.
+
+        Returns:
+            The plan, whose positions count through ``demands`` and then ``late``, and positions of the demands that
+            have lost their deadline for good.
+        """
+        short = Limits(self._latency.batch_limits, self._forecast.patience_ms)
+        everyone = [*demands, *late]
+        least = [self._policy.least(demand) for demand in everyone]
+        if not late:
+            plan = self._comfortable(demands, least, free_ms, now_ms, short)
+            if plan:
+                return plan, []
+        for demand in demands:
+            demand.budget_ms = _time_ms(demand.deadline_ms, free_ms)
+        given_up = without_hope([demand.budget_ms for demand in demands], _costs(demands, least, self._prices(demands)))
+        in_time = [position for position in range(len(demands)) if position not in given_up]
+        hurried = sum(demands[position].deadline_ms < math.inf for position in in_time)
+        order = [*in_time[:hurried], *sorted(given_up), *range(len(demands), len(everyone)), *in_time[hurried:]]
+        plan = lay_out(everyone, least, order, free_ms, self._latency, short)
+        if _missed(plan, demands):
+            large = lay_out(everyone, least, order, free_ms, self._latency, Limits(self._latency.largest_batches))
+            plan = min(plan, large, key=lambda plan: _missed(plan, demands))
+        lost = []
+        for position in given_up:
+            at_once_ms = self._latency.alone_ms(least[position]) * demands[position].work / len(free_ms)
+            if now_ms + at_once_ms > demands[position].deadline_ms:
+                lost.append(position)
+        return plan, lost
+
+    def late_ms(self, demands: Sequence[Demand], free_ms: Sequence[float]) -> dict[int, float]:
+        """Positions of the jobs that would be late with the cheapest split for everyone, and by how much."""
+        if not demands:
+            return {}
+        least = [self._policy.least(demand) for demand in demands]
+        positions = range(len(demands))
+        plans = [
+            lay_out(demands, least, positions, free_ms, self._latency, Limits(sizes))
+            for sizes in (self._latency.batch_limits, self._latency.largest_batches)
+        ]
+        best = min(plans, key=lambda plan: _missed(plan, demands))
+        return {
+            position: end_ms - demand.deadline_ms
+            for position, (end_ms, demand) in enumerate(zip(best.end_ms, demands, strict=True))
+            if end_ms > demand.deadline_ms
+        }
+
+    def _comfortable(
+        self,
+        demands: Sequence[Demand],
+        least: Sequence[Split],
+        free_ms: Sequence[float],
+        now_ms: float,
+        limits: Limits,
+    ) -> Plan | None:
+        """Steps 1 and 2: a plan with which everyone is in time and jobs to come find room."""
+        for demand in demands:
+            taken_ms = self._forecast.taken_ms(now_ms, demand.deadline_ms)
+            demand.due_ms = demand.deadline_ms - taken_ms / len(free_ms)
+            demand.budget_ms = _time_ms(demand.due_ms, free_ms)
+        prices = self._prices(demands)
+        most = [self._policy.most(demand) for demand in demands]
+        if _fits(demands, most, prices):
+            plan = lay_out(demands, most, range(len(demands)), free_ms, self._latency, limits)
+            if not _over(plan, demands):
+                return plan
+        if not _fits(demands, least, prices):
+            return None
+        for _ in range(max(1, min(_ROUNDS, _ROUND_JOBS // len(demands)))):
+            splits = self._policy.select(demands, prices, self._promised)
+            plan = lay_out(demands, splits, range(len(demands)), free_ms, self._latency, limits)
+            over = _over(plan, demands)
+            if not over:
+                return plan
+            for position, ms in over:
+                demands[position].budget_ms -= ms
+        return None
+
+    def _prices(self, demands: Sequence[Demand]) -> list[float]:
+        return self._latency.request_ms(max(1, sum(demand.requests for demand in demands)))
+
+
+def _time_ms(until_ms: float, free_ms: Sequence[float]) -> float:
+    """What all workers together can run until then."""
+    if len(free_ms) == 1:
+        return until_ms - free_ms[0]
+    return sum(max(0.0, until_ms - free) for free in free_ms)
+
+
+def _costs(demands: Sequence[Demand], splits: Sequence[Split], prices: Sequence[float]) -> list[float]:
+    return [cost_ms(split, prices) * demand.work for split, demand in zip(splits, demands, strict=False)]
+
+
+def _fits(demands: Sequence[Demand], splits: Sequence[Split], prices: Sequence[float]) -> bool:
+    """Whether each job and all before it fit their budget."""
+    used_ms = 0.0
+    for cost, demand in zip(_costs(demands, splits, prices), demands, strict=True):
+        used_ms += cost
+        if used_ms > demand.budget_ms:
+            return False
+    return True
+
+
+def _missed(plan: Plan, demands: Sequence[Demand]) -> int:
+    return sum(end_ms > demand.deadline_ms for end_ms, demand in zip(plan.end_ms, demands, strict=False))
+
+
+def _over(plan: Plan, demands: Sequence[Demand]) -> list[tuple[int, float]]:
+    """Positions of the jobs that are not in time, and by how much."""
+    return [
+        (position, end_ms - demand.due_ms)
+        for position, (end_ms, demand) in enumerate(zip(plan.end_ms, demands, strict=True))
+        if end_ms > demand.due_ms
+    ]

@@ -1,0 +1,213 @@
+"""What each strategy costs and achieves: measured once for a model on a device, pure data from then on."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from skipkernels.modality.errors import JobError, ProfileError, StrategyError
+from skipkernels.modality.strategy import ModalityModel, Strategy
+
+_Z = 1.6448536269514722  # the standard normal's 95th percentile: promises are one-sided 95 % bounds
+
+
+def wilson_lower_bound(score_sum: float, samples: int) -> float:
+    """One-sided 95 % lower confidence bound of a mean score in [0, 1] (Wilson, JASA 1927).
+
+    Meant for scores of 0 and 1; for shares in between it is on the safe side, because no score in [0, 1] varies more
+    than a coin of the same mean.
+    """
+    mean = score_sum / samples
+    centre = mean + _Z**2 / (2 * samples)
+    spread = _Z * math.sqrt(mean * (1 - mean) / samples + _Z**2 / (4 * samples**2))
+    return max(0.0, (centre - spread) / (1 + _Z**2 / samples))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One strategy at one batch size."""
+
+    batch_size: int
+    median_ms: float
+    p95_ms: float
+    peak_memory_bytes: int | None = None  # above the resident model; None: not measured
+
+
+@dataclass(frozen=True)
+class StrategyProfile:
+    """One strategy: its timings by batch size, and its score over the validation set.
+
+    Batch sizes between two profiled ones are interpolated linearly; there is nothing beyond the largest.
+    """
+
+    strategy: Strategy
+    timings: tuple[Timing, ...]
+    score_sum: float
+    samples: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "timings", tuple(sorted(self.timings, key=lambda timing: timing.batch_size)))
+        name = self.strategy.name
+        sizes = [timing.batch_size for timing in self.timings]
+        if not sizes or sizes[0] != 1 or len(set(sizes)) < len(sizes):
+            raise ProfileError(f"{name}: profiled batch sizes must be distinct and start at 1, got {sizes}")
+        for timing in self.timings:
+            if not 0.0 < timing.median_ms <= timing.p95_ms < math.inf:
+                raise ProfileError(
+                    f"{name}, batch {timing.batch_size}: expected 0 < median_ms <= p95_ms, "
+                    f"got {timing.median_ms} and {timing.p95_ms}"
+                )
+        if self.samples < 1 or not 0.0 <= self.score_sum <= self.samples:
+            raise ProfileError(
+                f"{name}: a score of {self.score_sum} over {self.samples} samples is not a mean in [0, 1]"
+            )
+
+    @cached_property
+    def promised_accuracy(self) -> float:
+        return wilson_lower_bound(self.score_sum, self.samples)
+
+    @property
+    def accuracy(self) -> float:
+        """The mean score itself: what to expect, not what to promise."""
+        return self.score_sum / self.samples
+
+    @property
+    def max_batch_size(self) -> int:
+        return self.timings[-1].batch_size
+
+    def median_ms(self, batch_size: int) -> float:
+        return self._interpolate(batch_size, [timing.median_ms for timing in self.timings])
+
+    def p95_ms(self, batch_size: int) -> float:
+        return self._interpolate(batch_size, [timing.p95_ms for timing in self.timings])
+
+    def peak_memory_bytes(self, batch_size: int) -> float:
+        """Raises ProfileError when memory was not measured."""
+        peaks = [timing.peak_memory_bytes for timing in self.timings]
+        if any(peak is None for peak in peaks):
+            raise ProfileError(f"{self.strategy}: the profile holds no memory measurements; profile again with memory")
+        return self._interpolate(batch_size, [float(peak or 0) for peak in peaks])
+
+    def largest_batch(self, memory_bytes: float | None) -> int:
+        """The largest profiled-or-interpolated batch size whose peak stays within ``memory_bytes`` (None: no limit).
+
+        Raises:
+            ProfileError: not even one request does.
+        """
+        if memory_bytes is None:
+            return self.max_batch_size
+        fitting = 0
+        while fitting < self.max_batch_size and self.peak_memory_bytes(fitting + 1) <= memory_bytes:
+            fitting += 1
+        if fitting == 0:
+            raise ProfileError(
+                f"{self.strategy} takes {self.peak_memory_bytes(1):,.0f} bytes for one request, more than the memory "
+                f"budget of {memory_bytes:,.0f}"
+            )
+        return fitting
+
+    def _interpolate(self, batch_size: int, values: list[float]) -> float:
+        sizes = [timing.batch_size for timing in self.timings]
+        if not 1 <= batch_size <= sizes[-1]:
+            raise ProfileError(f"{self.strategy}: batch size {batch_size} is outside the profiled 1..{sizes[-1]}")
+        upper = bisect_left(sizes, batch_size)
+        if sizes[upper] == batch_size:
+            return values[upper]
+        share = (batch_size - sizes[upper - 1]) / (sizes[upper] - sizes[upper - 1])
+        return values[upper - 1] + share * (values[upper] - values[upper - 1])
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Every strategy of one model on one device.
+
+    Args:
+        model, fingerprint, device, dtype: of the ``ModalityModel`` it was made on.
+        strategies: one entry for each profiled strategy.
+        source: how the figures came about: ``measured``, or what they were made from.
+    """
+
+    model: str
+    fingerprint: str
+    device: str
+    dtype: str
+    strategies: tuple[StrategyProfile, ...]
+    source: str = "measured"
+
+    def __post_init__(self) -> None:
+        names = [entry.strategy.name for entry in self.strategies]
+        if not names or len(set(names)) < len(names):
+            raise ProfileError(f"a profile holds at least one strategy, each once; got {names}")
+
+    @cached_property
+    def modalities(self) -> frozenset[str]:
+        """Every modality that some strategy keeps."""
+        return frozenset(modality for entry in self.strategies for modality in entry.strategy.modalities)
+
+    def __getitem__(self, strategy: Strategy) -> StrategyProfile:
+        for entry in self.strategies:
+            if entry.strategy == strategy:
+                return entry
+        known = ", ".join(entry.strategy.name for entry in self.strategies)
+        raise StrategyError(f"{strategy} is not in the profile; it holds {known}")
+
+    def check(self, model: ModalityModel) -> None:
+        """Raises ProfileError when this is another model's profile, or another device's or dtype's."""
+        for what in ("fingerprint", "device", "dtype"):
+            ours, theirs = getattr(self, what), getattr(model, what)
+            if ours != theirs:
+                raise ProfileError(f"the profile is for {what} {ours}, this model's is {theirs}; profile this model")
+        missing = [entry.strategy.name for entry in self.strategies if entry.strategy not in model.strategies]
+        if missing:
+            raise ProfileError(f"the profile holds {missing[0]}, which {model.name} does not offer; profile this model")
+
+    def usable(self, modalities: Collection[str]) -> list[StrategyProfile]:
+        """The strategies that run on requests of these ``modalities``, dominated ones included.
+
+        Raises:
+            JobError: none does.
+        """
+        entries = [entry for entry in self.strategies if set(entry.strategy.modalities) <= set(modalities)]
+        if not entries:
+            known = ", ".join(sorted({"+".join(entry.strategy.modalities) for entry in self.strategies}))
+            raise JobError(f"nothing runs on {'+'.join(sorted(modalities))} alone; this model takes {known}")
+        return entries
+
+    def full(self, modalities: Collection[str]) -> StrategyProfile:
+        """The strategy that leaves out least: most modalities, then the lowest skip level."""
+        return min(
+            self.usable(modalities), key=lambda entry: (-len(entry.strategy.modalities), entry.strategy.skip_level)
+        )
+
+    def frontier(self, modalities: Collection[str]) -> list[StrategyProfile]:
+        """The usable strategies that no other one dominates, most accurate first."""
+        return prune_dominated(self.usable(modalities))
+
+
+def prune_dominated(entries: Iterable[StrategyProfile]) -> list[StrategyProfile]:
+    """Drops every strategy for which another promises as much and costs no more, in time and memory, at any batch size
+    both offer. Most accurate first."""
+    kept: list[StrategyProfile] = []
+    # whatever dominates an entry comes before it in this order
+    for entry in sorted(entries, key=lambda entry: (-entry.promised_accuracy, _costs(entry))):
+        if not any(_costs_no_more(other, entry) for other in kept):
+            kept.append(entry)
+    return kept
+
+
+def _costs(entry: StrategyProfile) -> list[tuple[float, float]]:
+    return [(timing.median_ms, float(timing.peak_memory_bytes or 0)) for timing in entry.timings]
+
+
+def _costs_no_more(one: StrategyProfile, other: StrategyProfile) -> bool:
+    if one.max_batch_size < other.max_batch_size:
+        return False
+    measured = all(timing.peak_memory_bytes is not None for timing in one.timings + other.timings)
+    return all(
+        one.median_ms(size) <= other.median_ms(size)
+        and (not measured or one.peak_memory_bytes(size) <= other.peak_memory_bytes(size))
+        for size in range(1, other.max_batch_size + 1)
+    )

@@ -1,0 +1,172 @@
+"""The scheduler on real workers, in one event loop: jobs in, answers out, none lost."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from types import TracebackType
+
+from skipkernels.modality.clock import real_clock
+from skipkernels.modality.errors import JobFailed, ServiceClosed, WorkerLost
+from skipkernels.modality.executor import Executor
+from skipkernels.modality.job import Job, JobAnswer
+from skipkernels.modality.policies import SelectionPolicy
+from skipkernels.modality.profile import Profile
+from skipkernels.modality.scheduler import Admission, Scheduler
+from skipkernels.modality.ticket import Batch, Ticket
+
+
+class Runtime:
+    """Owns a scheduler and the executors it plans for; ``async with`` starts and closes it.
+
+    Every accepted job is answered or fails with a reason: a request whose batch failed runs once more, alone; a worker
+    that does not come back is planned without; and what remains when the last one is gone fails.
+
+    Args:
+        executors: one for each worker, all with the profile's model and device.
+        policy, memory_bytes, admission: as in ``Scheduler``.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        executors: Sequence[Executor],
+        policy: str | SelectionPolicy = "maximize",
+        *,
+        memory_bytes: float | None = None,
+        admission: Admission = "accuracy",
+    ) -> None:
+        self.scheduler = Scheduler(
+            profile,
+            real_clock,
+            policy,
+            workers=len(executors),
+            memory_bytes=memory_bytes,
+            admission=admission,
+        )
+        self._executors = executors
+        self._answers: dict[Ticket, asyncio.Future[JobAnswer]] = {}
+        self._news = asyncio.Event()  # something may have become ready to run
+        self._workers: list[asyncio.Task[None]] = []
+        self._closed: str | None = "it has not been started"
+
+    async def __aenter__(self) -> Runtime:
+        self._closed = None
+        self._workers = [
+            asyncio.create_task(self._work(number, executor)) for number, executor in enumerate(self._executors)
+        ]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def submit(self, job: Job) -> JobAnswer:
+        """Waits for a job's answer. Cancelling this call cancels the job.
+
+        Raises:
+            JobError: refused, see ``Scheduler.submit``.
+            ServiceClosed: after ``close`` began, or without workers.
+            JobFailed: accepted, but not answered.
+        """
+        if self._closed:
+            raise ServiceClosed(f"no jobs are taken: {self._closed}")
+        ticket = self.scheduler.submit(job)
+        answer = self._answers[ticket] = asyncio.get_running_loop().create_future()
+        self._news.set()
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if not ticket.done:
+                self.scheduler.cancel(ticket, "cancelled by the caller")
+            self._answers.pop(ticket, None)
+            raise
+
+    async def close(self, grace_s: float = math.inf) -> None:
+        """Takes no more jobs, and ends when every accepted one is answered or failed and the executors are closed.
+
+        Args:
+            grace_s: how long waiting jobs may still be started. Batches that run are always waited for.
+        """
+        self._closed = self._closed or "the service is shutting down"
+        self._news.set()
+        if self._workers:
+            await asyncio.wait(self._workers, timeout=None if grace_s == math.inf else grace_s)
+            for ticket in list(self._answers):
+                if self.scheduler.waits(ticket):
+                    self._fail(ticket, f"the service shut down, and its {grace_s:g} s of grace are over")
+            await asyncio.wait(self._workers)
+        self._fail_all("the service shut down, and no worker is left for it")
+        for executor in self._executors:
+            await executor.close()
+        for worker in self._workers:
+            worker.result()
+        self._workers = []
+
+    async def _work(self, number: int, executor: Executor) -> None:
+        try:
+            while await self._work_once(number, executor):
+                pass
+        except BaseException as error:
+            self._closed = f"the scheduler failed: {error!r}"
+            self._fail_all(self._closed)
+            raise
+
+    async def _work_once(self, number: int, executor: Executor) -> bool:
+        """Runs a batch or waits for one; False: this worker is done."""
+        self._news.clear()
+        batch = self.scheduler.next_batch(number)
+        if batch is None:
+            if self._closed:
+                return False
+            await self._news.wait()
+            return True
+        try:
+            outputs = await executor.run(batch.inputs, batch.strategy)
+            if len(outputs) != len(batch.members):
+                raise RuntimeError(f"{len(outputs)} outputs for {len(batch.members)} requests")
+        except WorkerLost as error:
+            self._retry(batch, f"its worker was lost, also on the second try: {error}")
+            return await self._recover(number, executor)
+        except Exception as error:
+            self._retry(batch, f"the model failed, also on it alone: {error!r}")
+            return True
+        for ticket in self.scheduler.finish(batch, outputs):
+            self._settle(ticket)
+        return True
+
+    def _retry(self, batch: Batch, reason: str) -> None:
+        for ticket in self.scheduler.fail(batch, reason):
+            self._settle(ticket)
+        self._news.set()  # other workers can take what is to be run again
+
+    async def _recover(self, number: int, executor: Executor) -> bool:
+        try:
+            await executor.recover()
+        except Exception as error:
+            self.scheduler.retire(number)
+            if not self.scheduler.workers:
+                self._closed = f"no worker is left; the last one did not come back: {error!r}"
+                self._fail_all(self._closed)
+            return False
+        return True
+
+    def _fail_all(self, reason: str) -> None:
+        for ticket in list(self._answers):
+            self._fail(ticket, reason)
+
+    def _fail(self, ticket: Ticket, reason: str) -> None:
+        self.scheduler.cancel(ticket, reason)
+        self._settle(ticket)
+
+    def _settle(self, ticket: Ticket) -> None:
+        """Hands a done ticket's answer to its caller."""
+        answer = self._answers.pop(ticket)
+        if answer.done():
+            return  # its caller is gone
+        if ticket.answer is not None:
+            answer.set_result(ticket.answer)
+        else:
+            answer.set_exception(JobFailed(f"job {ticket.number} failed: {ticket.failure}"))

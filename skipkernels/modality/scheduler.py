@@ -1,0 +1,257 @@
+"""Which requests run next, and with which strategy: pure logic, driven by whoever owns the clock and the workers.
+
+Workers do not interrupt batches. So a decision is taken when a worker is free, and settles one thing: which requests
+start on it now, and with which strategy. Whatever does not start then is planned to see whether it will be in time, and
+decided again when the next worker is free, with what has arrived and been learned by then. A free worker never waits
+for more requests to come.
+
+Jobs run in order of their deadlines, which count from arrival to completion, without tolerance. A job that cannot be in
+time at its cheapest split, or only at the cost of others, is served after all jobs that can. As long as it waits nobody
+gets more than the cheapest split, so that it is served at all.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, Literal
+
+from skipkernels.modality.clock import Clock
+from skipkernels.modality.counters import Counters
+from skipkernels.modality.errors import AccuracyUnreachable, DeadlineUnreachable, JobError
+from skipkernels.modality.forecast import Forecast
+from skipkernels.modality.job import Answer, Job, JobAnswer
+from skipkernels.modality.latency import LatencyModel
+from skipkernels.modality.menu import Menu
+from skipkernels.modality.optimiser import EPSILON
+from skipkernels.modality.planner import Planner
+from skipkernels.modality.policies import SelectionPolicy, get_policy
+from skipkernels.modality.profile import Profile
+from skipkernels.modality.ticket import Batch, Ticket
+
+Admission = Literal["accuracy", "deadline"]
+"""What a job is refused for on arrival: an accuracy that no strategy promises; also a deadline that cannot be met."""
+
+
+class Scheduler:
+    """One queue in front of workers that all hold the same model.
+
+    Args:
+        profile: of that model on these workers' device.
+        clock: see ``Clock``.
+        policy: ``full``, ``cheapest``, ``random`` or ``maximize``, or an object.
+        workers: how many; they are numbered from 0.
+        memory_bytes: what a batch may take on a worker above the resident model; None: what was profiled.
+        admission: see ``Admission``. Jobs that are accepted without a chance are answered late.
+
+    Raises:
+        ProfileError: ``memory_bytes`` is less than one request takes.
+        StrategyError: no such policy.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        clock: Clock,
+        policy: str | SelectionPolicy = "maximize",
+        *,
+        workers: int = 1,
+        memory_bytes: float | None = None,
+        admission: Admission = "accuracy",
+    ) -> None:
+        self.profile = profile
+        self.policy = get_policy(policy) if isinstance(policy, str) else policy
+        self.latency = LatencyModel(profile, memory_bytes)
+        self.counters = Counters()
+        self._clock = clock
+        self._admission = admission
+        self._promised = [entry.promised_accuracy for entry in profile.strategies]
+        self._forecast = Forecast()
+        self._planner = Planner(self.policy, self.latency, self._promised, self._forecast)
+        everything = profile.modalities
+        self._menus = {everything: Menu(profile, everything, self.latency)}  # others at their first request
+        self._queue: list[tuple[float, int, Ticket]] = []  # by deadline, then arrival
+        self._late: list[Ticket] = []  # those that have lost their deadline, in the order in which they did
+        self._retries: deque[tuple[Ticket, int, int]] = deque()  # ticket, position of the request, strategy
+        self._running: dict[int, Batch | None] = dict.fromkeys(range(workers))  # worker -> batch
+
+    @property
+    def workers(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting_requests(self) -> int:
+        waiting = chain((ticket for _, _, ticket in self._queue), self._late)
+        return sum(ticket.demand.requests for ticket in waiting) + len(self._retries)
+
+    def submit(self, job: Job) -> Ticket:
+        """Accepts a job.
+
+        Raises:
+            JobError: unknown modality, or nothing runs on the job's modalities.
+            AccuracyUnreachable: ``min_accuracy`` is above what can be promised.
+            DeadlineUnreachable: admission is by deadline, and accepting would make this or another job late.
+        """
+        try:
+            menu = self._menu(job)
+            if job.min_accuracy > menu.reachable + EPSILON:
+                raise AccuracyUnreachable(job.min_accuracy, menu.reachable)
+            ticket = Ticket(job, self.counters.accepted, self._clock(), menu)
+            place = bisect_left(self._queue, (ticket.demand.deadline_ms, ticket.number))
+            if self._admission == "deadline":
+                self._check_deadline(ticket, place)
+        except JobError:
+            self.counters.refused += 1
+            raise
+        self.counters.accepted += 1
+        self._queue.insert(place, (ticket.demand.deadline_ms, ticket.number, ticket))
+        least_ms = self.latency.alone_ms(self.policy.least(ticket.demand)) * ticket.demand.work
+        self._forecast.note(ticket.arrival_ms, job.deadline_ms, least_ms)
+        return ticket
+
+    def next_batch(self, worker: int) -> Batch | None:
+        """Starts a batch on a free worker; None: nothing waits."""
+        assert self._running[worker] is None, f"worker {worker} still runs a batch"
+        if self._retries:
+            ticket, position, strategy = self._retries.popleft()
+            expected_ms = self.latency.batch_ms[strategy][1] * ticket.job.requests[position].work
+            return self._start(worker, strategy, ((ticket, position),), expected_ms, retry=True)
+        tickets = [ticket for _, _, ticket in self._queue]
+        room = max(self.latency.largest_batches)  # late jobs beyond it cannot be in the next batch
+        for ticket in self._late:
+            if room <= 0:
+                break
+            tickets.append(ticket)
+            room -= ticket.demand.requests
+        if not tickets:
+            return None
+        demands = [ticket.demand for ticket in tickets]
+        waiting = len(self._queue)
+        plan, lost = self._planner.decide(demands[:waiting], demands[waiting:], self._free_ms(), self._clock())
+        for position in sorted(lost):
+            self._leave(tickets[position])
+            self._late.append(tickets[position])
+        members = tuple(
+            (tickets[place], position)
+            for place, count in plan.members
+            for position in tickets[place].take(count, self._promised[plan.strategy])
+        )
+        for place, _ in plan.members:
+            if not tickets[place].demand.requests:
+                self._leave(tickets[place])
+        return self._start(worker, plan.strategy, members, plan.expected_ms, retry=False)
+
+    def finish(self, batch: Batch, outputs: Sequence[Any]) -> list[Ticket]:
+        """Takes in a batch's outputs, one for each member in order; returns the tickets that are done by it."""
+        now_ms = self._clock()
+        self._running[batch.worker] = None
+        self.latency.observe(batch.index, len(batch.members), batch.work, now_ms - batch.started_ms)
+        done = []
+        for (ticket, position), output in zip(batch.members, outputs, strict=True):
+            if ticket.done:
+                continue  # failed while this ran
+            ticket.answers[position] = Answer(
+                output=output,
+                strategy=batch.strategy,
+                time_ms=now_ms - ticket.arrival_ms,
+                promised_accuracy=self._promised[batch.index],
+                retried=batch.retry,
+            )
+            self.counters.requests_by_strategy[batch.strategy.name] += 1
+            ticket.unanswered -= 1
+            if not ticket.unanswered:
+                ticket.answer = JobAnswer(
+                    answers=tuple(answer for answer in ticket.answers if answer is not None),
+                    time_ms=now_ms - ticket.arrival_ms,
+                    promised_accuracy=ticket.promised_sum / len(ticket.answers),
+                    deadline_met=now_ms <= ticket.demand.deadline_ms,
+                )
+                self.counters.answered += 1
+                self.counters.violations += not ticket.answer.deadline_met
+                done.append(ticket)
+        return done
+
+    def fail(self, batch: Batch, reason: str) -> list[Ticket]:
+        """A batch ended without outputs. Its requests run once more, each alone, so that one that breaks the model or
+        its worker takes no other down; returns the tickets that failed because it was their second time."""
+        self._running[batch.worker] = None
+        failed = []
+        for ticket, position in batch.members:
+            if ticket.done:
+                continue
+            if batch.retry:
+                self.cancel(ticket, reason)
+                failed.append(ticket)
+            else:
+                self._retries.append((ticket, position, batch.index))
+                self.counters.retried_requests += 1
+        return failed
+
+    def cancel(self, ticket: Ticket, reason: str) -> None:
+        """Fails a job; what of it runs ends without effect."""
+        assert not ticket.done, f"job {ticket.number} is done"
+        ticket.failure = reason
+        self.counters.failed += 1
+        if ticket.demand.requests:
+            self._leave(ticket)
+        self._retries = deque(retry for retry in self._retries if retry[0] is not ticket)
+
+    def waits(self, ticket: Ticket) -> bool:
+        """Whether some request of a ticket has yet to start, or to start again."""
+        return bool(ticket.demand.requests) or any(retry[0] is ticket for retry in self._retries)
+
+    def retire(self, worker: int) -> None:
+        """Plans without a worker from now on."""
+        assert self._running[worker] is None, f"worker {worker} still runs a batch"
+        del self._running[worker]
+
+    def _menu(self, job: Job) -> Menu:
+        menu = self._menus.get(job.modalities)
+        if menu is None:
+            job.check_modalities(self.profile.modalities)
+            menu = self._menus[job.modalities] = Menu(self.profile, job.modalities, self.latency)
+        return menu
+
+    def _check_deadline(self, ticket: Ticket, place: int) -> None:
+        """Raises DeadlineUnreachable when accepting makes a job late that would not be, this one included."""
+        demands = [waiting.demand for _, _, waiting in self._queue]
+        late_before = self._planner.late_ms(demands, self._free_ms())
+        demands.insert(place, ticket.demand)
+        late_ms = self._planner.late_ms(demands, self._free_ms())
+        if len(late_ms) > len(late_before):
+            raise DeadlineUnreachable(ticket.job.deadline_ms, max(late_ms.values()))
+
+    def _leave(self, ticket: Ticket) -> None:
+        """Takes a ticket out of the queue, or from among the late."""
+        place = bisect_left(self._queue, (ticket.demand.deadline_ms, ticket.number))
+        if place < len(self._queue) and self._queue[place][2] is ticket:
+            del self._queue[place]
+        else:
+            self._late.remove(ticket)
+
+    def _free_ms(self) -> list[float]:
+        """When each worker is free."""
+        now_ms = self._clock()
+        return [
+            now_ms if batch is None else max(now_ms, batch.started_ms + batch.expected_ms)
+            for batch in self._running.values()
+        ]
+
+    def _start(
+        self, worker: int, strategy: int, members: tuple[tuple[Ticket, int], ...], expected_ms: float, *, retry: bool
+    ) -> Batch:
+        batch = Batch(
+            number=self.counters.batches,
+            worker=worker,
+            index=strategy,
+            profiled=self.profile.strategies[strategy],
+            members=members,
+            started_ms=self._clock(),
+            expected_ms=expected_ms,
+            retry=retry,
+        )
+        self.counters.batches += 1
+        self._running[worker] = batch
+        return batch

@@ -1,0 +1,1 @@
+"""What a checkpoint is: its configuration, weights and text, and prompts of embeddings."""

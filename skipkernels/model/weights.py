@@ -1,0 +1,281 @@
+"""ModelWeights: Hugging Face's parameters, packed for decoding.
+
+q/k/v and gate/up are stacked into one matrix each. A loaded module shares its storage: its parameters become views
+of the packed matrices, so memory is not doubled.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from skipkernels.errors import ModelError
+from skipkernels.model.config import ModelConfig
+from skipkernels.model.module_check import check_module
+from skipkernels.model.shards import Shards
+from skipkernels.skipping.fingerprint import WeightsHash, fingerprint
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LayerWeights:
+    """One decoder layer. Matrices are [out, in] in the model's dtype; norms and biases are fp32."""
+
+    input_layernorm: torch.Tensor  # [hidden]
+    qkv_proj: torch.Tensor  # [(heads + 2 kv_heads) head_dim, hidden]
+    qkv_bias: torch.Tensor | None  # [(heads + 2 kv_heads) head_dim]
+    q_norm: torch.Tensor | None  # [head_dim]
+    k_norm: torch.Tensor | None  # [head_dim]
+    o_proj: torch.Tensor  # [hidden, heads head_dim]
+    o_proj_bias: torch.Tensor | None  # [hidden]
+    post_attention_layernorm: torch.Tensor  # [hidden]
+    gate_up_proj: torch.Tensor  # [2 intermediate, hidden]
+    down_proj: torch.Tensor  # [hidden, intermediate]
+
+
+@dataclass
+class ModelWeights:
+    """All weights of a decoder and its rotary tables for ``max_seq_len`` positions."""
+
+    embed_tokens: torch.Tensor  # [vocab, hidden]
+    layers: list[LayerWeights]
+    norm: torch.Tensor  # [hidden], fp32
+    lm_head: torch.Tensor  # [vocab, hidden]; the same storage as embed_tokens where tied
+    rope_cos: torch.Tensor  # [max_seq_len, head_dim / 2], fp32
+    rope_sin: torch.Tensor  # [max_seq_len, head_dim / 2], fp32
+    contents: str = ""  # a hash over the values they were loaded with; none: random ones
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.dtype
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every distinct tensor with a readable name."""
+        yield "embed_tokens", self.embed_tokens
+        for index, layer in enumerate(self.layers):
+            for item in fields(layer):
+                if (tensor := getattr(layer, item.name)) is not None:
+                    yield f"layers.{index}.{item.name}", tensor
+        yield "norm", self.norm
+        if self.lm_head is not self.embed_tokens:
+            yield "lm_head", self.lm_head
+
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for _, tensor in self.tensors())
+
+    def fingerprint(self, config: ModelConfig) -> str:
+        """Binds a policy file to a model: the same checkpoint has the same one in every dtype."""
+        return fingerprint(config.architecture_hash(), (self.layers[0].input_layernorm, self.norm), self.contents)
+
+
+def expected_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face's parameter names of the model and their shapes."""
+    hidden, head_dim = config.hidden_size, config.head_dim
+    q_size, kv_size = config.attention_size, config.num_key_value_heads * head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for index in range(config.num_hidden_layers):
+        prefix = f"model.layers.{index}."
+        attention = prefix + "self_attn."
+        shapes[prefix + "input_layernorm.weight"] = (hidden,)
+        for name, size in (("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size)):
+            shapes[f"{attention}{name}.weight"] = (size, hidden)
+            if config.qkv_bias:
+                shapes[f"{attention}{name}.bias"] = (size,)
+        if config.qk_norm:
+            shapes[attention + "q_norm.weight"] = shapes[attention + "k_norm.weight"] = (head_dim,)
+        shapes[attention + "o_proj.weight"] = (hidden, q_size)
+        if config.o_proj_bias:
+            shapes[attention + "o_proj.bias"] = (hidden,)
+        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        shapes[prefix + "mlp.gate_proj.weight"] = shapes[prefix + "mlp.up_proj.weight"] = (
+            config.intermediate_size,
+            hidden,
+        )
+        shapes[prefix + "mlp.down_proj.weight"] = (hidden, config.intermediate_size)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def allocate_weights(
+    config: ModelConfig, dtype: torch.dtype, max_seq_len: int, device: torch.device | str = "cpu"
+) -> ModelWeights:
+    """Packed weights with nothing in them yet; on a CPU on huge pages, where the system grants them."""
+
+    def matrix(*shape: int) -> torch.Tensor:
+        from skipkernels import _C
+
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        if tensor.device.type == "cpu":
+            # 2 MB pages: a decode streams gigabytes, and 4 KB pages cost it a TLB miss every other row
+            _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        return tensor
+
+    def vector(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    hidden, c = config.hidden_size, config
+    embed_tokens = matrix(c.vocab_size, hidden)
+    return ModelWeights(
+        embed_tokens=embed_tokens,
+        layers=[
+            LayerWeights(
+                input_layernorm=vector(hidden),
+                qkv_proj=matrix(c.qkv_size, hidden),
+                qkv_bias=vector(c.qkv_size) if c.qkv_bias else None,
+                q_norm=vector(c.head_dim) if c.qk_norm else None,
+                k_norm=vector(c.head_dim) if c.qk_norm else None,
+                o_proj=matrix(hidden, c.attention_size),
+                o_proj_bias=vector(hidden) if c.o_proj_bias else None,
+                post_attention_layernorm=vector(hidden),
+                gate_up_proj=matrix(2 * c.intermediate_size, hidden),
+                down_proj=matrix(hidden, c.intermediate_size),
+            )
+            for _ in range(c.num_hidden_layers)
+        ],
+        norm=vector(hidden),
+        lm_head=embed_tokens if c.tie_word_embeddings else matrix(c.vocab_size, hidden),
+        rope_cos=vector(max_seq_len, c.head_dim // 2),
+        rope_sin=vector(max_seq_len, c.head_dim // 2),
+    )
+
+
+def parameter_views(config: ModelConfig, weights: ModelWeights) -> dict[str, torch.Tensor]:
+    """Maps every Hugging Face parameter name to its place in the packed weights."""
+    q_size, kv_size = config.attention_size, config.num_key_value_heads * config.head_dim
+    views = {"model.embed_tokens.weight": weights.embed_tokens, "model.norm.weight": weights.norm}
+    if not config.tie_word_embeddings:
+        views["lm_head.weight"] = weights.lm_head
+    for index, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{index}."
+        attention = prefix + "self_attn."
+        named = {
+            prefix + "input_layernorm.weight": layer.input_layernorm,
+            prefix + "post_attention_layernorm.weight": layer.post_attention_layernorm,
+            attention + "o_proj.weight": layer.o_proj,
+            attention + "o_proj.bias": layer.o_proj_bias,
+            attention + "q_norm.weight": layer.q_norm,
+            attention + "k_norm.weight": layer.k_norm,
+            prefix + "mlp.down_proj.weight": layer.down_proj,
+        }
+        for kind, packed in (("weight", layer.qkv_proj), ("bias", layer.qkv_bias)):
+            parts = packed.split([q_size, kv_size, kv_size]) if packed is not None else (None, None, None)
+            for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
+                named[f"{attention}{name}.{kind}"] = part
+        gate, up = layer.gate_up_proj.chunk(2)
+        named[prefix + "mlp.gate_proj.weight"], named[prefix + "mlp.up_proj.weight"] = gate, up
+        views.update({name: view for name, view in named.items() if view is not None})
+    return views
+
+
+def fill_rope(weights: ModelWeights, hf_config: PreTrainedConfig, module: PreTrainedModel | None = None) -> None:
+    """Rotary tables by transformers' own embedding, which knows every scaling rule; with the frequencies of a loaded
+    ``module``, which was perhaps cast to another dtype as a whole."""
+    cos, sin = rope_tables(hf_config, len(weights.rope_cos), module)
+    weights.rope_cos.copy_(cos)
+    weights.rope_sin.copy_(sin)
+
+
+def rope_tables(
+    hf_config: PreTrainedConfig, positions: int, module: PreTrainedModel | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [positions, head_dim / 2], fp32."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            rotary = LlamaRotaryEmbedding(cast("LlamaConfig", hf_config))
+            if module is not None:
+                own = module.get_decoder().rotary_emb
+                rotary.inv_freq = own.inv_freq.detach().cpu().clone()
+                rotary.attention_scaling = own.attention_scaling
+            cos, sin = rotary(torch.empty(1, dtype=torch.float32), torch.arange(positions)[None])
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise ModelError(f"rotary parameters {hf_config.rope_parameters} cannot be used ({error})") from error
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half], sin[0, :, :half]
+
+
+def load_checkpoint(
+    shards: Shards, config: ModelConfig, dtype: torch.dtype, max_seq_len: int, device: torch.device | str = "cpu"
+) -> ModelWeights:
+    """Reads safetensors into packed weights. Peak memory is the weights and one layer's file pages.
+
+    Raises:
+        ModelError: a shard is missing or truncated, a tensor is missing, has the wrong shape or dtype, or is not
+            understood. Everything is checked against the files' headers before the first byte of weights is read.
+    """
+    shards.check(expected_parameters(config), config.num_hidden_layers)
+    weights, contents = allocate_weights(config, dtype, max_seq_len, device), WeightsHash()
+    views = parameter_views(config, weights)
+    for name, tensor in shards.tensors(views):
+        views[name].copy_(tensor)
+        contents.add(name, tensor)
+    warn_of_nan(views)
+    weights.contents = contents.hexdigest()
+    return weights
+
+
+def pack_module(
+    module: PreTrainedModel,
+    config: ModelConfig,
+    dtype: torch.dtype | None,
+    max_seq_len: int,
+    device: torch.device | str = "cpu",
+) -> ModelWeights:
+    """Packs a loaded module layer by layer and turns its parameters into views of the packed weights. Of a multimodal
+    module its text decoder is packed.
+
+    Norms and biases are copied to fp32; matrices move. With another ``dtype`` than the module's the module is left
+    alone, since views cannot change dtype.
+    """
+    parameters = check_module(module, config, expected_parameters(config), device)
+    own = parameters["model.embed_tokens.weight"].dtype
+    contents = WeightsHash()
+    with torch.inference_mode(False), torch.no_grad():  # else the module could not be trained or used outside
+        weights = allocate_weights(config, dtype or own, max_seq_len, device)
+        views = parameter_views(config, weights)
+        for name, view in views.items():
+            contents.add(name, parameters[name])
+            view.copy_(parameters[name])
+            if view.dtype == parameters[name].dtype and view.dim() == 2:
+                parameters[name].data = view
+    warn_of_nan(views)
+    weights.contents = contents.hexdigest()
+    return weights
+
+
+def random_weights(
+    config: ModelConfig, dtype: torch.dtype, max_seq_len: int, seed: int = 0, device: torch.device | str = "cpu"
+) -> ModelWeights:
+    """Weights of the right shapes and scale, for timing only: one random block, repeated."""
+    generator = torch.Generator().manual_seed(seed)
+    block = (torch.randn(1 << 20, generator=generator) * 0.02).to(dtype)
+    weights = allocate_weights(config, dtype, max_seq_len, device)
+    block = block.to(device)
+    for _, tensor in weights.tensors():
+        if tensor.dim() == 1:
+            tensor.fill_(1.0)
+            continue
+        flat = tensor.view(-1)
+        for start in range(0, flat.numel(), block.numel()):
+            part = flat[start : start + block.numel()]
+            part.copy_(block[: part.numel()])
+    return weights
+
+
+def warn_of_nan(views: dict[str, torch.Tensor]) -> None:
+    """Names every tensor that holds NaN or infinity: the model will decode nonsense, and the user should know why."""
+    for name, tensor in views.items():
+        # a sum is NaN or infinite when an element is, and allocates nothing
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+            logger.warning("%s holds NaN or infinite values; decoding with it gives nonsense", name)

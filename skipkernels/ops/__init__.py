@@ -1,1 +1,0 @@
-"""The ops of the decode program: their table and their reference implementations."""

@@ -1,0 +1,62 @@
+"""What answers the jobs behind a server: this process, or a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from skipkernels.modality.counters import Counters
+from skipkernels.modality.job import Job, JobAnswer
+from skipkernels.modality.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a backend has done and has to do."""
+
+    counters: Counters
+    waiting_requests: int
+    workers: int
+
+
+class Backend(Protocol):
+    """One queue of jobs and the workers behind it. All calls come from one event loop."""
+
+    async def start(self) -> None: ...
+
+    async def submit(self, job: Job) -> JobAnswer:
+        """Waits for a job's answer; cancelling this call cancels the job.
+
+        Raises:
+            JobError: refused.
+            ServiceClosed: too late.
+            JobFailed, WorkerLost: accepted, but not answered.
+        """
+        ...
+
+    async def status(self) -> Status: ...
+
+    async def close(self, grace_s: float) -> None:
+        """Takes no more jobs, and ends when every accepted one is answered or failed; what waits for longer than
+        ``grace_s`` fails. May be called again to shorten that."""
+        ...
+
+
+class Embedded:
+    """A ``Backend`` in this process."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    async def start(self) -> None:
+        await self._runtime.__aenter__()
+
+    async def submit(self, job: Job) -> JobAnswer:
+        return await self._runtime.submit(job)
+
+    async def status(self) -> Status:
+        scheduler = self._runtime.scheduler
+        return Status(scheduler.counters, scheduler.waiting_requests, scheduler.workers)
+
+    async def close(self, grace_s: float) -> None:
+        await self._runtime.close(grace_s)

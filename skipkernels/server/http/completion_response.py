@@ -1,0 +1,148 @@
+"""Reads one chat completion's request, waits for its answer, and writes it, whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from contextlib import suppress
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from skipkernels.errors import SkipkernelsError
+from skipkernels.server.http.body import read_body
+from skipkernels.server.http.conversion import Asked
+from skipkernels.server.http.documents import DONE, Documents, event
+from skipkernels.server.http.errors import HttpError
+from skipkernels.server.http.exchange import Exchange, completion_of, rest_of
+from skipkernels.server.http.service import Service
+
+logger = logging.getLogger(__name__)
+
+
+class CompletionResponse(Response):
+    """An answer that is worked out while it is sent: whatever ends it, its place and its job end with it."""
+
+    def __init__(self, service: Service) -> None:
+        super().__init__()
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with self._service.place():
+                body = await read_body(Request(scope, receive), self._service.limits)
+                answering = asyncio.create_task(self._answer(body, send))
+                await _while_connected(answering, receive)
+        except ClientDisconnect:
+            self._service.metrics.disconnected()
+        except SkipkernelsError as error:
+            await self._refuse(self._service.error(error), send)
+
+    async def _answer(self, body: bytes, send: Send) -> None:
+        asked = await self._service.convert(body)
+        writer = _Writer(send, self._service.limits.client_timeout_s)
+        async with self._service.exchange(asked) as exchange:
+            if asked.stream:
+                await self._stream(asked, exchange, writer)
+            else:
+                answer = await exchange.answer()
+                self._service.metrics.answered(answer)
+                await writer.whole(200, self._service.documents().whole(answer))
+
+    async def _stream(self, asked: Asked, exchange: Exchange, writer: _Writer) -> None:
+        """The status is decided by the first piece of text: what goes wrong before it is an error like any other."""
+        started = time.perf_counter()
+        documents = self._service.documents()
+        text = await exchange.next_piece()
+        if text is None:
+            await exchange.answer()  # raises what went wrong, if something did
+        self._service.metrics.first_token(time.perf_counter() - started)
+        await writer.begin_events()
+        await writer.event(documents.first())
+        try:
+            await self._stream_rest(asked, exchange, documents, text, writer)
+        except SkipkernelsError as error:
+            failure = self._service.error(error)
+            self._service.metrics.failed(failure.status, failure.code)
+            await writer.event(failure.document)
+        await writer.end_events()
+
+    async def _stream_rest(
+        self, asked: Asked, exchange: Exchange, documents: Documents, text: str | None, writer: _Writer
+    ) -> None:
+        sent = ""
+        while text is not None:
+            sent += text
+            await writer.event(documents.piece(text))
+            text = await exchange.next_piece()
+        answer = await exchange.answer()
+        if rest := rest_of(completion_of(answer)[1], sent):
+            await writer.event(documents.piece(rest))
+        self._service.metrics.answered(answer)
+        await writer.event(documents.last(answer))
+        if asked.include_usage:
+            await writer.event(documents.usage(answer))
+
+    async def _refuse(self, error: HttpError, send: Send) -> None:
+        self._service.metrics.failed(error.status, error.code)
+        if error.status >= 500:
+            logger.warning("a request failed: %s", error)
+        await _Writer(send, self._service.limits.client_timeout_s).whole(error.status, error.document)
+
+
+async def _while_connected(answering: asyncio.Task[None], receive: Receive) -> None:
+    """
+    Raises:
+        ClientDisconnect: the client left first; ``answering`` was cancelled.
+    """
+    leaving = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise ClientDisconnect
+        answering.result()
+    finally:
+        for task in (answering, leaving):
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Writer:
+    """Sends, and does not wait forever for a client that does not read."""
+
+    def __init__(self, send: Send, timeout_s: float) -> None:
+        self._send_message = send
+        self._timeout_s = timeout_s
+
+    async def whole(self, status: int, document: dict[str, Any]) -> None:
+        body = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def begin_events(self) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def event(self, document: dict[str, Any]) -> None:
+        await self._send({"type": "http.response.body", "body": event(document), "more_body": True})
+
+    async def end_events(self) -> None:
+        await self._send({"type": "http.response.body", "body": DONE})
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._send_message(message)
+        except (TimeoutError, OSError):
+            raise ClientDisconnect from None

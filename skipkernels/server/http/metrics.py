@@ -1,0 +1,119 @@
+"""``/metrics``: what a server has done, for Prometheus, under vLLM's names where it has one for the same thing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from skipkernels.modality.job import JobAnswer
+from skipkernels.server.http.backend import Status
+from skipkernels.server.http.exchange import completion_of
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+
+class Metrics:
+    """Of one server; several in a process do not see each other."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._backend = _BackendCollector()
+        self._registry.register(self._backend)
+        counter, histogram = self._counter, self._histogram
+        self._succeeded = counter("request_success", "Requests answered.", "finished_reason")
+        self._errors = counter("request_errors", "Requests answered with an error.", "status", "code")
+        self._disconnected = counter("request_disconnected", "Requests whose client left before the answer.")
+        self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
+        self._new_tokens = counter("generation_tokens", "New tokens.")
+        self._time_to_first = histogram("time_to_first_token_seconds", "Of streams.", _SECONDS)
+        self._end_to_end = histogram("e2e_request_latency_seconds", "From acceptance to the answer.", _SECONDS)
+        self._per_token = histogram(
+            "request_time_per_output_token_seconds",
+            "End to end over the tokens of the answer.",
+            _TOKEN_SECONDS,
+            "strategy",
+        )
+        self._skip_ratio = Gauge(
+            "skipkernels:ffn_skip_ratio",
+            "FFN executions skipped, over layers x all tokens generated with a strategy.",
+            ["strategy"],
+            registry=self._registry,
+        )
+        self._skipped: dict[str, tuple[float, int]] = {}  # strategy -> (skip ratio x tokens, tokens)
+
+    def answered(self, job_answer: JobAnswer) -> None:
+        answer, completion = completion_of(job_answer)
+        strategy = answer.strategy.name
+        self._succeeded.labels(completion.finish_reason).inc()
+        self._prompt_tokens.inc(completion.prompt_tokens)
+        self._new_tokens.inc(completion.new_tokens)
+        self._end_to_end.observe(job_answer.time_ms / 1e3)
+        self._per_token.labels(strategy).observe(job_answer.time_ms / 1e3 / max(1, completion.new_tokens))
+        ratio_sum, tokens = self._skipped.get(strategy, (0.0, 0))
+        ratio_sum += completion.skip_ratio * completion.new_tokens
+        tokens += completion.new_tokens
+        self._skipped[strategy] = ratio_sum, tokens
+        self._skip_ratio.labels(strategy).set(ratio_sum / max(1, tokens))
+
+    def first_token(self, seconds: float) -> None:
+        self._time_to_first.observe(seconds)
+
+    def failed(self, status: int, code: str) -> None:
+        self._errors.labels(str(status), code).inc()
+
+    def disconnected(self) -> None:
+        self._disconnected.inc()
+
+    def render(self, status: Status) -> bytes:
+        """In Prometheus's text format."""
+        self._backend.status = status
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"skipkernels:{name}", text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"skipkernels:{name}", text, labels, buckets=buckets, registry=self._registry)
+
+
+class _BackendCollector(Collector):
+    """The scheduler counts by itself, perhaps in another process; this only shows its figures."""
+
+    def __init__(self) -> None:
+        self.status: Status | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        if self.status is None:
+            return
+        counters, waiting = self.status.counters, self.status.waiting_requests
+        # requests of HTTP are jobs of one request each
+        running = counters.accepted - counters.answered - counters.failed - waiting
+        for name, text, value in (
+            ("num_requests_waiting", "Requests in the queue.", waiting),
+            ("num_requests_running", "Requests in a batch that runs.", max(0, running)),
+            ("num_workers", "Workers that take batches.", self.status.workers),
+        ):
+            yield GaugeMetricFamily(f"skipkernels:{name}", text, value)
+        for name, text, value in (
+            ("jobs_accepted", "Jobs accepted.", counters.accepted),
+            ("jobs_refused", "Jobs refused on arrival.", counters.refused),
+            ("jobs_failed", "Jobs accepted and not answered: failed, or cancelled.", counters.failed),
+            ("deadline_violations", "Jobs answered past their deadline.", counters.violations),
+            ("batches", "Batches started.", counters.batches),
+            (
+                "request_retries",
+                "Requests that ran a second time.",
+                counters.retried_requests,
+            ),
+        ):
+            yield CounterMetricFamily(f"skipkernels:{name}", text, value)
+        by_strategy = CounterMetricFamily(
+            "skipkernels:requests_by_strategy", "Requests answered with a strategy.", labels=["strategy"]
+        )
+        for strategy, count in sorted(counters.requests_by_strategy.items()):
+            by_strategy.add_metric([strategy], count)
+        yield by_strategy

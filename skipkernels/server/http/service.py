@@ -1,0 +1,156 @@
+"""What is served: a model's chats, the backend that answers them, and the limits on both."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from skipkernels.chat.chat import ChatFormat
+from skipkernels.errors import SkipkernelsError
+from skipkernels.modality.errors import ServiceClosed
+from skipkernels.modality.profile import Profile
+from skipkernels.server.http.backend import Backend
+from skipkernels.server.http.conversion import Asked, check_model, convert
+from skipkernels.server.http.documents import Documents, model_document
+from skipkernels.server.http.errors import JOB_FAILED, HttpError
+from skipkernels.server.http.exchange import Exchange
+from skipkernels.server.http.limits import Limits
+from skipkernels.server.http.metrics import Metrics
+
+
+class Service:
+    """``async with`` starts and closes the backend.
+
+    Args:
+        profile: of the served model; its ``model`` is the name that clients ask for.
+        chat_format: of that model.
+        api_key: what clients have to send as a bearer token; None: nothing.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        chat_format: ChatFormat,
+        backend: Backend,
+        *,
+        limits: Limits | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        self.backend = backend
+        self.limits = limits or Limits()
+        self.metrics = Metrics()
+        self.profile = profile
+        self._format = chat_format
+        self._api_key = None if api_key is None else api_key.encode()
+        self._created = int(time.time())
+        # one thread: what is decoded beside the event loop is one request's at a time
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="skipkernels-requests")
+        self._requests = 0
+        self._exchanges: set[Exchange] = set()
+        self._closing: asyncio.Task[None] | None = None
+        self._hurried = asyncio.Event()
+
+    async def __aenter__(self) -> Service:
+        await self.backend.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close(0.0)
+        self._thread.shutdown()
+
+    @property
+    def closing(self) -> bool:
+        return self._closing is not None
+
+    async def close(self, grace_s: float) -> None:
+        """Takes no more requests. Those accepted are answered, or fail once ``grace_s`` is over; later calls wait for
+        the first."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(grace_s))
+        await asyncio.shield(self._closing)
+
+    async def _close(self, grace_s: float) -> None:
+        closing = asyncio.create_task(self.backend.close(grace_s))
+        hurried = asyncio.create_task(self._hurried.wait())
+        await asyncio.wait([closing, hurried], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+        for exchange in self._exchanges:
+            exchange.cut_short()  # batches that run are waited for; let them be short
+        if hurried.done():
+            await self.backend.close(0.0)
+        hurried.cancel()
+        await closing
+
+    def hurry(self) -> None:
+        """Ends the grace of a ``close`` that has begun."""
+        self._hurried.set()
+
+    def check_key(self, authorization: str | None) -> None:
+        """
+        Args:
+            authorization: the header of this name.
+
+        Raises:
+            HttpError: it does not hold the key.
+        """
+        if self._api_key is None:
+            return
+        scheme, _, key = (authorization or "").partition(" ")
+        sent = key.strip().encode("latin-1")  # the bytes on the wire
+        if scheme.lower() != "bearer" or not hmac.compare_digest(sent, self._api_key):
+            raise HttpError(401, "invalid_api_key", "send this server's key as 'Authorization: Bearer <key>'")
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place among the requests that are held at one time.
+
+        Raises:
+            HttpError: all are taken.
+            ServiceClosed: the shutdown has begun.
+        """
+        if self.closing:
+            raise ServiceClosed("the service is shutting down")
+        if self._requests >= self.limits.max_requests:
+            raise HttpError(
+                429, "too_many_requests", f"{self._requests} requests are being answered, no more fit; try again later"
+            )
+        self._requests += 1
+        try:
+            yield
+        finally:
+            self._requests -= 1
+
+    async def convert(self, body: bytes) -> Asked:
+        """Checks and decodes a body, beside the event loop."""
+        arguments = (body, self.profile.model, self._format, self.limits)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, convert, *arguments)
+
+    def exchange(self, asked: Asked) -> Exchange:
+        """Hands a request to the backend."""
+        exchange = Exchange(self.backend, asked.job, self._exchanges.discard)
+        self._exchanges.add(exchange)
+        return exchange
+
+    def error(self, error: SkipkernelsError) -> HttpError:
+        """What to answer a request that failed."""
+        answer = HttpError.of(error)
+        if self.closing and answer.code == JOB_FAILED:
+            return HttpError.of(ServiceClosed(str(error)))  # another server may answer it
+        return answer
+
+    def documents(self) -> Documents:
+        return Documents(self.profile.model, self.profile.fingerprint)
+
+    def check_model(self, name: str) -> None:
+        """Raises HttpError when a model of this name is not served."""
+        check_model(name, self.profile.model)
+
+    def model_document(self) -> dict[str, Any]:
+        return model_document(self.profile, self._format.modalities, self._created)

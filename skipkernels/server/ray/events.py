@@ -1,0 +1,52 @@
+"""What comes back from another process: nothing that could fail to be unpickled there, errors least of all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from skipkernels.chat.chat import ChatFormat
+from skipkernels.modality.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """New text of a running batch: (position in the batch, text), in order."""
+
+    texts: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a batch came to."""
+
+    outputs: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class ModelFailure:
+    """The model raised."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class JobFailure:
+    """A job was refused or failed; fields as in ``HttpError``."""
+
+    status: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, eq=False)
+class Description:
+    """What a replica serves: the attributes of its ``ChatModel``."""
+
+    name: str
+    fingerprint: str
+    device: str
+    dtype: str
+    modalities: tuple[str, ...]
+    strategies: tuple[Strategy, ...]
+    format: ChatFormat

@@ -1,0 +1,75 @@
+"""The scheduler in a process of its own: the embedded runtime over replicas elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING
+
+from skipkernels.errors import SkipkernelsError
+from skipkernels.modality.job import Job, JobAnswer
+from skipkernels.modality.profile import Profile
+from skipkernels.modality.runtime import Runtime
+from skipkernels.modality.scheduler import Admission
+from skipkernels.server.http.backend import Embedded, Status
+from skipkernels.server.http.errors import HttpError
+from skipkernels.server.http.exchange import Exchange
+from skipkernels.server.ray.events import JobFailure
+from skipkernels.server.ray.replica_executor import ReplicaExecutor
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+
+class SchedulerDeployment:
+    """A deployment with one replica. When its process dies, Ray starts it anew, with an empty queue.
+
+    Args:
+        replicas: deployments of ``Replica``; each is one worker.
+        restart_s: see ``ReplicaExecutor``.
+        policy, memory_bytes, admission: see ``Scheduler``.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        replicas: Sequence[DeploymentHandle],
+        restart_s: float,
+        policy: str,
+        memory_bytes: float | None,
+        admission: Admission,
+    ) -> None:
+        self._executors = [ReplicaExecutor(replica, restart_s) for replica in replicas]
+        runtime = Runtime(profile, self._executors, policy, memory_bytes=memory_bytes, admission=admission)
+        self._embedded = Embedded(runtime)
+        self._starting: asyncio.Task[None] | None = None
+
+    async def answer(self, job: Job) -> AsyncIterator[str | JobAnswer | JobFailure]:
+        """The text of a job of one request as it comes, and at the end its answer, or why there is none."""
+        await self._started()
+        try:
+            async with Exchange(self._embedded, job, lambda _: None) as exchange:
+                while (piece := await exchange.next_piece()) is not None:
+                    yield piece
+                yield await exchange.answer()
+        except SkipkernelsError as error:
+            failure = HttpError.of(error)
+            yield JobFailure(failure.status, failure.code, str(failure))
+
+    async def status(self) -> Status:
+        await self._started()
+        return await self._embedded.status()
+
+    async def close(self, grace_s: float) -> None:
+        """See ``Backend.close``."""
+        closing = asyncio.create_task(self._embedded.close(grace_s))
+        await asyncio.wait([closing], timeout=grace_s)
+        for executor in self._executors:
+            executor.abandon()
+        await closing
+
+    async def _started(self) -> None:
+        """The runtime's tasks belong to the event loop, which does not run yet in ``__init__``."""
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._embedded.start())
+        await self._starting

@@ -1,0 +1,1 @@
+"""Which FFNs are left out: policies as pure data, and their files."""

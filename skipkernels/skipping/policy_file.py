@@ -1,0 +1,54 @@
+"""skip_policy.json: a calibrated policy, bound to the model it was calibrated on, with what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from skipkernels.errors import PolicyError
+from skipkernels.skipping.fingerprint import belongs_to
+from skipkernels.skipping.policy import Policy, policy_from_dict
+from skipkernels.support.files import read_document
+
+FORMAT = "skipkernels.skip_policy"
+VERSION = 1
+
+
+def save_policy(path: str | Path, policy: Policy, *, fingerprint: str, measured: dict[str, Any]) -> None:
+    """Writes a policy file; ``measured`` is kept for people and tables, and not read back."""
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model_fingerprint": fingerprint,
+        "policy": policy.to_dict(),
+        "measured": measured,
+    }
+    Path(path).write_text(json.dumps(document, indent=2) + "\n")
+
+
+def load_policy(path: str | Path, *, fingerprint: str | None = None) -> Policy:
+    """Reads a policy file; with ``fingerprint``, only one that was made for that model.
+
+    Raises:
+        PolicyError: unreadable, another format or version, or another model's.
+    """
+    document = read_policy_file(path)
+    made_for = document.get("model_fingerprint")
+    if fingerprint is not None and not belongs_to(made_for, fingerprint):
+        raise PolicyError(
+            f"{path}: was calibrated for model {made_for}, this model is {fingerprint}; "
+            "run `skipkernels calibrate` on this model"
+        )
+    values = document.get("policy")
+    if not isinstance(values, dict):
+        raise PolicyError(f"{path}: holds no 'policy' object")
+    try:
+        return policy_from_dict(values)
+    except PolicyError as error:
+        raise PolicyError(f"{path}: {error}") from error
+
+
+def read_policy_file(path: str | Path) -> dict[str, Any]:
+    """The whole document, checked for format and version only."""
+    return read_document(path, "policy file", FORMAT, VERSION, PolicyError)

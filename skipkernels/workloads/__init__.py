@@ -1,0 +1,1 @@
+"""What is served in benches: arrivals, jobs, profiles that were not measured, the fusion classifier."""

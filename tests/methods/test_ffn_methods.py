@@ -1,0 +1,132 @@
+"""Methods on the engine: the policies that they find, and that nothing is added to what the engine does."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from skipkernels.calibration.passages import Passage
+from skipkernels.calibration.scoring import dense_similarities
+from skipkernels.errors import PolicyError
+from skipkernels.methods.ffn_methods import FixedSkip, Full, RandomSkip
+from skipkernels.methods.ffn_skip import FFNSkip, HeldSkip
+from skipkernels.methods.matching import skip_ratio
+from skipkernels.methods.method import Found, Method
+from skipkernels.methods.setup import Setup
+from skipkernels.skipping.policy import FixedPolicy, RandomPolicy, SkipPolicy, policy_from_dict
+from tests.methods.conftest import ALIKE, LAYERS, PAST_WARMUP, RATIO
+from tests.models import random_prompt
+
+
+def measured_ratio(method: Method) -> float:
+    passages = [Passage(tuple(random_prompt(8 + 40, seed)), 8) for seed in range(40)]
+    work = [reading.work for reading in method.score(passages)]
+    return sum(w.ffns_skipped for w in work) / sum(w.ffns for w in work)
+
+
+def test_the_full_model_skips_nothing(setup: Setup) -> None:
+    method = Full().build(setup, Full().find(setup, 0.0, ALIKE))
+    prompts = [random_prompt(5, seed) for seed in range(10)]  # more than a batch
+    answers = method.generate(prompts, max_new_tokens=9)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        (generation,) = setup.engine.generate([prompt], max_new_tokens=9)
+        assert (answer.token_ids, answer.text) == (generation.token_ids, generation.text)
+        assert (answer.work.tokens, answer.work.ffns_skipped) == (9, 0)
+
+
+def test_fixed_takes_the_layers_of_the_highest_mean_similarity(setup: Setup, found: Callable[[str], Found]) -> None:
+    policy = policy_from_dict(found("fixed")["policy"])
+    assert isinstance(policy, FixedPolicy)
+    similarities = np.concatenate(list(dense_similarities(setup.engine, setup.text_passages)))
+    best = sorted(range(LAYERS), key=lambda layer: -similarities[:, layer].mean())[:3]
+    assert set(policy.layers) == set(best)
+    assert policy.warmup_tokens == 1
+    assert measured_ratio(FixedSkip().build(setup, found("fixed"))) == pytest.approx(RATIO * 39 / 40)
+
+
+def test_random_skips_the_share_and_draws_anew_for_every_batch(setup: Setup, found: Callable[[str], Found]) -> None:
+    policy = policy_from_dict(found("random")["policy"])
+    assert isinstance(policy, RandomPolicy)
+    assert policy.ratio == pytest.approx(RATIO / PAST_WARMUP)
+    method = RandomSkip().build(setup, found("random"))
+    # five batches of 39 skipping tokens, 8 layers that may skip: a binomial's standard deviation is 0.013
+    assert measured_ratio(method) == pytest.approx(policy.ratio * 39 / 40, abs=0.04)
+    passage = Passage(tuple(random_prompt(48)), 8)
+    readings = method.score([passage] * 16)  # two batches
+    assert len({reading.log_probs.tobytes() for reading in readings[:8]}) == 1
+    assert len({reading.log_probs.tobytes() for reading in readings}) == 2
+
+
+def test_skip_is_calibrated_on_the_text_and_matched_on_what_is_alike(
+    setup: Setup, found: Callable[[str], Found]
+) -> None:
+    policy = policy_from_dict(found("skip")["policy"])
+    calibrated = policy_from_dict(setup.memory[f"calibration at {RATIO}"])
+    assert isinstance(policy, SkipPolicy)
+    assert policy == replace(calibrated, threshold=policy.threshold)
+    assert policy.warmup_tokens == 1
+    readings = FFNSkip().build(setup, found("skip")).score(ALIKE)
+    assert skip_ratio(readings) == pytest.approx(RATIO, abs=0.01)
+
+
+def test_skip_is_calibrated_once_for_a_ratio(setup: Setup, found: Callable[[str], Found]) -> None:
+    found("skip")
+    stages: list[str] = []
+    FFNSkip().find(setup, RATIO, ALIKE[:3], lambda stage, share: stages.append(stage))
+    assert stages
+    assert all(stage.startswith("matching") for stage in stages)
+
+
+def test_thresholds_per_layer_are_moved_together(setup: Setup) -> None:
+    per_layer = SkipPolicy(
+        span=2, cold_start=1, warmup_tokens=1, layer_thresholds=tuple(0.9 + layer / 1000 for layer in range(LAYERS))
+    )
+    other = Setup(setup.engine, [], memory={"calibration at 0.2": per_layer.to_dict()})
+    found = FFNSkip().find(other, 0.2, ALIKE)
+    policy = policy_from_dict(found["policy"])
+    assert isinstance(policy, SkipPolicy)
+    assert policy.layer_thresholds is not None
+    factors = [(1 - moved) / (0.1 - layer / 1000) for layer, moved in enumerate(policy.layer_thresholds)]
+    assert factors == pytest.approx([factors[0]] * LAYERS, rel=1e-3)
+    assert skip_ratio(FFNSkip().build(other, found).score(ALIKE)) == pytest.approx(0.2, abs=0.02)
+
+
+def test_a_calibrated_policy_that_cannot_reach_the_ratio_gives_way_to_one_that_can(setup: Setup) -> None:
+    narrow = SkipPolicy(span=1, cold_start=5, cold_end=2, warmup_tokens=1).to_dict()
+    wide = SkipPolicy(span=None, cold_start=1, cold_end=1, warmup_tokens=1).to_dict()
+    memory = {"calibration at 0.3": narrow, "calibration at 0.35": wide}
+    found = FFNSkip().find(Setup(setup.engine, [], memory=memory), 0.3, ALIKE)
+    assert found["policy"]["cold_start"] == 1
+    assert skip_ratio(FFNSkip().build(setup, found).score(ALIKE)) == pytest.approx(0.3, abs=0.01)
+    with pytest.raises(PolicyError, match=r"span 1, cold 5\+2, calibrated on the text, skips at most 0\.09"):
+        FFNSkip().find(Setup(setup.engine, [], memory=dict.fromkeys(memory, narrow)), 0.3, ALIKE)
+
+
+def test_the_controller_holds_the_ratio_in_every_row(setup: Setup) -> None:
+    exact = SkipPolicy(span=1, cold_start=3, cold_end=0, warmup_tokens=1)
+    assert exact.reachable_ratio(LAYERS) == 0.3  # which leaves a controller no room
+    wide = SkipPolicy(span=None, cold_start=1, cold_end=1, warmup_tokens=1)
+    memory = {"calibration at 0.3": exact.to_dict(), "calibration at 0.35": wide.to_dict()}
+    other = Setup(setup.engine, [], memory=memory)
+    found = HeldSkip().find(other, 0.3, ALIKE)
+    assert found["policy"] == replace(wide, target_ratio=0.3).to_dict()
+    long = [Passage(tuple(random_prompt(8 + 80, seed)), 8) for seed in range(3)]
+    for reading in HeldSkip().build(other, found).score(long):
+        assert reading.work.ffn_skip_ratio == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_batch_is_read_against_its_own_reference(setup: Setup) -> None:
+    passages = [Passage(tuple(random_prompt(20, seed)), 4) for seed in range(10)]
+    full = Full().build(setup, Full().find(setup, 0.0, ALIKE))
+    dense = full.score(passages, keep_log_probs=True)
+    for reading in full.score(passages, reference=dense):
+        assert reading.kl == pytest.approx(0.0, abs=1e-6)
+        assert reading.all_log_probs is None
+
+
+@pytest.mark.parametrize("kind", [FFNSkip(), RandomSkip(), FixedSkip()])
+@pytest.mark.parametrize("ratio", [0.0, 0.8])
+def test_an_impossible_ratio_names_the_reachable_one(setup: Setup, kind: FixedSkip, ratio: float) -> None:
+    with pytest.raises(PolicyError, match=r"1 warm-up tokens, generations of 4 tokens skip at most 0\.750"):
+        kind.find(setup, ratio, [Passage((1,) * 6, 2)])

@@ -1,0 +1,126 @@
+"""The op table: the same fields as the native instruction set, and errors that name what is wrong."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from skipkernels import _C
+from skipkernels.program.reference import REFERENCE
+from skipkernels.program.state import LAYOUTS, MAX_BATCH_SIZE
+from skipkernels.program.table import OPS, instruction
+from skipkernels.skipping.policy import BATCH_RULES, GATE_MODES
+
+
+def test_python_and_native_code_know_the_same_ops() -> None:
+    assert list(OPS) == list(_C.instruction_set())
+    assert list(OPS) == list(REFERENCE)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_python_and_native_code_know_the_same_fields(name: str) -> None:
+    op = OPS[name]
+    fields = dict.fromkeys(op.tensors, "tensor") | dict.fromkeys(op.symbols, "size")
+    fields |= {field: kind.__name__ for field, kind in op.scalars.items()}
+    assert _C.instruction_set()[name] == fields
+
+
+def test_python_and_native_code_have_the_same_limits() -> None:
+    assert _C.max_batch_size == MAX_BATCH_SIZE
+    assert _C.rows_per_partial == LAYOUTS["cpu"].rows_per_partial
+    assert GATE_MODES == ("similarity", "fixed", "random")  # the order of program.h's enumerations
+    assert BATCH_RULES == ("per_row", "all", "majority")
+
+
+def operands() -> dict[str, Any]:
+    """A valid o_proj_add."""
+    return {
+        "when": torch.ones(2, dtype=torch.int32),
+        "attn_output": torch.zeros(2, 3, 4),
+        "o_proj": torch.zeros(5, 12),
+        "o_proj_bias": None,
+        "hidden_states": torch.zeros(2, 5),
+    }
+
+
+def test_a_valid_instruction_knows_its_sizes() -> None:
+    ins = instruction("o_proj_add", **operands())
+    assert ins.sizes == {
+        "batch_size": 2,
+        "num_attention_heads": 3,
+        "head_dim": 4,
+        "hidden_size": 5,
+        "attention_size": 12,
+    }
+    ins.when[0] = 0
+    assert ins.rows == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": torch.zeros(5)}, "o_proj_add: unknown operand 'bias'; it takes attn_output, hidden_states"),
+        ({"o_proj": None}, "operand o_proj is missing"),
+        ({"o_proj": [1.0]}, "o_proj must be a tensor, got list"),
+        ({"o_proj": torch.zeros(5, 12, dtype=torch.int8)}, "o_proj has dtype torch.int8"),
+        ({"hidden_states": torch.zeros(2, 5).half()}, "hidden_states has dtype torch.float16, expected torch.float32"),
+        ({"hidden_states": torch.zeros(5)}, r"hidden_states has shape \(5,\), expected \(batch_size, hidden_size\)"),
+        ({"hidden_states": torch.zeros(5, 2).T}, r"hidden_states is not contiguous \(strides \(1, 2\)\)"),
+        ({"hidden_states": torch.zeros(2, 5, device="meta")}, "hidden_states is on meta, expected cpu"),
+        ({"hidden_states": torch.zeros(3, 5)}, "hidden_states has batch_size=3, expected 2"),
+        ({"o_proj_bias": torch.zeros(6)}, "o_proj_bias has hidden_size=6, expected 5"),
+        ({"o_proj": torch.zeros(5, 13)}, "break the relation: attention_size = num_attention_heads head_dim"),
+        ({"when": torch.ones(2)}, r"when must be int32 \[2\], got torch.float32 \[2\]"),
+        ({"when": torch.ones(3, dtype=torch.int32)}, r"when must be int32 \[2\]"),
+    ],
+)
+def test_a_wrong_operand_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        instruction("o_proj_add", **{**operands(), **change})
+
+
+def test_a_missing_scalar_is_named() -> None:
+    tensors = {
+        "hidden_states": torch.zeros(1, 4),
+        "norm": torch.zeros(4),
+        "lm_head": torch.zeros(3, 4),
+        "logits": torch.zeros(1, 3),
+    }
+    with pytest.raises(ValueError, match="lm_head: operand rms_norm_eps is missing"):
+        instruction("lm_head", when=torch.ones(1, dtype=torch.int32), **tensors)
+
+
+def test_weights_of_one_instruction_share_a_dtype() -> None:
+    with pytest.raises(ValueError, match=r"k_cache has dtype torch.float16, expected torch.float32 as its fellows"):
+        instruction(
+            "qkv_rope_append",
+            when=torch.ones(1, dtype=torch.int32),
+            hidden_states=torch.zeros(1, 4),
+            input_layernorm=torch.zeros(4),
+            qkv_proj=torch.zeros(6, 4),
+            rope_cos=torch.zeros(8, 1),
+            rope_sin=torch.zeros(8, 1),
+            seq_len=torch.zeros(1, dtype=torch.int32),
+            query=torch.zeros(1, 1, 2),
+            k_cache=torch.zeros(1, 1, 8, 2).half(),
+            v_cache=torch.zeros(1, 1, 8, 2),
+            rms_norm_eps=1e-5,
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"op": "no_such_op"}, "unknown op 'no_such_op'"),
+        ({"dtype": "fp8"}, "unknown weight dtype 'fp8'; use fp32, bf16 or fp16"),
+        ({"batch_size": 17}, r"batch_size must lie in 1\.\.16, got 17"),
+        ({"when": 0}, "when is a null pointer"),
+        ({"operands": {}}, "embed takes 6 operands, got 0"),
+    ],
+)
+def test_native_instructions_are_checked_too(change: dict[str, Any], message: str) -> None:
+    names = _C.instruction_set()["embed"]
+    valid = {"op": "embed", "dtype": "fp32", "when": 1, "batch_size": 1, "operands": dict.fromkeys(names, 1)}
+    _C.Instruction(**valid)
+    with pytest.raises(ValueError, match=message):
+        _C.Instruction(**{**valid, **change})

@@ -1,0 +1,87 @@
+"""Policy files: bound to their model, and readable or refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from skipkernels.errors import PolicyError
+from skipkernels.skipping.policy import SkipPolicy
+from skipkernels.skipping.policy_file import load_policy, read_policy_file, save_policy
+from tests.models import random_prompt, tiny_engine, tiny_module
+
+POLICY = SkipPolicy(threshold=0.5, span=2, cold_start=0, warmup_tokens=0, layer_thresholds=(0.1, 0.2, 0.3, 0.4))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "skip_policy.json"
+    save_policy(file, POLICY, fingerprint="abc", measured={"skip_ratio": 0.25})
+    return file
+
+
+def change(path: Path, **values: object) -> Path:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return path
+
+
+def test_a_policy_survives_its_file(path: Path) -> None:
+    assert load_policy(path) == load_policy(path, fingerprint="abc") == POLICY
+    assert read_policy_file(path)["measured"] == {"skip_ratio": 0.25}
+
+
+def test_an_engine_takes_the_file_of_its_model(tmp_path: Path) -> None:
+    module = tiny_module()
+    save_policy(tmp_path / "p.json", POLICY, fingerprint=tiny_engine(module=module).fingerprint, measured={})
+    engine = tiny_engine(module=module, policy=tmp_path / "p.json")
+    assert engine.policy == POLICY
+    expected = tiny_engine(module=module, policy=POLICY).generate(random_prompt(5), max_new_tokens=8)[0]
+    answer = engine.generate(random_prompt(5), max_new_tokens=8)[0]
+    assert answer.token_ids == expected.token_ids
+    assert (answer.skip_map == expected.skip_map).all()
+
+
+def test_a_file_for_another_model_is_refused(path: Path) -> None:
+    engine = tiny_engine()
+    with pytest.raises(PolicyError, match=f"calibrated for model abc, this model is {engine.fingerprint}; run"):
+        tiny_engine(policy=path)
+    with pytest.raises(PolicyError, match="calibrated for model None"):
+        load_policy(change(path, model_fingerprint=None), fingerprint="abc")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"not json", b"\xff\xfe\x00"])
+def test_unreadable_json_is_refused(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with pytest.raises(PolicyError, match=r"skip_policy\.json: is not JSON"):
+        load_policy(path)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"p\.json: cannot be read \(No such file"):
+        load_policy(tmp_path / "p.json")
+    with pytest.raises(PolicyError, match="cannot be read"):
+        load_policy(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"version": 2}, "has version 2, this release reads version 1"),
+        ({"version": None}, "has version None"),
+        ({"format": "other"}, "is not a policy file"),
+        ({"policy": None}, "holds no 'policy' object"),
+        ({"policy": {"kind": "magic"}}, "unknown policy kind 'magic'"),
+        ({"policy": {"kind": "similarity", "treshold": 0.5}}, "treshold"),
+        ({"policy": {"kind": "similarity", "threshold": 7}}, r"\[-1, 1\], got 7"),
+    ],
+)
+def test_a_wrong_document_is_refused_with_its_path(path: Path, values: dict, message: str) -> None:
+    with pytest.raises(PolicyError, match=f"skip_policy.json: .*{message}"):
+        load_policy(change(path, **values))
+
+
+@pytest.mark.parametrize("document", ["[]", "3", "null", '"text"'])
+def test_a_document_that_is_no_object_is_refused(path: Path, document: str) -> None:
+    path.write_text(document)
+    with pytest.raises(PolicyError, match="is not a policy file"):
+        load_policy(path)
