@@ -65,8 +65,9 @@ def hf_generate(
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Decodes for ``model.generate(custom_generate=hf_generate)``.
 
-    Threads that share a module take turns. The first call packs the model's q/k/v and gate/up matrices; its parameters become views of them, so memory is
-    not doubled and the model stays usable as before. Sampling draws its seed from torch's generator:
+    The first call packs the model's q/k/v and gate/up matrices; its parameters become views of them, so memory is
+    not doubled and the model stays usable as before. Later calls follow changes of the module's values and refuse
+    others. Threads that share a module take turns. Sampling draws its seed from torch's generator:
     ``torch.manual_seed`` reproduces it.
 
     Args:
@@ -81,6 +82,7 @@ def hf_generate(
 
     Raises:
         RequestError: an option that the decode program does not have; nothing was generated.
+        ModelError: the module computes something else than its configuration says.
     """
     if generation_config is None:
         raise RequestError("hf_generate is called by model.generate(custom_generate=...), not by itself")

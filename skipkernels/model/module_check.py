@@ -100,7 +100,7 @@ def _check_part(name: str, part: torch.nn.Module, config: ModelConfig) -> None:
         for hook in hooks.values():
             if getattr(hook, "__module__", None) != _OUTPUT_CAPTURING:
                 raise ModelError(f"{title!r} has a hook ({hook}); the decode program would not call it")
-    if part.training and (getattr(part, "attention_dropout", 0.0) or isinstance(part, torch.nn.Dropout)):
+    if part.training and (bool(getattr(part, "attention_dropout", None)) or isinstance(part, torch.nn.Dropout)):
         raise ModelError(f"{title!r} drops at random; call eval() on the module first")
     for attribute, expected in _expected_attributes(part, config).items():
         value = getattr(part, attribute)

@@ -51,7 +51,7 @@ def _groups(root: Path, own: Path) -> Iterator[Path]:
     except OSError:
         lines = []
     for line in lines:
-        _, controllers, name = (line.split(":", 2) + ["", ""])[:3]
+        _, controllers, name = [*line.split(":", 2), "", ""][:3]
         if controllers and "cpu" not in controllers.split(","):
             continue
         for base in (root / "cpu", root / "cpu,cpuacct") if controllers else (root,):

@@ -31,7 +31,7 @@ class Turns:
             yield
 
     def _arrive_in_child(self) -> None:
-        """After a fork: the thread that held the lock is not here, nor are torch's, for which it would wait for ever."""
+        """After a fork neither a thread that held the lock is here nor torch's, for which it would wait for ever."""
         if self._on_gpu:
             raise DeviceError("a GPU cannot be used in a forked process; load the engine there, or start it with spawn")
         torch.set_num_threads(1)
