@@ -247,7 +247,8 @@ def pack_module(
         for name, view in views.items():
             contents.add(name, parameters[name])
             view.copy_(parameters[name])
-            if view.dtype == parameters[name].dtype and view.dim() == 2:
+            shared = view.dtype == parameters[name].dtype and view.dim() == 2
+            if shared and not parameters[name].is_inference():  # one made in inference mode cannot change its storage
                 parameters[name].data = view
     warn_of_nan(views)
     weights.contents = contents.hexdigest()

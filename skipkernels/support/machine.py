@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 from collections.abc import Iterator
@@ -23,10 +22,11 @@ def processor_name() -> str:
 
 
 def usable_processors() -> int:
-    """Processors that this process may use: its affinity, and the time that its control group grants."""
+    """Processors that this process may use: its affinity, and the time that its control group grants. Threads wait for
+    each other, so one that is throttled stops all: a share of a processor counts for nothing."""
     allowed = len(os.sched_getaffinity(0))
     quota = processor_quota()
-    return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
+    return allowed if quota is None else max(1, min(allowed, int(quota)))
 
 
 def default_threads() -> int:
