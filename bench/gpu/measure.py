@@ -8,6 +8,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,6 @@ from skipkernels.benchmark.kernels import run_kernel_bench
 from skipkernels.benchmark.systems import SkipkernelsSystem, policies_for
 from skipkernels.executors.graph import GraphExecutor
 from skipkernels.executors.kernel_options import SWITCHES, KernelOptions
-from skipkernels.program import build_program
-from skipkernels.program.state import DecodeState
 from skipkernels.skipping.policy import DensePolicy, TimingPolicy
 from skipkernels.support.report import environment, with_peak_floor
 
@@ -101,18 +100,19 @@ def timeline(setting: Setting, rows: Rows) -> None:
         engine = setting.engine(name, 160)
         state = setting.state(engine)
         for policy in (DensePolicy(), SKIPPING):
-            instructions = len(build_program(engine.config, engine.weights, state, policy))
+            instructions = len(setting.program(engine, state, policy))
             stamps = torch.zeros(instructions, 3, dtype=torch.int64, device=state.active.device)
             executor = setting.executor(engine, state, policy, KernelOptions(), stamps)
-            steps = [_stamped_step(state, executor, stamps) for _ in range(2 if setting.dry else 12)]
+            place = partial(setting.place, engine, state, policy)
+            steps = [_stamped_step(place, executor, stamps) for _ in range(2 if setting.dry else 12)]
             ops = [ins.op for ins in executor.program]
             for row in _spans(ops, torch.stack(steps[1:])):
                 rows.write({"shapes": name, "policy": policy.label, **row})
         del engine
 
 
-def _stamped_step(state: DecodeState, executor: GraphExecutor, stamps: torch.Tensor) -> torch.Tensor:
-    _place(state, 96)
+def _stamped_step(place: Callable[[int], None], executor: GraphExecutor, stamps: torch.Tensor) -> torch.Tensor:
+    place(96)
     executor.run(2)  # the first token skips nothing
     stamps[:, :2], stamps[:, 2] = -1, 0  # as unsigned numbers, the largest
     executor.run(1)
@@ -155,18 +155,13 @@ def switches(setting: Setting, rows: Rows) -> None:
             seconds: dict[str, list[float]] = {label: [] for label in variants}
             for _ in range(rounds):
                 for label, executor in executors.items():
-                    _place(state, 128)
+                    setting.place(engine, state, policy, 128)
                     executor.run(1)  # the first token skips nothing
                     seconds[label].append(statistics.median(executor.run(steps)))
             for label, values in seconds.items():
                 figures = {"us_per_step": statistics.median(values) * 1e6, "us_least": min(values) * 1e6}
                 rows.write({"shapes": name, "layers": layers, "policy": policy.label, "variant": label, **figures})
         del engine
-
-
-def _place(state: DecodeState, position: int) -> None:
-    state.max_new_tokens.fill_(state.max_seq_len)
-    state.begin_row(0, torch.zeros(position, dtype=torch.int32))
 
 
 PARTS: dict[str, Callable[[Setting, Rows], None]] = {

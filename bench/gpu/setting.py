@@ -15,7 +15,7 @@ from skipkernels.executors.kernel_options import KernelOptions
 from skipkernels.executors.runtime import CudaRuntime
 from skipkernels.model.config import ModelConfig, resolve_dtype
 from skipkernels.model.weights import fill_rope, random_weights
-from skipkernels.program import build_program
+from skipkernels.program import Program, build_program
 from skipkernels.program.state import LAYOUTS, DecodeState
 
 if TYPE_CHECKING:
@@ -58,8 +58,21 @@ class Setting:
         if not self.dry:
             return engine.state
         return DecodeState.allocate(  # the fake device's memory is the CPU's, its kernels are not
-            engine.config, batch_size=1, max_seq_len=engine.max_seq_len, dtype=torch.bfloat16, layout=LAYOUTS["cuda"]
+            engine.config, num_sequences=1, max_seq_len=engine.max_seq_len, dtype=torch.bfloat16, layout=LAYOUTS["cuda"]
         )
+
+    def program(self, engine: Engine, state: DecodeState, policy: Policy) -> Program:
+        """The program that ``policy`` needs."""
+        gated = policy.plan(engine.config.num_hidden_layers) is not None
+        return build_program(engine.config, engine.weights, state, gated=gated)
+
+    def place(self, engine: Engine, state: DecodeState, policy: Policy, position: int) -> None:
+        """One sequence with so many tokens and blocks of its own, all but the last token cached, whatever they hold."""
+        state.set_blocks(0, range(state.num_blocks))
+        state.begin_sequence(0, torch.zeros(position, dtype=torch.int32))
+        state.set_policy(0, policy.plan(engine.config.num_hidden_layers))
+        state.max_new_tokens.fill_(state.max_seq_len)
+        state.start_decoding(0)
 
     def executor(
         self,
@@ -70,7 +83,7 @@ class Setting:
         stamps: torch.Tensor | None = None,
     ) -> GraphExecutor:
         """A graph of ``engine``'s step whose kernels have these options."""
-        program = build_program(engine.config, engine.weights, state, policy)
+        program = self.program(engine, state, policy)
         execution = Execution("cuda", "graph", kernels="cuda", conditional="predicate", loop="replay")
         return GraphExecutor(program, state, execution, self._runtime(state, options, stamps))
 
