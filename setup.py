@@ -5,6 +5,7 @@ nvcc. Commands run in parallel, and a second build repeats only those whose text
 
 Environment:
     SKIPKERNELS_CUDA=auto|0|1   build the CUDA part if nvcc is found (default), never, or fail without it
+    SKIPKERNELS_CUDA_ARCH=native  compile for the GPU of this machine alone, a third of the time (default: all)
     MAX_JOBS=N                  compilers at a time (default: one per CPU)
     CXX, CXXFLAGS, LDFLAGS      C++ compiler (default: c++), and flags appended to those below
 """
@@ -59,7 +60,7 @@ HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
 CUDA_ARCHITECTURES = ["arch=compute_80,code=sm_80", "arch=compute_89,code=sm_89", "arch=compute_90a,code=sm_90a"]
 CUDA_PTX = "arch=compute_90,code=compute_90"
 # the ratio controller's arithmetic is the same on every executor only without contraction
-CUDA_FLAGS = {"csrc/cuda/skip_gate.cu": ["-fmad=false"]}
+CUDA_FLAGS = {source: ["-fmad=false"] for source in ("csrc/cuda/skip_gate.cu", "csrc/cuda/qkv_rope_append.cu")}
 CUDA_RUNTIME = ["-lcudart_static", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL"]
 
 
@@ -124,6 +125,16 @@ def toolkit_flags(nvcc: str, variable: str) -> list[str]:
     return shlex.split(match.group(1)) if match else []
 
 
+def cuda_targets(environ: Mapping[str, str]) -> list[str]:
+    """nvcc's flags for the GPUs to compile for."""
+    architecture = environ.get("SKIPKERNELS_CUDA_ARCH", "all")
+    if architecture not in ("all", "native"):
+        raise SetupError(f"SKIPKERNELS_CUDA_ARCH={architecture}: expected all or native")
+    if architecture == "native":
+        return ["-arch=native"]
+    return [f"-gencode={target}" for target in (*CUDA_ARCHITECTURES, CUDA_PTX)]
+
+
 def job_count(environ: Mapping[str, str]) -> int:
     """How many compilers may run at a time: MAX_JOBS, else the number of CPUs."""
     jobs = environ.get("MAX_JOBS", str(os.cpu_count() or 1))
@@ -183,7 +194,7 @@ def plan_units(cuda: CudaBuild) -> list[Unit]:
     nvcc: list[str] = []
     if cuda.nvcc:
         cxx += toolkit_flags(cuda.nvcc, "INCLUDES")
-        targets = [f"-gencode={target}" for target in (*CUDA_ARCHITECTURES, CUDA_PTX)]
+        targets = cuda_targets(os.environ)
         nvcc = [cuda.nvcc, *OPTIMIZE, *targets, f"-Xcompiler={','.join(HOST_FLAGS)}", *macros, "-Icsrc"]
     host_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
     return [

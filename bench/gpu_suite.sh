@@ -1,109 +1,106 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with a GPU: one script, at most nine minutes, that leaves what it has.
 #
-#   bench/gpu_suite.sh [--out DIR] [--budget SECONDS] [--only PART,PART...]
+#   bench/gpu_suite.sh [--out DIR] [--seconds SECONDS] [--only PART,PART...] [--dry-run] [--peers NAME,NAME...]
 #
-# Parts, in this order:
-#   build      the extension with its CUDA part
-#   first      what kernels, IF nodes, WHILE iterations and grid barriers cost; read and copy bandwidth
-#   kernels    every op at the shapes of Llama-3.2-1B, Llama-2-7B and Llama-3-8B, cold, beside torch's own
-#   decode     whole steps, dense and 25 % skipped: batch 1, 2, 4, 8; 128, 2,048 and 8,192 positions; beside
-#              transformers with a compiled static cache and a CUDA graph of its forward pass
-#   modes      predicate and if_node, replay and while, cuda and triton kernels
-#   prefetch   bytes brought into the second-level cache ahead of their use
-#   test       pytest -m gpu
-#   sanitizer  compute-sanitizer memcheck and racecheck on the op tests
-# A part that runs out of time is cut off; the parts after it are left out and named. Needs no network and, beyond
-# torch, transformers, triton, pybind11, pytest and nvcc, no package.
+# Parts, in this order, with their shares of the time:
+#   versions   card, driver, versions, commit
+#   build      the extension, for this GPU alone
+#   first      what kernels, IF nodes, WHILE iterations and grid barriers cost; read and copy bandwidth; how two kernels
+#              overlap
+#   ops        the CUDA kernels against the reference, up to the first failure
+#   tokens     a generation of Llama-3.2-1B's shapes for every conditional and loop: the same tokens
+#   decode     whole steps, dense and 25 % skipped: 1B, 7B, 8B; batch 1 and 4; 128, 2,048 and 8,192 positions
+#   kernels    every op at the shapes of 1B and 7B, cold, beside torch's own
+#   timeline   when each kernel of a step begins, has waited and ends
+#   switches   a step with each of the kernels' options switched off, and with other bounds of the prefetch
+#   memcheck   compute-sanitizer on a few op tests
+#   peers      transformers with a compiled static cache, and a CUDA graph of its forward pass, on 1B alone
+#   engine     the engine's tests with the CUDA kernels
+#   triton     the tests of the Triton kernels, with the time that is left
+# Each part has a limit of its own, and one that fails or hangs costs the others nothing. Every row is in DIR/rows.jsonl
+# as soon as it is measured, every output in DIR/suite.log; DIR/suite.json and DIR/summary.txt are made of them at the
+# end. --dry-run goes through all of it without a GPU, at tiny sizes, on the CPU and on the tests' fake CUDA runtime.
+#
+# Needs no network and, beyond torch, transformers, triton, pybind11, pytest and nvcc, no package.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-out="${OUT:-build/gpu_suite}"
-budget=540
-parts="build,first,kernels,decode,modes,prefetch,test,sanitizer"
+all="versions,build,first,ops,tokens,decode,kernels,timeline,switches,memcheck,peers,engine,triton"
+out="${OUT:-build/gpu_suite}" total=540 parts="$all" dry="" peers="compiled,cuda-graph"
 while [ $# -gt 0 ]; do
     case "$1" in
-        --out) out="$2" ;;
-        --budget) budget="$2" ;;
-        --only) parts="$2" ;;
+        --dry-run) dry="--dry-run"; shift; continue ;;
+        --out | --seconds | --only | --peers)
+            [ $# -ge 2 ] || { echo "$1 needs a value; see the head of $0" >&2; exit 2; } ;;
         *) echo "unknown option $1; see the head of $0" >&2; exit 2 ;;
+    esac
+    case "$1" in
+        --out) out="$2" ;;
+        --seconds) total="$2" ;;
+        --only) parts="$2" ;;
+        --peers) peers="$2" ;;
     esac
     shift 2
 done
 for part in ${parts//,/ }; do
-    case ",build,first,kernels,decode,modes,prefetch,test,sanitizer," in
-        *",$part,"*) ;;
-        *) echo "unknown part $part; see the head of $0" >&2; exit 2 ;;
-    esac
+    [[ ",$all," == *",$part,"* ]] || { echo "unknown part $part; there are $all" >&2; exit 2; }
 done
+[[ "$total" =~ ^[0-9]+$ ]] || { echo "--seconds takes a whole number, got $total" >&2; exit 2; }
+
 mkdir -p "$out"
+rows="$out/rows.jsonl" log="$out/suite.log"
+: >"$rows"
+: >"$log"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export SKIPKERNELS_CUDA=1 SKIPKERNELS_CUDA_ARCH=native
 PYTHON="${PYTHON:-python3}"
 failed=0
 
-wanted() { [[ ",$parts," == *",$1,"* ]]; }
-left() { echo $((budget - SECONDS)); }
-# attempt PART COMMAND...: within the time left; its output goes to PART.log
-attempt() {
-    local part="$1" seconds
-    shift
-    seconds=$(left)
-    if [ "$seconds" -lt 5 ]; then
-        echo "$part: left out, the time is spent" | tee -a "$out/$part.log"
+# part NAME SECONDS COMMAND...: if it is wanted. SECONDS are of 540; what a part leaves over goes to the last ones.
+part() {
+    local name="$1" limit=$(($2 * total / 540)) left=$((total - SECONDS - 3)) began=$SECONDS status
+    shift 2
+    [[ ",$parts," == *",$name,"* ]] || return 0
+    [ "$limit" -gt 0 ] && [ "$limit" -lt "$left" ] || limit=$left
+    if [ "$limit" -lt 1 ]; then
+        echo "{\"part\": \"$name\", \"left_out\": \"the time is spent\"}" >>"$rows"
+        echo "$name: left out, the time is spent"
         failed=1
-        return 1
+        return 0
     fi
-    echo "== $part: $* (at most $seconds s)" >>"$out/$part.log"
-    timeout "$seconds" "$@" >>"$out/$part.log" 2>&1
-    local status=$?
-    [ $status -eq 0 ] || { echo "$part: exit status $status, see $out/$part.log"; tail -5 "$out/$part.log"; failed=1; }
-    return $status
+    echo "== $name, at most $limit s: $*" >>"$log"
+    LIMIT=$limit timeout -k 5 "$limit" "$@" >>"$log" 2>&1
+    status=$?
+    echo "{\"part\": \"$name\", \"status\": $status, \"seconds\": $((SECONDS - began)), \"limit\": $limit}" >>"$rows"
+    echo "$name: $((SECONDS - began)) s, exit status $status"
+    [ $status -eq 0 ] && return 0
+    failed=1
+    tail -n 5 "$log" | cut -c 1-200
 }
-bench() { attempt "$1" "$PYTHON" -m skipkernels bench "${@:2}"; }
+measure() { part "$1" "$2" "$PYTHON" bench/gpu/measure.py "$1" --rows "$rows" $dry "${@:3}"; }
+gpu_tests=("$PYTHON" -m pytest -q -c bench/gpu/pytest.ini --rootdir=. --confcutdir=tests/gpu -p no:cacheprovider -m gpu)
+sanitizer=(compute-sanitizer --tool memcheck --error-exitcode 9)
+build=("$PYTHON" setup.py build_ext --inplace)
+first=(bash bench/gpu/first.sh "$rows")
+if [ -n "$dry" ]; then
+    gpu_tests+=(--collect-only) sanitizer=() build=("$PYTHON" setup.py --version) first+=(--dry-run)
+fi
 
-wanted build && SKIPKERNELS_CUDA=1 attempt build "$PYTHON" setup.py build_ext --inplace
-if wanted first; then
-    mkdir -p build
-    attempt first nvcc -std=c++17 -O3 -arch=native -Icsrc bench/gpu/first_measurements.cu csrc/cuda/graph.cpp \
-        csrc/cuda/condition.cu -o build/first_measurements &&
-        attempt first bash -c "build/first_measurements >'$out/first.json'"
-fi
-if wanted kernels; then
-    bench kernels kernels --device cuda --kernels cuda --shapes llama-3.2-1b,llama-2-7b,llama-3-8b --layers 8 \
-        --batch-sizes 1,4 --kv-lengths 2048 --rounds 3 --json "$out/kernels.json"
-fi
-if wanted decode; then
-    for shapes in llama-3.2-1b llama-2-7b llama-3-8b; do
-        bench decode decode --device cuda --kernels cuda --shapes $shapes --prompt-tokens 128 --new-tokens 64 --rounds 3 \
-            --against compiled,cuda-graph --json "$out/decode-$shapes.json" --plot "$out/decode-$shapes.png"
-    done
-    bench decode decode --device cuda --kernels cuda --shapes llama-3.2-1b --batch-sizes 1,2,4,8 --prompt-tokens 128 \
-        --new-tokens 48 --rounds 3 --json "$out/decode-batches.json"
-    for length in 2048 8192; do
-        bench decode decode --device cuda --kernels cuda --shapes llama-3.2-1b --prompt-tokens $length --new-tokens 48 \
-            --rounds 3 --json "$out/decode-$length.json"
-    done
-fi
-if wanted modes; then
-    for kernels in cuda triton; do
-        for conditional in predicate if_node; do
-            for loop in replay while; do
-                bench modes decode --device cuda --kernels $kernels --conditional $conditional --loop $loop \
-                    --shapes llama-3.2-1b --test-only --prompt-tokens 128 --new-tokens 48 --rounds 3 \
-                    --json "$out/modes-$kernels-$conditional-$loop.json"
-            done
-        done
-    done
-fi
-wanted prefetch && attempt prefetch "$PYTHON" bench/gpu/prefetch.py "$out/prefetch.json"
-gpu_tests=(-m pytest -q -c bench/gpu/pytest.ini --rootdir=. --confcutdir=tests/gpu -p no:cacheprovider -m gpu)
-wanted test && attempt test "$PYTHON" "${gpu_tests[@]}" tests/gpu
-if wanted sanitizer; then
-    for tool in memcheck racecheck; do
-        attempt sanitizer compute-sanitizer --tool $tool --error-exitcode 9 "$PYTHON" "${gpu_tests[@]}" \
-            tests/gpu/test_ops.py -k "cuda and (seed or 0-dtype)" -x
-    done
-fi
-"$PYTHON" bench/gpu/summary.py "$out"
+measure versions 15
+part build 50 "${build[@]}"
+part first 30 "${first[@]}"
+part ops 60 "${gpu_tests[@]}" tests/gpu/test_ops.py -k cuda -x
+measure tokens 30
+measure decode 90
+measure kernels 50
+measure timeline 20
+measure switches 45
+part memcheck 40 ${sanitizer[@]+"${sanitizer[@]}"} "${gpu_tests[@]}" tests/gpu/test_ops.py -k "cuda and seed0" -x
+measure peers 80 --peers "$peers"
+part engine 60 "${gpu_tests[@]}" tests/gpu/test_engine.py -k cuda
+part triton 0 "${gpu_tests[@]}" tests/gpu -k triton
+
+"$PYTHON" bench/gpu/summary.py "$out" | tee "$out/summary.txt"
 echo "after $SECONDS s; everything is in $out"
 exit $failed

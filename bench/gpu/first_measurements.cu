@@ -1,20 +1,18 @@
-// What a GPU's basic operations cost: the figures that decide how a decode step is put together. Prints one JSON
-// object.
-//
-//   nvcc -std=c++17 -O3 -arch=native -Icsrc bench/gpu/first_measurements.cu csrc/cuda/graph.cpp csrc/cuda/condition.cu
-//   \
-//       -o build/first_measurements && build/first_measurements
+// What a GPU's basic operations cost: the figures that decide how a decode step is put together. Prints a line of JSON
+// for each as soon as it is measured. bench/gpu/first.sh compiles and runs it.
 //
 // Every figure is the median of 20 turns with its 20th and 80th percentile, in microseconds unless it says otherwise.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdio>
+#include <exception>
 #include <functional>
 #include <string>
 #include <vector>
 
 #include "cuda/api.h"
+#include "cuda/device.h"
 #include "cuda/graph.h"
 #include "cuda/ptx.cuh"
 
@@ -24,9 +22,15 @@ using skipkernels::cuda::check;
 using skipkernels::cuda::Graph;
 namespace ptx = skipkernels::cuda::ptx;
 
+#if FIRST_DRY_RUN  // on the CPU, to see that it runs
+constexpr int kTurns = 2, kNodes = 4, kSteps = 3, kBarriers = 2, kManyBlocks = 6;
+constexpr int64_t kBytes = 1 << 16, kBytesOfPair = 1 << 18;
+#else
 constexpr int kTurns = 20;
 constexpr int kNodes = 200;  // kernels in a chain: long enough that its ends do not matter
-bool first_entry = true;
+constexpr int kSteps = 200, kBarriers = 200, kManyBlocks = 4096;
+constexpr int64_t kBytes = int64_t{2} << 30, kBytesOfPair = 64 << 20;
+#endif
 
 struct Timer {
     cudaEvent_t begin, end;
@@ -48,9 +52,10 @@ struct Timer {
 void report(const std::string& name, std::vector<double> values, const char* unit = "us") {
     std::sort(values.begin(), values.end());
     const auto at = [&](double share) { return values[static_cast<size_t>(share * (values.size() - 1))]; };
-    std::printf("%s\n  \"%s\": {\"unit\": \"%s\", \"median\": %.4g, \"p20\": %.4g, \"p80\": %.4g}",
-                first_entry ? "{" : ",", name.c_str(), unit, at(0.5), at(0.2), at(0.8));
-    first_entry = false;
+    std::printf(
+        "{\"part\": \"first\", \"name\": \"%s\", \"unit\": \"%s\", \"median\": %.4g, \"p20\": %.4g, \"p80\": %.4g}\n",
+        name.c_str(), unit, at(0.5), at(0.2), at(0.8));
+    std::fflush(stdout);  // what comes next may fail
 }
 
 // `value(seconds)` of every turn of `work`
@@ -94,23 +99,71 @@ __global__ void grid_barriers(int* counter, int rounds) {
     }
 }
 
+// Reads its part of `data` as a matrix kernel reads weights: 64 KB ahead of their use, the first of them before its
+// wait. Leaves {multiprocessor, begin, end of the wait, end} of every block.
+constexpr int kPairThreads = 256, kCopies = 16;
+constexpr size_t kRingBytes = kCopies * kPairThreads * sizeof(uint4);
+struct BlockRecord {
+    unsigned long long sm, began, waited, ended;
+};
+
+__global__ void read_like_linear(const uint4* data, int64_t count, BlockRecord* records, uint32_t* sink) {
+    const unsigned long long began = ptx::global_timer();
+    auto* ring = reinterpret_cast<uint4*>(ptx::shared_memory()) + threadIdx.x;
+    const int64_t step = int64_t{gridDim.x} * kPairThreads;
+    int64_t ahead = int64_t{blockIdx.x} * kPairThreads + threadIdx.x;
+    const auto copy = [&](int slot) {
+        if (ahead < count) ptx::copy_async(ring + slot * kPairThreads, data + ahead);
+        ptx::commit_copies();
+        ahead += step;
+    };
+    for (int slot = 0; slot < kCopies; ++slot) copy(slot);
+    ptx::grid_dependency_wait();
+    const unsigned long long waited = ptx::global_timer();
+    ptx::grid_dependency_launch();
+    uint32_t sum = 0;
+    int slot = 0;
+    for (int64_t i = int64_t{blockIdx.x} * kPairThreads + threadIdx.x; i < count; i += step) {
+        ptx::wait_copies<kCopies - 1>();
+        const uint4 v = ring[slot * kPairThreads];
+        sum += v.x ^ v.y ^ v.z ^ v.w;
+        copy(slot);
+        slot = (slot + 1) % kCopies;
+    }
+    ptx::wait_copies<0>();
+    if (sum == 0x5eed) *sink = sum;  // never
+    __syncthreads();
+    if (threadIdx.x == 0) records[blockIdx.x] = {ptx::multiprocessor(), began, waited, ptx::global_timer()};
+}
+
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int blocks, int threads, cudaStream_t stream, bool programmatic,
-            Arguments... arguments) {
+void launch_with(void (*kernel)(Parameters...), int blocks, int threads, size_t shared_bytes, cudaStream_t stream,
+                 bool programmatic, bool cooperative, Arguments... arguments) {
     cudaLaunchConfig_t config{};
+    config.dynamicSmemBytes = shared_bytes;
     config.gridDim = dim3(blocks);
     config.blockDim = dim3(threads);
     config.stream = stream;
     cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    attribute.id = cooperative ? cudaLaunchAttributeCooperative : cudaLaunchAttributeProgrammaticStreamSerialization;
+    if (cooperative) {
+        attribute.val.cooperative = 1;
+    } else {
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
     config.attrs = &attribute;
-    config.numAttrs = programmatic ? 1 : 0;
+    config.numAttrs = programmatic || cooperative ? 1 : 0;
     check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "cudaLaunchKernelEx");
 }
 
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int blocks, int threads, cudaStream_t stream, bool programmatic,
+            Arguments... arguments) {
+    launch_with(kernel, blocks, threads, 0, stream, programmatic, false, arguments...);
+}
+
 void chains(cudaStream_t stream, int sms) {
-    for (int blocks : {1, sms, 4096}) {
+    for (int blocks : {1, sms, kManyBlocks}) {
         for (bool programmatic : {false, true}) {
             Graph graph(0);
             graph.begin();
@@ -143,7 +196,7 @@ void if_nodes(cudaStream_t stream, int sms, int32_t* flags) {
 
 // A step of ten kernels: as one launch that loops on the device, and as launches enqueued one behind the other.
 void loops(cudaStream_t stream, int sms, int32_t* flags) {
-    constexpr int kKernels = 10, kSteps = 200;
+    constexpr int kKernels = 10;
     const auto step = [&](Graph& graph) {
         for (int node = 0; node < kKernels; ++node) launch(empty, sms, 128, graph.stream(), node > 0);
     };
@@ -172,16 +225,57 @@ void loops(cudaStream_t stream, int sms, int32_t* flags) {
         [](double s) { return s / kSteps * 1e6; });
 }
 
-}  // namespace
+// Two kernels of the size and shape of our matrix kernels, one behind the other: whether their blocks share SMs, and
+// how long the memory is idle at the boundary.
+void pair(cudaStream_t stream, int sms, const uint4* data, uint32_t* sink, int carveout) {
+    check(cudaFuncSetAttribute(read_like_linear, cudaFuncAttributePreferredSharedMemoryCarveout, carveout), "carveout");
+    check(cudaFuncSetAttribute(read_like_linear, cudaFuncAttributeMaxDynamicSharedMemorySize, kRingBytes), "shared");
+    const size_t bytes = 2 * sms * sizeof(BlockRecord);
+    const auto memory = skipkernels::cuda::allocate(bytes);
+    auto* records = static_cast<BlockRecord*>(memory.get());
+    constexpr int64_t kCount = kBytesOfPair / 2 / 16;
+    Graph graph(0);
+    graph.begin();
+    for (int number = 0; number < 2; ++number) {
+        launch_with(read_like_linear, sms, kPairThreads, kRingBytes, graph.stream(), number == 1, false,
+                    data + number * kCount, kCount, records + number * sms, sink);
+    }
+    graph.finish();
+    std::vector<double> early, shared, gap, first, second;
+    for (int turn = 0; turn < kTurns; ++turn) {
+        graph.launch(stream);
+        std::vector<BlockRecord> seen(2 * sms);
+        check(cudaMemcpyAsync(seen.data(), records, bytes, cudaMemcpyDeviceToHost, stream), "copy");
+        check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+        unsigned long long began = ~0ull, ended = 0, waited = ~0ull, last = 0;
+        for (int i = 0; i < sms; ++i) {
+            began = std::min(began, seen[i].began), ended = std::max(ended, seen[i].ended);
+            waited = std::min(waited, seen[sms + i].waited), last = std::max(last, seen[sms + i].ended);
+        }
+        int num_early = 0, num_shared = 0;
+        for (int i = sms; i < 2 * sms; ++i) {
+            num_early += seen[i].began < ended;
+            for (int j = 0; j < sms; ++j) num_shared += seen[j].sm == seen[i].sm && seen[i].began < seen[j].ended;
+        }
+        early.push_back(100.0 * num_early / sms), shared.push_back(100.0 * num_shared / sms);
+        gap.push_back((static_cast<double>(waited) - static_cast<double>(ended)) / 1e3);
+        first.push_back((ended - began) / 1e3), second.push_back((last - waited) / 1e3);
+    }
+    const std::string of = carveout < 0 ? "pair of 66 KB kernels: " : "pair of 66 KB kernels, one carve-out: ";
+    report(of + "blocks of the second that begin before the first ends", early, "%");
+    report(of + "blocks of the second beside one of the first on its SM", shared, "%");
+    report(of + "the second's wait is over behind the end of the first", gap);
+    report(of + "the first, from its begin", first);
+    report(of + "the second, from the end of its wait", second);
+}
 
-int main() {
+int run() {
     cudaDeviceProp properties{};
     check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
     const int sms = properties.multiProcessorCount;
     cudaStream_t stream{};
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
 
-    constexpr int64_t kBytes = int64_t{2} << 30;
     const auto buffer = skipkernels::cuda::allocate(kBytes), other = skipkernels::cuda::allocate(kBytes);
     const auto small = skipkernels::cuda::allocate(256);
     check(cudaMemset(small.get(), 0, 256), "cudaMemset");
@@ -203,15 +297,34 @@ int main() {
     chains(stream, sms);
     if_nodes(stream, sms, flags);
     loops(stream, sms, flags);
-    constexpr int kBarriers = 200;
+    for (const int carveout : {-1, skipkernels::cuda::carveout_of(0)}) {
+        pair(stream, sms, static_cast<const uint4*>(buffer.get()), reinterpret_cast<uint32_t*>(flags + 8), carveout);
+    }
     measure(
         "grid barrier, one block per SM", stream,
         [&] {
             check(cudaMemsetAsync(flags + 16, 0, sizeof(int), stream), "cudaMemsetAsync");
-            launch(grid_barriers, sms, 128, stream, false, flags + 16, kBarriers);
+            launch_with(grid_barriers, sms, 128, 0, stream, false, true, flags + 16, kBarriers);
         },
         [](double s) { return s / kBarriers * 1e6; });
-    std::printf(",\n  \"device\": \"%s\", \"sms\": %d, \"l2_bytes\": %d\n}\n", properties.name, sms,
+    std::printf("{\"part\": \"first\", \"device\": \"%s\", \"sms\": %d, \"l2_bytes\": %d}\n", properties.name, sms,
                 properties.l2CacheSize);
     return 0;
 }
+
+int report_errors() {
+    try {
+        return run();
+    } catch (const std::exception& error) {
+        std::printf("{\"part\": \"first\", \"error\": \"%s\"}\n", error.what());
+        return 1;
+    }
+}
+
+}  // namespace
+
+#if FIRST_DRY_RUN
+extern "C" __attribute__((visibility("default"))) int first_measurements() { return report_errors(); }
+#else
+int main() { return report_errors(); }
+#endif

@@ -185,9 +185,9 @@ bool Executor::any_active() const {
 }
 
 std::vector<double> Executor::run(int64_t max_steps, const std::function<bool()>& keep_going) {
-    interrupted_.store(false, std::memory_order_relaxed);
     Loop loop{0, program_.size(), max_steps, &keep_going};
     if (max_steps > 0 && any_active()) replay(loop);
+    interrupted_.store(false, std::memory_order_relaxed);  // not at the start: an earlier call must not be lost
     return std::move(loop.step_seconds);
 }
 

@@ -23,8 +23,11 @@ __device__ void end_prompt_row(const Advance& op, int64_t row) {
     }
 }
 
-__global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant__ Advance op, const int32_t* when) {
+__global__ void __launch_bounds__(kThreads)
+    advance_kernel(const __grid_constant__ Advance op, const int32_t* when, Stamps stamps) {
+    Clock clock(stamps);
     ptx::grid_dependency_wait();
+    clock.waited();
     ptx::grid_dependency_launch();
     const int64_t row = blockIdx.x;
     if (!when[row]) return;
@@ -33,7 +36,8 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant
     const int32_t generated = step + 1, position = op.row_position[row] + 1;
     bool ended = generated >= op.max_new_tokens[row] || position >= op.max_seq_len;
     for (int64_t i = 0; i < op.max_eos; ++i) ended |= op.eos_token_ids[row * op.max_eos + i] == token;
-    const bool waits = !ended && op.block_table[row * op.blocks_per_sequence + position / op.block_size] < 0;
+    const bool waits =
+        !ended && op.block_table[row * op.blocks_per_sequence + position / static_cast<int32_t>(op.block_size)] < 0;
     const bool goes_on = !ended && !waits;
     __syncthreads();  // everybody has read what is about to change
 
@@ -68,7 +72,8 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(const __grid_constant
 
 cudaError_t launch_advance(const Step& step, const LaunchContext& context) {
     const Advance& op = step.ins.advance;
-    return launch_kernel(context, advance_kernel, static_cast<unsigned>(op.num_rows), kThreads, 0, op, step.ins.when);
+    return launch_kernel(context, advance_kernel, static_cast<unsigned>(op.num_rows), kThreads, 0, op, step.ins.when,
+                         context.stamps);
 }
 
 }  // namespace skipkernels::cuda

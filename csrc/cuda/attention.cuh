@@ -67,15 +67,15 @@ struct Attention {
     char* memory;
     AttentionShared<kHeads>& shared;
     const AttentionItems<kHeads> items;
-    const PagedCache cache;
+    const PagedCache& cache;
 
-    __device__ explicit Attention(const DecodeAttention& op)
+    __device__ Attention(const DecodeAttention& op, const PagedCache& cache)
         : op(op),
           head_dim(static_cast<int>(op.head_dim)),
           memory(ptx::shared_memory()),
           shared(*reinterpret_cast<AttentionShared<kHeads>*>(memory + (kStaged ? 2 : 1) * stage(1))),
           items{reinterpret_cast<AttentionRow*>(shared.query() + kHeads * head_dim), static_cast<int>(op.num_rows)},
-          cache(op) {}
+          cache(cache) {}
 
     __device__ int64_t stage(int number) const { return number * stage_bytes<T, kHeads, kStaged>(head_dim); }
     __device__ SplitView<T> view(int number) const {
@@ -91,7 +91,7 @@ struct Attention {
         if constexpr (kStaged) {
             return position * head_dim;
         } else {
-            return cache.row(item.sequence, split * kKvSplit + position, item.kv_head) * head_dim;
+            return int64_t{cache.row(item.sequence, split * kKvSplit + position, item.kv_head)} * head_dim;
         }
     }
 
@@ -103,7 +103,7 @@ struct Attention {
         for (int first = item.first_position(split), count; first < end; first += count) {
             const int position = split * kKvSplit + first;
             count = min(end - first, cache.left_in_block(position));
-            const int64_t from = cache.row(item.sequence, position, item.kv_head) * head_dim;
+            const int64_t from = int64_t{cache.row(item.sequence, position, item.kv_head)} * head_dim;
             const int at = first * head_dim;
             for (int i = thread; i < count * pieces; i += kAttentionThreads) {
                 ptx::copy_async(const_cast<T*>(to.keys) + at + i * V, static_cast<const T*>(op.k_cache) + from + i * V);

@@ -3,6 +3,7 @@
 
 #include <pybind11/stl.h>
 
+#include "device.h"
 #include "graph.h"
 #include "launcher.h"
 #include "streams.h"
@@ -31,12 +32,25 @@ py::dict status() {
     return facts;
 }
 
+// What figures of a device are compared with.
+py::dict device_facts(int device) {
+    py::dict facts;
+    facts["sms"] = attribute_of(device, cudaDevAttrMultiProcessorCount);
+    facts["l2_bytes"] = attribute_of(device, cudaDevAttrL2CacheSize);
+    // two transfers a clock, in kHz, of a bus of so many bits
+    facts["peak_gb_per_s"] = 2e3 * attribute_of(device, cudaDevAttrMemoryClockRate) *
+                             attribute_of(device, cudaDevAttrGlobalMemoryBusWidth) / 8 / 1e9;
+    return facts;
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
     py::register_local_exception<InstantiationError>(m, "CudaInstantiationError", PyExc_RuntimeError);
     m.def("cuda_status", &status, "Driver and runtime versions, number of devices, and why there is none.");
 
+    m.def("cuda_device", &device_facts, py::arg("device"),
+          "Multiprocessors, bytes of second-level cache, and the memory's peak bandwidth.");
     m.def(
         "cuda_synchronize", [](uintptr_t stream, int device) { synchronize(as_stream(stream), device); },
         py::arg("stream"), py::arg("device"), py::call_guard<py::gil_scoped_release>(),
@@ -48,13 +62,33 @@ void bind(py::module_& m) {
         "cuda_is_capturing", [](uintptr_t stream, int device) { return is_capturing(as_stream(stream), device); },
         py::arg("stream"), py::arg("device"));
 
+    py::class_<Options>(m, "CudaOptions", "See csrc/cuda/plan.h.")
+        .def(py::init<>())
+        .def_readwrite("gate_beside_qkv", &Options::gate_beside_qkv)
+        .def_readwrite("late_prefetch", &Options::late_prefetch)
+        .def_readwrite("max_prefetch_bytes", &Options::max_prefetch_bytes)
+        .def_readwrite("evict_first", &Options::evict_first)
+        .def_readwrite("early_trigger", &Options::early_trigger)
+        .def_readwrite("one_carveout", &Options::one_carveout)
+        .def_readwrite("touch_settled", &Options::touch_settled)
+        .def_readwrite("prefetch_first_layer", &Options::prefetch_first_layer);
+
     py::class_<Launcher>(m, "CudaLauncher", "Launches single instructions of a program.")
-        .def(py::init<const std::vector<Instruction>&, int, int64_t>(), py::arg("program"), py::arg("device"),
-             py::arg("max_prefetch_bytes") = -1)
+        .def(
+            py::init([](const std::vector<Instruction>& program, int device, const Options& options, uintptr_t stamps) {
+                return new Launcher(program, device, options, reinterpret_cast<Stamps>(stamps));
+            }),
+            py::arg("program"), py::arg("device"), py::arg("options") = Options{}, py::arg("stamps") = 0)
         .def(
             "launch",
             [](const Launcher& self, int64_t index, uintptr_t stream, bool programmatic) {
                 self.launch(index, as_stream(stream), programmatic);
+            },
+            py::arg("index"), py::arg("stream"), py::arg("programmatic"))
+        .def(
+            "launch_in_step",
+            [](const Launcher& self, int64_t index, uintptr_t stream, bool programmatic) {
+                return self.launch_in_step(index, as_stream(stream), programmatic);
             },
             py::arg("index"), py::arg("stream"), py::arg("programmatic"));
 

@@ -60,37 +60,6 @@ __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a
 
 inline bool is_aligned(const void* p, size_t bytes = 16) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-// Bit n of those set in `bits`, from 0 on, or 32 where there are less.
-__device__ __forceinline__ int nth_bit(uint32_t bits, int n) {
-#pragma unroll 1
-    for (int i = 0; i < n; ++i) bits &= bits - 1;
-    return bits ? __ffs(static_cast<int>(bits)) - 1 : 32;
-}
-
-// Up to kRowsOfPass rows whose `when` is set, in order, among those from `first` on. All lanes of a warp must make it
-// together, and ask it together.
-struct Rows {
-    int end;        // the rows from here on were not looked at
-    int found = 0;  // how many there are
-    int own = -1;   // lane n has the nth of them
-
-    __device__ Rows(const int32_t* when, int num_rows, int first) : end(first) {
-        const int lane = static_cast<int>(threadIdx.x) % 32;
-        while (end < num_rows && found < kRowsOfPass) {
-            const int row = end + lane;
-            const uint32_t set = __ballot_sync(kAllLanes, row < num_rows && ptx::load_relaxed(when + row) != 0);
-            const int count = min(__popc(set), kRowsOfPass - found);
-            if (lane >= found && lane < found + count) own = end + nth_bit(set, lane - found);
-            end += count < __popc(set) ? nth_bit(set, count) : 32;
-            found += count;
-        }
-        end = min(end, num_rows);
-    }
-    __device__ int count() const { return found; }
-    // The nth of them, -1 behind the last; n < 32.
-    __device__ int at(int n) const { return __shfl_sync(kAllLanes, own, n); }
-};
-
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
     for (int lanes = 16; lanes; lanes /= 2) value += __shfl_xor_sync(kAllLanes, value, lanes);
@@ -102,6 +71,23 @@ __device__ __forceinline__ float warp_max(float value) {
     for (int lanes = 16; lanes; lanes /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, lanes));
     return value;
 }
+
+// Takes the stamps of a kernel, by the first thread of each of its blocks.
+class Clock {
+  public:
+    __device__ explicit Clock(Stamps stamps) : stamps_(threadIdx.x == 0 ? stamps : nullptr) {
+        if (stamps_) atomicMin(stamps_, ptx::global_timer());
+    }
+    __device__ void waited() const {
+        if (stamps_) atomicMin(stamps_ + 1, ptx::global_timer());
+    }
+    __device__ ~Clock() {
+        if (stamps_) atomicMax(stamps_ + 2, ptx::global_timer());
+    }
+
+  private:
+    Stamps stamps_;
+};
 
 // f with a value of the weights' type.
 template <class F>
@@ -132,6 +118,11 @@ cudaError_t launch_kernel(const LaunchContext& context, void (*kernel)(Parameter
     config.stream = context.stream;
     config.attrs = &overlap;
     config.numAttrs = context.programmatic ? 1 : 0;
+    // An SM changes its carve-out only when it is idle: kernels that differ in it cannot share one.
+    if (const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, context.carveout)) {
+        return error;
+    }
     if (shared_bytes > kSharedBytesOfAll) {
         const cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));

@@ -30,6 +30,12 @@ cudaLaunchConfig_t one_thread(cudaStream_t stream) {
 
 }  // namespace
 
+cudaError_t set_carveout_of_conditions(int carveout) {
+    const cudaError_t error = cudaFuncSetAttribute(if_any, cudaFuncAttributePreferredSharedMemoryCarveout, carveout);
+    if (error != cudaSuccess) return error;
+    return cudaFuncSetAttribute(while_any, cudaFuncAttributePreferredSharedMemoryCarveout, carveout);
+}
+
 cudaError_t launch_if_any(cudaGraphConditionalHandle handle, const int32_t* when, int64_t batch_size,
                           cudaStream_t stream) {
     const cudaLaunchConfig_t config = one_thread(stream);

@@ -8,6 +8,10 @@
 
 namespace skipkernels::cuda {
 
+// The share of the first-level cache that both ask for, as in LaunchContext (kernels.h): an SM does not change it while
+// another kernel runs there.
+cudaError_t set_carveout_of_conditions(int carveout);
+
 // handle = any of when[batch_size]
 cudaError_t launch_if_any(cudaGraphConditionalHandle handle, const int32_t* when, int64_t batch_size,
                           cudaStream_t stream);

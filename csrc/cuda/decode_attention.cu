@@ -12,42 +12,28 @@
 // at 4.3 TB/s; at 128 positions 2 MB.
 //
 // Blocks without an item are free to fetch the next weights into the second-level cache: see Prefetch in kernels.h.
+// They do so behind the wait: what is fetched earlier has left the cache by the time it is read, since the
+// qkv_rope_append that still runs streams its own weights through it.
 #include <algorithm>
 
 #include "attention.cuh"
 #include "ops.h"
+#include "prefetch.cuh"
 
 namespace skipkernels::cuda {
 
 namespace {
 
 constexpr int kBlocksPerSm = 2;
-constexpr int kStagedBytes = 256;          // head_dim in bytes up to which splits are copied to shared memory
-constexpr uint32_t kPrefetchBytes = 1024;  // a thread's piece
-
-// By the blocks from `first` on, all threads of which take pieces in turn.
-__device__ void prefetch(const Prefetch& next, int first) {
-    bool runs = false;
-    for (int64_t row = 0; row < next.batch_size; ++row) runs |= ptx::load_relaxed(next.run_ffn + row) != 0;
-    const WeightRange ranges[] = {next.always, runs ? next.if_run : next.otherwise};
-    const int64_t threads = static_cast<int64_t>(gridDim.x - first) * kAttentionThreads;
-    int64_t left = next.max_bytes;
-    for (const WeightRange& range : ranges) {
-        const int64_t bytes = min(range.bytes, left) / 16 * 16;
-        left -= bytes;
-        int64_t at = (static_cast<int64_t>(blockIdx.x - first) * kAttentionThreads + threadIdx.x) * kPrefetchBytes;
-        for (; at < bytes; at += threads * kPrefetchBytes) {
-            ptx::prefetch_l2(static_cast<const char*>(range.data) + at,
-                             static_cast<uint32_t>(min(int64_t{kPrefetchBytes}, bytes - at)));
-        }
-    }
-}
+constexpr int kStagedBytes = 256;  // head_dim in bytes up to which splits are copied to shared memory
 
 template <class T, int V, int kHeads, bool kStaged>
 __global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
-    decode_attention_kernel(const __grid_constant__ DecodeAttention op, const int32_t* when, bool flags_are_settled,
-                            const __grid_constant__ Prefetch next, int* arrivals) {
-    const Attention<T, V, kHeads, kStaged> attention(op);
+    decode_attention_kernel(const __grid_constant__ DecodeAttention op, const __grid_constant__ PagedCache cache,
+                            const int32_t* when, bool flags_are_settled, bool prefetches_early,
+                            const __grid_constant__ Prefetch next, int* arrivals, Stamps stamps) {
+    Clock clock(stamps);
+    const Attention<T, V, kHeads, kStaged> attention(op, cache);
     auto& shared = attention.shared;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
     const int block = static_cast<int>(blockIdx.x), grid = static_cast<int>(gridDim.x);
@@ -59,8 +45,16 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
     __syncthreads();
     const int count = attention.items.count(op);
     if (block >= count) {
-        if (count > 0 && next.max_bytes > 0) prefetch(next, count);
+        const auto prefetch_next = [&] {
+            if (count == 0 || next.max_bytes == 0) return;
+            prefetch(next, int64_t{block - count} * kAttentionThreads + thread,
+                     int64_t{grid - count} * kAttentionThreads);
+        };
+        if (prefetches_early) prefetch_next();
         ptx::grid_dependency_wait();
+        clock.waited();
+        ptx::grid_dependency_launch();
+        if (!prefetches_early) prefetch_next();
         return;
     }
     if (thread == 0) shared.item[0] = attention.items.at(op, block);
@@ -72,6 +66,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
     const bool is_old = !shared.has_prompt && !shared.item[0].has_newest(first_split);
     if (is_old) attention.copy(shared.item[0], first_split, 0);
     ptx::grid_dependency_wait();
+    clock.waited();
     ptx::grid_dependency_launch();
     if (!is_old) attention.copy(shared.item[0], first_split, 0);
 
@@ -124,7 +119,8 @@ cudaError_t launch_attention(const Step& step, const LaunchContext& context) {
     const int64_t grid = step.prefetch.max_bytes ? blocks : std::min(most_items, blocks);
     return launch_kernel(context, decode_attention_kernel<T, V, kHeads, kStaged>, static_cast<unsigned>(grid),
                          kAttentionThreads, attention_shared_bytes<T, kHeads, kStaged>(op.head_dim, op.num_rows), op,
-                         step.ins.when, step.flags_are_settled, step.prefetch, step.arrivals);
+                         PagedCache(op), step.ins.when, step.flags_are_settled, step.prefetches_early, step.prefetch,
+                         step.arrivals, context.stamps);
 }
 
 // The kernel for a group of query heads; larger groups take several items.

@@ -11,7 +11,7 @@ namespace skipkernels::cuda {
 namespace {
 
 struct AddDownProj {
-    static constexpr bool kNormed = false, kFinishesTiles = false;
+    static constexpr bool kNormed = false, kFinishesTiles = false, kHasExtraBlock = false;
     using Early = float;  // h
     DownProjAdd op;
 
@@ -22,6 +22,7 @@ struct AddDownProj {
     __device__ float early(int index, int row, int r) const {
         return tile(index).has(r) ? *hidden(index, row, r) : 0.0f;
     }
+    __device__ void touch(int, int, int) const {}
     __device__ void operator()(int index, int row, int r, float value, float before) const {
         const bool has_channel = row >= 0 && tile(index).has(r);
         const float after = before + value;

@@ -10,7 +10,7 @@ namespace skipkernels::cuda {
 namespace {
 
 struct SiluGateUp {
-    static constexpr bool kNormed = true, kFinishesTiles = false;
+    static constexpr bool kNormed = true, kFinishesTiles = false, kHasExtraBlock = false;
     struct Early {};
     GateUpSilu op;
 
@@ -20,6 +20,7 @@ struct SiluGateUp {
         return {{first, op.intermediate_size + first}, {count, count}};
     }
     __device__ Early early(int, int, int) const { return {}; }
+    __device__ void touch(int, int, int) const {}
     __device__ void operator()(int index, int row, int r, float gate, Early) const {
         const float up = __shfl_xor_sync(kAllLanes, gate, kRunRows);
         if (row < 0 || r >= kRunRows || !tile(index).has(r)) return;

@@ -1,6 +1,7 @@
 #include "graph.h"
 
 #include "condition.h"
+#include "device.h"
 
 namespace skipkernels::cuda {
 
@@ -19,6 +20,7 @@ cudaStream_t new_stream() {
 
 Graph::Graph(int device) : device_(device) {
     const OnDevice on(device_);
+    check(set_carveout_of_conditions(carveout_of(device_)), "cudaFuncSetAttribute");
     steps_left_ = allocate(sizeof(int32_t));
 }
 

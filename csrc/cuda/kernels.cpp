@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t kMostTokens = 1 << 19;  // whose weights sample can add up, see sample_truncated.cuh
 constexpr int64_t kLargestHead = 256;
-constexpr int64_t kMostRows = 2048;  // whose lengths attention can hold in shared memory beside its own
 
 void check_size(const char* op, const char* name, int64_t size) {
     skipkernels::check(size > 0 && size <= std::numeric_limits<int32_t>::max(), op, ": ", name,
@@ -26,7 +25,7 @@ void check_blocks(const char* name, const Op& op) {
     const int64_t size = op.block_size;
     skipkernels::check(size > 0 && (size & (size - 1)) == 0, name, ": block_size must be a power of two on CUDA, got ",
                        size);
-    check_size(name, "num_blocks", op.num_blocks);
+    check_size(name, "rows of the cache", op.num_blocks * op.num_key_value_heads * size);
 }
 
 }  // namespace

@@ -22,11 +22,12 @@
 //   kNormed                      whether x is to be normed
 //   Tile tile(index)             which weight rows are a tile
 //   Early early(index, row, r)   what it will need of memory for batch row `row` and row r of the tile, asked for
-//   before
-//                                the sums are there
+//                                before the sums are there
+//   touch(index, row, r)         brings near what of that is settled, before the wait
 //   (index, row, r, value, early)  takes y. Called by whole warps: lanes 0..15 and lanes 16..31 each hold the 16 values
 //                                of a tile for one batch row, or row = -1 and nothing
-//   kFinishesTiles, finish_tile(index, rows, flag)   called by all threads behind a tile
+//   kFinishesTiles, finish_tile(index, rows)   called by all threads behind a tile
+//   kHasExtraBlock, extra_block(when)   what a block beside those of the tiles does, if it is launched
 #pragma once
 
 #include "common.cuh"
@@ -41,9 +42,40 @@ constexpr int kRunRows = kTileRows / 2;
 // Copies of 16 bytes that each thread has under way.
 constexpr int kCopies = 16;
 constexpr size_t kRingBytes = kCopies * kLinearThreads * sizeof(uint4);
-// Shared memory: the ring, a flag for the epilogue, the sums that warps leave for each other.
-constexpr size_t kSumsAt = kRingBytes + 16;
-__device__ __forceinline__ int* block_flag() { return reinterpret_cast<int*>(ptx::shared_memory() + kRingBytes); }
+
+// Up to kRowsOfPass of the rows whose `when` is set, which a pass over the weights takes together. In shared memory:
+// all registers are needed elsewhere.
+struct alignas(16) Rows {
+    int row[kRowsOfPass];  // in order, -1 behind the last
+    int found;
+    int end;   // the rows from here on are left to the next pass
+    int flag;  // for the epilogue
+
+    // Those from `first` on. By one warp.
+    __device__ void find(const int32_t* when, int num_rows, int first) {
+        const int lane = static_cast<int>(threadIdx.x) % 32;
+        if (lane < kRowsOfPass) row[lane] = -1;
+        __syncwarp();
+        int next = first, taken = 0;
+        while (next < num_rows && taken < kRowsOfPass) {
+            const int own = next + lane;
+            const bool wanted = own < num_rows && ptx::load_relaxed(when + own) != 0;
+            const uint32_t set = __ballot_sync(kAllLanes, wanted);
+            const int number = taken + __popc(set & ((uint32_t{1} << lane) - 1));
+            if (wanted && number < kRowsOfPass) row[number] = own;
+            const uint32_t left = __ballot_sync(kAllLanes, wanted && number >= kRowsOfPass);
+            next += left ? __ffs(static_cast<int>(left)) - 1 : 32;
+            taken = min(taken + __popc(set), kRowsOfPass);
+        }
+        if (lane == 0) found = taken, end = min(next, num_rows);
+    }
+    __device__ int count() const { return found; }
+    __device__ int at(int n) const { return row[n]; }
+};
+
+// Shared memory: the ring, the rows, the sums that warps leave for each other.
+constexpr size_t kSumsAt = kRingBytes + sizeof(Rows);
+__device__ __forceinline__ Rows& rows_of_pass() { return *reinterpret_cast<Rows*>(ptx::shared_memory() + kRingBytes); }
 
 // The weight rows of a tile: two runs of up to 8 neighbours. Which ones is the epilogue's choice: channels i and
 // i + head_dim / 2 for a rotation, gate and up for an activation, 16 neighbours otherwise.
@@ -72,6 +104,10 @@ struct Linear {
     int num_rows;
     int k;
     int tiles;
+    int blocks;  // that take the tiles in turn
+    bool triggers_early, touches_settled;
+    uint64_t cache_policy;  // of the weights
+    Stamps stamps;
 };
 
 // Where the weights of a run begin, and its last row, which stands in for those behind it: nobody uses their results.
@@ -97,6 +133,12 @@ __device__ __forceinline__ void load_x(const Linear<T>& in, const float* row, in
         squares = fmaf(x[i], x[i], squares);
         x[i] *= norm[i];
     }
+}
+
+// Brings columns [k, k + 8) of the norm near.
+template <bool kNormed, class T>
+__device__ __forceinline__ void touch_norm(const Linear<T>& in, int k) {
+    if (kNormed && in.touches_settled && k < in.k) ptx::touch(in.norm + k);
 }
 
 template <class T>

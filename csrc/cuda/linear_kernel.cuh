@@ -12,29 +12,40 @@ namespace skipkernels::cuda {
 constexpr int kMmaRows = 2;
 
 template <class T, int V, int kColumnTiles, int kTiles, class Epilogue>
-__device__ __forceinline__ void linear_pass(const Linear<T>& in, const Epilogue& epilogue, const Rows& rows) {
+__device__ __forceinline__ void linear_pass(const Linear<T>& in, const Epilogue& epilogue, Rows& rows,
+                                            const Clock& clock) {
     if constexpr (kColumnTiles > 0) {
-        if (rows.count() >= kMmaRows) return linear_mma<T, kColumnTiles, kTiles>(in, epilogue, rows);
+        if (rows.count() >= kMmaRows) return linear_mma<T, kColumnTiles, kTiles>(in, epilogue, rows, clock);
     }
-    linear_rows<T, V>(in, epilogue, rows);
+    linear_rows<T, V>(in, epilogue, rows, clock);
 }
 
 // kColumnTiles 0: never on the tensor cores. More rows than kRowsOfPass take several passes over the weights.
 template <class T, int V, int kColumnTiles, int kTiles, class Epilogue>
 __global__ void __launch_bounds__(kLinearThreads, 2)
     linear_kernel(const __grid_constant__ Linear<T> in, const __grid_constant__ Epilogue epilogue) {
-    if (!in.when_is_settled) ptx::grid_dependency_wait();
-    Rows rows(in.when, in.num_rows, 0);
-    if (rows.count() == 0) {
-        ptx::grid_dependency_wait();
-        return;
+    const Clock clock(in.stamps);
+    if constexpr (Epilogue::kHasExtraBlock) {
+        if (static_cast<int>(blockIdx.x) == in.blocks) {
+            ptx::grid_dependency_wait();
+            ptx::grid_dependency_launch();
+            epilogue.extra_block(in.when);
+            return;
+        }
     }
-    while (true) {
-        linear_pass<T, V, kColumnTiles, kTiles>(in, epilogue, rows);
-        if (rows.end == in.num_rows) return;
-        rows = Rows(in.when, in.num_rows, rows.end);
-        if (rows.count() == 0) return;
-        __syncthreads();  // nobody reads the sums of the last tile any more
+    if (!in.when_is_settled) ptx::grid_dependency_wait();
+    Rows& rows = rows_of_pass();
+    for (int first = 0; first < in.num_rows;) {
+        if (threadIdx.x < 32) rows.find(in.when, in.num_rows, first);
+        __syncthreads();
+        if (rows.count() == 0) {
+            if (in.triggers_early) ptx::grid_dependency_launch();
+            ptx::grid_dependency_wait();
+            return;
+        }
+        linear_pass<T, V, kColumnTiles, kTiles>(in, epilogue, rows, clock);
+        first = rows.end;
+        __syncthreads();  // nobody reads the rows, or the sums of the last tile, any more
     }
 }
 
@@ -44,9 +55,13 @@ cudaError_t launch_linear_kernel(const Linear<T>& in, const Epilogue& epilogue, 
     if constexpr (kColumnTiles > 0)
         shared_bytes = std::max(shared_bytes, kSumsAt + MmaSums<kColumnTiles, kTiles>::kBytes);
     const int units = static_cast<int>(ceil_div(in.tiles, kColumnTiles ? kTiles : 1));
-    return launch_kernel(context, linear_kernel<T, V, kColumnTiles, kTiles, Epilogue>,
-                         static_cast<unsigned>(std::min(units, context.num_sms)), kLinearThreads, shared_bytes, in,
-                         epilogue);
+    Linear<T> cut = in;
+    cut.blocks = std::min(units, context.num_sms);
+    cut.stamps = context.stamps;
+    unsigned grid = static_cast<unsigned>(cut.blocks);
+    if constexpr (Epilogue::kHasExtraBlock) grid += epilogue.wants_extra_block;
+    return launch_kernel(context, linear_kernel<T, V, kColumnTiles, kTiles, Epilogue>, grid, kLinearThreads,
+                         shared_bytes, cut, epilogue);
 }
 
 // The operands that every projection has: w (m, k), of which a tile is kTileRows rows, and x (num_rows, k).
@@ -61,7 +76,12 @@ Linear<T> make_linear(const Step& step, const void* w, const float* x, int64_t k
             step.flags_are_settled,
             static_cast<int>(step.ins.num_rows),
             static_cast<int>(k),
-            static_cast<int>(tiles)};
+            static_cast<int>(tiles),
+            0,
+            step.triggers_early,
+            step.touches_settled,
+            step.evicts_first ? kEvictFirst : kEvictNormal,
+            nullptr};
 }
 
 template <class T, class Epilogue>

@@ -88,13 +88,14 @@ struct MmaSums {
 // kTiles tiles are walked side by side and share one read of x: worth it where a block has several, and needed where
 // the 16 rows of x are more bytes than the tile.
 template <class T, int kColumnTiles, int kTiles, class Epilogue>
-__device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& epilogue, const Rows& rows) {
+__device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& epilogue, Rows& rows,
+                                           const Clock& clock) {
     using Sums = MmaSums<kColumnTiles, kTiles>;
     constexpr int kBlocks = 2 / kTiles;  // a stage is kBlocks blocks of k of kTiles tiles: 4 copies
     constexpr int kStageCopies = 2 * kTiles * kBlocks, kStages = kCopies / kStageCopies;
     constexpr int kStageK = kLinearWarps * kBlocks * kBlockK;  // columns of all warps
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-    const int group = lane / 4, quad = lane % 4, grid = static_cast<int>(gridDim.x);
+    const int group = lane / 4, quad = lane % 4, grid = in.blocks;
     const int groups = static_cast<int>(ceil_div(in.tiles, kTiles)), first_k = warp * kBlocks * kBlockK + quad * 8;
 
     // The copies run ahead by kStages stages, also into the next tiles.
@@ -102,7 +103,7 @@ __device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& 
     auto slot = [&](int stage, int tile, int block, int run) -> uint4& {
         return ring[(stage * kStageCopies + (tile * kBlocks + block) * 2 + run) * kLinearThreads];
     };
-    const T* lane_rows[kTiles][2];
+    uint32_t lane_rows[kTiles][2];  // where they begin, in loads
     int group_ahead = static_cast<int>(blockIdx.x), k_ahead = 0;
     auto find_rows = [&] {
 #pragma unroll
@@ -111,7 +112,8 @@ __device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& 
 #pragma unroll
             for (int run = 0; run < 2; ++run) {
                 const RunRows<T> run_rows(in, tile, run);
-                lane_rows[t][run] = run_rows.first + static_cast<int64_t>(min(group, run_rows.last)) * in.k + first_k;
+                const T* from = run_rows.first + static_cast<int64_t>(min(group, run_rows.last)) * in.k + first_k;
+                lane_rows[t][run] = static_cast<uint32_t>((from - in.w) / kVector<T>);
             }
         }
     };
@@ -123,7 +125,10 @@ __device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& 
                 if (group_ahead * kTiles + t >= in.tiles || first_k + k_ahead + b * kBlockK >= in.k) continue;
 #pragma unroll
                 for (int run = 0; run < 2; ++run) {
-                    ptx::copy_async(&slot(stage, t, b, run), lane_rows[t][run] + k_ahead + b * kBlockK);
+                    ptx::copy_weights_async(
+                        &slot(stage, t, b, run),
+                        in.w + static_cast<int64_t>(lane_rows[t][run]) * kVector<T> + k_ahead + b * kBlockK,
+                        in.cache_policy);
                 }
             }
         }
@@ -136,18 +141,29 @@ __device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& 
     find_rows();
     for (int s = 0; s < kStages; ++s) copy_stage(s);
 
-    const float* x[kColumnTiles];  // the lane's column of each operand is a batch row
+    int x[kColumnTiles];  // the lane's column of each operand is a batch row, which begins at this element; or -1
 #pragma unroll
     for (int c = 0; c < kColumnTiles; ++c) {
         const int row = rows.at(c * 8 + group);
-        x[c] = row >= 0 ? in.x + static_cast<int64_t>(row) * in.k : nullptr;
+        x[c] = row >= 0 ? row * in.k : -1;
     }
     // In the epilogue a thread has one row of a tile and one batch row.
     const bool finishes = warp * 2 < 8 * kColumnTiles;
-    const int result_column = thread / kTileRows, result_row = finishes ? rows.at(result_column) : -1;
+    const int result_column = thread / kTileRows;
+    const auto result_row = [&] { return finishes ? rows.at(result_column) : -1; };
     auto* shared = reinterpret_cast<float*>(ptx::shared_memory() + kSumsAt);
 
+    if constexpr (kColumnTiles == 1) {  // with more, registers would not do
+        for (int k = first_k; k < in.k; k += kStageK) {
+#pragma unroll
+            for (int b = 0; b < kBlocks; ++b) touch_norm<Epilogue::kNormed>(in, k + b * kBlockK);
+        }
+        if (in.touches_settled && in.when_is_settled && result_row() >= 0) {
+            epilogue.touch(static_cast<int>(blockIdx.x) * kTiles, result_row(), thread % kTileRows);
+        }
+    }
     ptx::grid_dependency_wait();
+    clock.waited();
     ptx::grid_dependency_launch();
 
     int stage = 0;
@@ -157,7 +173,8 @@ __device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& 
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
             const int index = at * kTiles + t;
-            if (result_row >= 0 && index < in.tiles) early[t] = epilogue.early(index, result_row, thread % kTileRows);
+            if (result_row() >= 0 && index < in.tiles)
+                early[t] = epilogue.early(index, result_row(), thread % kTileRows);
         }
         for (int k = first_k; k - first_k < in.k; k += kStageK) {
             float xs[kBlocks][kColumnTiles][8] = {};
@@ -165,8 +182,8 @@ __device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& 
             for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
                 for (int c = 0; c < kColumnTiles; ++c) {
-                    if (!x[c] || k + b * kBlockK >= in.k) continue;
-                    load_x<Epilogue::kNormed>(in, x[c], k + b * kBlockK, xs[b][c], squares[c]);
+                    if (x[c] < 0 || k + b * kBlockK >= in.k) continue;
+                    load_x<Epilogue::kNormed>(in, in.x + x[c], k + b * kBlockK, xs[b][c], squares[c]);
                 }
             }
             ptx::wait_copies<kStages - 1>();
@@ -225,13 +242,13 @@ __device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& 
                 const float* of_row = shared + (t * kTileRows + thread % kTileRows) * Sums::kStride + result_column;
                 float result = 0.0f;
                 for (int i = 0; i < kLinearWarps; ++i) result += of_row[i * Sums::kWarpFloats];
-                epilogue(at * kTiles + t, result_row, thread % kTileRows, result * scale, early[t]);
+                epilogue(at * kTiles + t, result_row(), thread % kTileRows, result * scale, early[t]);
             }
         }
         __syncthreads();  // before the next sums are left there
         if constexpr (Epilogue::kFinishesTiles) {
             for (int t = 0; t < kTiles && at * kTiles + t < in.tiles; ++t) {
-                epilogue.finish_tile(at * kTiles + t, rows, block_flag());
+                epilogue.finish_tile(at * kTiles + t, rows);
             }
         }
     }

@@ -34,12 +34,13 @@ __device__ __forceinline__ float sum_each_of_8(float (&value)[8]) {
 
 // V: columns of one load, 16 bytes of them or 1.
 template <class T, int V, class Epilogue>
-__device__ __forceinline__ void linear_rows(const Linear<T>& in, const Epilogue& epilogue, const Rows& rows) {
+__device__ __forceinline__ void linear_rows(const Linear<T>& in, const Epilogue& epilogue, Rows& rows,
+                                            const Clock& clock) {
     constexpr int kStages = kCopies / kRunRows, kChunk = kRunWarps * 32 * V;
     constexpr bool kCopied = V > 1;  // else weights are read where they are used
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
     const int run = warp / kRunWarps, first_k = thread % (kRunWarps * 32) * V;
-    const int grid = static_cast<int>(gridDim.x), count = rows.count();
+    const int grid = in.blocks, count = rows.count();
 
     // The copies run ahead by kStages chunks, also into the next tile.
     auto* ring = reinterpret_cast<uint4*>(ptx::shared_memory()) + thread;
@@ -49,7 +50,8 @@ __device__ __forceinline__ void linear_rows(const Linear<T>& in, const Epilogue&
         const T* from = rows_ahead.first + k_ahead;
 #pragma unroll
         for (int r = 0; r < kRunRows; ++r) {
-            if (k_ahead < in.k) ptx::copy_async(ring + (stage * kRunRows + r) * kLinearThreads, from);
+            if (k_ahead < in.k)
+                ptx::copy_weights_async(ring + (stage * kRunRows + r) * kLinearThreads, from, in.cache_policy);
             from += r < rows_ahead.last ? in.k : 0;
         }
         ptx::commit_copies();
@@ -61,8 +63,13 @@ __device__ __forceinline__ void linear_rows(const Linear<T>& in, const Epilogue&
         if (!same_tile && index_ahead < in.tiles) rows_ahead = RunRows<T>(in, epilogue.tile(index_ahead), run);
     };
     for (int s = 0; kCopied && s < kStages; ++s) copy_chunk(s);
+    for (int k = first_k; kCopied && k < in.k; k += kChunk) touch_norm<Epilogue::kNormed>(in, k);
+    if (in.touches_settled && in.when_is_settled && thread < kTileRows) {
+        epilogue.touch(static_cast<int>(blockIdx.x), rows.at(0), thread);
+    }
 
     ptx::grid_dependency_wait();
+    clock.waited();
     ptx::grid_dependency_launch();
 
     int stage = 0, turn = 0;
@@ -125,7 +132,7 @@ __device__ __forceinline__ void linear_rows(const Linear<T>& in, const Epilogue&
                 epilogue(index, result_row, r, result, early);
             }
         }
-        if constexpr (Epilogue::kFinishesTiles) epilogue.finish_tile(index, rows, block_flag());
+        if constexpr (Epilogue::kFinishesTiles) epilogue.finish_tile(index, rows);
     }
 }
 

@@ -10,12 +10,13 @@ namespace skipkernels::cuda {
 namespace {
 
 struct StoreLogits {
-    static constexpr bool kNormed = true, kFinishesTiles = false;
+    static constexpr bool kNormed = true, kFinishesTiles = false, kHasExtraBlock = false;
     struct Early {};
     LmHead op;
 
     __device__ Tile tile(int index) const { return tile_of_neighbours(index, op.vocab_size); }
     __device__ Early early(int, int, int) const { return {}; }
+    __device__ void touch(int, int, int) const {}
     __device__ void operator()(int index, int row, int r, float value, Early) const {
         if (row < 0 || !tile(index).has(r)) return;
         op.logits[row * op.vocab_size + int64_t{index} * kTileRows + r] = value;

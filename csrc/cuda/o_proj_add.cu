@@ -9,7 +9,7 @@ namespace skipkernels::cuda {
 namespace {
 
 struct AddOProj {
-    static constexpr bool kNormed = false, kFinishesTiles = false;
+    static constexpr bool kNormed = false, kFinishesTiles = false, kHasExtraBlock = false;
     using Early = float;  // what is added to
     OProjAdd op;
 
@@ -20,6 +20,9 @@ struct AddOProj {
     __device__ float early(int index, int row, int r) const {
         if (!tile(index).has(r)) return 0.0f;
         return *hidden(index, row, r) + (op.o_proj_bias ? op.o_proj_bias[int64_t{index} * kTileRows + r] : 0.0f);
+    }
+    __device__ void touch(int index, int, int r) const {
+        if (op.o_proj_bias && tile(index).has(r)) ptx::touch(op.o_proj_bias + int64_t{index} * kTileRows + r);
     }
     __device__ void operator()(int index, int row, int r, float value, float before) const {
         if (row >= 0 && tile(index).has(r)) *hidden(index, row, r) = before + value;

@@ -17,6 +17,13 @@ __device__ __forceinline__ char* shared_memory() {
     return memory;
 }
 
+// threadIdx.x, read here and not kept from before: saves the registers of what is computed from it.
+__device__ __forceinline__ int thread_index() {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
 // Memory
 
 // Brings [p, p + bytes) into the second-level cache; both multiples of 16.
@@ -36,6 +43,20 @@ __device__ __forceinline__ void copy_async(void* to_shared, const void* from) {
                      static_cast<uint32_t>(__cvta_generic_to_shared(to_shared))),
                  "l"(from)
                  : "memory");
+}
+
+// The same for weights; `policy` is kEvictFirst or kEvictNormal (kernels.h).
+__device__ __forceinline__ void copy_weights_async(void* to_shared, const void* from, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(
+                     static_cast<uint32_t>(__cvta_generic_to_shared(to_shared))),
+                 "l"(from), "l"(policy)
+                 : "memory");
+}
+
+// Brings what lies at p into the first-level cache, without waiting for it. Nothing in flight may write it.
+__device__ __forceinline__ void touch(const void* p) {
+    uint32_t unused;
+    asm volatile("ld.global.b32 %0, [%1];" : "=r"(unused) : "l"(p));
 }
 
 // Ends this thread's group of copies.
@@ -126,6 +147,20 @@ __device__ __forceinline__ int atomic_add_acq_rel(int* p, int value) {
     int old;
     asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(value) : "memory");
     return old;
+}
+
+// Nanoseconds, the same clock on all SMs.
+__device__ __forceinline__ unsigned long long global_timer() {
+    unsigned long long now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    return now;
+}
+
+// Number of the SM that this thread is on.
+__device__ __forceinline__ unsigned multiprocessor() {
+    unsigned number;
+    asm volatile("mov.u32 %0, %%smid;" : "=r"(number));
+    return number;
 }
 
 // All earlier writes reach the host before any later one does.

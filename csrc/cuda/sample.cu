@@ -5,8 +5,11 @@
 // finish compares their winners. Of equals the lower id wins and NaN beats all, so the order of comparisons is without
 // influence. Llama-3-8B: 128256 logits a row, 0.5 MB, by 32 blocks.
 //
+// Blocks behind those fetch the next step's first weights, while the end of a step leaves the memory idle.
+//
 // What top-k, top-p and min-p leave is decided by that last block alone (sample_truncated.cuh).
 #include "ops.h"
+#include "prefetch.cuh"
 #include "sample_truncated.cuh"
 
 namespace skipkernels::cuda {
@@ -16,11 +19,19 @@ namespace {
 constexpr int kTokensOfBlock = 4096;
 
 __global__ void __launch_bounds__(kSampleThreads)
-    sample_kernel(const __grid_constant__ Sample op, const int32_t* when, int* arrivals, Winners* of_blocks) {
+    sample_kernel(const __grid_constant__ Sample op, const int32_t* when, int* arrivals, Winners* of_blocks, int blocks,
+                  const __grid_constant__ Prefetch next, Stamps stamps) {
+    Clock clock(stamps);
     ptx::grid_dependency_wait();
+    clock.waited();
     ptx::grid_dependency_launch();
     const int row = static_cast<int>(blockIdx.y), thread = static_cast<int>(threadIdx.x);
-    const int blocks = static_cast<int>(gridDim.x);
+    const int idle = static_cast<int>(blockIdx.x) - blocks;  // the number among those that have no tokens
+    if (idle >= 0) {
+        if (row == 0)
+            prefetch(next, int64_t{idle} * kSampleThreads + thread, int64_t{gridDim.x - blocks} * kSampleThreads);
+        return;
+    }
     if (!when[row]) return;
     const RowScores scores(op, row);
     const bool draws_here = scores.draws && !scores.truncates;
@@ -67,9 +78,11 @@ int64_t sample_scratch_floats(const Sample& op) {
 
 cudaError_t launch_sample(const Step& step, const LaunchContext& context) {
     const Sample& op = step.ins.sample;
-    const dim3 grid(static_cast<unsigned>(blocks_of_row(op)), static_cast<unsigned>(op.num_sequences));
+    const int blocks = static_cast<int>(blocks_of_row(op)), idle = step.prefetch.max_bytes ? context.num_sms : 0;
+    const dim3 grid(static_cast<unsigned>(blocks + idle), static_cast<unsigned>(op.num_sequences));
     return launch_kernel(context, sample_kernel, grid, kSampleThreads, sizeof(SampleShared), op, step.ins.when,
-                         step.arrivals, reinterpret_cast<Winners*>(step.scratch));
+                         step.arrivals, reinterpret_cast<Winners*>(step.scratch), blocks, step.prefetch,
+                         context.stamps);
 }
 
 }  // namespace skipkernels::cuda

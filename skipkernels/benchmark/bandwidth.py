@@ -20,11 +20,12 @@ def bandwidth_gb_per_s(device: torch.device, num_threads: int) -> float:
     source = torch.empty(PROBE_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = []
-    for _ in range(PROBE_REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
+    with torch.cuda.device(device):  # whose current stream an event is recorded in
+        for _ in range(PROBE_REPEATS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            target.copy_(source)
+            end.record()
+            end.synchronize()
+            seconds.append(start.elapsed_time(end) / 1e3)
     return 2 * PROBE_BYTES / 1e9 / statistics.median(seconds)

@@ -34,6 +34,7 @@ def run_decode_bench(
     num_threads: int,
     device: torch.device | None = None,
     on_turn: Callable[[], None] = lambda: None,
+    on_round: Callable[[list[dict[str, object]]], object] = lambda rows: None,
 ) -> list[dict[str, object]]:
     """Decodes ``new_tokens`` with every system in every round, in an order that rotates; returns a row per system.
 
@@ -41,36 +42,65 @@ def run_decode_bench(
     whose speed drifts from minute to minute does not bend them. The baseline of a batch size is its first system.
     A step decodes one token of every row: ``ms_per_token`` is the time between two tokens of a row, ``bytes_per_token``
     what is read in that time, ``tokens_per_s`` counts all rows, and so does ``prompt_tokens_per_s``: prompt tokens over
-    the time to the last first token.
+    the time to the last first token; ``floor_ms`` is what the bytes take at the bandwidth probed. ``on_round`` is
+    called with the rows as they stand after each round.
+
+    A system of others (one without a policy) that fails is left out from then on; its row holds the ``error`` alone.
     """
     turns: dict[int, _Turns] = defaultdict(_Turns)
+    failures: dict[int, str] = {}
     device = device or torch.device("cpu")
-    for system in systems:  # warm-up: touches every page, records every program
-        system.decode(prompt_tokens, min(new_tokens, 4))
+
+    def decode(index: int, tokens: int) -> Measurement | None:
+        try:
+            return systems[index].decode(prompt_tokens, tokens)
+        except Exception as error:
+            if systems[index].policy is not None:
+                raise
+            failures[index] = f"{type(error).__name__}: {error}".splitlines()[0]
+            return None
+
+    def rows_after(rounds: int) -> list[dict[str, object]]:
+        rows: list[dict[str, object]] = []
+        for index, system in enumerate(systems):
+            baseline = turns[first_of_batch[system.batch_size]]
+            failed = {"error": failures[index]} if index in failures else None
+            rows.append(_identity(system) | (failed or _figures(system, turns[index], baseline, rounds, prompt_tokens)))
+        return rows
+
+    first_of_batch = {system.batch_size: index for index, system in reversed(list(enumerate(systems)))}
+    for index in range(len(systems)):  # warm-up: touches every page, records every program
+        decode(index, min(new_tokens, 4))
     before = bandwidth_gb_per_s(device, num_threads)
     for number in range(rounds):
         for offset in range(len(systems)):
             index = (number + offset) % len(systems)
-            measurement = systems[index].decode(prompt_tokens, new_tokens)
+            measurement = None if index in failures else decode(index, new_tokens)
             after = bandwidth_gb_per_s(device, num_threads)
-            turns[index].measurements.append(measurement)
-            turns[index].bandwidths.append((before + after) / 2)
+            if measurement is not None:
+                turns[index].measurements.append(measurement)
+                turns[index].bandwidths.append((before + after) / 2)
             before = after
             on_turn()
-    first_of_batch = {system.batch_size: index for index, system in reversed(list(enumerate(systems)))}
-    rows = []
+        on_round(rows_after(number + 1))
+    rows = rows_after(rounds)
     for index, system in enumerate(systems):
-        row = _row(system, turns[index], turns[first_of_batch[system.batch_size]], rounds)
-        firsts = [m.first_token_s for m in turns[index].measurements if m.first_token_s is not None]
-        tokens = system.batch_size * prompt_tokens
-        row["prompt_tokens_per_s"] = tokens / statistics.median(firsts) if firsts else None
-        row["instruction_ms"] = spent = system.instruction_ms(prompt_tokens, new_tokens)
-        row["skip_gate_fraction"] = spent.get("skip_gate", 0.0) / sum(spent.values()) if spent else 0.0
-        rows.append(row)
+        spent = {} if index in failures else system.instruction_ms(prompt_tokens, new_tokens)
+        rows[index]["instruction_ms"] = spent
+        rows[index]["skip_gate_fraction"] = spent.get("skip_gate", 0.0) / sum(spent.values()) if spent else 0.0
     return rows
 
 
-def _row(system: System, own: _Turns, baseline: _Turns, rounds: int) -> dict[str, object]:
+def _identity(system: System) -> dict[str, object]:
+    return {
+        "system": system.name,
+        "policy": system.policy.label if system.policy else "dense",
+        "batch_size": system.batch_size,
+    }
+
+
+def _figures(system: System, own: _Turns, baseline: _Turns, rounds: int, prompt_tokens: int) -> dict[str, object]:
+    firsts = [m.first_token_s for m in own.measurements if m.first_token_s is not None]
     steps = [second for measurement in own.measurements for second in measurement.seconds]
     medians = [own.step_seconds(turn) for turn in range(rounds)]
     rates = [
@@ -81,17 +111,16 @@ def _row(system: System, own: _Turns, baseline: _Turns, rounds: int) -> dict[str
     dense_bytes = statistics.mean(measurement.bytes_per_step for measurement in baseline.measurements)
     median = statistics.median(medians)
     return {
-        "system": system.name,
-        "policy": system.policy.label if system.policy else "dense",
-        "batch_size": system.batch_size,
         "ffn_skip_ratio": statistics.mean(measurement.skip_ratio for measurement in own.measurements),
         "ms_per_token": median * 1e3,
         "ms_per_token_p20": quantile(steps, 0.2) * 1e3,
         "ms_per_token_p80": quantile(steps, 0.8) * 1e3,
         "tokens_per_s": system.batch_size / median,
+        "prompt_tokens_per_s": system.batch_size * prompt_tokens / statistics.median(firsts) if firsts else None,
         "bytes_per_token": bytes_per_step,
         "gb_per_s": statistics.median(rates),
         "probe_gb_per_s": statistics.median(own.bandwidths),
+        "floor_ms": bytes_per_step / statistics.median(own.bandwidths) / 1e6,
         "bandwidth_fraction": statistics.median(
             rate / bandwidth for rate, bandwidth in zip(rates, own.bandwidths, strict=True)
         ),

@@ -85,14 +85,15 @@ class TorchGraphSystem:
         self._token.copy_(logits[:, -1:].argmax(dim=-1))
 
     def _capture(self) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        device = self._token.device
+        side, user = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        side.wait_stream(user)
+        with torch.cuda.stream(side):  # and its device
             for _ in range(2):  # cuBLAS and the allocator settle before a capture
                 self._step()
-        torch.cuda.current_stream().wait_stream(side)
+        user.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=side):
             self._step()
         self._replay = graph.replay
 

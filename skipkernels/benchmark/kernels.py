@@ -91,7 +91,7 @@ def _torch_seconds(instructions: list[Instruction], device: torch.device) -> flo
         replay: Callable[[], None] = once
         if device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
                 once()
             replay = graph.replay
             torch.cuda.synchronize(device)

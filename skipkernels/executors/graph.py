@@ -67,7 +67,7 @@ class GraphExecutor:
         """Runs one instruction of the program, for tests that compare buffers after each."""
         stream = self._runtime.stream()
         try:
-            self._launcher(index, stream, False)
+            self._launcher.launch(index, stream, False)
             self._runtime.synchronize(stream)
         except RuntimeError as error:
             raise DeviceError(f"instruction {index} ({self.program[index].op}): {error}") from error
@@ -92,7 +92,7 @@ class GraphExecutor:
         graph, stream = self._runtime.graph(), self._runtime.stream()
         with graph.capture():
             for index in indices:
-                self._launcher(index, graph.stream, False)
+                self._launcher.launch(index, graph.stream, False)
         graph.launch(stream)
         self._runtime.synchronize(stream)
         started = time.perf_counter()
@@ -110,7 +110,7 @@ class GraphExecutor:
         state.run_ffn.zero_()
         for index, ins in enumerate(self.program):
             try:
-                self._launcher(index, stream, False)
+                self._launcher.launch(index, stream, False)
             except RuntimeError as error:
                 raise DeviceError(f"instruction {index} ({ins.op}): {error}") from error
         state.active.copy_(flags[0])
@@ -148,13 +148,13 @@ class GraphExecutor:
             conditional = self.execution.conditional == "if_node" and flag != self.state.active.data_ptr()
             if not conditional:
                 for index in indices:
-                    self._launcher(index, graph.stream, self.overlaps and behind_kernel)
-                    behind_kernel = True
+                    launched = self._launcher.launch_in_step(index, graph.stream, self.overlaps and behind_kernel)
+                    behind_kernel = behind_kernel or launched
                 continue
             body = list(indices)
             with graph.if_any(self.program[body[0]].when):
                 for index in body:
-                    self._launcher(index, graph.stream, self.overlaps and index != body[0])
+                    self._launcher.launch_in_step(index, graph.stream, self.overlaps and index != body[0])
             behind_kernel = False
 
     def steps(self, max_steps: int) -> Generator[float]:

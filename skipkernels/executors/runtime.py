@@ -5,7 +5,7 @@ Graphs are captured by the extension where its CUDA part is built, else by torch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import Protocol
@@ -14,13 +14,24 @@ import torch
 
 from skipkernels import _C
 from skipkernels.errors import DeviceError
+from skipkernels.executors.kernel_options import KernelOptions
 from skipkernels.executors.native import native_program
 from skipkernels.executors.support import CAPTURED, current_stream_is_captured
 from skipkernels.program import Program
 from skipkernels.program.state import DecodeState
 
-Launcher = Callable[[int, int, bool], None]
-"""Called as (index of the instruction, stream, may it start before the kernel in front of it has ended)."""
+
+class Launcher(Protocol):
+    """Launches the instructions of one program. ``programmatic``: the kernel may start before the one in front of it
+    has ended."""
+
+    def launch(self, index: int, stream: int, programmatic: bool) -> None:
+        """One instruction alone."""
+        ...
+
+    def launch_in_step(self, index: int, stream: int, programmatic: bool) -> bool:
+        """The same where all instructions are launched in order: False where the next one's kernel will do it."""
+        ...
 
 
 class Graph(Protocol):
@@ -59,11 +70,16 @@ class CudaRuntime:
 
     native: ModuleType = _C
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, options: KernelOptions | None = None, stamps: torch.Tensor | None = None
+    ) -> None:
+        """``stamps``: on the device, i64 [instructions, 3], see csrc/cuda/kernels.h; kept alive by the caller."""
         if device.index is None:
             raise ValueError(f"{device} names no GPU, for torch may be at another one; a tensor's device does")
         self._device = device
         self._index = device.index
+        self._options = options or KernelOptions()
+        self._stamps = stamps
 
     def stream(self) -> int:
         """torch's current stream."""
@@ -103,14 +119,28 @@ class CudaRuntime:
     def launcher(self, program: Program, state: DecodeState, kernels: str) -> Launcher:
         if kernels == "cuda":
             instructions = native_program(program, state, self.native)
-            return self.native.CudaLauncher(instructions, self._index).launch
+            stamps = 0 if self._stamps is None else self._stamps.data_ptr()
+            return self.native.CudaLauncher(instructions, self._index, self._options.native(self.native), stamps)
+        return TritonLauncher(program, self._device)
+
+
+class TritonLauncher:
+    """Triton's kernels, on the stream they are given."""
+
+    def __init__(self, program: Program, device: torch.device) -> None:
         from skipkernels.kernels.triton import TRITON
 
-        def launch(index: int, stream: int, programmatic: bool) -> None:
-            with torch.cuda.stream(torch_stream(stream, self._device)):
-                TRITON[program[index].op](program[index])
+        self._runs = [(TRITON[ins.op], ins) for ins in program]
+        self._device = device
 
-        return launch
+    def launch(self, index: int, stream: int, programmatic: bool) -> None:
+        run, ins = self._runs[index]
+        with torch.cuda.stream(torch_stream(stream, self._device)):
+            run(ins)
+
+    def launch_in_step(self, index: int, stream: int, programmatic: bool) -> bool:
+        self.launch(index, stream, programmatic)
+        return True
 
 
 class NativeGraph:

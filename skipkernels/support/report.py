@@ -48,8 +48,11 @@ def environment(execution: Execution) -> dict[str, Any]:
 def _gpu(execution: Execution) -> dict[str, Any]:
     import torch
 
+    index = torch.device(execution.device).index
+    device = _C.cuda_device(torch.cuda.current_device() if index is None else index) if _C.cuda_built else {}
     return {
         "device": torch.cuda.get_device_name(execution.device),
+        "peak_gb_per_s": device.get("peak_gb_per_s"),
         "driver": _C.cuda_status()["driver_version"] if _C.cuda_built else "unknown",
         "cuda": torch.version.cuda,
         "triton": metadata.version("triton") if execution.kernels == "triton" else None,
@@ -57,6 +60,14 @@ def _gpu(execution: Execution) -> dict[str, Any]:
         "conditional": execution.conditional,
         "loop": execution.loop,
     }
+
+
+def with_peak_floor(row: dict[str, Any]) -> dict[str, Any]:
+    """``row``, and beside the floor at the bandwidth probed that at the memory's peak, where it is known."""
+    peak = row.get("peak_gb_per_s")
+    if not peak or "bytes_per_token" not in row:
+        return row
+    return {**row, "peak_floor_ms": row["bytes_per_token"] / peak / 1e6}
 
 
 def _commit() -> str:

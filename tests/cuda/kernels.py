@@ -17,7 +17,8 @@ from tests.cuda_host.build import ROOT, build_host_extension, load_module
 from tests.cuda_host.controls import HostRuntime
 
 KERNELS = ROOT / "csrc" / "cuda"
-SOURCES = [*sorted(path for path in KERNELS.glob("*.cu") if path.stem != "condition"), KERNELS / "kernels.cpp"]
+SOURCES = [*sorted(path for path in KERNELS.glob("*.cu") if path.stem != "condition")]
+SOURCES += [KERNELS / "kernels.cpp", KERNELS / "plan.cpp"]
 
 
 @cache
@@ -25,7 +26,7 @@ def load(*, sanitize: bool = False, races: bool = False) -> tuple[ModuleType, Ho
     flags = [f"-I{ROOT / 'csrc'}", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
     sources = [*SOURCES, Path(__file__).with_name("module.cpp")]
     library = build_host_extension(sources, name="kernels.so", sanitize=sanitize, races=races, flags=flags)
-    return load_module("cuda_kernels.kernels", library), HostRuntime(library)
+    return load_module(f"cuda_kernels_{library.parent.name}.kernels", library), HostRuntime(library)
 
 
 class HostKernels:
@@ -34,15 +35,22 @@ class HostKernels:
     name = "cuda kernels on the CPU"
 
     def __init__(
-        self, program: Program, state: DecodeState, *, seed: int = 0, num_sms: int = 3, races: bool = False
+        self,
+        program: Program,
+        state: DecodeState,
+        *,
+        seed: int = 0,
+        num_sms: int = 3,
+        races: bool = False,
+        broken: str = "",
+        **options: bool,
     ) -> None:
+        """``options``: switches of csrc/cuda/plan.h; ``broken``: how the plan of a step is to be made wrong."""
         module, self.runtime = load(races=races)
         self.runtime.reset(seed=seed)
-        self._kept = program, state, torch.zeros(5000, dtype=torch.uint8)
-        prefetch = self._kept[2]
-        self._native = module.Kernels(
-            native_program(program, state), num_sms, prefetch=prefetch.data_ptr(), prefetch_bytes=prefetch.numel()
-        )
+        self._kept = program, state
+        self._native = module.Kernels(native_program(program, state), num_sms, options)
+        self._native.break_plan(broken)
 
     def run_instruction(self, index: int) -> None:
         self._checked(lambda: self._native.launch(index))
@@ -50,6 +58,11 @@ class HostKernels:
     def run_overlapped(self) -> None:
         """The whole program; each kernel may start before the one before it has ended."""
         self._checked(self._native.launch_overlapped)
+
+    @property
+    def stamps(self) -> torch.Tensor:
+        """[instructions, 3] of the overlapped run: first block, first wait over, last end; -1 where none was taken."""
+        return torch.tensor(self._native.stamps(), dtype=torch.uint64).view(torch.int64).view(-1, 3)
 
     def _checked(self, launch) -> None:  # type: ignore[no-untyped-def]
         try:

@@ -194,7 +194,8 @@ def load_module(name: str, path: Path) -> ModuleType:
 
 
 def load_core_extension(library: Path) -> ModuleType:
-    return load_module("cuda_host._C", library)
+    # an extension module is loaded once for each name, whatever its file
+    return load_module(f"cuda_host_{library.parent.name}._C", library)
 
 
 def run_under_asan(*arguments: str) -> subprocess.CompletedProcess[str]:

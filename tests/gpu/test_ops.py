@@ -1,6 +1,7 @@
 """Every op on a GPU does what the reference does: buffers are compared after every instruction of random programs."""
 
 import random
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -57,12 +58,19 @@ def check(case: Case, kernels: str) -> None:
     compare_program(case, lambda program, state: GpuTwin(case.config(), weights, case.policy, state, execution))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("seed", range(8))
+def parameters(cuda: Iterable[int], triton: Iterable[int], name: str) -> pytest.MarkDecorator:
+    """(kernels, number): fewer for Triton, which compiles all its kernels for the sizes of each case."""
+    values = [("cuda", number) for number in cuda] + [("triton", number) for number in triton]
+    ids = [f"{kernels}-{name}{number}" for kernels, number in values]
+    return pytest.mark.parametrize(("kernels", name), values, ids=ids, indirect=["kernels"])
+
+
+@parameters(range(8), range(2), "seed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_every_buffer_agrees_after_every_instruction(kernels: str, seed: int, dtype: torch.dtype) -> None:
     check(case(seed, dtype), kernels)
 
 
-@pytest.mark.parametrize("batch_size", range(1, 17))
+@parameters(range(1, 17), (1, 5, 16), "batch_size")
 def test_every_batch_size_agrees(kernels: str, batch_size: int) -> None:
     check(case(100 + batch_size, torch.bfloat16, batch_size), kernels)

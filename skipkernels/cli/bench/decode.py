@@ -76,7 +76,7 @@ def decode(
 
     from skipkernels.benchmark.decode import run_decode_bench
     from skipkernels.benchmark.systems import SkipkernelsSystem, policies_for
-    from skipkernels.support.report import environment, write_json
+    from skipkernels.support.report import environment, with_peak_floor, write_json
 
     execution = device_options.execution()
     if not execution.on_gpu and set(peers) - {"transformers"}:
@@ -98,6 +98,23 @@ def decode(
             sized = engine.with_rows(batch_size)
             systems += [SkipkernelsSystem(sized, chosen, batch_size, prompt) for chosen in policies]
             systems += [_peer(name, module, engine.config, batch_size, prompt) for name in peers]
+    facts = environment(execution)
+    settings = {
+        "model": shapes or model,
+        "random_weights": shapes is not None,
+        "dtype": engine.dtype,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "threads": device_options.num_threads,
+    }
+
+    def write(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        complete = [with_peak_floor({**row, "dtype": engine.dtype, **facts}) for row in rows]
+        if json is not None and str(json) != "-":
+            write_json(json, complete, settings)
+        return complete
+
     with progress_bar("decoding") as report:
         turns = rounds * len(systems)
         done = iter(range(1, turns + 1))
@@ -109,31 +126,23 @@ def decode(
             num_threads=device_options.num_threads,
             device=engine.state.active.device,
             on_turn=lambda: report("decoding in turns", next(done) / turns),
+            on_round=write,
         )
-    facts = environment(execution)
-    settings = {
-        "model": shapes or model,
-        "random_weights": shapes is not None,
-        "dtype": engine.dtype,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "rounds": rounds,
-        "threads": device_options.num_threads,
-    }
-    rows = [{**row, "dtype": engine.dtype, **facts} for row in rows]
+    rows = write(rows)
+    failed = [row for row in rows if "error" in row]
     how = execution.kernels + " kernels" if execution.on_gpu else f"{device_options.num_threads} threads"
     title = f"{shapes or model}, {engine.dtype}, {how}, {facts['device']}, {facts['date']}"
-    if json is not None and str(json) != "-":
-        write_json(json, rows, settings)
     if plot is not None:
         from skipkernels.benchmark.plots import plot_decode
 
-        plot_decode(rows, plot, title)
+        plot_decode([row for row in rows if "error" not in row], plot, title)
     if str(json) == "-":
         print_json({"settings": settings, "rows": rows})
     else:
-        _print_table(rows, title)
+        _print_table([row for row in rows if "error" not in row], title)
         _print_breakdown(rows)
+        for row in failed:
+            out.print(f"{row['system']} x{row['batch_size']} failed: {row['error']}")
 
 
 def _peer(name: str, module: PreTrainedModel, config: ModelConfig, batch_size: int, prompt: list[int]) -> System:

@@ -74,8 +74,9 @@ def advance_kernel(
     is_eos = tl.max(ends.to(tl.int32), axis=0) != 0
     ended = is_eos | (step + 1 >= tl.load(max_new_tokens + row)) | (position >= max_seq_len)
     block = block_table + row * blocks_per_sequence + position // block_size
-    waits = (tl.load(block, mask=position < max_seq_len, other=0) < 0) & (ended == 0)
-    goes_on = tl.where(ended | waits, 0, 1)
+    has_block = tl.load(block, mask=position < max_seq_len, other=-1) >= 0
+    becomes = tl.where(ended, ENDED, tl.where(has_block, DECODING, WAITS_FOR_BLOCK))
+    goes_on = tl.where(becomes == DECODING, 1, 0)
 
     similarities = similarity + layers * num_sequences + row
     at = (row.to(tl.int64) * max_seq_len + step) * num_hidden_layers + layers
@@ -95,7 +96,6 @@ def advance_kernel(
     # The host polls progress in its own memory: both numbers in one plain store of 8 bytes, which needs no atomics of
     # the bus, behind everything else.
     fence_for_host()
-    becomes = tl.where(ended, ENDED, tl.where(waits, WAITS_FOR_BLOCK, DECODING))
     both = (becomes.to(tl.int64) << 32) | (step + 1).to(tl.int64)
     tl.store(progress.to(tl.pointer_type(tl.int64), bitcast=True) + row, both)
 

@@ -5,6 +5,9 @@
 //   void prefetch_l2(const void* p, uint32_t bytes)   p and bytes multiples of 16; here the range is read
 //   void copy_async(void* to_shared, const void* from), commit_copies(), wait_copies<pending>()
 //                                                cp.async of 16 bytes; here done when waited for, or a bit earlier
+//   copy_weights_async(to, from, policy), touch(const void* p)
+//   int thread_index(), unsigned multiprocessor()    threadIdx.x; one of those of the device
+//   unsigned long long global_timer()            here a counter: later calls get larger numbers
 //   float bf16_to_float(uint16_t), uint16_t float_to_bf16(float), uint32_t floats_to_bf16(float low, float high),
 //   float fp16_to_float(uint16_t), uint16_t float_to_fp16(float)    to nearest even; NaN stays NaN
 //   void mma_bf16_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])    d += a b;
@@ -52,6 +55,19 @@ inline void copy_async(void* to_shared, const void* from) {
     cuda_host::watch_read(from, 16);
     cuda_host::watch_write(to_shared, 16);
     start_copy(to_shared, from);
+}
+
+// The cache keeps everything: a policy only has to be one of the two that are used.
+inline void copy_weights_async(void* to_shared, const void* from, unsigned long long policy) {
+    if (policy != 0x10F0000000000000 && policy != 0x12F0000000000000)
+        cuda_host::fail("copy_weights_async: %llx is no policy", policy);
+    copy_async(to_shared, from);
+}
+
+// Into the first-level cache: a read like others, of which the race detector asks that nothing in flight writes there.
+inline void touch(const void* p) {
+    cuda_host::watch_read(p, 4);
+    static_cast<void>(cuda_host::load_unwatched(static_cast<const uint32_t*>(p)));
 }
 
 template <int pending>
@@ -167,6 +183,12 @@ inline int load_acquire(const int* p) {
 inline void store_release_system(int* p, int value) {
     cuda_host::atomic(p, [=](int) { return value; }, cuda_host::AtomicOrder::release);
 }
+
+inline int thread_index() { return static_cast<int>(threadIdx.x); }
+
+// In src/.
+unsigned long long global_timer();
+unsigned multiprocessor();
 
 inline void fence_system() { __threadfence_system(); }
 

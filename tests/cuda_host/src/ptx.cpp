@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "runtime.h"
 #include "scheduler.h"
 
 namespace skipkernels::cuda::ptx {
@@ -30,6 +31,16 @@ char* shared_memory() { return scheduler.current().block->shared.get(); }
 void grid_dependency_wait() { scheduler.wait_for_dependency(); }
 
 void grid_dependency_launch() { scheduler.trigger_dependents(); }
+
+unsigned long long global_timer() {
+    static unsigned long long now = 0;
+    return ++now;
+}
+
+unsigned multiprocessor() {
+    const auto& block = *scheduler.current().block;
+    return block.number % static_cast<unsigned>(cuda_host::runtime.settings.sm_count);
+}
 
 void start_copy(void* to_shared, const void* from) {
     const cuda_host::Block& block = *scheduler.current().block;

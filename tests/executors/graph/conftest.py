@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ GpuEngine = Callable[..., Engine]
 class FakeDevice(CudaRuntime):
     """A GPU whose memory is that of the CPU; its default stream is torch's current one."""
 
-    def __init__(self, native: ModuleType, controls: HostRuntime, index: int = 0) -> None:
-        super().__init__(torch.device("cuda", index))
+    def __init__(self, native: ModuleType, controls: HostRuntime, index: int = 0, **options: Any) -> None:
+        super().__init__(torch.device("cuda", index), **options)
         self.native = native
         self.controls = controls
         self.user_stream = 0

@@ -170,7 +170,7 @@ def test_triton_launches_on_the_stream_it_is_given(
     monkeypatch.setattr(triton_ops, "TRITON", {"embed": lambda ins: ran.append(torch_cuda.current[-1].name)})
     program: Any = (SimpleNamespace(op="embed"),)
     state: Any = None
-    CudaRuntime(torch.device("cuda", 0)).launcher(program, state, "triton")(0, handle, False)
+    CudaRuntime(torch.device("cuda", 0)).launcher(program, state, "triton").launch(0, handle, False)
     assert ran == [name]
 
 

@@ -168,3 +168,7 @@ template <class T>
 T __ldg(const T* p) {
     return *p;
 }
+template <class T>
+T __ldcs(const T* p) {
+    return *p;
+}
