@@ -45,9 +45,11 @@ CPU_SOURCES = [
     "csrc/cpu/advance.cpp",
     "csrc/cpu/isa_generic.cpp",
 ]
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 X86_SOURCES = {
     "csrc/cpu/isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "csrc/cpu/isa_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    "csrc/cpu/isa_avx512.cpp": AVX512_FLAGS,
+    "csrc/cpu/isa_avx512_bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16"],
 }
 CUDA_SOURCES = [
     str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cuda/*")) if path.suffix in (".cpp", ".cu")

@@ -63,7 +63,7 @@ part() {
     shift 2
     [[ ",$parts," == *",$name,"* ]] || return 0
     [ "$limit" -gt 0 ] && [ "$limit" -lt "$left" ] || limit=$left
-    if [ "$limit" -lt 2 ]; then
+    if [ "$limit" -lt 1 ]; then
         echo "{\"part\": \"$name\", \"left_out\": \"the time is spent\"}" >>"$rows"
         echo "$name: left out, the time is spent"
         failed=1

@@ -5,6 +5,8 @@
 
 #include <chrono>
 #include <cstring>
+#include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 
@@ -95,9 +97,43 @@ py::dict instruction_set() {
     return ops;
 }
 
+constexpr int kMaxThreads = 1024;
+
+void check_threads(int num_threads) {
+    check(num_threads >= 1 && num_threads <= kMaxThreads, "num_threads must lie in 1..", kMaxThreads, ", got ",
+          num_threads);
+}
+
+// An executor's buffers serve one caller at a time. Python code takes turns itself; this catches what does not.
+class Turn {
+  public:
+    explicit Turn(const cpu::Executor& executor) : executor_(&executor) {
+        const std::lock_guard lock(mutex());
+        check(running().insert(executor_).second, "another thread is running this executor; wait for it");
+    }
+    ~Turn() {
+        const std::lock_guard lock(mutex());
+        running().erase(executor_);
+    }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+  private:
+    static std::mutex& mutex() {
+        static std::mutex instance;
+        return instance;
+    }
+    static std::set<const cpu::Executor*>& running() {
+        static std::set<const cpu::Executor*> instance;
+        return instance;
+    }
+    const cpu::Executor* executor_;
+};
+
 // The loop runs without the GIL and takes it a few times a second, so that Ctrl-C ends a long generation.
 std::vector<double> run_interruptibly(cpu::Executor& executor, int64_t max_steps) {
     using Clock = std::chrono::steady_clock;
+    const Turn turn(executor);
     const auto caller = std::this_thread::get_id();
     auto checked = Clock::now();
     bool interrupted = false;
@@ -130,9 +166,15 @@ PYBIND11_MODULE(_C, m) {
     m.def("usable_isas", &cpu::usable_isas, "CPU instruction sets usable here, widest first.");
     m.def("advise_huge_pages",
           [](uintptr_t data, size_t bytes) { cpu::advise_huge_pages(reinterpret_cast<void*>(data), bytes); });
-    m.def("measure_read", &cpu::measure_read, py::arg("bytes"), py::arg("repeats"), py::arg("num_threads"),
-          py::arg("isa") = "auto", py::call_guard<py::gil_scoped_release>(),
-          "Seconds of each of `repeats` full reads of `bytes` of memory.");
+    m.attr("max_threads") = kMaxThreads;
+    m.def(
+        "measure_read",
+        [](size_t bytes, int repeats, int num_threads, const std::string& isa) {
+            check_threads(num_threads);
+            return cpu::measure_read(bytes, repeats, num_threads, isa);
+        },
+        py::arg("bytes"), py::arg("repeats"), py::arg("num_threads"), py::arg("isa") = "auto",
+        py::call_guard<py::gil_scoped_release>(), "Seconds of each of `repeats` full reads of `bytes` of memory.");
 
     py::class_<Instruction>(m, "Instruction")
         .def(py::init(&make_instruction), py::arg("op"), py::arg("dtype"), py::arg("when"), py::arg("num_rows"),
@@ -141,7 +183,7 @@ PYBIND11_MODULE(_C, m) {
     py::class_<cpu::Executor>(m, "CpuExecutor")
         .def(py::init([](std::vector<Instruction> program, uintptr_t active, int64_t num_rows, int num_threads,
                          const std::string& isa) {
-                 check(num_threads >= 1, "num_threads must be at least 1, got ", num_threads);
+                 check_threads(num_threads);
                  return std::make_unique<cpu::Executor>(std::move(program), reinterpret_cast<const int32_t*>(active),
                                                         num_rows, num_threads, isa);
              }),

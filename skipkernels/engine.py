@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
-from skipkernels.decoding.cache_size import cache_blocks
+from skipkernels.decoding.cache_size import cache_blocks, check_memory
 from skipkernels.decoding.decoding import Decoding
-from skipkernels.decoding.generation import Generation, SamplingParams, StreamChunk
+from skipkernels.decoding.generation import (
+    Generation,
+    SamplingParams,
+    StreamChunk,
+    checked_count,
+    checked_eos,
+    checked_stop,
+    default_sampling,
+)
 from skipkernels.decoding.handle import Handle
 from skipkernels.decoding.loop import DecodeLoop
 from skipkernels.decoding.prompt_rows import ProgramRows, TorchRows
 from skipkernels.decoding.request import Request
-from skipkernels.errors import DeviceError, RequestError
+from skipkernels.errors import DeviceError, PolicyError, RequestError
 from skipkernels.executors import Executor, get_executor
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.support import refuse_while_capturing
@@ -28,11 +36,14 @@ from skipkernels.model.checkpoint import (
     resolve_checkpoint,
 )
 from skipkernels.model.config import ModelConfig, dtype_name, resolve_dtype
+from skipkernels.model.module_check import shares_embeddings
 from skipkernels.model.prompt import EmbeddedPrompt
-from skipkernels.model.weights import ModelWeights, fill_rope, load_checkpoint, pack_module, shares_embeddings
+from skipkernels.model.prompts import Prompt, encode, listed_prompts, single_prompt
+from skipkernels.model.shards import Shards
+from skipkernels.model.weights import ModelWeights, fill_rope, load_checkpoint, pack_module
 from skipkernels.program import build_program
 from skipkernels.program.state import MAX_EOS, DecodeState
-from skipkernels.skipping.policy import DensePolicy, Policy
+from skipkernels.skipping.policy import DensePolicy, GatePlan, Policy
 from skipkernels.skipping.policy_file import load_policy
 
 if TYPE_CHECKING:
@@ -42,9 +53,6 @@ DEFAULT_MAX_SEQ_LEN = 4096
 PROMPT_ROWS = 240
 """Prompt tokens computed in one step on a CPU: enough for the matrix kernels to be bound by arithmetic."""
 
-Prompt = str | Sequence[int] | Sequence[dict[str, Any]] | EmbeddedPrompt
-"""Text, token ids, a chat as a list of ``{"role": ..., "content": ...}`` messages, or embeddings."""
-
 
 class Engine:
     """Decodes with one set of weights, one set of buffers and one paged cache, for any number of requests at once.
@@ -52,6 +60,7 @@ class Engine:
     Safe to use from several threads: requests of all of them share the steps.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         config: ModelConfig,
@@ -76,23 +85,31 @@ class Engine:
         self.tokenizer = tokenizer
         self.fingerprint = weights.fingerprint(config)
         device, on_gpu = self.execution.device, self.execution.on_gpu
-        self.state = DecodeState.allocate(
-            config,
-            num_sequences=max_batch_size,
-            num_prompt_rows=0 if on_gpu else PROMPT_ROWS,
-            max_seq_len=max_seq_len,
-            num_blocks=cache_blocks(config, weights.dtype, device, max_batch_size, max_seq_len, cache_bytes),
-            dtype=weights.dtype,
-            device=device,
-        )
+        blocks = cache_blocks(config, weights.dtype, device, max_batch_size, max_seq_len, cache_bytes)
+        try:
+            self.state = DecodeState.allocate(
+                config,
+                num_sequences=max_batch_size,
+                num_prompt_rows=0 if on_gpu else PROMPT_ROWS,
+                max_seq_len=max_seq_len,
+                num_blocks=blocks,
+                dtype=weights.dtype,
+                device=device,
+            )
+        except RuntimeError as error:  # what torch's allocators raise
+            raise DeviceError(
+                f"no memory for {max_batch_size} sequences of {max_seq_len} positions ({str(error).splitlines()[0]})"
+            ) from error
+        self.generation_config = generation_config
+        self.default_eos_token_ids = default_eos_token_ids(tokenizer, generation_config)
         rows = TorchRows if on_gpu else ProgramRows
         self._executors: dict[bool, Executor] = {}
         self.loop = DecodeLoop(self.state, rows(config, weights, self.state), self._executor, tokenizer)
-        self.default_eos_token_ids = default_eos_token_ids(tokenizer, generation_config)
         self.policy = policy or DensePolicy()
         self.executor_for(self.policy)  # an impossible policy is refused here, not at the first prompt
 
     @classmethod
+    @torch.inference_mode(False)
     def from_pretrained(
         cls,
         model: str | Path | PreTrainedModel,
@@ -132,45 +149,34 @@ class Engine:
         from transformers import PreTrainedModel
 
         execution = Execution(device, executor, num_threads, kernels, conditional, loop, debug).resolved()
-        refuse_while_capturing(execution.device)  # before the module's parameters are touched
+        refuse_while_capturing(execution.device)  # before the module's parameters are moved
         _check_batch_size(max_batch_size)
-        wanted = None if dtype is None else resolve_dtype(dtype)
-        folder = None if isinstance(model, PreTrainedModel) else resolve_checkpoint(model)
-        hf_config = load_config(folder) if folder else cast("PreTrainedModel", model).config.get_text_config()
-        config = ModelConfig.from_hf(hf_config)
-        if folder is None:
-            config = replace(config, tie_word_embeddings=shares_embeddings(cast("PreTrainedModel", model)))
-        length = max_seq_len if max_seq_len is not None else min(config.max_position_embeddings, DEFAULT_MAX_SEQ_LEN)
-        if not 1 <= length <= config.max_position_embeddings:
-            raise RequestError(
-                f"max_seq_len must lie in 1..{config.max_position_embeddings} (the model's maximum), got {length}"
-            )
-        if isinstance(policy, Policy):
-            policy.plan(config.num_hidden_layers)  # before gigabytes are read
-        stored = resolve_dtype(hf_config.dtype or "fp32") if folder else cast("PreTrainedModel", model).dtype
-        _check_memory(config, wanted or stored, length, max_batch_size, device)
-        if folder is None:
-            module = cast("PreTrainedModel", model)
-            weights = pack_module(module, config, wanted, length, device)
-            generation_config: GenerationConfig | None = module.generation_config
+        wanted = _Wanted(
+            device=device,
+            dtype=None if dtype is None else resolve_dtype(dtype),
+            max_seq_len=max_seq_len,
+            policy=policy if isinstance(policy, Policy) else None,
+        )
+        if isinstance(model, PreTrainedModel):
+            loaded = _from_module(model, wanted, tokenizer)
         else:
-            weights = load_checkpoint(folder, config, wanted or stored, length, device)
-            tokenizer = tokenizer or load_tokenizer(folder)
-            generation_config = load_generation_config(folder)
-        fill_rope(weights, hf_config)
+            loaded = _from_checkpoint(model, wanted, tokenizer)
         if isinstance(policy, str | Path):
-            policy = load_policy(policy, fingerprint=weights.fingerprint(config))
-        return cls(
-            config,
-            weights,
+            policy = load_policy(policy, fingerprint=loaded.weights.fingerprint(loaded.config))
+        engine = cls(
+            loaded.config,
+            loaded.weights,
             policy=policy,
-            tokenizer=tokenizer,
-            generation_config=generation_config,
-            max_seq_len=length,
+            tokenizer=loaded.tokenizer,
+            generation_config=loaded.generation_config,
+            max_seq_len=loaded.max_seq_len,
             max_batch_size=max_batch_size,
             cache_bytes=cache_bytes,
             execution=execution,
         )
+        # a folder's own tokenizer has no say in where answers end, as in transformers
+        engine.default_eos_token_ids = default_eos_token_ids(tokenizer, loaded.generation_config)
+        return engine
 
     def with_rows(self, max_batch_size: int) -> Engine:
         """Another engine on the same weights, for another number of rows."""
@@ -179,6 +185,7 @@ class Engine:
             self.weights,
             policy=self.policy,
             tokenizer=self.tokenizer,
+            generation_config=self.generation_config,
             max_seq_len=self.max_seq_len,
             max_batch_size=max_batch_size,
             execution=self.execution,
@@ -202,9 +209,14 @@ class Engine:
         """The executor of the program that ``policy`` needs: the dense one, or the one with gates.
 
         Raises:
-            PolicyError: the policy is impossible on a model of this depth.
+            PolicyError: it is no policy, or one that is impossible on a model of this depth.
         """
-        return self._executor(policy.plan(self.config.num_hidden_layers) is not None)
+        return self._executor(self._plan(policy) is not None)
+
+    def _plan(self, policy: Policy) -> GatePlan | None:
+        if not isinstance(policy, Policy):
+            raise PolicyError(f"a policy is wanted, got a {type(policy).__name__}; load_policy reads one from a file")
+        return policy.plan(self.config.num_hidden_layers)
 
     def _executor(self, gated: bool) -> Executor:
         if gated not in self._executors:
@@ -219,7 +231,7 @@ class Engine:
         max_new_tokens: int | None = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         stop: Sequence[str] = (),
-        eos_token_ids: Sequence[int] | None = None,
+        eos_token_ids: Sequence[int] | int | None = None,
         policy: Policy | None = None,
     ) -> list[Generation]:
         """Generates for up to ``max_batch_size`` prompts together and returns their answers in order.
@@ -227,9 +239,9 @@ class Engine:
         Args:
             prompts: one prompt or several; a prompt is text, token ids, a chat, or embeddings.
             max_new_tokens: None: until an end-of-sequence token or a full cache.
-            sampling: one for all prompts or one each; None is greedy.
+            sampling: one for all prompts or one each; None is greedy, with the model's own repetition penalty.
             stop: strings that end a generation; they are not part of its text.
-            eos_token_ids: tokens that end a generation; None: the model's own.
+            eos_token_ids: tokens that end a generation, or one; None: the model's own.
             policy: overrides the engine's policy for this call.
 
         Raises:
@@ -255,12 +267,12 @@ class Engine:
         max_new_tokens: int | None = None,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
-        eos_token_ids: Sequence[int] | None = None,
+        eos_token_ids: Sequence[int] | int | None = None,
         policy: Policy | None = None,
     ) -> Iterator[StreamChunk]:
         """Generates for one prompt and yields each token as it comes; arguments as in ``generate``."""
         decoding = self.begin(
-            [prompt],
+            [single_prompt(prompt)],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             stop=stop,
@@ -276,7 +288,7 @@ class Engine:
         max_new_tokens: int | None = None,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
-        eos_token_ids: Sequence[int] | None = None,
+        eos_token_ids: Sequence[int] | int | None = None,
         policy: Policy | None = None,
     ) -> Handle:
         """Queues one prompt and returns at once; arguments as in ``generate``. The handle gives its chunks as they come
@@ -286,7 +298,7 @@ class Engine:
             RequestError: nothing was queued; the message says what to change.
         """
         decoding = self.begin(
-            [prompt],
+            [single_prompt(prompt)],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             stop=stop,
@@ -298,7 +310,7 @@ class Engine:
     def step(self) -> bool:
         """Runs one step for every request in flight; returns whether there is more to do. Waiting for a handle does
         this by itself."""
-        return self.loop.step()
+        return self.loop.step(1)
 
     def close(self) -> None:
         """Cancels all requests in flight; nothing can be submitted from then on."""
@@ -311,14 +323,14 @@ class Engine:
         max_new_tokens: int | None = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         stop: Sequence[str] = (),
-        eos_token_ids: Sequence[int] | None = None,
+        eos_token_ids: Sequence[int] | int | None = None,
         policy: Policy | None = None,
     ) -> Decoding:
         """Checks a whole request, then submits its prompts together; none is when a check fails.
 
         The lower half of ``generate`` and ``stream``, for callers with a loop of their own. Arguments as there.
         """
-        listed = list(cast(Sequence[Prompt], prompts)) if _is_batch(prompts) else [cast(Prompt, prompts)]
+        listed = listed_prompts(prompts)
         if not listed:
             raise RequestError("no prompt was given")
         if len(listed) > self.max_batch_size:
@@ -326,32 +338,32 @@ class Engine:
                 f"{len(listed)} prompts do not fit max_batch_size={self.max_batch_size}; "
                 "split them or load the engine with a larger one"
             )
-        if isinstance(stop, str):
-            raise RequestError("stop must be a list of strings, got one string")
-        if any(not text for text in stop):
-            raise RequestError("a stop string must not be empty")
+        stop = checked_stop(stop)
         if stop:
             self._require_tokenizer("a stop string")
-        if sampling is None or isinstance(sampling, SamplingParams):
-            sampling = [sampling or SamplingParams()] * len(listed)
+        if sampling is None:
+            sampling = default_sampling(self.generation_config)
+        if isinstance(sampling, SamplingParams):
+            sampling = [sampling] * len(listed)
         if len(sampling) != len(listed):
             raise RequestError(f"{len(sampling)} sampling parameters for {len(listed)} prompts")
-        eos = self.default_eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
+        eos = self.default_eos_token_ids if eos_token_ids is None else checked_eos(eos_token_ids)
         if len(eos) > MAX_EOS:
             raise RequestError(f"{len(eos)} end-of-sequence tokens; at most {MAX_EOS} are possible")
+        max_new_tokens = None if max_new_tokens is None else checked_count("max_new_tokens", max_new_tokens)
         token_ids = [self._checked_tokens(self.encode(prompt), max_new_tokens) for prompt in listed]
         embedded = [prompt if isinstance(prompt, EmbeddedPrompt) else None for prompt in listed]
         for given in embedded:
             if given is not None:
                 given.check(self.config, self.weights.embed_tokens, self.max_seq_len)
-        plan = (policy or self.policy).plan(self.config.num_hidden_layers)
+        plan = self._plan(self.policy if policy is None else policy)
         requests = [
             Request(
                 token_ids=tuple(tokens),
                 plan=plan,
                 sampling=replace(param, top_k=min(param.top_k, self.config.vocab_size)),
                 stop=tuple(stop),
-                eos_token_ids=eos,
+                eos_token_ids=tuple(eos),
                 max_new_tokens=max_new_tokens,
                 embedded=given,
             )
@@ -361,21 +373,14 @@ class Engine:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text with the tokenizer's special tokens, a chat through its template."""
-        if isinstance(prompt, EmbeddedPrompt):
-            return list(prompt.token_ids)
-        if isinstance(prompt, str):
-            return list(self._require_tokenizer("a text prompt").encode(prompt))
-        if len(prompt) and isinstance(prompt[0], dict):
-            tokenizer = self._require_tokenizer("a chat prompt")
-            if not tokenizer.chat_template:
-                raise RequestError("this tokenizer has no chat template; pass the prompt as text")
-            messages = cast(list[dict[str, str]], list(prompt))
-            encoded = cast(
-                dict[str, list[int]],
-                tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True),
+        given = single_prompt(prompt)
+        if isinstance(given, EmbeddedPrompt):
+            return list(given.token_ids)
+        if isinstance(given, str) or (given and isinstance(given[0], dict)):
+            return encode(
+                given, self._require_tokenizer("a text prompt" if isinstance(given, str) else "a chat prompt")
             )
-            return list(encoded["input_ids"])
-        return [int(token) for token in cast(Sequence[int], prompt)]
+        return list(cast(Sequence[int], given))
 
     def _require_tokenizer(self, what: str) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -392,8 +397,6 @@ class Engine:
                 f"the prompt has {len(tokens)} tokens, the cache holds max_seq_len={self.max_seq_len}; "
                 "shorten it or load the engine with a larger max_seq_len"
             )
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         room = self.max_seq_len - len(tokens) + 1  # the last token is not cached
         if max_new_tokens is not None and max_new_tokens > room:
             raise RequestError(
@@ -406,29 +409,56 @@ class Engine:
         return tokens
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What was asked of a model that is to be loaded."""
+
+    device: str
+    dtype: torch.dtype | None
+    max_seq_len: int | None
+    policy: Policy | None
+
+    def check(self, config: ModelConfig, dtype: torch.dtype) -> tuple[torch.dtype, int]:
+        """The dtype and the length; everything that can be refused is, before a byte of weights is read."""
+        length = self.max_seq_len if self.max_seq_len is not None else min(config.reach, DEFAULT_MAX_SEQ_LEN)
+        config.check_length(length)
+        if self.policy is not None:
+            self.policy.plan(config.num_hidden_layers)
+        check_memory(config, dtype, length, self.device)
+        return dtype, length
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    config: ModelConfig
+    weights: ModelWeights
+    tokenizer: PreTrainedTokenizerBase | None
+    generation_config: GenerationConfig | None
+    max_seq_len: int
+
+
+def _from_checkpoint(model: str | Path, wanted: _Wanted, tokenizer: PreTrainedTokenizerBase | None) -> _Loaded:
+    folder = resolve_checkpoint(model)
+    hf_config = load_config(folder)
+    shards = Shards(folder)
+    config = ModelConfig.from_hf(hf_config)
+    config = replace(config, tie_word_embeddings=shards.head_is_tied(config))
+    dtype, length = wanted.check(config, wanted.dtype or resolve_dtype(hf_config.dtype or "fp32"))
+    weights = load_checkpoint(shards, config, dtype, length, wanted.device)
+    fill_rope(weights, hf_config, None)
+    tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
+    return _Loaded(config, weights, tokenizer, load_generation_config(folder), length)
+
+
+def _from_module(module: PreTrainedModel, wanted: _Wanted, tokenizer: PreTrainedTokenizerBase | None) -> _Loaded:
+    hf_config = module.config.get_text_config()
+    config = replace(ModelConfig.from_hf(hf_config), tie_word_embeddings=shares_embeddings(module))
+    dtype, length = wanted.check(config, wanted.dtype or module.dtype)
+    weights = pack_module(module, config, dtype, length, wanted.device)
+    fill_rope(weights, hf_config, module)
+    return _Loaded(config, weights, tokenizer, module.generation_config, length)
+
+
 def _check_batch_size(max_batch_size: int) -> None:
     if max_batch_size < 1:
         raise RequestError(f"max_batch_size must be at least 1, got {max_batch_size}")
-
-
-def _is_batch(prompts: object) -> bool:
-    """A list of prompts, as opposed to one prompt that is itself a list (of ids or of messages)."""
-    if isinstance(prompts, str | EmbeddedPrompt):
-        return False
-    first = next(iter(prompts), None)  # type: ignore[call-overload]
-    return not isinstance(first, int | dict)
-
-
-def _check_memory(config: ModelConfig, dtype: torch.dtype, max_seq_len: int, batch_size: int, device: str) -> None:
-    """Refuses a model that does not fit a GPU before a byte of it is read."""
-    if not device.startswith("cuda"):
-        return
-    weights, cache = config.weight_bytes(dtype), config.cache_bytes(batch_size, max_seq_len, dtype)
-    free, total = torch.cuda.mem_get_info(torch.device(device))
-    if weights + cache > free:
-        gib = 2**30
-        raise DeviceError(
-            f"the model needs {(weights + cache) / gib:.1f} GiB ({weights / gib:.1f} of weights, {cache / gib:.1f} of "
-            f"cache for {batch_size} rows of {max_seq_len} positions), and {device} has {free / gib:.1f} GiB free of "
-            f"{total / gib:.1f}; use a smaller max_seq_len, max_batch_size or dtype"
-        )

@@ -19,5 +19,9 @@ class RequestError(SkipkernelsError, ValueError):
     """A generation request cannot be served: empty prompt, prompt longer than the cache, batch too large."""
 
 
+class PromptTypeError(RequestError, TypeError):
+    """What was given as a prompt is none; the message says what is accepted."""
+
+
 class DeviceError(SkipkernelsError, RuntimeError):
     """A device, executor or instruction set was asked for that is not there."""

@@ -55,6 +55,13 @@ def test_cuda_auto_without_sources_builds_for_the_cpu_and_says_so(build: ModuleT
     assert cuda.note == "nvcc 13.0 found, no CUDA sources in this release"
 
 
+def test_cuda_targets_are_all_or_the_gpu_at_hand(build: ModuleType) -> None:
+    assert build.cuda_targets({"SKIPKERNELS_CUDA_ARCH": "native"}) == ["-arch=native"]
+    assert "-gencode=arch=compute_90a,code=sm_90a" in build.cuda_targets({})
+    with pytest.raises(SetupError, match="SKIPKERNELS_CUDA_ARCH=hopper: expected all or native"):
+        build.cuda_targets({"SKIPKERNELS_CUDA_ARCH": "hopper"})
+
+
 @pytest.mark.parametrize("requested", ["auto", "1"])
 def test_cuda_with_nvcc_and_sources(build: ModuleType, toolkit: Path, requested: str) -> None:
     cuda = build.resolve_cuda({"SKIPKERNELS_CUDA": requested, "CUDA_HOME": str(toolkit)}, CUDA_SOURCES)

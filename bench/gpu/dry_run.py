@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,14 +27,19 @@ TINY = {
 }
 
 
+@cache
+def fake_native() -> ModuleType:
+    library = build_core_extension()
+    HostRuntime(library)  # from a clean state
+    return load_core_extension(library)
+
+
 class FakeDevice(CudaRuntime):
     """A GPU whose memory is that of the CPU."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(torch.device("cuda", 0), **options)
-        library = build_core_extension()
-        self.native = load_core_extension(library)
-        HostRuntime(library)
+        self.native = fake_native()
 
     def stream(self) -> int:
         return 0

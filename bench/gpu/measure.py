@@ -8,6 +8,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from skipkernels.benchmark.kernels import run_kernel_bench
 from skipkernels.benchmark.systems import SkipkernelsSystem, policies_for
 from skipkernels.executors.graph import GraphExecutor
 from skipkernels.executors.kernel_options import SWITCHES, KernelOptions
-from skipkernels.program.state import DecodeState
 from skipkernels.skipping.policy import DensePolicy, TimingPolicy
 from skipkernels.support.report import environment, with_peak_floor
 
@@ -87,10 +87,7 @@ def kernels(setting: Setting, rows: Rows) -> None:
     facts = environment(setting.execution())
     kv_len = 16 if setting.dry else 2048
     for name in setting.names("llama-3.2-1b", "llama-2-7b"):
-        from skipkernels.executors.execution import Execution
-
-        execution = Execution(num_threads=1) if setting.dry else None  # the reference executor has no profile
-        engine = setting.engine(name, kv_len + 12, layers=2 if setting.dry else 8, execution=execution)
+        engine = setting.engine(name, kv_len + 12, layers=2 if setting.dry else 8)
         measured = run_kernel_bench(engine, kv_len=kv_len, rounds=1 if setting.dry else 3, num_threads=1)
         for row in measured:
             rows.write({"shapes": name, "batch_size": 1, "kv_len": kv_len, **facts, **row})
@@ -101,27 +98,29 @@ def timeline(setting: Setting, rows: Rows) -> None:
     """When the kernels of a step began, had waited for the one before, and ended: overlap included."""
     for name in setting.names("llama-3.2-1b", "llama-2-7b"):
         engine = setting.engine(name, 160)
+        state = setting.state(engine)
         for policy in (DensePolicy(), SKIPPING):
-            probe = setting.executor(engine, policy, KernelOptions())
-            stamps = torch.zeros(len(probe.program), 3, dtype=torch.int64, device=engine.state.active.device)
-            executor = setting.executor(engine, policy, KernelOptions(), stamps)
-            steps = [_stamped_step(engine.state, executor, stamps) for _ in range(2 if setting.dry else 12)]
+            instructions = len(setting.program(engine, state, policy))
+            stamps = torch.zeros(instructions, 3, dtype=torch.int64, device=state.active.device)
+            executor = setting.executor(engine, state, policy, KernelOptions(), stamps)
+            place = partial(setting.place, engine, state, policy)
+            steps = [_stamped_step(place, executor, stamps) for _ in range(2 if setting.dry else 12)]
             ops = [ins.op for ins in executor.program]
-            for row in _spans(ops, torch.stack(steps[1:]), setting.dry):
+            for row in _spans(ops, torch.stack(steps[1:])):
                 rows.write({"shapes": name, "policy": policy.label, **row})
         del engine
 
 
-def _stamped_step(state: DecodeState, executor: GraphExecutor, stamps: torch.Tensor) -> torch.Tensor:
-    _place(state, 96)
+def _stamped_step(place: Callable[[int], None], executor: GraphExecutor, stamps: torch.Tensor) -> torch.Tensor:
+    place(96)
     executor.run(2)  # the first token skips nothing
     stamps[:, :2], stamps[:, 2] = -1, 0  # as unsigned numbers, the largest
     executor.run(1)
     return stamps.cpu().clone()
 
 
-def _spans(ops: list[str], steps: torch.Tensor, dry: bool) -> list[dict[str, Any]]:
-    """Microseconds of each op, the median over layers and steps; the fake device's clock only counts."""
+def _spans(ops: list[str], steps: torch.Tensor) -> list[dict[str, Any]]:
+    """Microseconds of each op, the median over layers and steps."""
     spans: dict[str, list[tuple[float, ...]]] = {}
     for step in steps.tolist():
         before = None
@@ -150,23 +149,19 @@ def switches(setting: Setting, rows: Rows) -> None:
     rounds, steps, layers = (1, 3, 2) if setting.dry else (5, 32, 16)
     for name in setting.names("llama-3.2-1b", "llama-2-7b"):
         engine = setting.engine(name, 128 + steps + 4, layers=layers)
+        state = setting.state(engine)
         for policy in (DensePolicy(), SKIPPING):
-            executors = {label: setting.executor(engine, policy, options) for label, options in variants.items()}
+            executors = {label: setting.executor(engine, state, policy, options) for label, options in variants.items()}
             seconds: dict[str, list[float]] = {label: [] for label in variants}
             for _ in range(rounds):
                 for label, executor in executors.items():
-                    _place(engine.state, 128)
-                    executor.run(1)
+                    setting.place(engine, state, policy, 128)
+                    executor.run(1)  # the first token skips nothing
                     seconds[label].append(statistics.median(executor.run(steps)))
             for label, values in seconds.items():
                 figures = {"us_per_step": statistics.median(values) * 1e6, "us_least": min(values) * 1e6}
                 rows.write({"shapes": name, "layers": layers, "policy": policy.label, "variant": label, **figures})
         del engine
-
-
-def _place(state: DecodeState, position: int) -> None:
-    state.max_new_tokens.fill_(state.max_seq_len)
-    state.begin_row(0, torch.zeros(position, dtype=torch.int32))
 
 
 PARTS: dict[str, Callable[[Setting, Rows], None]] = {

@@ -15,8 +15,8 @@ from skipkernels.executors.kernel_options import KernelOptions
 from skipkernels.executors.runtime import CudaRuntime
 from skipkernels.model.config import ModelConfig, resolve_dtype
 from skipkernels.model.weights import fill_rope, random_weights
-from skipkernels.program import build_program
-from skipkernels.program.state import LAYOUTS
+from skipkernels.program import Program, build_program
+from skipkernels.program.state import LAYOUTS, DecodeState
 
 if TYPE_CHECKING:
     from skipkernels.skipping.policy import Policy
@@ -33,12 +33,11 @@ class Setting:
 
             shapes.SHAPES["tiny"] = dict(TINY)
             bandwidth.PROBE_BYTES = 1 << 22
-            LAYOUTS["cpu"] = LAYOUTS["cuda"]  # the fake device's memory is the CPU's
         return cls(dry)
 
     def execution(self, conditional: str = "auto", loop: str = "auto") -> Execution:
         if self.dry:
-            return Execution(executor="reference", num_threads=1)
+            return Execution(num_threads=1).resolved()
         return Execution(device="cuda", kernels="cuda", conditional=conditional, loop=loop).resolved()
 
     def names(self, *published: str) -> tuple[str, ...]:
@@ -54,21 +53,44 @@ class Setting:
         fill_rope(weights, hf_config)
         return Engine(config, weights, max_seq_len=length, execution=execution)
 
+    def state(self, engine: Engine) -> DecodeState:
+        """The buffers that executors of ``executor`` work on."""
+        if not self.dry:
+            return engine.state
+        return DecodeState.allocate(  # the fake device's memory is the CPU's, its kernels are not
+            engine.config, num_sequences=1, max_seq_len=engine.max_seq_len, dtype=torch.bfloat16, layout=LAYOUTS["cuda"]
+        )
+
+    def program(self, engine: Engine, state: DecodeState, policy: Policy) -> Program:
+        """The program that ``policy`` needs."""
+        gated = policy.plan(engine.config.num_hidden_layers) is not None
+        return build_program(engine.config, engine.weights, state, gated=gated)
+
+    def place(self, engine: Engine, state: DecodeState, policy: Policy, position: int) -> None:
+        """One sequence with so many tokens and blocks of its own, all but the last token cached, whatever they hold."""
+        state.set_blocks(0, range(state.num_blocks))
+        state.begin_sequence(0, torch.zeros(position, dtype=torch.int32))
+        state.set_policy(0, policy.plan(engine.config.num_hidden_layers))
+        state.max_new_tokens.fill_(state.max_seq_len)
+        state.start_decoding(0)
+
     def executor(
-        self, engine: Engine, policy: Policy, options: KernelOptions, stamps: torch.Tensor | None = None
+        self,
+        engine: Engine,
+        state: DecodeState,
+        policy: Policy,
+        options: KernelOptions,
+        stamps: torch.Tensor | None = None,
     ) -> GraphExecutor:
         """A graph of ``engine``'s step whose kernels have these options."""
-        program = build_program(engine.config, engine.weights, engine.state, policy)
-        return GraphExecutor(program, engine.state, self.graphs(), self._runtime(engine, options, stamps))
+        program = self.program(engine, state, policy)
+        execution = Execution("cuda", "graph", kernels="cuda", conditional="predicate", loop="replay")
+        return GraphExecutor(program, state, execution, self._runtime(state, options, stamps))
 
-    def graphs(self) -> Execution:
-        names = {"kernels": "cuda", "conditional": "predicate", "loop": "replay"}
-        return Execution(device="cuda", executor="graph", **names)
-
-    def _runtime(self, engine: Engine, options: KernelOptions, stamps: torch.Tensor | None) -> CudaRuntime:
+    def _runtime(self, state: DecodeState, options: KernelOptions, stamps: torch.Tensor | None) -> CudaRuntime:
         given: dict[str, Any] = {"options": options, "stamps": stamps}
         if self.dry:
             from bench.gpu.dry_run import FakeDevice
 
             return FakeDevice(**given)
-        return CudaRuntime(engine.state.active.device, **given)
+        return CudaRuntime(state.active.device, **given)

@@ -10,7 +10,7 @@ int64_t down_proj_add_tasks(const Instruction& ins, const Scratch&) {
 }
 
 void down_proj_add_pack(const Instruction& ins, int begin, int end, Scratch& s) {
-    pack_rows(ins.down_proj_add.intermediate, ins.down_proj_add.intermediate_size, begin, end, s);
+    pack_rows(ins, ins.down_proj_add.intermediate, ins.down_proj_add.intermediate_size, begin, end, s);
 }
 
 // hidden (height) += branch (height); part = the sums of h h', h^2 and h'^2

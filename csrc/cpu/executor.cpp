@@ -18,9 +18,10 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 
 std::vector<const KernelSet*> usable_kernels() {
     std::vector<const KernelSet*> sets;
-#if SKIPKERNELS_HAVE_AVX512
+#if SKIPKERNELS_HAVE_AVX512 && SKIPKERNELS_HAVE_AVX512_BF16
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
+        if (__builtin_cpu_supports("avx512bf16")) sets.push_back(&avx512_bf16_kernels());
         sets.push_back(&avx512_kernels());
     }
 #endif
@@ -184,9 +185,9 @@ bool Executor::any_active() const {
 }
 
 std::vector<double> Executor::run(int64_t max_steps, const std::function<bool()>& keep_going) {
-    interrupted_.store(false, std::memory_order_relaxed);
     Loop loop{0, program_.size(), max_steps, &keep_going};
     if (max_steps > 0 && any_active()) replay(loop);
+    interrupted_.store(false, std::memory_order_relaxed);  // not at the start: an earlier call must not be lost
     return std::move(loop.step_seconds);
 }
 

@@ -10,7 +10,7 @@ int64_t gate_up_silu_tasks(const Instruction& ins, const Scratch&) {
 
 void gate_up_silu_pack(const Instruction& ins, int begin, int end, Scratch& s) {
     const GateUpSilu& op = ins.gate_up_silu;
-    pack_rms_norm(op.hidden_states, op.hidden_size, op.post_attention_layernorm, op.rms_norm_eps, begin, end, s);
+    pack_rms_norm(ins, op.hidden_states, op.hidden_size, op.post_attention_layernorm, op.rms_norm_eps, begin, end, s);
 }
 
 void gate_up_silu_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {

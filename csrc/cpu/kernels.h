@@ -81,6 +81,9 @@ const KernelSet& avx2_kernels();
 #if SKIPKERNELS_HAVE_AVX512
 const KernelSet& avx512_kernels();
 #endif
+#if SKIPKERNELS_HAVE_AVX512_BF16
+const KernelSet& avx512_bf16_kernels();
+#endif
 
 // Ops without vector code, compiled once.
 #define SKIPKERNELS_PLAIN_KERNEL(op)                                         \

@@ -31,22 +31,24 @@ struct Ahead {
 
 // acc[R][N] += w[R][k_begin..k_end) * x
 template <class T, int R, int N>
-inline void tile_block(const T* w, int64_t k, int64_t k_begin, int64_t k_end, const float* x, float* accumulators,
-                       bool first, Ahead& ahead) {
-    constexpr int W = Vec::width;
+inline void tile_block(const T* w, int64_t k, int64_t k_begin, int64_t k_end, const typename Multiply<T>::Activation* x,
+                       float* accumulators, bool first, Ahead& ahead) {
+    using M = Multiply<T>;
+    constexpr int W = M::width;
     constexpr int kLine = 64 / static_cast<int>(sizeof(T));  // elements in a cache line
-    constexpr int U = kLine / W;                             // vectors in a cache line
+    constexpr int U = kLine / W;                             // steps in a cache line
+    auto at = [&](int r, int n) { return accumulators + (r * N + n) * Vec::width; };
     Vec acc[R][N];
     for (int r = 0; r < R; ++r)
-        for (int n = 0; n < N; ++n) acc[r][n] = first ? splat(0.0f) : load(accumulators + (r * N + n) * W);
+        for (int n = 0; n < N; ++n) acc[r][n] = first ? splat(0.0f) : load(at(r, n));
 
     int64_t j = k_begin;
-    auto step = [&](int64_t at, auto load_weight) {
-        Vec weight[R];
-        for (int r = 0; r < R; ++r) weight[r] = load_weight(w + r * k + at);
+    auto step = [&](int64_t from, auto load_weight) {
+        decltype(load_weight(w)) weight[R];
+        for (int r = 0; r < R; ++r) weight[r] = load_weight(w + r * k + from);
         for (int n = 0; n < N; ++n) {
-            const Vec activation = load(x + at * N + n * W);
-            for (int r = 0; r < R; ++r) acc[r][n] = fma(weight[r], activation, acc[r][n]);
+            const auto activation = M::activation(x + from * N + n * W);
+            for (int r = 0; r < R; ++r) acc[r][n] = M::add(weight[r], activation, acc[r][n]);
         }
     };
     for (; j + kLine <= k_end; j += kLine) {
@@ -57,15 +59,15 @@ inline void tile_block(const T* w, int64_t k, int64_t k_begin, int64_t k_end, co
         if (N <= 2) {  // with so little to compute, the way from the second-level cache shows too
             for (int r = 0; r < R; ++r) prefetch_l1(reinterpret_cast<const char*>(w + r * k + j) + 512);
         }
-        for (int u = 0; u < U; ++u) step(j + u * W, [](const T* p) { return load(p); });
+        for (int u = 0; u < U; ++u) step(j + u * W, [](const T* p) { return M::weight(p); });
     }
-    for (; j + W <= k_end; j += W) step(j, [](const T* p) { return load(p); });
+    for (; j + W <= k_end; j += W) step(j, [](const T* p) { return M::weight(p); });
     if (j < k_end) {
         const int left = static_cast<int>(k_end - j);
-        step(j, [left](const T* p) { return load_first(p, left); });
+        step(j, [left](const T* p) { return M::weight_first(p, left); });
     }
     for (int r = 0; r < R; ++r)
-        for (int n = 0; n < N; ++n) store(accumulators + (r * N + n) * W, acc[r][n]);
+        for (int n = 0; n < N; ++n) store(at(r, n), acc[r][n]);
 }
 
 constexpr int kGroupRows = 12;  // a group is prefetched while the one before it is computed: both fit 1 MB to k = 20k
@@ -99,11 +101,12 @@ inline void reduce_panel(const float* accumulators, int rows, float* out) {
 enum class Place { alone, before_others, last };
 
 template <class T, int N>
-void panel_tile(const T* w, int64_t k, int rows, const float* x, float* out, const T* next, float* accumulators,
-                Place place) {
+void panel_tile(const T* w, int64_t k, int rows, const typename Multiply<T>::Activation* x, float* out, const T* next,
+                float* accumulators, Place place) {
     constexpr int W = Vec::width, R = tile_height<N>();
     static_assert(kGroupRows % R == 0 && cpu::kPanelRows % kGroupRows == 0);
-    constexpr int64_t kBlock = 4096 / N / 64 * 64;  // 16 KB of activations, half of the first-level cache
+    // 16 KB of activations, half of the first-level cache
+    constexpr int64_t kBlock = 16384 / static_cast<int64_t>(sizeof *x) / N / 64 * 64;
     auto bytes = [](const void* p) { return static_cast<const char*>(p); };
     // several tiles read the panel from the second-level cache: there its rows need no order, and the fewer times the
     // activations come from there the better
@@ -115,7 +118,7 @@ void panel_tile(const T* w, int64_t k, int rows, const float* x, float* out, con
         for (int64_t begin = 0; begin < k; begin += kBlock) {
             const int64_t end = begin + kBlock < k ? begin + kBlock : k;
             if (place == Place::before_others) {
-                const float* coming = x + N * end;
+                const auto* coming = x + N * end;
                 ahead = {bytes(coming), bytes(coming + N * kBlock)};
             }
             int row = top;
@@ -131,8 +134,9 @@ void panel_tile(const T* w, int64_t k, int rows, const float* x, float* out, con
 }
 
 template <class T, int... N>
-inline void panel_of(int n, std::integer_sequence<int, N...>, const T* w, int64_t k, int rows, const float* x,
-                     float* out, const T* next, float* accumulators, Place place) {
+inline void panel_of(int n, std::integer_sequence<int, N...>, const T* w, int64_t k, int rows,
+                     const typename Multiply<T>::Activation* x, float* out, const T* next, float* accumulators,
+                     Place place) {
     ((n == N + 1 ? panel_tile<T, N + 1>(w, k, rows, x, out, next, accumulators, place) : void()), ...);
 }
 
@@ -147,7 +151,7 @@ inline void linear_panel(const T* w, int64_t k, int rows, const T* next, float* 
                             : tile + 1 < tiles.count ? Place::before_others
                                                      : Place::last;
         panel_of(tiles.size(tile), std::make_integer_sequence<int, cpu::kMaxTile>{}, w, k, rows,
-                 s.x + begin * padded(k), out + begin * cpu::kPanelRows, next, s.accumulators, place);
+                 packed_tile<T>(s, k, begin), out + begin * cpu::kPanelRows, next, s.accumulators, place);
     }
 }
 

@@ -7,7 +7,7 @@ int64_t lm_head_tasks(const Instruction& ins, const Scratch&) { return num_panel
 
 void lm_head_pack(const Instruction& ins, int begin, int end, Scratch& s) {
     const LmHead& op = ins.lm_head;
-    pack_rms_norm(op.hidden_states, op.hidden_size, op.norm, op.rms_norm_eps, begin, end, s);
+    pack_rms_norm(ins, op.hidden_states, op.hidden_size, op.norm, op.rms_norm_eps, begin, end, s);
 }
 
 void lm_head_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {

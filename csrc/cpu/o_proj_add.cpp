@@ -6,7 +6,7 @@ namespace skipkernels::SKIPKERNELS_ISA {
 int64_t o_proj_add_tasks(const Instruction& ins, const Scratch&) { return num_panels(ins.o_proj_add.hidden_size); }
 
 void o_proj_add_pack(const Instruction& ins, int begin, int end, Scratch& s) {
-    pack_rows(ins.o_proj_add.attn_output, ins.o_proj_add.attention_size, begin, end, s);
+    pack_rows(ins, ins.o_proj_add.attn_output, ins.o_proj_add.attention_size, begin, end, s);
 }
 
 void o_proj_add_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {

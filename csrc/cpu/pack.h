@@ -1,9 +1,9 @@
-// Activations as the matrix kernels read them: tiles of a few rows, and in a tile the rows interleaved by vector:
-// x[k / width][row][width], zero-padded behind k. The stream a kernel reads is then contiguous.
+// Activations as the matrix kernels read them: tiles of a few rows, and in a tile the rows interleaved by what one step
+// multiplies: x[k / width][row][width], zero-padded behind k. The stream a kernel reads is then contiguous.
 #pragma once
 
 #include "kernels.h"
-#include "vec.h"
+#include "multiply.h"
 
 namespace skipkernels::SKIPKERNELS_ISA {
 
@@ -20,30 +20,36 @@ struct Tiles {
 
 inline int num_tiles(int num_rows) { return Tiles(num_rows).count; }
 
-// Packs source[row * k .. + k] of the rows of tiles [begin, end), each element multiplied by scale(row) * weight[k].
-template <class Scale>
-inline void pack_scaled(const float* source, int64_t k, const float* weight, Scale scale, int begin, int end,
-                        Scratch& s) {
-    constexpr int W = Vec::width;
+// Where a tile's activations start: any type of them fits where fp32 would.
+template <class T>
+inline typename Multiply<T>::Activation* packed_tile(const Scratch& s, int64_t k, int first_row) {
+    return reinterpret_cast<typename Multiply<T>::Activation*>(s.x + first_row * padded(k));
+}
+
+// Packs source[row * k .. + k] of the rows of tiles [begin, end) for weights of type T, each element multiplied by
+// scale(row) * norm[k].
+template <class T, class Scale>
+inline void pack_tiles(const float* source, int64_t k, const float* norm, Scale scale, int begin, int end, Scratch& s) {
+    using M = Multiply<T>;
     const Tiles tiles(s.num_rows);
     for (int tile = begin; tile < end; ++tile) {
         const int n = tiles.size(tile);
-        float* packed = s.x + tiles.begin(tile) * padded(k);
+        auto* packed = packed_tile<T>(s, k, tiles.begin(tile));
         for (int i = 0; i < n; ++i) {
             const float* row = source + s.rows[tiles.begin(tile) + i] * k;
             const Vec factor = splat(scale(row));
-            for (int64_t j = 0; j < k; j += W) {
-                const int left = static_cast<int>(k - j < W ? k - j : W);
-                Vec value = (left == W ? load(row + j) : load_first(row + j, left)) * factor;
-                if (weight) value = value * (left == W ? load(weight + j) : load_first(weight + j, left));
-                store(packed + j * n + i * W, value);
+            for (int64_t j = 0; j < k; j += M::width) {
+                const int left = static_cast<int>(k - j < M::width ? k - j : M::width);
+                M::pack(row + j, factor, norm ? norm + j : nullptr, left, packed + j * n + i * M::width);
             }
         }
     }
 }
 
-inline void pack_rows(const float* source, int64_t k, int begin, int end, Scratch& s) {
-    pack_scaled(source, k, nullptr, [](const float*) { return 1.0f; }, begin, end, s);
+inline void pack_rows(const Instruction& ins, const float* source, int64_t k, int begin, int end, Scratch& s) {
+    with_weight_type(ins.weight_dtype, [&](auto type) {
+        pack_tiles<decltype(type)>(source, k, nullptr, [](const float*) { return 1.0f; }, begin, end, s);
+    });
 }
 
 // 1 / sqrt(mean(x^2) + eps)
@@ -56,9 +62,12 @@ inline float rms_scale(const float* x, int64_t n, float eps) {
     return 1.0f / std::sqrt(total / static_cast<float>(n) + eps);
 }
 
-inline void pack_rms_norm(const float* source, int64_t k, const float* weight, float eps, int begin, int end,
-                          Scratch& s) {
-    pack_scaled(source, k, weight, [=](const float* row) { return rms_scale(row, k, eps); }, begin, end, s);
+inline void pack_rms_norm(const Instruction& ins, const float* source, int64_t k, const float* norm, float eps,
+                          int begin, int end, Scratch& s) {
+    with_weight_type(ins.weight_dtype, [&](auto type) {
+        auto scale = [=](const float* row) { return rms_scale(row, k, eps); };
+        pack_tiles<decltype(type)>(source, k, norm, scale, begin, end, s);
+    });
 }
 
 }  // namespace skipkernels::SKIPKERNELS_ISA

@@ -11,7 +11,7 @@ int64_t qkv_rope_append_tasks(const Instruction& ins, const Scratch&) {
 
 void qkv_rope_append_pack(const Instruction& ins, int begin, int end, Scratch& s) {
     const QkvRopeAppend& op = ins.qkv_rope_append;
-    pack_rms_norm(op.hidden_states, op.hidden_size, op.input_layernorm, op.rms_norm_eps, begin, end, s);
+    pack_rms_norm(ins, op.hidden_states, op.hidden_size, op.input_layernorm, op.rms_norm_eps, begin, end, s);
 }
 
 // x (head_dim) in place: pairs (i, i + half) rotated by the angles at one position

@@ -3,7 +3,9 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -12,26 +14,40 @@ namespace skipkernels::cpu {
 
 class ThreadPool {
   public:
+    // Throws std::runtime_error where the system does not give that many threads.
     explicit ThreadPool(int num_threads);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;
     ThreadPool& operator=(const ThreadPool&) = delete;
 
-    int size() const { return static_cast<int>(workers_.size()) + 1; }
+    int size() const { return size_; }
 
-    // Runs function(thread) on every thread and returns when all have. Not reentrant.
+    // Runs function(thread) on every thread and returns when all have. Not reentrant. In a forked child the threads,
+    // which stayed in the parent, are started anew.
     void run(const std::function<void(int)>& function);
 
   private:
-    void work(int thread);
+    // The threads beside the caller's and what they share.
+    struct Crew {
+        explicit Crew(int num_workers);
+        ~Crew() { stop(); }
+        void stop();
+        void work(int thread);
 
-    std::vector<std::thread> workers_;
-    std::mutex mutex_;
-    std::condition_variable wake_, done_;
-    const std::function<void(int)>* function_ = nullptr;
-    uint64_t round_ = 0;
-    int running_ = 0;
-    bool stopping_ = false;
+        std::vector<std::thread> threads;
+        std::mutex mutex;
+        std::condition_variable wake, done;
+        const std::function<void(int)>* function = nullptr;
+        uint64_t round = 0;
+        int running = 0;
+        bool stopping = false;
+    };
+
+    void leave_other_process();
+
+    int size_;
+    int home_;  // the process that the threads are in
+    std::unique_ptr<Crew> crew_;
 };
 
 // How a thread waits for another: it spins first, since what it waits for is at most a task away, then gives its

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -42,9 +43,13 @@ class Commands(TyperGroup):
     ) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         console.debugging = "--debug" in given
+        console.show_what_the_terminal_can()
         words = [word for word in given if word != "--debug"] or ["--help"]
         try:
             result = super().main(words, prog_name or "skipkernels", complete_var, standalone_mode=False, **extra)
+        except BrokenPipeError:  # whoever read the output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except Exception as error:
             if console.debugging:
                 traceback.print_exc()
@@ -67,8 +72,10 @@ def describe(error: Exception) -> tuple[str, int]:
         message, code = str(error.format_message()), 2
     elif isinstance(error, SkipkernelsError):
         message, code = str(error), 1
-    elif isinstance(error, OSError) and error.filename:
-        message, code = f"{error.filename}: {error.strerror}", 1
+    elif isinstance(error, OSError):
+        message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
+    elif isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's is a RuntimeError
+        message, code = "there is not enough memory; use a smaller --max-seq-len or --dtype bf16", 1
     else:
         message, code = f"{type(error).__name__}: {error} (a bug in skipkernels; --debug shows where)", 1
     return " ".join(message.split()), code

@@ -14,7 +14,7 @@ from rich.table import Table
 from skipkernels import __version__
 from skipkernels.cli import options as opt
 from skipkernels.support.console import out, print_json
-from skipkernels.support.machine import processor_name, usable_processors
+from skipkernels.support.machine import default_threads, processor_name, usable_processors
 
 _EXTRAS = {"triton": ("triton",), "plot": ("matplotlib",), "bench": ("gguf",), "test": ("pytest", "hypothesis")}
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -67,6 +67,7 @@ def _machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": processor_name(),
         "processors usable": usable_processors(),
+        "threads by default": default_threads(),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
         "huge pages": _huge_pages(),
         "torch threads": torch.get_num_threads(),

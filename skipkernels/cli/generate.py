@@ -37,8 +37,9 @@ def generate(
     json: opt.Json = False,
 ) -> None:
     """Continue PROMPT, token by token, and compare the speed with that of the dense model."""
-    sampling = sampling_options.params()
+    sampling_options.params()  # a wrong one is refused before the model is loaded
     engine = model_options.load()
+    sampling = sampling_options.params(engine)
     chosen = policy_options.choose(engine, model_options)
     given: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
     token_ids = engine.encode(given)

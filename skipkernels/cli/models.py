@@ -95,13 +95,18 @@ class SamplingOptions:
     top_k: opt.TopK = 0
     top_p: opt.TopP = 1.0
     min_p: opt.MinP = 0.0
-    repetition_penalty: opt.RepetitionPenalty = 1.0
+    repetition_penalty: opt.RepetitionPenalty = None
     seed: opt.Seed = 0
 
-    def params(self) -> SamplingParams:
-        from skipkernels.decoding.generation import SamplingParams
+    def params(self, engine: Engine | None = None) -> SamplingParams:
+        """A repetition penalty that was not given is the one of the ``engine``'s model."""
+        from skipkernels.decoding.generation import SamplingParams, default_sampling
 
-        return SamplingParams(**asdict(self))
+        given = asdict(self)
+        if self.repetition_penalty is None:
+            own = default_sampling(engine.generation_config if engine else None)
+            given["repetition_penalty"] = own.repetition_penalty
+        return SamplingParams(**given)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from skipkernels.support.machine import MAX_THREADS
+
 _MODEL_PANEL = "Model"
 _POLICY_PANEL = "Which FFNs to skip"
 _SAMPLING_PANEL = "Sampling (default: greedy)"
@@ -18,7 +20,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Dtype = Annotated[
     str | None, typer.Option(help="fp32, bf16 or fp16; default: the checkpoint's own.", rich_help_panel=_MODEL_PANEL)
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="Default: all processors.", rich_help_panel=_MODEL_PANEL)]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MAX_THREADS,
+        help="Default: all processors that may be used, or OMP_NUM_THREADS.",
+        rich_help_panel=_MODEL_PANEL,
+    ),
+]
 Executor = Annotated[
     str, typer.Option(help="auto; or reference, which defines what is right.", rich_help_panel=_MODEL_PANEL)
 ]
@@ -93,5 +103,7 @@ MinP = Annotated[
     float,
     typer.Option(help="Keep tokens this fraction as likely as the likeliest.", rich_help_panel=_SAMPLING_PANEL),
 ]
-RepetitionPenalty = Annotated[float, typer.Option(help="1 is none.", rich_help_panel=_SAMPLING_PANEL)]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="1 is none; default: the model's own.", rich_help_panel=_SAMPLING_PANEL)
+]
 Seed = Annotated[int, typer.Option(help="Same seed, same tokens.", rich_help_panel=_SAMPLING_PANEL)]

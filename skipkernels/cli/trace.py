@@ -34,7 +34,7 @@ def trace(
     (generation,) = engine.generate(
         [[{"role": "user", "content": prompt}] if chat else prompt],
         max_new_tokens=max_new_tokens,
-        sampling=sampling_options.params(),
+        sampling=sampling_options.params(engine),
         stop=stop or [],
         policy=chosen,
     )

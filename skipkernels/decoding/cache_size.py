@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import torch
 
-from skipkernels.errors import RequestError
+from skipkernels.errors import DeviceError, RequestError
 from skipkernels.model.config import ModelConfig
 from skipkernels.program.state import LAYOUTS
 from skipkernels.support.memory import free_memory_bytes
@@ -51,3 +52,23 @@ def cache_blocks(
         "" if blocks == wanted else f" ({what}; all of them at full length would need {wanted} blocks)",
     )
     return blocks
+
+
+def check_memory(config: ModelConfig, dtype: torch.dtype, max_seq_len: int, device: str) -> None:
+    """Refuses a model that does not fit before a byte of it is read.
+
+    Raises:
+        DeviceError: the weights and the cache of one sequence need more memory than there is.
+    """
+    weights, cache = config.weight_bytes(dtype), config.cache_bytes(1, max_seq_len, dtype)
+    if device.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(torch.device(device))
+    else:  # a cache takes memory only where it is used, and files leave their pages when they are asked to
+        free = total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if weights + cache > free:
+        gib = 2**30
+        raise DeviceError(
+            f"the model needs {(weights + cache) / gib:.1f} GiB ({weights / gib:.1f} of weights, {cache / gib:.1f} of "
+            f"cache for a sequence of {max_seq_len} positions), and {device} has {free / gib:.1f} GiB free of "
+            f"{total / gib:.1f}; use a smaller max_seq_len or dtype"
+        )

@@ -48,4 +48,5 @@ class Decoding:
                 row.cancel()
 
     def results(self) -> list[Generation]:
+        self._loop.finish(self.rows)
         return [row.result() for row in self.rows]

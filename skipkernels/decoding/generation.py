@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+import numbers
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from skipkernels.errors import RequestError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+_SMALLEST = 1e-30
+"""Divisors of logits below it are taken for 0: quotients would not fit fp32."""
 
 FinishReason = Literal["eos", "length", "stop"]
 
@@ -19,7 +27,7 @@ class SamplingParams:
     """How the next token is chosen. The defaults are greedy.
 
     Args:
-        temperature: 0 is greedy; otherwise the logits are divided by it.
+        temperature: 0 is greedy; otherwise the logits are divided by it. Below 1e-30 it counts as 0.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of most likely tokens that holds this probability; 1 keeps all.
         min_p: keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
@@ -35,6 +43,10 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            _require_number(name, getattr(self, name), numbers.Real)
+        for name in ("top_k", "seed"):
+            _require_number(name, getattr(self, name), numbers.Integral)
         checks = (
             ("temperature", self.temperature >= 0 and math.isfinite(self.temperature), "a finite number of at least 0"),
             ("top_k", self.top_k >= 0, "at least 0"),
@@ -50,6 +62,93 @@ class SamplingParams:
         for name, holds, expected in checks:
             if not holds:
                 raise RequestError(f"{name} must be {expected}, got {getattr(self, name)}")
+        if not _SMALLEST <= self.repetition_penalty <= 1 / _SMALLEST:
+            raise RequestError(f"repetition_penalty={self.repetition_penalty} makes logits overflow; 1 is none")
+        if self.temperature < _SMALLEST:  # logits divided by it would overflow; what is left of the others is nothing
+            object.__setattr__(self, "temperature", 0.0)
+
+
+def _require_number(name: str, value: object, kind: type) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        what = "an integer" if kind is numbers.Integral else "a number"
+        raise RequestError(f"{name} must be {what}, got {value!r}")
+
+
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "num_beams": (1,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "bad_words_ids": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "sequence_bias": (),
+    "guidance_scale": (1.0,),
+    "watermarking_config": (),
+    "penalty_alpha": (0.0,),
+    "dola_layers": (),
+    "constraints": (),
+    "force_words_ids": (),
+    "stop_strings": (),
+    "token_healing": (False,),
+    "max_time": (),
+}
+"""Entries of a generation config that change what is decoded greedily, and the values with which they do not."""
+
+
+def default_sampling(generation_config: GenerationConfig | None) -> SamplingParams:
+    """Greedy, as transformers would decode with this generation config and ``do_sample=False``.
+
+    Raises:
+        RequestError: it asks for what the decode program does not do.
+    """
+    for name, neutral in _NEUTRAL.items():
+        value = getattr(generation_config, name, None)
+        if value is not None and value not in neutral:
+            raise RequestError(
+                f"the model's generation config has {name}={value!r}, which is not supported; "
+                "pass sampling=SamplingParams() (--repetition-penalty 1) to decode without it"
+            )
+    penalty = getattr(generation_config, "repetition_penalty", None)
+    return SamplingParams() if penalty is None else SamplingParams(repetition_penalty=penalty)
+
+
+def checked_stop(stop: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(stop, str):
+        raise RequestError("stop must be a list of strings, got one string")
+    if not isinstance(stop, Iterable):
+        raise RequestError(f"stop must be a list of strings, got a {type(stop).__name__}")
+    listed = tuple(stop)
+    for text in listed:
+        if not isinstance(text, str):
+            raise RequestError(f"stop must be a list of strings, got a {type(text).__name__} in it")
+        if not text:
+            raise RequestError("a stop string must not be empty")
+    return listed
+
+
+def checked_eos(eos_token_ids: Iterable[int] | int) -> tuple[int, ...]:
+    listed = [eos_token_ids] if isinstance(eos_token_ids, numbers.Integral) else eos_token_ids
+    if isinstance(listed, str | bytes) or not isinstance(listed, Iterable):
+        raise RequestError(f"eos_token_ids must be integers, got {eos_token_ids!r}")
+    ids = []
+    for token in listed:
+        value = token.item() if hasattr(token, "item") else token
+        _require_number("an end-of-sequence token", value, numbers.Integral)
+        ids.append(int(value))
+    return tuple(token for token in ids if 0 <= token < 1 << 31)
+
+
+def checked_count(name: str, value: int) -> int:
+    _require_number(name, value, numbers.Integral)
+    if value < 1:
+        raise RequestError(f"{name} must be at least 1, got {value}")
+    return int(value)
 
 
 @dataclass

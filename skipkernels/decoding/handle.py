@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from skipkernels.decoding.generation import FinishReason, Generation, StreamChunk
@@ -25,8 +25,8 @@ class Driver(Protocol):
         """Returns once the handle has a chunk that nobody has taken, or has ended."""
         ...
 
-    def finish(self, handle: Handle) -> None:
-        """Returns once the handle has ended."""
+    def finish(self, handles: Collection[Handle]) -> None:
+        """Returns once the handles have ended."""
         ...
 
     def cancel(self, handle: Handle) -> None: ...
@@ -90,7 +90,7 @@ class Handle:
         Raises:
             RequestError: the request was cancelled.
         """
-        self._driver.finish(self)
+        self._driver.finish([self])
         if self._error:
             raise self._error
         assert self._generation is not None

@@ -6,10 +6,9 @@ submit(request) -> handle -> row scheduler -> rows of the state -> step (program
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -29,6 +28,7 @@ from skipkernels.decoding.step import DecodeRow, Step
 from skipkernels.errors import RequestError
 from skipkernels.executors import Executor
 from skipkernels.program.state import ENDED, MAX_EOS, WAITS_FOR_BLOCK, DecodeState
+from skipkernels.support.turns import Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +65,7 @@ class DecodeLoop:
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
         """``executor(gated)`` gives the executor of the program with gates, or of the dense one."""
-        self.lock = threading.RLock()
+        self._turns = Turns(on_gpu=state.active.is_cuda, on_fork=self._arrive_in_child)
         self.state = state
         block_bytes = state.cache_bytes() // state.num_blocks
         self.pool = BlockPool(state.num_blocks, state.block_size, block_bytes=block_bytes)
@@ -108,7 +108,7 @@ class DecodeLoop:
     def step(self, wish: int | None = None) -> bool:
         """Runs a step of every sequence in flight, or up to ``wish`` of them (None: as many as the answers may want)
         where nobody looks at single tokens. Returns whether there is more to do."""
-        with self.lock:
+        with self._turns.take():
             if self._flight is None:
                 self._take_inbox()
                 if not self.scheduler.has_work:
@@ -124,18 +124,19 @@ class DecodeLoop:
     def advance(self, handle: Handle) -> None:
         """Returns once ``handle`` has a chunk that nobody has taken, or has ended; runs steps until then."""
         while True:
-            with self.lock:
+            with self._turns.take():
                 handle.read()
                 if handle.has_news:
                     return
                 self.step()
 
-    def finish(self, handle: Handle) -> None:
-        """Returns once ``handle`` has ended; runs steps until then."""
-        while handle.running:
-            with self.lock:
-                if handle.running:
-                    self.step()
+    def finish(self, handles: Collection[Handle]) -> None:
+        """Returns once ``handles`` have ended; runs steps until then, as many in one call as nobody else waits for."""
+        while any(handle.running for handle in handles):
+            with self._turns.take():
+                if any(handle.running for handle in handles):
+                    alone = not self._inbox and all(handle in handles for handle in self._handles.values())
+                    self.step(None if alone else STEPS_AT_ONCE)
 
     def cancel(self, handle: Handle) -> None:
         """Ends a request between two steps and frees all it holds.
@@ -145,7 +146,7 @@ class DecodeLoop:
         """
         if running := self._running:
             running.interrupt()
-        with self.lock:
+        with self._turns.take():
             if not handle.running:
                 raise RequestError("this request has ended already; it cannot be cancelled")
             self._drop(handle)
@@ -159,7 +160,7 @@ class DecodeLoop:
         """
         if running := self._running:
             running.interrupt()
-        with self.lock:
+        with self._turns.take():
             if not handle.running:
                 raise RequestError("this request has ended already; it cannot be stopped")
             handle.end()
@@ -183,13 +184,13 @@ class DecodeLoop:
     def close(self) -> None:
         """Cancels what is in flight; nothing can be submitted from then on."""
         self._closed = True
-        with self.lock:
+        with self._turns.take():
             for handle in [*self._inbox, *self._handles.values()]:
                 self.cancel(handle)
 
     def forget_prefixes(self) -> None:
         """Empties the prefix index: the next prompts are computed whole."""
-        with self.lock:
+        with self._turns.take():
             self.index.clear()
 
     @contextmanager
@@ -199,7 +200,7 @@ class DecodeLoop:
         Raises:
             RequestError: requests are in flight.
         """
-        with self.lock:
+        with self._turns.take():
             if not self.idle:
                 raise RequestError("requests are in flight; wait for them or cancel them first")
             self.index.clear()
@@ -209,6 +210,14 @@ class DecodeLoop:
             finally:
                 self._quiet()
                 self.state.block_table.fill_(-1)
+
+    def _arrive_in_child(self) -> None:
+        """After a fork: what was in flight is the parent's."""
+        self._crash()
+        for handle in [*self._inbox, *self._handles.values()]:
+            self._drop(handle)
+            handle.fail(RequestError("this request is in flight in the process that was forked; ask again here"))
+        self._quiet()
 
     # one flight
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 SLOWDOWN = 3.0
 """A step with prompt rows may take so many times a step without, where answers are streaming."""
-_FIRST_GUESS = 16
-_LEAST = 4
+_LEAST = 16
+"""Fewer rows hardly make a step shorter: the matrix kernels take rows by tiles, and read every weight once anyway."""
 _WEIGHT = 0.3
 """Of a new measurement in the running mean."""
 
@@ -24,9 +24,9 @@ class RowBudget:
         if not decoding:
             return self._capacity
         if self._step_s is None or self._row_s is None:
-            return min(_FIRST_GUESS, self._capacity)
+            return min(_LEAST, self._capacity)
         allowed = int((SLOWDOWN - 1) * self._step_s / self._row_s)
-        return max(1, min(self._capacity, max(_LEAST, allowed)))
+        return min(self._capacity, max(_LEAST, allowed))
 
     def measured(self, prompt_rows: int, decode_rows: int, seconds: float) -> None:
         """Tells it what a step took."""

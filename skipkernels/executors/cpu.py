@@ -9,7 +9,7 @@ from skipkernels.errors import DeviceError
 from skipkernels.executors.native import native_program
 from skipkernels.program import Program
 from skipkernels.program.state import DecodeState
-from skipkernels.support.machine import usable_processors
+from skipkernels.support.machine import default_threads
 
 
 class CpuExecutor:
@@ -29,10 +29,10 @@ class CpuExecutor:
                 program=native_program(program, state),
                 active=state.active.data_ptr(),
                 num_rows=state.num_rows,
-                num_threads=usable_processors() if num_threads is None else num_threads,
+                num_threads=default_threads() if num_threads is None else num_threads,
                 isa=isa,
             )
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # also: the system gives no more threads
             raise DeviceError(str(error)) from error
         self.num_threads: int = self._native.num_threads
         self.isa: str = self._native.isa

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from skipkernels.errors import DeviceError
 from skipkernels.executors.support import CudaSupport
+from skipkernels.support.machine import MAX_THREADS
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ class Execution:
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         executor: ``cpu`` or ``reference`` on the cpu, ``graph`` on cuda.
-        num_threads: threads of the cpu executor; None: all processors.
+        num_threads: threads of the cpu executor; None: all processors that may be used, or as many as torch has.
         kernels: the kernel set of the graph executor, ``cuda`` or ``triton``.
         conditional: how a graph leaves out a skipped FFN: ``predicate`` (its kernels exit at once) or ``if_node``.
         loop: how a graph becomes a generation: ``replay`` (steps are enqueued ahead of the host) or ``while`` (one
@@ -56,6 +57,8 @@ class Execution:
             raise DeviceError(f"unknown device {self.device!r}; use 'cpu', 'cuda' or 'cuda:N'")
         if self.num_threads is not None and self.num_threads < 1:
             raise DeviceError(f"num_threads must be at least 1, got {self.num_threads}")
+        if self.num_threads is not None and self.num_threads > MAX_THREADS:
+            raise DeviceError(f"num_threads must be at most {MAX_THREADS}, got {self.num_threads}")
         if self.executor != "auto" and self.on_gpu != (self.executor == "graph"):
             raise DeviceError(
                 f"the {self.executor} executor does not run on device {self.device!r}; "

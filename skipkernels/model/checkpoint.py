@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,22 @@ logger = logging.getLogger(__name__)
 _PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab*"]
 
 
+_ADAPTER = "adapter_config.json"
+_GENERATION_FILE = "generation_config.json"
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
 def resolve_checkpoint(model: str | Path) -> Path:
     """The local folder of a checkpoint: the path itself, or a snapshot of the hub id (downloaded where needed)."""
     path = Path(model)
     if path.is_dir():
-        if not (path / "config.json").exists():
-            raise ModelError(f"{path}: holds no config.json, so it is no Hugging Face checkpoint")
+        _check_folder(path)
         return path
+    if path.suffix == ".gguf":
+        found = "" if path.exists() else ", and there is no such file"
+        raise ModelError(f"{model}: GGUF files are not read{found}; give a folder with a Hugging Face checkpoint")
+    if path.exists():
+        raise ModelError(f"{model}: is a file; give the folder that it lies in")
     if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
         raise ModelError(f"{model}: no such folder")
     from huggingface_hub import snapshot_download
@@ -33,44 +43,76 @@ def resolve_checkpoint(model: str | Path) -> Path:
         raise ModelError(f"{model}: neither a folder nor loadable from the hub ({_first_line(error)})") from error
 
 
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").exists():
+        what = "only an adapter; merge it into its base model" if (path / _ADAPTER).exists() else "no config.json"
+        raise ModelError(f"{path}: holds {what}, so it is no Hugging Face checkpoint")
+    if (path / _ADAPTER).exists():
+        raise ModelError(f"{path}: holds {_ADAPTER}, and adapters are not read; merge it into the model or remove it")
+
+
 def load_config(folder: Path) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # None would ask on stdin
     except Exception as error:  # transformers' validation raises kinds of its own, with the reason on the second line
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{folder}: its config.json cannot be read ({reason})") from error
+        raise ModelError(f"{folder}: its config.json cannot be read ({_one_line(error)})") from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The checkpoint's tokenizer; None, with a warning, where it has none."""
     from transformers import AutoTokenizer
 
-    if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
+    if not any((folder / name).exists() for name in (*_VOCABULARIES, "tokenizer_config.json")):
         logger.warning("%s holds no tokenizer; prompts must be token ids", folder)
         return None
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # None would ask on stdin
+        own_tokens = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+    except Exception as error:  # whatever a broken file makes of transformers' readers
+        missing = "" if find_spec("sentencepiece") else "; a tokenizer.model needs `pip install sentencepiece`"
+        own = (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
+        raise ModelError(
+            f"{folder}: its tokenizer cannot be read ({_one_line(error)}){missing if own else ''}"
+        ) from error
+    if not own_tokens:  # transformers makes one out of tokenizer_config.json alone
+        raise ModelError(f"{folder}: its tokenizer has no vocabulary; tokenizer.json or tokenizer.model is missing")
+    return tokenizer
 
 
-def load_generation_config(folder: Path) -> GenerationConfig | None:
+def load_generation_config(folder: Path) -> GenerationConfig:
+    """What transformers' generation config would hold: generation_config.json, or what config.json says of it."""
     from transformers import GenerationConfig
 
-    has_config = (folder / "generation_config.json").exists()
-    return GenerationConfig.from_pretrained(folder) if has_config else None
+    try:
+        try:
+            return GenerationConfig.from_pretrained(folder)
+        except OSError as error:
+            if (folder / _GENERATION_FILE).exists():
+                logger.warning("%s: %s cannot be read; config.json counts (%s)", folder, _GENERATION_FILE, error)
+            return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
+    except Exception as error:
+        raise ModelError(f"{folder}: its generation config cannot be used ({_one_line(error)})") from error
 
 
 def default_eos_token_ids(
     tokenizer: PreTrainedTokenizerBase | None, generation_config: GenerationConfig | None
 ) -> tuple[int, ...]:
-    """The model's own end-of-sequence tokens: the generation config's, else the tokenizer's."""
+    """The model's own end-of-sequence tokens: the generation config's, else those of a tokenizer that was given."""
     eos = getattr(generation_config, "eos_token_id", None)
     if eos is None:
         eos = getattr(tokenizer, "eos_token_id", None)
-    if eos is None:
-        return ()
-    return (eos,) if isinstance(eos, int) else tuple(eos)
+    listed = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    for token in listed:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise ModelError(f"eos_token_id must be an integer or a list of them, got {eos!r}")
+    return tuple(dict.fromkeys(token for token in listed if 0 <= token < 1 << 31))
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 
-from skipkernels.errors import ModelError
+from skipkernels.errors import ModelError, RequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+logger = logging.getLogger(__name__)
+
 SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_omni_text")
+_READ_ATTENTION_BIAS = ("llama", "qwen3")
+_QKV_BIAS = ("qwen2", "qwen2_5_omni_text")
+_READ_MLP_BIAS = ("llama",)
+_WINDOW_PER_LAYER = ("qwen2", "qwen3", "qwen2_5_omni_text")
+_ONE_WINDOW = ("mistral",)
+_THREE_AXES = ("qwen2_5_omni_text",)
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -76,42 +86,36 @@ class ModelConfig:
                 f"model family {family!r} is not supported; supported are {', '.join(SUPPORTED_FAMILIES)} "
                 "(dense decoders with a gated SiLU FFN)"
             )
+        refuse_quantised(config)
         activation = config.hidden_act
         if activation not in ("silu", "swish"):
             raise ModelError(f"{family}: hidden_act={activation!r} is not supported; supported is 'silu'")
-        if getattr(config, "mlp_bias", False):
+        if family in _READ_MLP_BIAS and config.mlp_bias:
             raise ModelError(f"{family}: mlp_bias=True is not supported; the FFN kernels have no bias")
-        rope = dict(config.rope_parameters)
-        if rope["rope_type"] not in SUPPORTED_ROPE_TYPES:
-            raise ModelError(
-                f"{family}: rope_type {rope['rope_type']!r} is not supported; "
-                f"supported are {', '.join(SUPPORTED_ROPE_TYPES)}"
-            )
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ModelError(
-                f"{family}: partial_rotary_factor={rope['partial_rotary_factor']} is not supported; only 1.0"
-            )
-        heads = config.num_attention_heads
+        rope = _rope_parameters(config)
+        heads = _size(config, "num_attention_heads")
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         if heads % kv_heads:
             raise ModelError(f"{family}: {heads} attention heads are not a multiple of {kv_heads} key/value heads")
-        if head_dim % 2:
+        if head_dim < 2 or head_dim % 2:
             raise ModelError(f"{family}: head_dim must be even for rotary embeddings, got {head_dim}")
-        attention_bias = bool(getattr(config, "attention_bias", False))
+        if not (math.isfinite(config.rms_norm_eps) and config.rms_norm_eps >= 0):
+            raise ModelError(f"{family}: rms_norm_eps must be a finite number of at least 0, got {config.rms_norm_eps}")
+        attention_bias = family in _READ_ATTENTION_BIAS and bool(config.attention_bias)
         return cls(
             model_type=family,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
+            hidden_size=_size(config, "hidden_size"),
+            intermediate_size=_size(config, "intermediate_size"),
+            num_hidden_layers=_size(config, "num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_position_embeddings,
+            vocab_size=_size(config, "vocab_size"),
+            max_position_embeddings=_size(config, "max_position_embeddings"),
             rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=bool(config.tie_word_embeddings),
-            qkv_bias=attention_bias or family in ("qwen2", "qwen2_5_omni_text"),
+            qkv_bias=attention_bias or family in _QKV_BIAS,
             o_proj_bias=attention_bias,
             qk_norm=family == "qwen3",
             sliding_windows=_sliding_windows(config),
@@ -122,8 +126,33 @@ class ModelConfig:
     def position_axes(self) -> tuple[int, ...] | None:
         """Which of a token's positions in time (0), height (1) and width (2) rotates each pair of channels; None where
         a token has one position (M-RoPE: Qwen2-VL, arXiv 2409.12191)."""
+        if self.model_type not in _THREE_AXES:
+            return None
         sections = cast("tuple[int, ...] | None", dict(self.rope_parameters).get("mrope_section"))
         return sections and tuple(axis for axis, pairs in enumerate(sections) for _ in range(pairs))
+
+    @property
+    def reach(self) -> int:
+        """Positions that the model was made for: those of its configuration, or more where its rotary embeddings are
+        stretched. Farther ones can be computed, but were never trained."""
+        rope = dict(self.rope_parameters)
+        if rope["rope_type"] not in ("linear", "yarn"):
+            return self.max_position_embeddings
+        original = rope.get("original_max_position_embeddings") or self.max_position_embeddings
+        return max(self.max_position_embeddings, int(cast(float, rope["factor"]) * cast(int, original)))
+
+    def check_length(self, max_seq_len: int) -> None:
+        """Raises RequestError for a number of positions that the model cannot have; warns of one it was not made for.
+        Under linear and yarn scaling there is no end, as in transformers."""
+        endless = dict(self.rope_parameters)["rope_type"] in ("linear", "yarn")
+        if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int):
+            raise RequestError(f"max_seq_len must be an integer, got {max_seq_len!r}")
+        if max_seq_len < 1 or (max_seq_len > self.reach and not endless):
+            raise RequestError(f"max_seq_len must lie in 1..{self.reach} (the model's maximum), got {max_seq_len}")
+        if max_seq_len > self.reach:
+            logger.warning(
+                "max_seq_len=%d is more than the %d positions the model was made for", max_seq_len, self.reach
+            )
 
     @property
     def qkv_size(self) -> int:
@@ -174,16 +203,69 @@ def _hashable(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    """One window per layer: ``layer_types`` decides where the family has it, else one window holds for all."""
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        return (window,) * config.num_hidden_layers
-    known = {"full_attention": None, "sliding_attention": window}
-    for kind in layer_types:
-        if kind not in known:
+def refuse_quantised(config: PreTrainedConfig) -> None:
+    """Raises ModelError where a configuration says that the weights are not what they seem."""
+    for entry in ("quantization_config", "compression_config"):
+        if (found := getattr(config, entry, None)) is not None:
+            values = found if isinstance(found, dict) else vars(found)
+            method = values.get("quant_method", "an unknown method")
             raise ModelError(
-                f"{config.model_type}: layer type {kind!r} is not supported; supported: {', '.join(known)}"
+                f"its configuration has {entry} ({getattr(method, 'value', method)}), and quantised weights are not "
+                "read; load a checkpoint in fp32, bf16 or fp16"
             )
-    return tuple(known[kind] for kind in layer_types)
+
+
+def _size(config: PreTrainedConfig, name: str) -> int:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ModelError(f"{config.model_type}: {name} must be an integer of at least 1, got {value!r}")
+    return value
+
+
+def _rope_parameters(config: PreTrainedConfig) -> dict[str, object]:
+    family, rope = config.model_type, dict(config.rope_parameters or {})
+    nested = [name for name, value in rope.items() if isinstance(value, dict)]
+    if nested or "rope_type" not in rope:
+        raise ModelError(
+            f"{family}: rotary parameters must be one set for all layers, got {', '.join(nested) or 'no rope_type'}"
+        )
+    if rope["rope_type"] not in SUPPORTED_ROPE_TYPES:
+        raise ModelError(
+            f"{family}: rope_type {rope['rope_type']!r} is not supported; "
+            f"supported are {', '.join(SUPPORTED_ROPE_TYPES)}"
+        )
+    for name in ("rope_theta", "factor", "original_max_position_embeddings"):
+        value = rope.get(name, 1.0 if name != "factor" or rope["rope_type"] == "default" else None)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ModelError(f"{family}: {name} of the rotary parameters must be a positive number, got {value!r}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError(f"{family}: partial_rotary_factor={rope['partial_rotary_factor']} is not supported; only 1.0")
+    return rope
+
+
+def _sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """One window per layer, as the family's attention has it; entries that it does not read count for nothing."""
+    family, layers = config.model_type, config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    if family in _WINDOW_PER_LAYER:
+        windows = _windows_by_type(config, window)
+    else:
+        if window is not None and family not in _ONE_WINDOW:
+            logger.warning("%s has no sliding windows; sliding_window=%s is ignored", family, window)
+        windows = (window if family in _ONE_WINDOW else None,) * layers
+    if any(size is not None and size < 1 for size in windows):
+        raise ModelError(f"{family}: sliding_window must be at least 1, got {window}")
+    return windows
+
+
+def _windows_by_type(config: PreTrainedConfig, window: int | None) -> tuple[int | None, ...]:
+    family, layers, kinds = config.model_type, config.num_hidden_layers, config.layer_types
+    if len(kinds) < layers:
+        raise ModelError(f"{family}: layer_types names {len(kinds)} layers, the model has {layers}")
+    known = {"full_attention": None, "sliding_attention": window}
+    for kind in kinds[:layers]:
+        if kind not in known:
+            raise ModelError(f"{family}: layer type {kind!r} is not supported; supported: {', '.join(known)}")
+        if kind == "sliding_attention" and window is None:
+            raise ModelError(f"{family}: layer_types has sliding_attention, but there is no sliding_window")
+    return tuple(known[kind] for kind in kinds[:layers])

@@ -6,27 +6,23 @@ of the packed matrices, so memory is not doubled.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from skipkernels.errors import ModelError
 from skipkernels.model.config import ModelConfig
+from skipkernels.model.module_check import check_module
+from skipkernels.model.shards import Shards
+from skipkernels.skipping.fingerprint import WeightsHash, fingerprint
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 
 
 @dataclass
@@ -55,6 +51,7 @@ class ModelWeights:
     lm_head: torch.Tensor  # [vocab, hidden]; the same storage as embed_tokens where tied
     rope_cos: torch.Tensor  # [max_seq_len, head_dim / 2], fp32
     rope_sin: torch.Tensor  # [max_seq_len, head_dim / 2], fp32
+    contents: str = ""  # a hash over the values they were loaded with; none: random ones
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,12 +72,8 @@ class ModelWeights:
         return sum(tensor.nbytes for _, tensor in self.tensors())
 
     def fingerprint(self, config: ModelConfig) -> str:
-        """Binds a policy file to a model: a hash over the architecture and the first and last norm in bf16, so that
-        the same checkpoint has the same fingerprint in every dtype."""
-        digest = hashlib.sha256(config.architecture_hash().encode())
-        for norm in (self.layers[0].input_layernorm, self.norm):
-            digest.update(norm.bfloat16().view(torch.int16).cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """Binds a policy file to a model: the same checkpoint has the same one in every dtype."""
+        return fingerprint(config.architecture_hash(), (self.layers[0].input_layernorm, self.norm), self.contents)
 
 
 def expected_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -184,79 +177,52 @@ def parameter_views(config: ModelConfig, weights: ModelWeights) -> dict[str, tor
     return views
 
 
-def fill_rope(weights: ModelWeights, hf_config: PreTrainedConfig) -> None:
-    """Rotary tables by transformers' own embedding, which knows every scaling rule."""
+def fill_rope(weights: ModelWeights, hf_config: PreTrainedConfig, module: PreTrainedModel | None = None) -> None:
+    """Rotary tables by transformers' own embedding, which knows every scaling rule; with the frequencies of a loaded
+    ``module``, which was perhaps cast to another dtype as a whole."""
+    cos, sin = rope_tables(hf_config, len(weights.rope_cos), module)
+    weights.rope_cos.copy_(cos)
+    weights.rope_sin.copy_(sin)
+
+
+def rope_tables(
+    hf_config: PreTrainedConfig, positions: int, module: PreTrainedModel | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [positions, head_dim / 2], fp32."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    positions, half = weights.rope_cos.shape
-    cos, sin = LlamaRotaryEmbedding(cast("LlamaConfig", hf_config))(
-        torch.empty(1, dtype=torch.float32), torch.arange(positions)[None]
-    )
-    weights.rope_cos.copy_(cos[0, :, :half])
-    weights.rope_sin.copy_(sin[0, :, :half])
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            rotary = LlamaRotaryEmbedding(cast("LlamaConfig", hf_config))
+            if module is not None:
+                own = module.get_decoder().rotary_emb
+                rotary.inv_freq = own.inv_freq.detach().cpu().clone()
+                rotary.attention_scaling = own.attention_scaling
+            cos, sin = rotary(torch.empty(1, dtype=torch.float32), torch.arange(positions)[None])
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise ModelError(f"rotary parameters {hf_config.rope_parameters} cannot be used ({error})") from error
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half], sin[0, :, :half]
 
 
 def load_checkpoint(
-    path: Path, config: ModelConfig, dtype: torch.dtype, max_seq_len: int, device: torch.device | str = "cpu"
+    shards: Shards, config: ModelConfig, dtype: torch.dtype, max_seq_len: int, device: torch.device | str = "cpu"
 ) -> ModelWeights:
-    """Reads (sharded) safetensors into packed weights. Peak memory is the weights and one layer's file pages.
+    """Reads safetensors into packed weights. Peak memory is the weights and one layer's file pages.
 
     Raises:
-        ModelError: a shard is missing or truncated, a tensor is missing or has the wrong shape. Everything is checked
-            against the files' headers before the first byte of weights is read.
+        ModelError: a shard is missing or truncated, a tensor is missing, has the wrong shape or dtype, or is not
+            understood. Everything is checked against the files' headers before the first byte of weights is read.
     """
-    shard_of = _locate(path)
-    shapes = expected_parameters(config)
-    by_shard: dict[Path, list[str]] = {}
-    for name in shapes:
-        if name not in shard_of:
-            raise ModelError(f"{path}: tensor {name!r} is missing from the checkpoint")
-        by_shard.setdefault(shard_of[name], []).append(name)
-    for shard, names in by_shard.items():
-        with _open_shard(shard) as file:
-            held = set(file.keys())
-            for name in names:
-                if name not in held:
-                    raise ModelError(f"{shard}: tensor {name!r} is missing, although the index places it here")
-                actual = tuple(file.get_slice(name).get_shape())
-                if actual != shapes[name]:
-                    raise ModelError(f"{shard}: tensor {name!r} has shape {actual}, expected {shapes[name]}")
-    weights = allocate_weights(config, dtype, max_seq_len, device)
+    shards.check(expected_parameters(config), config.num_hidden_layers)
+    weights, contents = allocate_weights(config, dtype, max_seq_len, device), WeightsHash()
     views = parameter_views(config, weights)
-    for shard, names in by_shard.items():
-        # reopened every few tensors: closing drops the mapped pages, which would double the resident size
-        for start in range(0, len(names), 8):
-            with _open_shard(shard) as file:
-                for name in names[start : start + 8]:
-                    views[name].copy_(file.get_tensor(name))
+    for name, tensor in shards.tensors(views):
+        views[name].copy_(tensor)
+        contents.add(name, tensor)
     warn_of_nan(views)
+    weights.contents = contents.hexdigest()
     return weights
-
-
-def _locate(path: Path) -> dict[str, Path]:
-    """Which file holds which tensor, by the index or the single file's header."""
-    index = path / INDEX_FILE
-    if index.exists():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ModelError(f"{index}: not a readable safetensors index ({error})") from error
-        for shard in sorted(set(weight_map.values())):
-            if not (path / shard).exists():
-                raise ModelError(f"{path}: shard {shard} is missing; the index names it")
-        return {name: path / shard for name, shard in weight_map.items()}
-    single = path / SINGLE_FILE
-    if not single.exists():
-        raise ModelError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors are read")
-    with _open_shard(single) as file:
-        return dict.fromkeys(file.keys(), single)
-
-
-def _open_shard(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: cannot be read, probably truncated or no safetensors file ({error})") from error
 
 
 def pack_module(
@@ -272,38 +238,21 @@ def pack_module(
     Norms and biases are copied to fp32; matrices move. With another ``dtype`` than the module's the module is left
     alone, since views cannot change dtype.
     """
-    parameters = {f"model.{name}": parameter for name, parameter in module.get_decoder().named_parameters()}
-    parameters["lm_head.weight"] = _head(module).weight
-    for name, shape in expected_parameters(config).items():
-        if name not in parameters:
-            raise ModelError(f"{type(module).__name__}: parameter {name!r} is missing")
-        if tuple(parameters[name].shape) != shape:
-            raise ModelError(f"{name!r} has shape {tuple(parameters[name].shape)}, expected {shape}")
-        if parameters[name].device.type != torch.device(device).type:
-            raise ModelError(f"{name!r} is on {parameters[name].device}; move the module to {device} first")
+    parameters = check_module(module, config, expected_parameters(config), device)
     own = parameters["model.embed_tokens.weight"].dtype
-    weights = allocate_weights(config, dtype or own, max_seq_len, device)
-    views = parameter_views(config, weights)
-    with torch.no_grad():
+    contents = WeightsHash()
+    with torch.inference_mode(False), torch.no_grad():  # else the module could not be trained or used outside
+        weights = allocate_weights(config, dtype or own, max_seq_len, device)
+        views = parameter_views(config, weights)
         for name, view in views.items():
+            contents.add(name, parameters[name])
             view.copy_(parameters[name])
-            if view.dtype == parameters[name].dtype and view.dim() == 2:
+            shared = view.dtype == parameters[name].dtype and view.dim() == 2
+            if shared and not parameters[name].is_inference():  # one made in inference mode cannot change its storage
                 parameters[name].data = view
     warn_of_nan(views)
+    weights.contents = contents.hexdigest()
     return weights
-
-
-def shares_embeddings(module: PreTrainedModel) -> bool:
-    """Whether the head of a module is its embedding table. What its text decoder's configuration says of that does not
-    hold in every multimodal module."""
-    return _head(module).weight is module.get_input_embeddings().weight
-
-
-def _head(module: PreTrainedModel) -> torch.nn.Module:
-    head = module.get_output_embeddings()
-    if head is None:
-        raise ModelError(f"{type(module).__name__} has no language-model head; load the module that has one")
-    return head
 
 
 def random_weights(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from skipkernels.errors import PolicyError
+from skipkernels.skipping.fingerprint import belongs_to
 from skipkernels.skipping.policy import Policy, policy_from_dict
 from skipkernels.support.files import read_document
 
@@ -34,7 +35,7 @@ def load_policy(path: str | Path, *, fingerprint: str | None = None) -> Policy:
     """
     document = read_policy_file(path)
     made_for = document.get("model_fingerprint")
-    if fingerprint is not None and made_for != fingerprint:
+    if fingerprint is not None and not belongs_to(made_for, fingerprint):
         raise PolicyError(
             f"{path}: was calibrated for model {made_for}, this model is {fingerprint}; "
             "run `skipkernels calibrate` on this model"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +30,14 @@ Report = Callable[[str, float], None]
 
 def print_json(document: dict[str, Any]) -> None:
     """The only thing on stdout under ``--json``. NaN, which JSON lacks, becomes null."""
-    print(json.dumps(_without_nan(document), ensure_ascii=False))
+    holds_all = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(_without_nan(document), ensure_ascii=not holds_all))
+
+
+def show_what_the_terminal_can() -> None:
+    """A character that stdout's encoding lacks is shown as a question mark; it must not end a command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _without_nan(value: Any) -> Any:

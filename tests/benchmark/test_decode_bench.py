@@ -18,6 +18,7 @@ from skipkernels.model.config import ModelConfig
 from skipkernels.model.weights import fill_rope, random_weights
 from skipkernels.program.table import OPS
 from skipkernels.skipping.policy import DensePolicy, FixedPolicy, TimingPolicy
+from skipkernels.support.report import with_peak_floor
 
 TINY = {
     "hidden_size": 64,
@@ -71,6 +72,52 @@ def test_bytes_and_bandwidth(probe_at_20_gb_per_s):
     assert row["ms_per_token"] == pytest.approx(100)
     assert row["tokens_per_s"] == pytest.approx(40)
     assert row["skip_gate_fraction"] == pytest.approx(0.25)
+
+
+class Failing(Scripted):
+    """Fails in the turn that the test says, 0 being the warm-up."""
+
+    def __init__(self, name, turn, **options):
+        super().__init__(name, [10] * 9, **options)
+        self._left = turn
+
+    def decode(self, prompt_tokens, new_tokens):
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError("no such cache\nand more")
+        return super().decode(prompt_tokens, new_tokens)
+
+
+@pytest.mark.parametrize("turn", [0, 1, 2])
+def test_a_peer_that_fails_is_a_row_and_costs_ours_nothing(probe_at_20_gb_per_s, turn):
+    ours = Scripted("skipkernels", [10] * 3, policy=DensePolicy())
+    rows = run([ours, Failing("other", turn), Scripted("third", [20] * 3)], rounds=3)
+    assert rows[0]["ms_per_token"] == pytest.approx(10)
+    assert rows[1]["error"] == "ValueError: no such cache"
+    assert "ms_per_token" not in rows[1]
+    assert rows[2]["speedup_vs_dense"] == pytest.approx(0.5)
+
+
+def test_a_fault_of_ours_is_not_a_row(probe_at_20_gb_per_s):
+    with pytest.raises(ValueError, match="no such cache"):
+        run([Failing("skipkernels", 1, policy=DensePolicy())], rounds=3)
+
+
+def test_rows_are_handed_out_after_every_round(probe_at_20_gb_per_s):
+    seen = []
+    systems = [Scripted("skipkernels", [10, 30], policy=DensePolicy()), Failing("other", 2)]
+    bench.run_decode_bench(
+        systems, prompt_tokens=4, new_tokens=4, rounds=2, num_threads=1, on_round=lambda rows: seen.append(rows)
+    )
+    assert [rows[0]["ms_per_token"] for rows in seen] == [pytest.approx(10), pytest.approx(20)]
+    assert ["error" in rows[1] for rows in seen] == [False, True]
+
+
+def test_floors_are_named(probe_at_20_gb_per_s):
+    (row,) = run([Scripted("skipkernels", [100], policy=DensePolicy(), bytes_per_step=1.5e9)], rounds=1)
+    assert row["floor_ms"] == pytest.approx(75)
+    assert with_peak_floor({**row, "peak_gb_per_s": 30.0})["peak_floor_ms"] == pytest.approx(50)
+    assert "peak_floor_ms" not in with_peak_floor(row)
 
 
 def test_each_batch_size_has_its_own_baseline(probe_at_20_gb_per_s):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from bench.gpu.peers import measure_peers
 from skipkernels.executors.kernel_options import SWITCHES
 
 ROOT = Path(__file__).parents[2]
@@ -20,12 +21,10 @@ PARTS = ["versions", "build", "first", "ops", "tokens", "decode", "kernels", "ti
 PARTS += ["peers", "engine", "triton"]
 
 
-def suite(*options: str) -> subprocess.CompletedProcess[str]:
+def suite(*options: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
     command = ["bash", "bench/gpu_suite.sh", *options]
     path = f"{Path(shutil.which('nvcc') or '/bin/sh').parent}:/usr/bin:/bin"
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={"PATH": path, "PYTHON": sys.executable}
-    )
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PATH": path, "PYTHON": python})
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -56,6 +55,55 @@ def test_parts_without_time_are_named_and_the_summary_is_written(tmp_path: Path)
     assert [row["part"] for row in suite_file["rows"] if "left_out" in row] == PARTS
 
 
+STUB = """#!/bin/bash
+# Stands for Python: a part that fails, one that hangs and cannot be asked to end, and others that write a row.
+case "$*" in
+    *"measure.py decode"*) echo "it broke" >&2; exit 3 ;;
+    *"measure.py kernels"*) trap "" TERM; while true; do sleep 1; done ;;
+    *measure.py*) shift 2; [ "$1" = --rows ] && echo '{"part": "row of a part"}' >>"$2" ;;
+    *summary.py*) exec "%s" "$@" ;;
+esac
+"""
+
+
+def test_a_part_that_fails_or_hangs_costs_the_others_nothing(tmp_path: Path) -> None:
+    stub, out = tmp_path / "python", tmp_path / "out"
+    stub.write_text(STUB % sys.executable)
+    stub.chmod(0o755)
+    began = time.monotonic()
+    options = ["--dry-run", "--seconds", "60", "--out", str(out)]
+    result = suite(*options, python=str(stub))
+    assert time.monotonic() - began < 60
+    ends = {row["part"]: row for row in rows_of(out) if "status" in row}
+    failed = {part: row["status"] for part, row in ends.items() if row["status"]}
+    assert failed == {"decode": 3, "kernels": 137}  # killed, for it does not end when it is asked
+    assert list(ends) == PARTS
+    assert ends["kernels"]["seconds"] <= ends["kernels"]["limit"] + 6
+    assert len([row for row in rows_of(out) if row["part"] == "row of a part"]) == 5
+    assert "it broke" in (out / "suite.log").read_text()
+    assert result.returncode == 1
+
+
+def test_a_peer_that_fails_or_hangs_is_a_row(tmp_path: Path) -> None:
+    program = tmp_path / "peer.py"
+    program.write_text(
+        "import sys, time\n"
+        "name, rows = sys.argv[3], sys.argv[5]\n"
+        "open(rows, 'a').write('{\"ours\": \"%s\"}\\n' % name)\n"
+        "time.sleep(3600 * (name == 'hanging'))\n"
+        "sys.exit('it broke' if name == 'failing' else 0)\n"
+    )
+    began = time.monotonic()
+    measure_peers(["failing", "hanging", "fine"], program, tmp_path / "rows.jsonl", 8.0, dry=False)
+    assert time.monotonic() - began < 8.0
+    rows = rows_of(tmp_path)
+    assert [row["ours"] for row in rows if "ours" in row] == ["failing", "hanging", "fine"]
+    errors = {row["peer"]: row["error"] for row in rows if "error" in row}
+    assert errors["failing"] == "it broke"
+    assert errors["hanging"].startswith("not done after ")
+    assert len(errors) == 2
+
+
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str], float]:
     folder, began = tmp_path_factory.mktemp("suite"), time.monotonic()
@@ -64,11 +112,12 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.
     return folder, result, time.monotonic() - began
 
 
-SECONDS = 400
+SECONDS = 900
 """Much longer than it takes, but for the peers: theirs is a share of it, and one of them uses up its part."""
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 class TestDryRun:
     def test_every_part_starts_and_writes_its_rows(
         self, dry_run: tuple[Path, subprocess.CompletedProcess[str], float]

@@ -197,15 +197,15 @@ def test_a_request_may_be_stopped_where_it_is() -> None:
 
 
 class Fails:
-    """An executor whose n-th call fails after it has run."""
+    """An executor whose n-th call fails after it has run; ``calls`` counts those of all."""
 
-    def __init__(self, executor: Any, calls: int) -> None:
-        self._executor, self._left = executor, calls
+    def __init__(self, executor: Any, calls: list[int], fails_at: int) -> None:
+        self._executor, self._calls, self._fails_at = executor, calls, fails_at
 
     def run(self, max_steps: int) -> list[float]:
         seconds = self._executor.run(max_steps)
-        self._left -= 1
-        if self._left == 0:
+        self._calls.append(max_steps)
+        if len(self._calls) == self._fails_at:
             raise MemoryError("as if")
         return seconds
 
@@ -219,7 +219,8 @@ def test_a_step_that_fails_loses_nobodys_answer(monkeypatch: pytest.MonkeyPatch,
     requests = [Ask(65, 20, policy, None) for policy in (0, 1)]
     handles = [ask.submit(engine) for ask in requests]
     real = engine.loop._executor
-    failing = {gated: Fails(real(gated), call) for gated in (False, True)}
+    calls: list[int] = []
+    failing = {gated: Fails(real(gated), calls, call) for gated in (False, True)}
     engine.loop._executor = failing.__getitem__
     failed = 0
     while not engine.loop.idle:
@@ -228,7 +229,7 @@ def test_a_step_that_fails_loses_nobodys_answer(monkeypatch: pytest.MonkeyPatch,
         except MemoryError:
             failed += 1
             assert not engine.state.active.any()
-    assert failed == 1 or call > 4
+    assert failed == 1
     for ask, handle in zip(requests, handles, strict=True):
         assert_same(handle.result(), alone(ask))
     assert engine.loop.pool.num_used == 0
@@ -282,7 +283,12 @@ def test_a_long_call_ends_when_somebody_comes() -> None:
     engine = tiny_engine(module=module, max_batch_size=2, max_seq_len=1 << 14)
     tokens = 16000
     background = engine.submit([1, 2, 3], max_new_tokens=tokens, eos_token_ids=())
-    thread = threading.Thread(target=background.result)
+
+    def wait() -> None:
+        with pytest.raises(RequestError, match="cancelled"):
+            background.result()
+
+    thread = threading.Thread(target=wait)
     thread.start()
     while not background.token_ids and thread.is_alive():
         handle = engine.submit([4, 5], max_new_tokens=2, eos_token_ids=())

@@ -12,10 +12,9 @@ from tests.real_models import smollm2_folder
 
 CHATS = [
     "What is the capital of France, and what is it known for?",
-    "Write a haiku about the sea.",
     "日本の首都はどこですか。",
 ]
-TEXTS = ["The three laws of thermodynamics are", "def fibonacci(n):\n"]
+TEXTS = ["The three laws of thermodynamics are"]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Rows are tokens: whatever shares a step, a block or a slot, each sequence gets the bits it gets alone."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from skipkernels.executors.cpu import CpuExecutor
 from skipkernels.executors.reference import ReferenceExecutor
 from skipkernels.model.config import ModelConfig
 from skipkernels.model.weights import ModelWeights
@@ -20,6 +21,7 @@ from tests.models import random_prompt, tiny_module
 
 EXECUTORS = pytest.mark.parametrize("executor", [ReferenceExecutor, natively], ids=["reference", "native"])
 SLIDING = "mistral with a sliding window"
+MODELS = {SLIDING: torch.float32, "qwen3": torch.bfloat16}
 PROMPT = random_prompt(23)
 OTHER = random_prompt(12, seed=1)
 NEW_TOKENS = 6
@@ -28,7 +30,7 @@ SKIPS = SkipPolicy(threshold=0.6, span=1, cold_start=0, cold_end=0, warmup_token
 
 @cache
 def model(family: str) -> tuple[ModelConfig, ModelWeights]:
-    return packed(tiny_module(family), 64)
+    return packed(tiny_module(family, dtype=MODELS[family]), 64)
 
 
 def decoder(executor: MakeExecutor, family: str = SLIDING, **options: Any) -> Decoder:
@@ -76,7 +78,7 @@ def cuts(draw: st.DrawFn, length: int, most: int = 8) -> list[int]:
 
 
 @EXECUTORS
-@pytest.mark.parametrize("family", [SLIDING, "qwen3"])
+@pytest.mark.parametrize("family", MODELS)
 @given(chunks=cuts(len(PROMPT) - 1), together=st.booleans(), block_size=st.sampled_from([16, 32, 64]))
 def test_a_prompt_may_be_cut_anywhere(
     executor: MakeExecutor, family: str, chunks: list[int], together: bool, block_size: int
@@ -97,6 +99,20 @@ def test_a_prompt_may_be_cut_anywhere(
         cut.state.start_decoding(0)
     cut.executor.run(NEW_TOKENS)
     assert_same_sequence(cut, 0, expected)
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_the_number_of_threads_changes_no_bit(num_threads: int) -> None:
+    expected = prompt_alone(natively, SLIDING)
+    threaded = decoder(partial(CpuExecutor, num_threads=num_threads), num_sequences=2, num_prompt_rows=22)
+    for slot in (0, 1):
+        threaded.begin(slot, PROMPT, new_tokens=NEW_TOKENS)
+        threaded.give_blocks(slot)
+    threaded.feed(1, PROMPT[:-1])
+    threaded.add_prompt_rows(0, 0, PROMPT[:-1])
+    threaded.decode(0, 1)
+    for slot in (0, 1):
+        assert_same_sequence(threaded, slot, expected)
 
 
 @EXECUTORS

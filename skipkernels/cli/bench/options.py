@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from skipkernels.cli import options as opt
-from skipkernels.support.machine import usable_processors
+from skipkernels.support.machine import default_threads
 
 if TYPE_CHECKING:
     from skipkernels.executors.execution import Execution
@@ -26,7 +26,7 @@ class DeviceOptions:
 
     @property
     def num_threads(self) -> int:
-        return self.threads or usable_processors()
+        return self.threads or default_threads()
 
     def execution(self) -> Execution:
         """Resolved, so that what is reported is what ran."""

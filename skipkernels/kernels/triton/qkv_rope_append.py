@@ -145,4 +145,6 @@ def qkv_rope_append(ins: Instruction) -> tuple[Launch, ...]:
     heads = sizes["num_attention_heads"] + 2 * sizes["num_key_value_heads"]
     grid = (tiles, heads, triton.cdiv(sizes["head_dim"], cut.out))
     blocks = {"BLOCK_ROWS": block_rows, "BLOCK_OUT": cut.out, "BLOCK_IN": cut.columns}
-    return (Launch.of(qkv_rope_append_kernel, ins, grid, blocks),)
+    # eight warps for a whole head of several rows: with four, 16 rows of 128 channels spill
+    num_warps = 8 if block_rows > 1 and cut.out > 64 else 4
+    return (Launch.of(qkv_rope_append_kernel, ins, grid, blocks, num_warps=num_warps),)

@@ -10,6 +10,7 @@ import torch
 from skipkernels.errors import DeviceError
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.graph import GraphExecutor
+from skipkernels.executors.kernel_options import KernelOptions
 from skipkernels.model.config import ModelConfig
 from skipkernels.model.weights import allocate_weights
 from skipkernels.program import build_program
@@ -133,6 +134,36 @@ def test_bodies_without_programmatic_edges_where_the_driver_refuses_them(
 def test_a_predicated_graph_overlaps_where_bodies_must_not(device: FakeDevice) -> None:
     device.controls.configure(programmatic_in_bodies=0)
     assert executor(device).overlaps
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_all_kernels_ask_for_one_carve_out(device: FakeDevice, one: bool) -> None:
+    """An SM changes it only when it is idle: a kernel with another one would have to wait for all others to leave."""
+    options = KernelOptions(one_carveout=one)
+    executor(FakeDevice(device.native, device.controls, options=options), "if_node", "while").run(1)
+    asked = [call.arguments.split(", ") for call in device.controls.log if call.name == "cudaFuncSetAttribute"]
+    carveouts = {(", ".join(name), value) for *name, attribute, value in asked if attribute == "9"}
+    conditions = {"if_any", "while_any"}
+    of_steps = {value for name, value in carveouts if not any(condition in name for condition in conditions)}
+    assert of_steps == {"71" if one else "-1"}  # of 228 KB: 164 KB is the next size that exists
+    assert {value for name, value in carveouts} - of_steps <= {"71"}
+    launched = {call.arguments for call in device.controls.log if call.name == "cudaLaunchKernelEx"}
+    assert launched <= {name for name, _ in carveouts}
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_gate_is_a_block_of_the_kernel_behind_it(device: FakeDevice, beside: bool) -> None:
+    options = KernelOptions(gate_beside_qkv=beside)
+    ours = executor(FakeDevice(device.native, device.controls, options=options))
+    gates = [index for index, ins in enumerate(ours.program) if ins.op == "skip_gate"]
+    ours.state.begin_row(0, torch.tensor([3, 5], dtype=torch.int32))
+    ours.state.max_new_tokens.fill_(4)
+    device.controls.clear_log()
+    ours.run(1)
+    assert sum("skip_gate_kernel" in name for name in device.controls.kernels) == (0 if beside else len(gates))
+    device.controls.clear_log()
+    ours.run_instruction(gates[0])  # alone it is a kernel
+    assert ["skip_gate_kernel" in name for name in device.controls.kernels] == [True]
 
 
 def test_a_second_capture_into_the_same_graph_is_refused(device: FakeDevice) -> None:

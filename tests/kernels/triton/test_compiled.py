@@ -95,9 +95,9 @@ def test_attention_is_one_code_for_blocks_of_every_size() -> None:
     assert codes[0] == codes[1] == codes[2]
 
 
-@pytest.mark.parametrize("rows", [(16, 16), (64, 0)])
-def test_many_rows_spill_nothing(rows: tuple[int, int]) -> None:
-    compile_all(90, "llama-3-8b", torch.bfloat16, rows, rope_parameters=MULTI_AXIS)
+@pytest.mark.parametrize(("rows", "qk_norm"), [((16, 16), True), ((64, 0), False)])
+def test_many_rows_spill_nothing(rows: tuple[int, int], *, qk_norm: bool) -> None:
+    compile_all(90, "llama-3-8b", torch.bfloat16, rows, qk_norm=qk_norm, rope_parameters=MULTI_AXIS)
 
 
 @pytest.mark.slow
