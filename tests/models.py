@@ -17,6 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from skipkernels.decoding.own_rows import OwnRows
 from skipkernels.engine import Engine
 
 VOCAB = 259  # the bytes, <s>, </s>, and one that is no token of the tokenizer
@@ -143,3 +144,13 @@ def _byte_alphabet() -> list[str]:
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def own_rows(engine: Engine) -> OwnRows:
+    """The rows of an engine that serves one test only, for good."""
+    context = engine.loop.own_rows()
+    _KEPT.append(context)
+    return context.__enter__()
+
+
+_KEPT: list[Any] = []

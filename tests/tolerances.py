@@ -17,6 +17,11 @@ TOLERANCES = {
     "fp32": Tolerance(1e-5, 1e-5, "fp32 sums of some hundred terms in another order: 2^-24 each, with cancellation"),
     "bf16": Tolerance(2**-7, 1e-5, "the same fp32 value stored in bf16: a rounding that flips moves it by one ulp"),
     "fp16": Tolerance(2**-10, 1e-5, "the same fp32 value stored in fp16: a rounding that flips moves it by one ulp"),
+    "bf16 activations": Tolerance(
+        0,
+        0.02,
+        "activations rounded to bf16 (2^-9 each) before dot products of pairs, caches again behind them",
+    ),
     "square root": Tolerance(4e-7, 0, "torch's square root is not correctly rounded: three ulp of a cosine"),
     "logits after layers, fp32": Tolerance(0, 1e-4, "the fp32 differences of each layer, amplified by the next ones"),
     "logits after layers, bf16": Tolerance(

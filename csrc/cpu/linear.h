@@ -29,10 +29,25 @@ struct Ahead {
     const char *at, *end;
 };
 
-// acc[R][N] += w[R][k_begin..k_end) * x
+// out (N, kPanelRows) = the sums over the lanes of acc, four at a time
+template <int R, int N>
+inline void reduce_tile(const Vec (&acc)[R][N], float* out) {
+    auto of = [&](int i) { return acc[i / N][i % N]; };
+    auto to = [&](int i) -> float& { return out[i % N * cpu::kPanelRows + i / N]; };
+    constexpr int kWhole = R * N / 4 * 4;
+    for (int i = 0; i < kWhole; i += 4) {
+        const Vec four[4] = {of(i), of(i + 1), of(i + 2), of(i + 3)};
+        alignas(16) float sums[4];
+        reduce_add_four(four, sums);
+        for (int j = 0; j < 4; ++j) to(i + j) = sums[j];
+    }
+    for (int i = kWhole; i < R * N; ++i) to(i) = reduce_add(of(i));
+}
+
+// acc[R][N] += w[R][k_begin..k_end) * x; at the end of k the sums go to out (N, kPanelRows)
 template <class T, int R, int N>
 inline void tile_block(const T* w, int64_t k, int64_t k_begin, int64_t k_end, const typename Multiply<T>::Activation* x,
-                       float* accumulators, bool first, Ahead& ahead) {
+                       float* accumulators, float* out, Ahead& ahead) {
     using M = Multiply<T>;
     constexpr int W = M::width;
     constexpr int kLine = 64 / static_cast<int>(sizeof(T));  // elements in a cache line
@@ -40,7 +55,7 @@ inline void tile_block(const T* w, int64_t k, int64_t k_begin, int64_t k_end, co
     auto at = [&](int r, int n) { return accumulators + (r * N + n) * Vec::width; };
     Vec acc[R][N];
     for (int r = 0; r < R; ++r)
-        for (int n = 0; n < N; ++n) acc[r][n] = first ? splat(0.0f) : load(at(r, n));
+        for (int n = 0; n < N; ++n) acc[r][n] = k_begin == 0 ? splat(0.0f) : load(at(r, n));
 
     int64_t j = k_begin;
     auto step = [&](int64_t from, auto load_weight) {
@@ -66,8 +81,12 @@ inline void tile_block(const T* w, int64_t k, int64_t k_begin, int64_t k_end, co
         const int left = static_cast<int>(k_end - j);
         step(j, [left](const T* p) { return M::weight_first(p, left); });
     }
-    for (int r = 0; r < R; ++r)
-        for (int n = 0; n < N; ++n) store(at(r, n), acc[r][n]);
+    if (k_end < k) {
+        for (int r = 0; r < R; ++r)
+            for (int n = 0; n < N; ++n) store(at(r, n), acc[r][n]);
+    } else {
+        reduce_tile<R, N>(acc, out);
+    }
 }
 
 constexpr int kGroupRows = 12;  // a group is prefetched while the one before it is computed: both fit 1 MB to k = 20k
@@ -79,22 +98,6 @@ constexpr int tile_height() {
     for (int height : {6, 3, 2})  // not 4: four rows of 4 KB fall on the same cache sets, 1.6 times the cycles at N = 6
         if (height * N <= Vec::max_accumulators) return height;
     return 1;
-}
-
-// accumulators (rows, N) -> out (N, kPanelRows)
-template <int N>
-inline void reduce_panel(const float* accumulators, int rows, float* out) {
-    static_assert(cpu::kPanelRows % 4 == 0);
-    auto at = [&](int row, int n) { return load(accumulators + (row * N + n) * Vec::width); };
-    int row = 0;
-    for (; row + 4 <= rows; row += 4) {
-        for (int n = 0; n < N; ++n) {
-            const Vec sums[4] = {at(row, n), at(row + 1, n), at(row + 2, n), at(row + 3, n)};
-            reduce_add_four(sums, out + n * cpu::kPanelRows + row);
-        }
-    }
-    for (; row < rows; ++row)
-        for (int n = 0; n < N; ++n) out[n * cpu::kPanelRows + row] = reduce_add(at(row, n));
 }
 
 // What a tile of N rows has before and behind it: `alone` walks the panel by groups and prefetches the next group.
@@ -123,14 +126,13 @@ void panel_tile(const T* w, int64_t k, int rows, const typename Multiply<T>::Act
             }
             int row = top;
             for (; row + R <= bottom; row += R) {
-                tile_block<T, R, N>(w + row * k, k, begin, end, x, accumulators + row * N * W, begin == 0, ahead);
+                tile_block<T, R, N>(w + row * k, k, begin, end, x, accumulators + row * N * W, out + row, ahead);
             }
             for (; row < bottom; ++row) {
-                tile_block<T, 1, N>(w + row * k, k, begin, end, x, accumulators + row * N * W, begin == 0, ahead);
+                tile_block<T, 1, N>(w + row * k, k, begin, end, x, accumulators + row * N * W, out + row, ahead);
             }
         }
     }
-    reduce_panel<N>(accumulators, rows, out);
 }
 
 template <class T, int... N>

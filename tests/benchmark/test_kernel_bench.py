@@ -16,13 +16,13 @@ from skipkernels.executors.cpu import CpuExecutor
 from skipkernels.program.table import OPS
 from skipkernels.skipping.policy import TimingPolicy
 from tests.benchmark.test_decode_bench import TINY
-from tests.models import random_prompt, tiny_engine, tiny_module
+from tests.models import own_rows, random_prompt, tiny_engine, tiny_module
 
 POSITIONS = 12
 
 
 def place(engine: Engine, positions: int) -> None:
-    own = engine.loop.own_rows().__enter__()  # for good: the engine serves one test only
+    own = own_rows(engine)
     for slot in range(engine.max_batch_size):
         own.begin(slot, random_prompt(positions))
     own.start()

@@ -5,7 +5,7 @@ import torch
 
 from skipkernels.engine import Engine
 from skipkernels.skipping.policy import FixedPolicy, Policy, SkipPolicy
-from tests.models import random_prompt, tiny_engine, tiny_module
+from tests.models import own_rows, random_prompt, tiny_engine, tiny_module
 
 PROMPT = random_prompt(7)
 SKIPPED = FixedPolicy(layers=(1, 2), warmup_tokens=0)
@@ -22,7 +22,7 @@ def poison(engine: Engine, *layers: int) -> None:
 
 def begin(engine: Engine, prompts: list[list[int]]) -> None:
     """Caches prompts as ``generate`` does, and makes every row look as if past its first token."""
-    own = engine.loop.own_rows().__enter__()  # for good: the engine serves this test only
+    own = own_rows(engine)
     for slot, prompt in enumerate(prompts):
         own.begin(slot, prompt, engine.policy.plan(engine.config.num_hidden_layers))
         engine.state.num_generated[slot] = 1
