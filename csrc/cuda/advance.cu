@@ -23,19 +23,12 @@ __device__ void end_prompt_row(const Advance& op, int64_t row) {
     }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    advance_kernel(const __grid_constant__ Advance op, const int32_t* when, Stamps stamps) {
-    Clock clock(stamps);
-    ptx::grid_dependency_wait();
-    clock.waited();
-    ptx::grid_dependency_launch();
-    const int64_t row = blockIdx.x;
-    if (!when[row]) return;
-    if (row >= op.num_sequences) return end_prompt_row(op, row);
+// A decode row has its token.
+__device__ void end_decode_row(const Advance& op, int64_t row) {
     const int32_t token = op.next_token[row], step = op.num_generated[row];
     const int32_t generated = step + 1, position = op.row_position[row] + 1;
     bool ended = generated >= op.max_new_tokens[row] || position >= op.max_seq_len;
-    for (int64_t i = 0; i < op.max_eos; ++i) ended |= op.eos_token_ids[row * op.max_eos + i] == token;
+    for (int i = 0; i < static_cast<int>(op.max_eos); ++i) ended |= op.eos_token_ids[row * op.max_eos + i] == token;
     const bool waits =
         !ended && op.block_table[row * op.blocks_per_sequence + position / static_cast<int32_t>(op.block_size)] < 0;
     const bool goes_on = !ended && !waits;
@@ -62,9 +55,23 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     if (threadIdx.x == 0) {
         ptx::fence_system();
-        reinterpret_cast<int2*>(op.progress)[row] = make_int2(generated, ended   ? kEnded
-                                                                         : waits ? kWaitsForBlock
-                                                                                 : kDecoding);
+        const Progress now = ended ? kEnded : waits ? kWaitsForBlock : kDecoding;
+        reinterpret_cast<int2*>(op.progress)[row] = make_int2(generated, now);
+    }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    advance_kernel(const __grid_constant__ Advance op, const int32_t* when, Stamps stamps) {
+    Clock clock(stamps);
+    ptx::grid_dependency_wait();
+    clock.waited();
+    ptx::grid_dependency_launch();
+    const int64_t row = blockIdx.x;
+    if (!when[row]) return;
+    if (row < op.num_sequences) {
+        end_decode_row(op, row);
+    } else {
+        end_prompt_row(op, row);
     }
 }
 

@@ -37,7 +37,7 @@ __host__ __device__ constexpr size_t gate_shared_bytes(int64_t num_sequences) {
 
 // Partial sums (num_partials, sequences, 3) of the sequences from `first` on -> sums. By the whole block.
 __device__ __forceinline__ void add_partials(const SkipGate& op, int first, GateShared& shared) {
-    const int thread = static_cast<int>(threadIdx.x), row = static_cast<int>(3 * op.num_sequences);
+    const int thread = ptx::thread_index(), row = static_cast<int>(3 * op.num_sequences);
     const int width = 3 * min(kSequencesOfTurn, static_cast<int>(op.num_sequences) - first);
     const int total = static_cast<int>(op.num_partials) * width, step = kStagedFloats / width * width;
     static_assert(3 * kSequencesOfTurn <= kGateThreads);
@@ -45,8 +45,9 @@ __device__ __forceinline__ void add_partials(const SkipGate& op, int first, Gate
     for (int begin = 0; begin < total; begin += step) {
         const int count = min(step, total - begin);
         for (int i = thread; i < count; i += kGateThreads) {
-            const int64_t part = (begin + i) / width;
-            shared.staged[i] = op.similarity_partials[part * row + 3 * first + (begin + i) % width];
+            const int in_turn = begin + i;
+            const int64_t at = width == row ? in_turn : int64_t{in_turn / width} * row + 3 * first + in_turn % width;
+            shared.staged[i] = op.similarity_partials[at];
         }
         __syncthreads();
         if (thread < width) {
