@@ -45,7 +45,7 @@ struct RopeAppend {
     }
     __device__ void extra_block(const int32_t* when) const {
         static_assert(kLinearThreads == kGateThreads && kRingBytes >= kGateSharedBytes);
-        decide(gate, when);
+        decide_apart(gate, when);
     }
     __device__ void touch(int index, int row, int r) const {
         if (!tile(index).has(r)) return;
