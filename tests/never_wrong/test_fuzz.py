@@ -200,7 +200,7 @@ def test_spoiled_tensors(sound: dict[str, Path], family: str, change: tuple[str,
             tensor = tensors.pop(name)
             renamed = {"rename": name + what, "shape": name, "transpose": name}.get(how)
             if renamed is not None:
-                changed = {"shape": tensor[:-1].clone(), "transpose": tensor.T.contiguous()}.get(how, tensor)
+                changed = {"shape": tensor[:-1].clone(), "transpose": tensor.t().contiguous()}.get(how, tensor)
                 tensors[renamed] = changed
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         ours = outcome(folder)
