@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -404,12 +403,11 @@ def _check_batch_size(max_batch_size: int) -> None:
 
 
 def _check_memory(config: ModelConfig, dtype: torch.dtype, max_seq_len: int, batch_size: int, device: str) -> None:
-    """Refuses a model that does not fit before a byte of it is read."""
+    """Refuses a model that does not fit a GPU before a byte of it is read."""
+    if not device.startswith("cuda"):
+        return
     weights, cache = config.weight_bytes(dtype), config.cache_bytes(batch_size, max_seq_len, dtype)
-    if device.startswith("cuda"):
-        free, total = torch.cuda.mem_get_info(torch.device(device))
-    else:  # a cache takes memory only where it is used, and files leave their pages when they are asked to
-        free = total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free, total = torch.cuda.mem_get_info(torch.device(device))
     if weights + cache > free:
         gib = 2**30
         raise DeviceError(
