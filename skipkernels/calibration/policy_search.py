@@ -2,7 +2,7 @@
 
 1. The rule, simulated on the dense model's similarities, ranks every span in every window of layers.
 2. The best of each kind decode a few passages, and the best of those all of them.
-3. From there on one parameter is moved at a time: cold layers and span, then the warm-up, then, where asked for, the
+3. From there on one parameter is moved at a time: dense layers and span, then the warm-up, then, where asked for, the
    threshold of each layer. Every move decodes, at the wanted ratio.
 
 Simulated ranks alone mislead: on the demo model, thresholds per layer that lower the simulated change of a fixed set
@@ -17,13 +17,13 @@ from dataclasses import replace
 import numpy as np
 
 from skipkernels.calibration.search_space import WARMUPS, SearchSpace
-from skipkernels.calibration.simulation import Similarities, rank, reachable_ratio
+from skipkernels.calibration.simulation import Similarities, rank
 from skipkernels.calibration.tuning import RATIO_TOLERANCE, Trial, Tuner
 from skipkernels.skipping.policy import SkipPolicy
 from skipkernels.support.progress import Meter
 
 _RANKED_POSITIONS = 256  # enough to rank candidates by
-_PER_KIND = 2  # candidates kept of each span and of each cold_start
+_PER_KIND = 2  # candidates kept of each span and of each first_dense_layers
 _SHORTLIST = 32
 _FEW_PASSAGES = 4
 _FINALISTS = 8
@@ -51,7 +51,7 @@ def search(tuner: Tuner, space: SearchSpace, per_layer: bool, meter: Meter, unti
     first = _sorted(few.tune(policy, close=RATIO_TOLERANCE, runs=2) for policy in shortlist)
     meter.stage("decoding with the best of them", ends[1], 2 * _FINALISTS * tuner.tokens)
     trials = [tuner.tune(trial.policy, trial.bias) for trial in first[:_FINALISTS]]
-    meter.stage("moving cold layers and span", ends[2], 8 * _EXPANSIONS * tuner.tokens)
+    meter.stage("moving dense layers and span", ends[2], 8 * _EXPANSIONS * tuner.tokens)
     trials = _around(tuner, space, trials)
     trials += _warmups(tuner, space, trials[0])
     if per_layer:
@@ -66,15 +66,17 @@ def _sorted(trials: Iterable[Trial]) -> list[Trial]:
 
 
 def _shortlist(tuner: Tuner, space: SearchSpace) -> list[SkipPolicy]:
-    """Of all candidates the best two of each span and of each cold_start, in the simulation: it does not know which
-    layers stand skipping badly, so the best overall would be too much alike."""
+    """The best two candidates of each span and of each first_dense_layers, by the simulation.
+
+    Not the best overall, which would be too much alike: the simulation does not know which layers tolerate skipping.
+    """
     similarities = tuner.similarities
     sample = similarities[:: max(1, len(similarities) // _RANKED_POSITIONS)]
     ranked = rank(sample, space.candidates(), tuner.wanted_ratio / tuner.share_past_warmup(space.widest))
     kept: list[SkipPolicy] = []
     seen: dict[tuple[str, int | None], int] = {}
     for policy in ranked:
-        kinds = ("span", policy.span), ("cold_start", policy.cold_start)
+        kinds = ("span", policy.span), ("first_dense_layers", policy.first_dense_layers)
         if any(seen.get(kind, 0) < _PER_KIND for kind in kinds):
             kept.append(policy)
         for kind in kinds:
@@ -142,9 +144,9 @@ def _threshold_moves(policy: SkipPolicy, layer: int, similarities: Similarities)
 
 
 def _shape(policy: SkipPolicy) -> tuple[int | None, int, int]:
-    return policy.span, policy.cold_start, policy.cold_end
+    return policy.span, policy.first_dense_layers, policy.last_dense_layers
 
 
 def _reaches(tuner: Tuner, space: SearchSpace, policy: SkipPolicy) -> bool:
-    reachable = reachable_ratio(policy, space.layers) * tuner.share_past_warmup(policy)
+    reachable = policy.reachable_ratio(space.layers) * tuner.share_past_warmup(policy)
     return reachable >= tuner.wanted_ratio - RATIO_TOLERANCE

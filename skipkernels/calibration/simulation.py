@@ -36,11 +36,6 @@ def simulate(similarities: Similarities, policy: SkipPolicy) -> npt.NDArray[np.b
     return skipped
 
 
-def reachable_ratio(policy: SkipPolicy, layers: int) -> float:
-    """Share of the FFNs of a token past its warm-up that ``policy`` skips at most: when every test passes."""
-    return float(simulate(np.ones((1, layers), dtype=np.float32), policy).mean())
-
-
 def tuned(similarities: Similarities, policy: SkipPolicy, ratio: float) -> SkipPolicy:
     """``policy`` with the threshold at which it skips ``ratio`` of the FFNs, or as near below as similarities allow.
 
@@ -80,7 +75,7 @@ def rank(similarities: Similarities, policies: Iterable[SkipPolicy], ratio: floa
     """
     costs: dict[bytes, tuple[float, SkipPolicy]] = {}
     for policy in policies:
-        if reachable_ratio(policy, similarities.shape[1]) < ratio - _SLACK:
+        if policy.reachable_ratio(similarities.shape[1]) < ratio - _SLACK:
             continue
         candidate = tuned(similarities, policy, ratio)
         skipped = simulate(similarities, candidate)

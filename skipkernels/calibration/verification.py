@@ -87,8 +87,8 @@ def verify(
     fewer, more = (
         FixedPolicy(tuple(best_first[:count]), policy.warmup_tokens) for count in (int(wanted), int(wanted) + 1)
     )
-    cold = 1 if wanted <= layers - 2 else 0
-    random = RandomPolicy(wanted / layers, _SEED, cold, cold, policy.warmup_tokens)
+    dense_layers = 1 if wanted <= layers - 2 else 0  # at each end
+    random = RandomPolicy(wanted / layers, _SEED, dense_layers, dense_layers, policy.warmup_tokens)
     decoded = [(chosen, *decode(chosen)) for chosen in (fewer, more, random)]
 
     share = wanted - int(wanted)  # of the tokens that the larger set decodes

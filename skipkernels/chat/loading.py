@@ -25,7 +25,7 @@ class ChatModelLoader:
         path: a folder with a checkpoint, or a hub id; of a text model, or of a family of ``chat.multimodal``.
         skip_levels: shares of FFN executions that are held, each one strategy; 0 is dense. None: all that the policy
             can hold of ``USUAL_LEVELS``.
-        policy_file: a ``skip_policy.json`` whose span, cold layers and warm-up all levels have; None: the defaults.
+        policy_file: a ``skip_policy.json`` whose span, dense layers and warm-up all levels have; None: the defaults.
         metric: what the profile's accuracies mean.
         options: of ``Engine.from_pretrained``.
     """

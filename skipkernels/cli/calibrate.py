@@ -45,15 +45,15 @@ def calibrate(
         int, typer.Option(min=2, help="Passages cut from the text: half to search on, half to verify on.")
     ] = 32,
     span: opt.Span = None,
-    cold_start: opt.ColdStart = None,
-    cold_end: opt.ColdEnd = None,
+    first_dense_layers: opt.FirstDenseLayers = None,
+    last_dense_layers: opt.LastDenseLayers = None,
     warmup_tokens: opt.WarmupTokens = None,
     batch_rule: opt.BatchRule = None,
     per_layer: Annotated[
         bool, typer.Option("--per-layer", help="Find a threshold for each layer; takes up to twice as long.")
     ] = False,
 ) -> None:
-    """Find threshold, span, cold layers and warm-up for a wanted skip ratio, and write them to a policy file.
+    """Find threshold, span, dense layers and warm-up for a wanted skip ratio, and write them to a policy file.
 
     What is not given is searched for. The figures are measured on held-out text, which the search has not seen, beside
     a fixed and a random choice of FFNs.
@@ -61,8 +61,8 @@ def calibrate(
     require_folder(out_file)
     require_picture(plot)
     given: dict[str, Any] = {
-        "cold_start": cold_start,
-        "cold_end": cold_end,
+        "first_dense_layers": first_dense_layers,
+        "last_dense_layers": last_dense_layers,
         "warmup_tokens": warmup_tokens,
         "batch_rule": batch_rule,
     }

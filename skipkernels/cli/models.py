@@ -115,8 +115,8 @@ class PolicyOptions:
     threshold: opt.Threshold = None
     target_ratio: opt.TargetRatio = None
     span: opt.Span = None
-    cold_start: opt.ColdStart = None
-    cold_end: opt.ColdEnd = None
+    first_dense_layers: opt.FirstDenseLayers = None
+    last_dense_layers: opt.LastDenseLayers = None
     warmup_tokens: opt.WarmupTokens = None
     batch_rule: opt.BatchRule = None
 
@@ -138,7 +138,7 @@ class PolicyOptions:
     @property
     def parameters(self) -> dict[str, Any]:
         """The parameters of SkipPolicy that were given."""
-        names = ("threshold", "target_ratio", "cold_start", "cold_end", "warmup_tokens", "batch_rule")
+        names = ("threshold", "target_ratio", "first_dense_layers", "last_dense_layers", "warmup_tokens", "batch_rule")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.span is not None:
             given["span"] = parse_span(self.span)

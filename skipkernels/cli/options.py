@@ -68,10 +68,16 @@ TargetRatio = Annotated[
 ]
 Span = Annotated[
     str | None,
-    typer.Option(help="Layers that one test skips, or 'all' up to the cold end.", rich_help_panel=_POLICY_PANEL),
+    typer.Option(
+        help="Layers that one trigger skips, or 'all' up to the last dense layers.", rich_help_panel=_POLICY_PANEL
+    ),
 ]
-ColdStart = Annotated[int | None, typer.Option(help="First layers that always run.", rich_help_panel=_POLICY_PANEL)]
-ColdEnd = Annotated[int | None, typer.Option(help="Last layers that always run.", rich_help_panel=_POLICY_PANEL)]
+FirstDenseLayers = Annotated[
+    int | None, typer.Option(help="First layers, which never skip their FFN.", rich_help_panel=_POLICY_PANEL)
+]
+LastDenseLayers = Annotated[
+    int | None, typer.Option(help="Last layers, which never skip their FFN.", rich_help_panel=_POLICY_PANEL)
+]
 WarmupTokens = Annotated[
     int | None,
     typer.Option(help="Generated tokens that skip nothing; default: 25, or calibrated.", rich_help_panel=_POLICY_PANEL),

@@ -85,7 +85,7 @@ class SchedulingOptions:
     policy: Annotated[
         Path | None,
         typer.Option(
-            help="A file of `skipkernels calibrate`, whose span, cold layers and warm-up all levels have; default: "
+            help="A file of `skipkernels calibrate`, whose span, dense layers and warm-up all levels have; default: "
             "skip_policy.json in the model's folder, where there is one.",
             rich_help_panel=_SCHEDULING_PANEL,
         ),

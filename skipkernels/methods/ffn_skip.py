@@ -23,7 +23,7 @@ _HEADROOM = 0.05
 
 
 class FFNSkip(PolicyKind):
-    """FFN skip by similarity: span and cold layers from the calibration, the threshold moved to keep the ratio."""
+    """FFN skip by similarity: span and dense layers from the calibration, the threshold moved to keep the ratio."""
 
     name: ClassVar[str] = "skip"
     source: ClassVar[str] = "FFN-SkipLLM (Jaiswal et al. 2024, arXiv 2404.03865), calibrated by this package"

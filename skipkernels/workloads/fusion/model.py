@@ -21,7 +21,7 @@ from skipkernels.skipping.policy import Policy, SkipPolicy
 from skipkernels.workloads.fusion.clips import MODALITIES, Clips
 from skipkernels.workloads.fusion.network import PLACEHOLDERS, START, FusionNetwork, label_of
 
-SKIP_RULE = SkipPolicy(threshold=0.9, span=3, cold_start=1, cold_end=1, warmup_tokens=1)
+SKIP_RULE = SkipPolicy(threshold=0.9, span=3, first_dense_layers=1, last_dense_layers=1, warmup_tokens=1)
 """What all skip levels share; each holds its own ratio."""
 
 
