@@ -16,9 +16,9 @@ from skipkernels.support.console import err, out, print_json, progress_bar, requ
 
 if TYPE_CHECKING:
     from skipkernels.engine import Engine
+    from skipkernels.evaluation.evaluation import Entry
+    from skipkernels.evaluation.task import Task
     from skipkernels.methods.setup import Setup
-    from skipkernels.quality.evaluation import Entry
-    from skipkernels.quality.task import Task
 
 _ROWS = 16
 _STDOUT = Path("-")
@@ -53,10 +53,10 @@ class MethodOptions:
 
     def entries(self, setup: Setup) -> list[Entry]:
         """The plan; the full model comes first, because others are compared with it."""
+        from skipkernels.evaluation.evaluation import Entry
         from skipkernels.methods.ffn_skip import FFNSkip, GivenPolicy
         from skipkernels.methods.method import FULL
         from skipkernels.methods.methods import method_kind
-        from skipkernels.quality.evaluation import Entry
         from skipkernels.skipping.policy_file import load_policy
 
         ratios = self.ratio_list()
@@ -97,8 +97,8 @@ def evaluate(
     require_picture(plot)
     engine = model_options.load(max_batch_size=_ROWS)
 
-    from skipkernels.quality.evaluation import evaluate as fill_cells
-    from skipkernels.quality.results_file import ResultsFile
+    from skipkernels.evaluation.evaluation import evaluate as fill_cells
+    from skipkernels.evaluation.results_file import ResultsFile
     from skipkernels.support.report import environment
 
     with err.status("collecting text and tasks ..."):
@@ -115,7 +115,7 @@ def evaluate(
     with progress_bar("measuring") as report:
         unfinished = fill_cells(setup, entries, tasks, results, report)
     if plot is not None:
-        from skipkernels.quality.plot import plot_quality
+        from skipkernels.evaluation.plot import plot_quality
 
         panels = [(task.name, metric) for task in tasks for metric in task.metrics]
         plot_quality(results.cells, panels, plot, f"{model_options.model}, {engine.dtype}")
@@ -133,7 +133,7 @@ def evaluate(
 def _settings(
     engine: Engine, setup: Setup, task_options: TaskOptions, tasks: Sequence[Task], method_options: MethodOptions
 ) -> dict[str, Any]:
-    from skipkernels.quality.jsonl import digest
+    from skipkernels.evaluation.jsonl import digest
 
     return {
         "fingerprint": engine.fingerprint,
@@ -151,7 +151,7 @@ def _settings(
 
 
 def _print_tables(cells: list[dict[str, Any]], tasks: Sequence[Task], warmup_tokens: int) -> None:
-    from skipkernels.quality.report import group_table, tables, unreachable
+    from skipkernels.evaluation.report import group_table, tables, unreachable
 
     for task in tasks:
         details = (f"{name.replace('_', ' ')} {value}" for name, value in task.settings.items() if name != "digest")

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from skipkernels.calibration.passages import Passage
     from skipkernels.demo import Fact
     from skipkernels.engine import Engine
+    from skipkernels.evaluation.full_text import FullText
+    from skipkernels.evaluation.task import Task
     from skipkernels.methods.setup import Setup
-    from skipkernels.quality.full_text import FullText
-    from skipkernels.quality.task import Task
 
 TASKS = ("facts", "perplexity", "agreement", "generation", "summarization", "chat")
 _PANEL = "What is measured"
@@ -99,8 +99,8 @@ class TaskOptions:
             RequestError, SkipkernelsError: a file, a package or a task is missing or wrong; nothing was measured.
         """
         from skipkernels.calibration.passages import cut_passages
+        from skipkernels.evaluation.facts import read_facts, split
         from skipkernels.methods.setup import Setup
-        from skipkernels.quality.facts import read_facts, split
 
         # of the bundled model's text, facts are the second part: those here are not asked later
         (prose, *_) = calibration_texts(engine, model_options.model, self.text)[1]
@@ -132,30 +132,30 @@ class TaskOptions:
         return [name for name in TASKS if with_a_file.get(name, True)]
 
     def _facts(self, material: _Material) -> Task:
-        from skipkernels.quality.facts import Facts
+        from skipkernels.evaluation.facts import Facts
 
         if not material.asked:
             raise RequestError("the task 'facts' needs a file; --facts names one (JSONL of question and answer)")
         return Facts(material.setup.engine, material.asked, material.others)
 
     def _perplexity(self, material: _Material) -> Task:
-        from skipkernels.quality.perplexity import Perplexity
+        from skipkernels.evaluation.perplexity import Perplexity
 
         source = "the standard library's documentation" if self.text is None else str(self.text)
         return Perplexity(material.held_out, material.search, source)
 
     def _agreement(self, material: _Material) -> Task:
-        from skipkernels.quality.agreement import Agreement
+        from skipkernels.evaluation.agreement import Agreement
 
         return Agreement(*material.full_texts)
 
     def _generation(self, material: _Material) -> Task:
-        from skipkernels.quality.free_generation import FreeGeneration
+        from skipkernels.evaluation.free_generation import FreeGeneration
 
         return FreeGeneration(*material.full_texts)
 
     def _summarization(self, material: _Material) -> Task:
-        from skipkernels.quality.summarization import Summarization
+        from skipkernels.evaluation.summarization import Summarization
 
         if self.summaries is None:
             raise RequestError(
@@ -170,8 +170,8 @@ class TaskOptions:
         )
 
     def _chat(self, material: _Material) -> Task:
-        from skipkernels.quality.chat import Chat
-        from skipkernels.quality.judge import Judge
+        from skipkernels.evaluation.chat import Chat
+        from skipkernels.evaluation.judge import Judge
 
         if self.questions is None:
             raise RequestError("the task 'chat' needs a file; --questions names one (MT-Bench's question.jsonl)")
@@ -191,7 +191,7 @@ class TaskOptions:
     def _harness_tasks(self, material: _Material) -> list[Task]:
         if self.lm_eval is None:
             return []
-        from skipkernels.quality.harness import HarnessTask
+        from skipkernels.evaluation.harness import HarnessTask
 
         return [
             HarnessTask(
@@ -220,8 +220,8 @@ class _Material:
     @cached_property
     def full_texts(self) -> tuple[FullText, FullText]:
         """Text of the full model to measure on, and to set ratios on."""
+        from skipkernels.evaluation.full_text import FullText
         from skipkernels.methods.ffn_methods import Full
-        from skipkernels.quality.full_text import FullText
 
         full = Full().build(self.setup, Full().find(self.setup, 0.0, ()))
         return FullText(self.held_out, full), FullText(self.search, full)

@@ -55,9 +55,9 @@ def serve(
         from skipkernels.server.http.service import Service
     except ImportError as error:
         raise SkipkernelsError(f"serving needs more packages ({error}): pip install skipkernels[serve]") from error
-    from skipkernels.modality.policies import get_policy
+    from skipkernels.modality.policies import get_selection_policy
 
-    get_policy(scheduling.selection)  # a wrong name is refused before a model is loaded
+    get_selection_policy(scheduling.selection)  # a wrong name is refused before a model is loaded
     require_folder(scheduling.profile)
     chats = None if scheduling.samples is None else read_chats(scheduling.samples, limits.limits())
     with listen(server.host, server.port) as listener:
@@ -109,7 +109,7 @@ def _loader(
 def _here(load: ChatModelLoader, scheduling: SchedulingOptions, chats: Chats) -> Iterator[Served]:
     """The model in this process, beside the server."""
     from skipkernels.modality.runtime import Runtime
-    from skipkernels.modality.thread_executor import ThreadExecutor
+    from skipkernels.modality.thread_worker import ThreadWorker
     from skipkernels.server.http.backend import Embedded
 
     with err.status(f"loading {load.name} ..."):
@@ -120,7 +120,7 @@ def _here(load: ChatModelLoader, scheduling: SchedulingOptions, chats: Chats) ->
             return measure(model, progress=report)
 
     profile = _profile(model, scheduling, chats, run, resumable=True)
-    runtime = Runtime(profile, [ThreadExecutor(model)], scheduling.selection, **scheduling.runtime_options)
+    runtime = Runtime(profile, [ThreadWorker(model)], scheduling.selection, **scheduling.runtime_options)
     yield Served(profile, model.format, Embedded(runtime))
 
 
@@ -144,7 +144,7 @@ def _on_ray(
         profile = _profile(cast("ChatModel", description), scheduling, chats, run, resumable=False)
         with err.status("starting the scheduler ..."):
             backend = cluster.start_scheduler(
-                profile, replicas, policy=scheduling.selection, **scheduling.runtime_options
+                profile, replicas, selection=scheduling.selection, **scheduling.runtime_options
             )
         yield Served(profile, description.format, backend)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from skipkernels.server.http.limits import Limits
+    from skipkernels.server.http.limits import RequestLimits
 
 _SERVER_PANEL = "Server"
 _LIMITS_PANEL = "Limits"
@@ -50,7 +50,7 @@ class ServerOptions:
 
 @dataclass(frozen=True)
 class LimitOptions:
-    """The fields of ``Limits``; the last one stays as it is."""
+    """The fields of ``RequestLimits``; the last one stays as it is."""
 
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request.", rich_help_panel=_LIMITS_PANEL)] = 16 << 20
     max_parts: Annotated[
@@ -64,10 +64,10 @@ class LimitOptions:
     ] = 120.0
     max_requests: Annotated[int, typer.Option(min=1, help="At one time.", rich_help_panel=_LIMITS_PANEL)] = 256
 
-    def limits(self) -> Limits:
-        from skipkernels.server.http.limits import Limits
+    def limits(self) -> RequestLimits:
+        from skipkernels.server.http.limits import RequestLimits
 
-        return Limits(**dataclasses.asdict(self))
+        return RequestLimits(**dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from skipkernels.modality.menu import Menu
 from skipkernels.modality.optimiser import Split
+from skipkernels.modality.strategy_options import StrategyOptions
 
 
 @dataclass(slots=True, eq=False)
@@ -18,19 +18,19 @@ class Demand:
     needed_sum: float  # what the promises of these requests have to sum up to
     work: float
     deadline_ms: float  # on the scheduler's clock
-    menu: Menu
+    options: StrategyOptions
     cheapest: Split = field(init=False)
     due_ms: float = 0.0  # when to be done so that jobs to come find room
     budget_ms: float = 0.0  # what all demands up to this one may take together
 
     def __post_init__(self) -> None:
-        self.cheapest = self.menu.cheapest(self.requests, self.needed_sum)
+        self.cheapest = self.options.cheapest(self.requests, self.needed_sum)
 
     def remain(self, requests: int, needed_sum: float) -> None:
         """After some requests have started."""
         self.requests = requests
         self.needed_sum = needed_sum
-        self.cheapest = self.menu.cheapest(requests, needed_sum)
+        self.cheapest = self.options.cheapest(requests, needed_sum)
 
 
 def without_hope(budgets_ms: Sequence[float], costs_ms: Sequence[float]) -> set[int]:

@@ -47,7 +47,7 @@ class JobFailed(SkipkernelsError, RuntimeError):
 
 
 class WorkerLost(SkipkernelsError, RuntimeError):
-    """An executor's device, process or machine went away in the middle of a batch."""
+    """A worker's device, process or machine was lost in the middle of a batch."""
 
 
 class ServiceClosed(SkipkernelsError, RuntimeError):

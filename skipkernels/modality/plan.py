@@ -14,7 +14,7 @@ from skipkernels.modality.optimiser import Split
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class BatchLimits:
     """How large batches may be."""
 
     sizes: Sequence[int]  # by strategy
@@ -37,7 +37,7 @@ def lay_out(
     order: Sequence[int],
     free_ms: Sequence[float],
     latency: LatencyModel,
-    limits: Limits,
+    limits: BatchLimits,
 ) -> Plan:
     """Each job in turn gets its batches on the worker that is free first. What room they leave is filled with the same
     strategy's requests of later jobs, unless that would make the job itself late.
@@ -60,7 +60,7 @@ class _Layout:
         order: Sequence[int],
         free_ms: Sequence[float],
         latency: LatencyModel,
-        limits: Limits,
+        limits: BatchLimits,
     ) -> None:
         self._demands = demands
         self._order = order

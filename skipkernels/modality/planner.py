@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from skipkernels.modality.demand import Demand, without_hope
 from skipkernels.modality.forecast import Forecast
 from skipkernels.modality.latency import LatencyModel
-from skipkernels.modality.menu import cost_ms
 from skipkernels.modality.optimiser import Split
-from skipkernels.modality.plan import Limits, Plan, lay_out
+from skipkernels.modality.plan import BatchLimits, Plan, lay_out
 from skipkernels.modality.policies import SelectionPolicy
+from skipkernels.modality.strategy_options import cost_ms
 
 _ROUNDS = 3  # of choosing in step 2, at most
 _ROUND_JOBS = 256  # in all rounds together: what can be decided in 2 ms
@@ -35,9 +35,9 @@ class Planner:
     """
 
     def __init__(
-        self, policy: SelectionPolicy, latency: LatencyModel, promised: Sequence[float], forecast: Forecast
+        self, selection: SelectionPolicy, latency: LatencyModel, promised: Sequence[float], forecast: Forecast
     ) -> None:
-        self._policy = policy
+        self._selection = selection
         self._latency = latency
         self._promised = promised
         self._forecast = forecast
@@ -55,9 +55,9 @@ class Planner:
             The plan, whose positions count through ``demands`` and then ``late``, and positions of the demands that
             have lost their deadline for good.
         """
-        short = Limits(self._latency.batch_limits, self._forecast.patience_ms)
+        short = BatchLimits(self._latency.batch_limits, self._forecast.patience_ms)
         everyone = [*demands, *late]
-        least = [self._policy.least(demand) for demand in everyone]
+        least = [self._selection.least(demand) for demand in everyone]
         if not late:
             plan = self._comfortable(demands, least, free_ms, now_ms, short)
             if plan:
@@ -70,7 +70,7 @@ class Planner:
         order = [*in_time[:hurried], *sorted(given_up), *range(len(demands), len(everyone)), *in_time[hurried:]]
         plan = lay_out(everyone, least, order, free_ms, self._latency, short)
         if _missed(plan, demands):
-            large = lay_out(everyone, least, order, free_ms, self._latency, Limits(self._latency.largest_batches))
+            large = lay_out(everyone, least, order, free_ms, self._latency, BatchLimits(self._latency.largest_batches))
             plan = min(plan, large, key=lambda plan: _missed(plan, demands))
         lost = []
         for position in given_up:
@@ -83,10 +83,10 @@ class Planner:
         """Positions of the jobs that would be late with the cheapest split for everyone, and by how much."""
         if not demands:
             return {}
-        least = [self._policy.least(demand) for demand in demands]
+        least = [self._selection.least(demand) for demand in demands]
         positions = range(len(demands))
         plans = [
-            lay_out(demands, least, positions, free_ms, self._latency, Limits(sizes))
+            lay_out(demands, least, positions, free_ms, self._latency, BatchLimits(sizes))
             for sizes in (self._latency.batch_limits, self._latency.largest_batches)
         ]
         best = min(plans, key=lambda plan: _missed(plan, demands))
@@ -102,7 +102,7 @@ class Planner:
         least: Sequence[Split],
         free_ms: Sequence[float],
         now_ms: float,
-        limits: Limits,
+        limits: BatchLimits,
     ) -> Plan | None:
         """Steps 1 and 2: a plan with which everyone is in time and jobs to come find room."""
         for demand in demands:
@@ -110,7 +110,7 @@ class Planner:
             demand.due_ms = demand.deadline_ms - taken_ms / len(free_ms)
             demand.budget_ms = _time_ms(demand.due_ms, free_ms)
         prices = self._prices(demands)
-        most = [self._policy.most(demand) for demand in demands]
+        most = [self._selection.most(demand) for demand in demands]
         if _fits(demands, most, prices):
             plan = lay_out(demands, most, range(len(demands)), free_ms, self._latency, limits)
             if not _over(plan, demands):
@@ -118,7 +118,7 @@ class Planner:
         if not _fits(demands, least, prices):
             return None
         for _ in range(max(1, min(_ROUNDS, _ROUND_JOBS // len(demands)))):
-            splits = self._policy.select(demands, prices, self._promised)
+            splits = self._selection.select(demands, prices, self._promised)
             plan = lay_out(demands, splits, range(len(demands)), free_ms, self._latency, limits)
             over = _over(plan, demands)
             if not over:

@@ -24,11 +24,11 @@ from skipkernels.modality.errors import AccuracyUnreachable, DeadlineUnreachable
 from skipkernels.modality.forecast import Forecast
 from skipkernels.modality.job import Answer, Job, JobAnswer
 from skipkernels.modality.latency import LatencyModel
-from skipkernels.modality.menu import Menu
 from skipkernels.modality.optimiser import EPSILON
 from skipkernels.modality.planner import Planner
-from skipkernels.modality.policies import SelectionPolicy, get_policy
+from skipkernels.modality.policies import SelectionPolicy, get_selection_policy
 from skipkernels.modality.profile import Profile
+from skipkernels.modality.strategy_options import StrategyOptions
 from skipkernels.modality.ticket import Batch, Ticket
 
 Admission = Literal["accuracy", "deadline"]
@@ -41,37 +41,39 @@ class Scheduler:
     Args:
         profile: of that model on these workers' device.
         clock: see ``Clock``.
-        policy: ``full``, ``cheapest``, ``random`` or ``maximize``, or an object.
+        selection: ``full``, ``cheapest``, ``random`` or ``maximize``, or a policy of your own.
         workers: how many; they are numbered from 0.
         memory_bytes: what a batch may take on a worker above the resident model; None: what was profiled.
         admission: see ``Admission``. Jobs that are accepted without a chance are answered late.
 
     Raises:
         ProfileError: ``memory_bytes`` is less than one request takes.
-        StrategyError: no such policy.
+        StrategyError: no selection policy has this name.
     """
 
     def __init__(
         self,
         profile: Profile,
         clock: Clock,
-        policy: str | SelectionPolicy = "maximize",
+        selection: str | SelectionPolicy = "maximize",
         *,
         workers: int = 1,
         memory_bytes: float | None = None,
         admission: Admission = "accuracy",
     ) -> None:
         self.profile = profile
-        self.policy = get_policy(policy) if isinstance(policy, str) else policy
+        self.selection = get_selection_policy(selection) if isinstance(selection, str) else selection
         self.latency = LatencyModel(profile, memory_bytes)
         self.counters = Counters()
         self._clock = clock
         self._admission = admission
         self._promised = [entry.promised_accuracy for entry in profile.strategies]
         self._forecast = Forecast()
-        self._planner = Planner(self.policy, self.latency, self._promised, self._forecast)
+        self._planner = Planner(self.selection, self.latency, self._promised, self._forecast)
         everything = profile.modalities
-        self._menus = {everything: Menu(profile, everything, self.latency)}  # others at their first request
+        self._options = {
+            everything: StrategyOptions(profile, everything, self.latency)
+        }  # others at their first request
         self._queue: list[tuple[float, int, Ticket]] = []  # by deadline, then arrival
         self._late: list[Ticket] = []  # those that have lost their deadline, in the order in which they did
         self._retries: deque[tuple[Ticket, int, int]] = deque()  # ticket, position of the request, strategy
@@ -95,19 +97,19 @@ class Scheduler:
             DeadlineUnreachable: admission is by deadline, and accepting would make this or another job late.
         """
         try:
-            menu = self._menu(job)
-            if job.min_accuracy > menu.reachable + EPSILON:
-                raise AccuracyUnreachable(job.min_accuracy, menu.reachable)
-            ticket = Ticket(job, self.counters.accepted, self._clock(), menu)
-            place = bisect_left(self._queue, (ticket.demand.deadline_ms, ticket.number))
+            options = self._options_for(job)
+            if job.min_accuracy > options.reachable + EPSILON:
+                raise AccuracyUnreachable(job.min_accuracy, options.reachable)
+            ticket = Ticket(job, self.counters.accepted, self._clock(), options)
+            index = bisect_left(self._queue, (ticket.demand.deadline_ms, ticket.number))
             if self._admission == "deadline":
-                self._check_deadline(ticket, place)
+                self._check_deadline(ticket, index)
         except JobError:
             self.counters.refused += 1
             raise
         self.counters.accepted += 1
-        self._queue.insert(place, (ticket.demand.deadline_ms, ticket.number, ticket))
-        least_ms = self.latency.alone_ms(self.policy.least(ticket.demand)) * ticket.demand.work
+        self._queue.insert(index, (ticket.demand.deadline_ms, ticket.number, ticket))
+        least_ms = self.latency.alone_ms(self.selection.least(ticket.demand)) * ticket.demand.work
         self._forecast.note(ticket.arrival_ms, job.deadline_ms, least_ms)
         return ticket
 
@@ -134,13 +136,13 @@ class Scheduler:
             self._leave(tickets[position])
             self._late.append(tickets[position])
         members = tuple(
-            (tickets[place], position)
-            for place, count in plan.members
-            for position in tickets[place].take(count, self._promised[plan.strategy])
+            (tickets[index], position)
+            for index, count in plan.members
+            for position in tickets[index].take(count, self._promised[plan.strategy])
         )
-        for place, _ in plan.members:
-            if not tickets[place].demand.requests:
-                self._leave(tickets[place])
+        for index, _ in plan.members:
+            if not tickets[index].demand.requests:
+                self._leave(tickets[index])
         return self._start(worker, plan.strategy, members, plan.expected_ms, retry=False)
 
     def finish(self, batch: Batch, outputs: Sequence[Any]) -> list[Ticket]:
@@ -207,27 +209,27 @@ class Scheduler:
         assert self._running[worker] is None, f"worker {worker} still runs a batch"
         del self._running[worker]
 
-    def _menu(self, job: Job) -> Menu:
-        menu = self._menus.get(job.modalities)
-        if menu is None:
+    def _options_for(self, job: Job) -> StrategyOptions:
+        options = self._options.get(job.modalities)
+        if options is None:
             job.check_modalities(self.profile.modalities)
-            menu = self._menus[job.modalities] = Menu(self.profile, job.modalities, self.latency)
-        return menu
+            options = self._options[job.modalities] = StrategyOptions(self.profile, job.modalities, self.latency)
+        return options
 
-    def _check_deadline(self, ticket: Ticket, place: int) -> None:
+    def _check_deadline(self, ticket: Ticket, index: int) -> None:
         """Raises DeadlineUnreachable when accepting makes a job late that would not be, this one included."""
         demands = [waiting.demand for _, _, waiting in self._queue]
         late_before = self._planner.late_ms(demands, self._free_ms())
-        demands.insert(place, ticket.demand)
+        demands.insert(index, ticket.demand)
         late_ms = self._planner.late_ms(demands, self._free_ms())
         if len(late_ms) > len(late_before):
             raise DeadlineUnreachable(ticket.job.deadline_ms, max(late_ms.values()))
 
     def _leave(self, ticket: Ticket) -> None:
         """Takes a ticket out of the queue, or from among the late."""
-        place = bisect_left(self._queue, (ticket.demand.deadline_ms, ticket.number))
-        if place < len(self._queue) and self._queue[place][2] is ticket:
-            del self._queue[place]
+        index = bisect_left(self._queue, (ticket.demand.deadline_ms, ticket.number))
+        if index < len(self._queue) and self._queue[index][2] is ticket:
+            del self._queue[index]
         else:
             self._late.remove(ticket)
 

@@ -23,7 +23,7 @@ _Z95 = 1.645  # of the standard normal
 def simulate(
     arrivals: Sequence[Arrival],
     profile: Profile,
-    policy: str | SelectionPolicy = "maximize",
+    selection: str | SelectionPolicy = "maximize",
     *,
     workers: int = 1,
     memory_bytes: float | None = None,
@@ -39,16 +39,16 @@ def simulate(
     Args:
         arrivals: in order of their times.
         overhead_ms: between a decision and its batch's start on the worker; what a real server adds.
-        policy, workers, memory_bytes, admission: as in ``Scheduler``.
+        selection, workers, memory_bytes, admission: as in ``Scheduler``.
     """
-    return _Simulation(profile, policy, workers, memory_bytes, admission, overhead_ms, seed).run(arrivals)
+    return _Simulation(profile, selection, workers, memory_bytes, admission, overhead_ms, seed).run(arrivals)
 
 
 class _Simulation:
     def __init__(
         self,
         profile: Profile,
-        policy: str | SelectionPolicy,
+        selection: str | SelectionPolicy,
         workers: int,
         memory_bytes: float | None,
         admission: Admission,
@@ -57,7 +57,7 @@ class _Simulation:
     ) -> None:
         self._clock = VirtualClock()
         self._scheduler = Scheduler(
-            profile, self._clock, policy, workers=workers, memory_bytes=memory_bytes, admission=admission
+            profile, self._clock, selection, workers=workers, memory_bytes=memory_bytes, admission=admission
         )
         self._overhead_ms = overhead_ms
         self._rng = np.random.default_rng(seed)

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from skipkernels.modality.demand import Demand
 from skipkernels.modality.job import Answer, Job, JobAnswer
-from skipkernels.modality.menu import Menu
 from skipkernels.modality.profile import StrategyProfile
 from skipkernels.modality.strategy import Inputs, Strategy
+from skipkernels.modality.strategy_options import StrategyOptions
 
 
 class Ticket:
     """Made by ``Scheduler.submit``. Done once ``answer`` or ``failure`` is set, never both."""
 
-    def __init__(self, job: Job, number: int, arrival_ms: float, menu: Menu) -> None:
+    def __init__(self, job: Job, number: int, arrival_ms: float, options: StrategyOptions) -> None:
         self.job = job
         self.number = number  # in order of arrival
         self.arrival_ms = arrival_ms
@@ -30,7 +30,7 @@ class Ticket:
             needed_sum=job.min_accuracy * len(job.requests),
             work=max(request.work for request in job.requests),
             deadline_ms=arrival_ms + job.deadline_ms,
-            menu=menu,
+            options=options,
         )
 
     @property

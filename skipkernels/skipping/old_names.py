@@ -27,13 +27,13 @@ def renamed(values: dict[str, Any]) -> dict[str, Any]:
 
 def with_old_names(kind: Class) -> Class:
     """Class decorator: ``kind`` takes the old names as keyword arguments and has them as attributes."""
-    init = kind.__init__
+    init = kind.__init__  # type: ignore[misc]
 
     @wraps(init)
     def __init__(self: object, *args: Any, **values: Any) -> None:
         init(self, *args, **renamed(values))
 
-    kind.__init__ = __init__
+    kind.__init__ = __init__  # type: ignore[misc]
     for old, new in NEW_NAMES.items():
         setattr(kind, old, property(attrgetter(new)))
     return kind

@@ -119,7 +119,7 @@ def test_chat_without_its_judge_keeps_the_answers_and_fails(
     words += ["--answers", "answers", "--answer-tokens", "8", "--methods", "full", *SIZES, "--json", "out.json"]
     judge = ["--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "strong"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skipkernels.quality.judge._ATTEMPTS", 1)
+        patch.setattr("skipkernels.evaluation.judge._ATTEMPTS", 1)
         result = run(*words, *judge)
     assert result.exit_code == 1
     assert "gave no grade" in result.stderr.splitlines()[-1]

@@ -63,7 +63,7 @@ class Load:
     def run(self, workload: Workload, contender: Contender, workers: int, requests_per_s: float) -> Summary:
         """Simulated."""
         arrivals = self.arrivals(workload, contender.profile, requests_per_s)
-        return summarise(simulate(arrivals, contender.profile, contender.policy, workers=workers))
+        return summarise(simulate(arrivals, contender.profile, contender.selection, workers=workers))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from skipkernels.modality.policies import get_policy
+from skipkernels.modality.policies import get_selection_policy
 from skipkernels.modality.profile import Profile, StrategyProfile
 
 _DIVIDED = "maximize"  # the policy that also runs with one dimension of the strategies at a time
@@ -13,10 +13,10 @@ _DIVIDED = "maximize"  # the policy that also runs with one dimension of the str
 
 @dataclass(frozen=True)
 class Contender:
-    """A policy on some of a model's strategies, the full one among them."""
+    """A selection policy on some of a model's strategies, the full one among them."""
 
     name: str
-    policy: str
+    selection: str
     profile: Profile
 
 
@@ -27,10 +27,10 @@ def contenders(profile: Profile, policies: Sequence[str]) -> list[Contender]:
     Raises:
         StrategyError: no such policy.
     """
-    for policy in policies:
-        get_policy(policy)
+    for name in policies:
+        get_selection_policy(name)
     full = profile.full(profile.modalities).strategy
-    listed = [Contender(policy, policy, profile) for policy in policies]
+    listed = [Contender(name, name, profile) for name in policies]
     dimensions: dict[str, Callable[[StrategyProfile], bool]] = {
         "modalities only": lambda entry: entry.strategy.skip_level == full.skip_level,
         "skipping only": lambda entry: entry.strategy.modalities == full.modalities,

@@ -16,7 +16,7 @@ _ACCURACIES = 7  # different requirements in a queue
 
 
 def decision_times_ms(
-    profile: Profile, policy: str, *, requests: int = 256, repeats: int = 10
+    profile: Profile, selection: str, *, requests: int = 256, repeats: int = 10
 ) -> dict[float, Sequence[float]]:
     """Wall-clock times of single decisions, each on a queue of ``requests`` jobs of one request: the most jobs, and so
     the longest decision, that so many requests can make.
@@ -33,7 +33,7 @@ def decision_times_ms(
     for share in _SHARES:
         taken = []
         for _ in range(repeats):
-            scheduler = Scheduler(profile, VirtualClock(), policy)
+            scheduler = Scheduler(profile, VirtualClock(), selection)
             for number in range(requests):
                 required = least + (full.promised_accuracy - least) * (number % _ACCURACIES) / _ACCURACIES
                 deadline_ms = share * alone_ms * (1 + number * 97 % requests)  # in no order

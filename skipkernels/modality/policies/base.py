@@ -17,7 +17,7 @@ class SelectionPolicy(ABC):
 
     def most(self, demand: Demand) -> Split:
         """What a job gets when every deadline holds with it."""
-        return demand.menu.best(demand.requests)
+        return demand.options.best(demand.requests)
 
     def least(self, demand: Demand) -> Split:
         """The cheapest that a job can get."""

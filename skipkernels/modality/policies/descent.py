@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from skipkernels.modality.demand import Demand
 from skipkernels.modality.ladder import Hull, Ladder
-from skipkernels.modality.menu import Menu, cost_ms
 from skipkernels.modality.optimiser import Split
+from skipkernels.modality.strategy_options import StrategyOptions, cost_ms
 
 
 class Descent:
@@ -18,16 +18,16 @@ class Descent:
         self.ladders: list[Ladder] = []  # by job
         self._prices = prices
         self._promised = promised
-        self._hulls: dict[Menu, Hull] = {}
+        self._hulls: dict[StrategyOptions, Hull] = {}
         self._demands: list[Demand] = []
         self._lowered: dict[int, Split] = {}
         self._landed = 0  # jobs before this one have been through ``land``
 
     def enter(self, demand: Demand) -> Ladder:
         """The next job, at its most accurate strategy."""
-        hull = self._hulls.get(demand.menu)
+        hull = self._hulls.get(demand.options)
         if hull is None:
-            hull = self._hulls[demand.menu] = Hull(demand.menu.strategies, self._promised, self._prices)
+            hull = self._hulls[demand.options] = Hull(demand.options.strategies, self._promised, self._prices)
         ladder = Ladder(hull, demand.requests, demand.needed_sum)
         self._demands.append(demand)
         self.ladders.append(ladder)

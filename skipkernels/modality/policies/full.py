@@ -13,7 +13,7 @@ class Full(SelectionPolicy):
     name = "full"
 
     def most(self, demand: Demand) -> Split:
-        return demand.menu.full(demand.requests, demand.needed_sum)
+        return demand.options.full(demand.requests, demand.needed_sum)
 
     def least(self, demand: Demand) -> Split:
         return self.most(demand)

@@ -26,14 +26,14 @@ class Random(SelectionPolicy):
             descent.enter(demand)
             movable.append(last)
             while descent.used_ms > demand.budget_ms and movable:
-                place = self._random.randrange(len(movable))
-                job = movable[place]
+                index = self._random.randrange(len(movable))
+                job = movable[index]
                 ladder = descent.ladders[job]
                 if ladder.available():
                     descent.used_ms -= ladder.hull.saved_ms[ladder.rung] * demands[job].work
                     ladder.descend(1)
                 else:
-                    movable[place] = movable[-1]
+                    movable[index] = movable[-1]
                     movable.pop()
             if descent.used_ms > demand.budget_ms:
                 descent.land()

@@ -7,10 +7,10 @@ import asyncio
 from starlette.requests import Request
 
 from skipkernels.server.http.errors import HttpError
-from skipkernels.server.http.limits import Limits
+from skipkernels.server.http.limits import RequestLimits
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
+async def read_body(request: Request, limits: RequestLimits) -> bytes:
     """
     Raises:
         HttpError: no JSON (415), too large (413; before it is read where its length is declared), too slow (408).
@@ -37,7 +37,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     return bytes(body)
 
 
-def _too_large(limits: Limits) -> HttpError:
+def _too_large(limits: RequestLimits) -> HttpError:
     return HttpError(
         413,
         "request_too_large",

@@ -11,7 +11,7 @@ from typing import Any
 from skipkernels.chat.chat import Completion
 from skipkernels.modality.job import JobAnswer
 from skipkernels.modality.profile import Profile
-from skipkernels.server.http.exchange import completion_of
+from skipkernels.server.http.pending_request import completion_of
 
 DONE = b"data: [DONE]\n\n"
 

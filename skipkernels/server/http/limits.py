@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """All are checked before the memory they protect is taken.
 
     Args:

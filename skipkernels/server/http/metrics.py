@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from skipkernels.modality.job import JobAnswer
 from skipkernels.server.http.backend import Status
-from skipkernels.server.http.exchange import completion_of
+from skipkernels.server.http.pending_request import completion_of
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)

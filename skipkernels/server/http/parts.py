@@ -12,7 +12,7 @@ import numpy as np
 
 from skipkernels.chat.chat import Audio, Image
 from skipkernels.server.http.errors import HttpError
-from skipkernels.server.http.limits import Limits
+from skipkernels.server.http.limits import RequestLimits
 
 _DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -26,7 +26,7 @@ _LOWEST_RATE_HZ = 1_000
 class PartDecoder:
     """Decodes the parts of one request, which share its limits."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: RequestLimits) -> None:
         self._limits = limits
         self._pixels_left = limits.max_image_pixels
         self._audio_left_s = limits.max_audio_s

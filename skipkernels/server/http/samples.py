@@ -15,7 +15,7 @@ from skipkernels.errors import RequestError
 from skipkernels.modality.errors import ProfileError
 from skipkernels.server.http.conversion import decode_messages
 from skipkernels.server.http.errors import HttpError
-from skipkernels.server.http.limits import Limits
+from skipkernels.server.http.limits import RequestLimits
 from skipkernels.server.http.schema import MOST_ITEMS, ChatMessage, Strict
 from skipkernels.support.files import read_text
 
@@ -39,7 +39,7 @@ class _Line(Strict):
     expected: str | None = None
 
 
-def read_chats(path: str | Path, limits: Limits) -> list[ChatLine]:
+def read_chats(path: str | Path, limits: RequestLimits) -> list[ChatLine]:
     """Reads a file such as ``{"messages": [{"role": "user", "content": "..."}], "expected": "..."}``. Empty lines do
     not count. Either every line has the right answer, or none has.
 
@@ -78,7 +78,7 @@ def samples_of(chats: Sequence[ChatLine], chat_format: ChatFormat) -> list[ChatS
     return samples
 
 
-def _read_line(text: str, where: str, limits: Limits) -> ChatLine:
+def _read_line(text: str, where: str, limits: RequestLimits) -> ChatLine:
     try:
         line = _Line.model_validate_json(text)
         messages = decode_messages(line.messages, limits)

@@ -31,7 +31,7 @@ class Server(uvicorn.Server):
         self._service = service
         self._grace_s = grace_s
         self._on_started = on_started
-        self._hurried = False
+        self._stop_now = False
         config = uvicorn.Config(
             create_app(service),
             # named, because "auto" takes whatever else is installed
@@ -53,16 +53,16 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """For SIGINT and SIGTERM alike. uvicorn's own would raise them again at the end."""
-        self._hurried = self.should_exit
+        self._stop_now = self.should_exit
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         closing = asyncio.create_task(self._service.close(self._grace_s))
         stopping = asyncio.create_task(super().shutdown(sockets))
-        while not (closing.done() or self._hurried):
+        while not (closing.done() or self._stop_now):
             await asyncio.wait([closing], timeout=_TICK_S)
-        if self._hurried:
-            self._service.hurry()
+        if self._stop_now:
+            self._service.end_grace()
             await closing
             await asyncio.wait([stopping], timeout=_LAST_WORDS_S)
             self.force_exit = True  # clients that do not read their answers are not waited for

@@ -16,12 +16,12 @@ from skipkernels.errors import SkipkernelsError
 from skipkernels.modality.errors import ServiceClosed
 from skipkernels.modality.profile import Profile
 from skipkernels.server.http.backend import Backend
-from skipkernels.server.http.conversion import Asked, check_model, convert
+from skipkernels.server.http.conversion import ParsedRequest, check_model, convert
 from skipkernels.server.http.documents import Documents, model_document
 from skipkernels.server.http.errors import JOB_FAILED, HttpError
-from skipkernels.server.http.exchange import Exchange
-from skipkernels.server.http.limits import Limits
+from skipkernels.server.http.limits import RequestLimits
 from skipkernels.server.http.metrics import Metrics
+from skipkernels.server.http.pending_request import PendingRequest
 
 
 class Service:
@@ -39,11 +39,11 @@ class Service:
         chat_format: ChatFormat,
         backend: Backend,
         *,
-        limits: Limits | None = None,
+        limits: RequestLimits | None = None,
         api_key: str | None = None,
     ) -> None:
         self.backend = backend
-        self.limits = limits or Limits()
+        self.limits = limits or RequestLimits()
         self.metrics = Metrics()
         self.profile = profile
         self._format = chat_format
@@ -52,9 +52,9 @@ class Service:
         # one thread: what is decoded beside the event loop is one request's at a time
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="skipkernels-requests")
         self._requests = 0
-        self._exchanges: set[Exchange] = set()
+        self._pending: set[PendingRequest] = set()
         self._closing: asyncio.Task[None] | None = None
-        self._hurried = asyncio.Event()
+        self._grace_ended = asyncio.Event()
 
     async def __aenter__(self) -> Service:
         await self.backend.start()
@@ -79,18 +79,18 @@ class Service:
 
     async def _close(self, grace_s: float) -> None:
         closing = asyncio.create_task(self.backend.close(grace_s))
-        hurried = asyncio.create_task(self._hurried.wait())
-        await asyncio.wait([closing, hurried], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
-        for exchange in self._exchanges:
-            exchange.cut_short()  # batches that run are waited for; let them be short
-        if hurried.done():
+        ended = asyncio.create_task(self._grace_ended.wait())
+        await asyncio.wait([closing, ended], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+        for pending in self._pending:
+            pending.cut_short()  # batches that run are waited for; let them be short
+        if ended.done():
             await self.backend.close(0.0)
-        hurried.cancel()
+        ended.cancel()
         await closing
 
-    def hurry(self) -> None:
+    def end_grace(self) -> None:
         """Ends the grace of a ``close`` that has begun."""
-        self._hurried.set()
+        self._grace_ended.set()
 
     def check_key(self, authorization: str | None) -> None:
         """
@@ -108,11 +108,11 @@ class Service:
             raise HttpError(401, "invalid_api_key", "send this server's key as 'Authorization: Bearer <key>'")
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """A place among the requests that are held at one time.
+    def request_slot(self) -> Iterator[None]:
+        """Takes one of the ``max_requests`` slots while the block runs.
 
         Raises:
-            HttpError: all are taken.
+            HttpError: all slots are taken.
             ServiceClosed: the shutdown has begun.
         """
         if self.closing:
@@ -127,16 +127,16 @@ class Service:
         finally:
             self._requests -= 1
 
-    async def convert(self, body: bytes) -> Asked:
+    async def convert(self, body: bytes) -> ParsedRequest:
         """Checks and decodes a body, beside the event loop."""
         arguments = (body, self.profile.model, self._format, self.limits)
         return await asyncio.get_running_loop().run_in_executor(self._thread, convert, *arguments)
 
-    def exchange(self, asked: Asked) -> Exchange:
+    def submit(self, parsed: ParsedRequest) -> PendingRequest:
         """Hands a request to the backend."""
-        exchange = Exchange(self.backend, asked.job, self._exchanges.discard)
-        self._exchanges.add(exchange)
-        return exchange
+        pending = PendingRequest(self.backend, parsed.job, self._pending.discard)
+        self._pending.add(pending)
+        return pending
 
     def error(self, error: SkipkernelsError) -> HttpError:
         """What to answer a request that failed."""

@@ -126,12 +126,12 @@ class Cluster:
         replicas: Sequence[DeploymentHandle],
         *,
         restart_s: float = 600.0,
-        policy: str = "maximize",
+        selection: str = "maximize",
         memory_bytes: float | None = None,
         admission: Admission = "accuracy",
     ) -> RayBackend:
         """See ``SchedulerDeployment``."""
-        arguments = (profile, list(replicas), restart_s, policy, memory_bytes, admission)
+        arguments = (profile, list(replicas), restart_s, selection, memory_bytes, admission)
         (scheduler,) = self._start(SchedulerDeployment, [("scheduler", arguments)], {"num_cpus": 0})
         return RayBackend(scheduler)
 

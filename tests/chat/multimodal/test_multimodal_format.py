@@ -16,7 +16,7 @@ from skipkernels.chat.multimodal.families import family_of
 from skipkernels.chat.multimodal.multimodal_format import MultimodalFormat
 from skipkernels.chat.text_format import work_of
 from skipkernels.errors import RequestError
-from skipkernels.server.http.limits import Limits
+from skipkernels.server.http.limits import RequestLimits
 from skipkernels.server.http.parts import PartDecoder
 from tests.chat.multimodal.chats import RATE_HZ, chat_of, picture, recording, stock_inputs
 from tests.multimodal import MULTIMODAL, tiny_multimodal
@@ -78,7 +78,7 @@ def test_recordings_come_at_any_rate() -> None:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_files_go_all_the_way(kind: str) -> None:
     """Bytes as clients send them, decoded, through the processor and the encoders."""
-    decoder = PartDecoder(Limits())
+    decoder = PartDecoder(RequestLimits())
     image = decoder.image(f"data:image/{kind.lower()};base64,{base64_of(image_file(31, 17, kind))}", "image")
     audio = decoder.audio(base64_of(wav_file(0.4, 8000, channels=2)), "audio")
     inputs = format_of("qwen2.5 omni").request(asked("Describe ", image, audio)).inputs

@@ -11,9 +11,9 @@ from typing import Any
 from skipkernels.calibration.passages import Passage
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError, SkipkernelsError
+from skipkernels.evaluation.estimate import Item, Metric, Unit
+from skipkernels.evaluation.task import Outcome
 from skipkernels.methods.method import Method, OnItem, ignore
-from skipkernels.quality.estimate import Item, Metric, Unit
-from skipkernels.quality.task import Outcome
 
 PREFIX = "lm-eval:"
 _UNITS: dict[str, Unit] = {

@@ -11,11 +11,11 @@ from skipkernels.calibration.passages import Passage
 from skipkernels.demo.facts import Fact
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
+from skipkernels.evaluation.estimate import Metric
+from skipkernels.evaluation.jsonl import digest, read_jsonl
+from skipkernels.evaluation.task import Outcome
 from skipkernels.methods.method import Method, OnItem, ignore
 from skipkernels.methods.work import Work
-from skipkernels.quality.estimate import Metric
-from skipkernels.quality.jsonl import digest, read_jsonl
-from skipkernels.quality.task import Outcome
 
 EXACT_MATCH = Metric("exact match", "share", higher_is_better=True)
 _OTHERS = 64

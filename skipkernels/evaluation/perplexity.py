@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from skipkernels.calibration.passages import Passage
+from skipkernels.evaluation.estimate import Metric
+from skipkernels.evaluation.task import Outcome
 from skipkernels.methods.method import Method, OnItem, ignore
 from skipkernels.methods.work import Work
-from skipkernels.quality.estimate import Metric
-from skipkernels.quality.task import Outcome
 
 PERPLEXITY = Metric("perplexity", "perplexity", higher_is_better=False, exponential=True)
 

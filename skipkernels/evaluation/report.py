@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from skipkernels.quality.estimate import Metric
-from skipkernels.quality.results_file import Cell
+from skipkernels.evaluation.estimate import Metric
+from skipkernels.evaluation.results_file import Cell
 
 _METRICS_PER_TABLE = 2  # as many as fit beside each other
 _SHOWN_RATIO = 0.25  # the one, or the nearest to it, that kinds of items are shown at

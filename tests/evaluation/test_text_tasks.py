@@ -9,18 +9,18 @@ import torch
 
 from skipkernels.calibration.passages import Passage
 from skipkernels.errors import RequestError, SkipkernelsError
+from skipkernels.evaluation.agreement import Agreement
+from skipkernels.evaluation.estimate import estimate
+from skipkernels.evaluation.free_generation import FreeGeneration, common_prefix, repeated
+from skipkernels.evaluation.full_text import FullText
+from skipkernels.evaluation.perplexity import PERPLEXITY, Perplexity
+from skipkernels.evaluation.summarization import Summarization
 from skipkernels.methods.method import Method
 from skipkernels.methods.methods import METHODS
 from skipkernels.methods.setup import Setup
-from skipkernels.quality.agreement import Agreement
-from skipkernels.quality.estimate import estimate
-from skipkernels.quality.free_generation import FreeGeneration, common_prefix, repeated
-from skipkernels.quality.full_text import FullText
-from skipkernels.quality.perplexity import PERPLEXITY, Perplexity
-from skipkernels.quality.summarization import Summarization
+from tests.evaluation.fakes import FakeMethod
 from tests.methods.conftest import ALIKE, LAYERS
 from tests.models import random_prompt, tiny_engine, tiny_module
-from tests.quality.fakes import FakeMethod
 
 PASSAGES = [Passage(tuple(random_prompt(8 + 20, seed)), 8) for seed in range(3)]
 

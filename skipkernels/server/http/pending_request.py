@@ -15,14 +15,14 @@ from skipkernels.modality.job import Answer, Job, JobAnswer
 from skipkernels.server.http.backend import Backend
 
 
-class Exchange:
+class PendingRequest:
     """Submits a job of one request; leaving the ``async with`` block before the answer is there gives the job up.
 
     Args:
         on_exit: called when the block is left.
     """
 
-    def __init__(self, backend: Backend, job: Job, on_exit: Callable[[Exchange], None]) -> None:
+    def __init__(self, backend: Backend, job: Job, on_exit: Callable[[PendingRequest], None]) -> None:
         self._progress = LiveProgress()
         (request,) = job.requests
         watched = replace(request, inputs=ChatInputs(request.inputs, self._progress))
@@ -31,7 +31,7 @@ class Exchange:
         self._cut_short = False
         self._on_exit = on_exit
 
-    async def __aenter__(self) -> Exchange:
+    async def __aenter__(self) -> PendingRequest:
         return self
 
     async def __aexit__(

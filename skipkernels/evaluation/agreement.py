@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from skipkernels.evaluation.estimate import Item, Metric
+from skipkernels.evaluation.full_text import FullTextTask
+from skipkernels.evaluation.task import Outcome
 from skipkernels.methods.method import Method, OnItem, ignore
 from skipkernels.methods.work import Work
-from skipkernels.quality.estimate import Item, Metric
-from skipkernels.quality.full_text import FullTextTask
-from skipkernels.quality.task import Outcome
 
 KL = Metric("KL from full", "nats", higher_is_better=False)
 TOP1 = Metric("top-1 agreement", "share", higher_is_better=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from skipkernels.benchmark.serving.contender import Contender
-from skipkernels.benchmark.serving.trial import EmbeddedServer, find_capacities, try_contenders
+from skipkernels.benchmark.serving.server_run import EmbeddedServer, find_capacities, run_contenders
 from skipkernels.modality.profile import Profile
 from skipkernels.modality.profiler import Sample
 from skipkernels.modality.strategy import Inputs, Strategy, all_strategies
@@ -54,7 +54,7 @@ def test_all_meet_the_same_jobs_in_turns() -> None:
     turns: list[str] = []
     rates = [(FULL, 100.0), (BEST, 200.0)]
     server = EmbeddedServer(Sleeper(), SAMPLES)
-    trials = try_contenders(server, rates, WORKLOAD, jobs=8, rounds=2, on_turn=turns.append)
+    trials = run_contenders(server, rates, WORKLOAD, jobs=8, rounds=2, on_turn=turns.append)
     assert turns == ["full", "best", "best", "full"]
     full, best = trials
     assert len(full.real) == len(full.simulated) == len(best.real) == 2
@@ -79,7 +79,7 @@ def test_samples_are_taken_in_turns() -> None:
     server = EmbeddedServer(model, SAMPLES)
     make = server.requests()
     assert [make().inputs["audio"] for _ in range(9)] == [0, 1, 2, 3, 4, 5, 6, 0, 1]
-    (trial,) = try_contenders(server, [(BEST, 300.0)], WORKLOAD, jobs=30, rounds=1)
+    (trial,) = run_contenders(server, [(BEST, 300.0)], WORKLOAD, jobs=30, rounds=1)
     assert sum(model.seen.values()) == sum(len(outcome.job.requests) for outcome in trial.real[0])
     assert max(model.seen.values()) - min(model.seen.values()) <= 1
 

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from skipkernels.calibration.passages import Passage
 from skipkernels.errors import SkipkernelsError
+from skipkernels.evaluation.estimate import Item, Metric
 from skipkernels.methods.method import Method, OnItem, ignore
 from skipkernels.methods.work import Work
-from skipkernels.quality.estimate import Item, Metric
 
 
 @dataclass(frozen=True)

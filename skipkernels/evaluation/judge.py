@@ -13,7 +13,7 @@ from http.client import HTTPException
 from typing import Any
 
 from skipkernels.errors import RequestError
-from skipkernels.quality.task import Unfinished
+from skipkernels.evaluation.task import Unfinished
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _ATTEMPTS = 4

@@ -8,15 +8,15 @@ from rich.console import Console
 
 from skipkernels.calibration.passages import Passage
 from skipkernels.errors import PolicyError
+from skipkernels.evaluation.evaluation import Entry, evaluate
+from skipkernels.evaluation.plot import plot_quality
+from skipkernels.evaluation.report import group_table, tables, unreachable
+from skipkernels.evaluation.results_file import ResultsFile
+from skipkernels.evaluation.task import Outcome, Task, Unfinished
 from skipkernels.methods.method import Found, Method, OnItem, Progress, ignore
 from skipkernels.methods.setup import Setup
-from skipkernels.quality.evaluation import Entry, evaluate
-from skipkernels.quality.plot import plot_quality
-from skipkernels.quality.report import group_table, tables, unreachable
-from skipkernels.quality.results_file import ResultsFile
-from skipkernels.quality.task import Outcome, Task, Unfinished
 from skipkernels.support.console import table
-from tests.quality.fakes import SHARE, FakeFull, FakeKind, FakeTask
+from tests.evaluation.fakes import SHARE, FakeFull, FakeKind, FakeTask
 
 RIGHT = {"full": 4, "fake@0.1": 3, "fake@0.3": 1}
 

@@ -10,11 +10,11 @@ from typing import Any
 from skipkernels.calibration.passages import Passage
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError, SkipkernelsError
+from skipkernels.evaluation.estimate import Item, Metric
+from skipkernels.evaluation.jsonl import digest, read_jsonl
+from skipkernels.evaluation.task import Outcome
 from skipkernels.methods.method import Method, OnItem, ignore
 from skipkernels.methods.work import Work
-from skipkernels.quality.estimate import Item, Metric
-from skipkernels.quality.jsonl import digest, read_jsonl
-from skipkernels.quality.task import Outcome
 
 _ROUGE = {
     name: Metric(shown, "share", higher_is_better=True)

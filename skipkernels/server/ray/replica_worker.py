@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _AGAIN_S = 0.2  # between two calls to a replica that does not answer
 
 
-class ReplicaExecutor:
-    """An ``Executor``.
+class ReplicaWorker:
+    """A ``Worker``.
 
     Args:
         replica: a deployment of ``Replica`` with one replica.

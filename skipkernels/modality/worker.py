@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from skipkernels.modality.strategy import Inputs, Strategy
 
 
-class Executor(Protocol):
+class Worker(Protocol):
     """Runs one batch at a time; a batch that has started is never interrupted."""
 
     async def run(self, batch: Sequence[Inputs], strategy: Strategy) -> Sequence[Any]:
@@ -16,12 +16,12 @@ class Executor(Protocol):
 
         Raises:
             WorkerLost: the device, process or machine is gone; ``recover`` is called before the next batch.
-            Exception: the model failed on this batch; the executor itself can go on.
+            Exception: the model failed on this batch; the worker itself can go on.
         """
         ...
 
     async def recover(self) -> None:
-        """After ``WorkerLost``: returns once batches can run again. Whatever it raises retires this executor."""
+        """After ``WorkerLost``: returns once batches can run again. Whatever it raises retires this worker."""
         ...
 
     async def close(self) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from skipkernels.evaluation.estimate import Metric
+from skipkernels.evaluation.results_file import Cell
 from skipkernels.methods.method import FULL
-from skipkernels.quality.estimate import Metric
-from skipkernels.quality.results_file import Cell
 from skipkernels.support.pictures import pyplot, save
 
 _COLOURS = ("#2f6db5", "#f0a030", "#8a5fb0", "#c0504d", "#3a9a5b", "#7a6a55", "#d070a0")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from skipkernels.quality.estimate import Metric, estimate, estimate_relative
+from skipkernels.evaluation.estimate import Metric, estimate, estimate_relative
 
 SHARE = Metric("exact match", "share", higher_is_better=True)
 PERPLEXITY = Metric("perplexity", "perplexity", higher_is_better=False, exponential=True)

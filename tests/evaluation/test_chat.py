@@ -12,12 +12,12 @@ import pytest
 
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
+from skipkernels.evaluation.chat import Chat, read_questions
+from skipkernels.evaluation.judge import Judge, JudgeUnreachable
 from skipkernels.methods.setup import Setup
-from skipkernels.quality.chat import Chat, read_questions
-from skipkernels.quality.judge import Judge, JudgeUnreachable
+from tests.evaluation.fakes import WORK, FakeMethod
 from tests.methods.conftest import ALIKE
 from tests.models import byte_tokenizer, tiny_engine
-from tests.quality.fakes import WORK, FakeMethod
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 QUESTIONS = [

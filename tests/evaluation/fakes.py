@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from skipkernels.calibration.passages import Passage
+from skipkernels.evaluation.estimate import Item, Metric
+from skipkernels.evaluation.task import Outcome
 from skipkernels.methods.method import Answer, Found, Method, OnItem, Progress, RatioOf, Reading, ignore
 from skipkernels.methods.setup import Setup
 from skipkernels.methods.work import Work
-from skipkernels.quality.estimate import Item, Metric
-from skipkernels.quality.task import Outcome
 
 WORK = Work(tokens=10, ffns=40, ffns_skipped=10, layer_bytes=400, layer_bytes_skipped=60)
 

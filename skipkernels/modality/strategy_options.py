@@ -10,7 +10,7 @@ from skipkernels.modality.optimiser import EPSILON, Split, SplitTable
 from skipkernels.modality.profile import Profile
 
 
-class Menu:
+class StrategyOptions:
     """The undominated strategies, as positions in ``profile.strategies``, most accurate first, and the splits of jobs.
 
     Args:

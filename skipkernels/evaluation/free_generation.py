@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import takewhile
 
+from skipkernels.evaluation.estimate import Item, Metric
+from skipkernels.evaluation.full_text import FullTextTask
+from skipkernels.evaluation.task import Outcome
 from skipkernels.methods.method import Method, OnItem, ignore
 from skipkernels.methods.work import Work
-from skipkernels.quality.estimate import Item, Metric
-from skipkernels.quality.full_text import FullTextTask
-from skipkernels.quality.task import Outcome
 
 COMMON_PREFIX = Metric("common prefix", "tokens", higher_is_better=True)
 REPETITION = Metric("repeated 4-grams", "share", higher_is_better=False)

@@ -6,10 +6,10 @@ import pytest
 
 from skipkernels.demo.facts import Fact
 from skipkernels.errors import RequestError
+from skipkernels.evaluation.facts import EXACT_MATCH, Facts, read_facts, split
 from skipkernels.methods.setup import Setup
-from skipkernels.quality.facts import EXACT_MATCH, Facts, read_facts, split
+from tests.evaluation.fakes import WORK, FakeMethod
 from tests.models import tiny_engine
-from tests.quality.fakes import WORK, FakeMethod
 
 FACTS = [Fact(f"What is {number}?", f"n{number}", "even" if number % 2 == 0 else "odd") for number in range(12)]
 

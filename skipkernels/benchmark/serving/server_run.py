@@ -19,7 +19,7 @@ from skipkernels.modality.profiler import Sample
 from skipkernels.modality.runtime import Runtime
 from skipkernels.modality.simulator import simulate
 from skipkernels.modality.strategy import ModalityModel
-from skipkernels.modality.thread_executor import ThreadExecutor
+from skipkernels.modality.thread_worker import ThreadWorker
 from skipkernels.workloads.arrivals import Process, poisson
 from skipkernels.workloads.workload import Workload
 
@@ -27,7 +27,7 @@ _ALONE = 30  # requests from which the overhead of the server is told
 
 
 @dataclass
-class Trial:
+class ServerRun:
     """One contender at one rate: what its jobs met in each round, and what a simulation says they would meet."""
 
     contender: Contender
@@ -82,11 +82,11 @@ class EmbeddedServer:
         return max(0.0, alone - profile.full(profile.modalities).median_ms(1))
 
     async def _run(self, arrivals: Sequence[Arrival], contender: Contender) -> list[Outcome]:
-        async with Runtime(contender.profile, [ThreadExecutor(self._model)], contender.policy) as runtime:
+        async with Runtime(contender.profile, [ThreadWorker(self._model)], contender.selection) as runtime:
             return await replay(arrivals, runtime.submit, self._score)
 
     async def _alone(self, jobs: Sequence[Job], profile: Profile) -> float:
-        async with Runtime(profile, [ThreadExecutor(self._model)], "full") as runtime:
+        async with Runtime(profile, [ThreadWorker(self._model)], "full") as runtime:
             return median([(await runtime.submit(job)).time_ms for job in jobs])
 
     def _score(self, job: Job, answer: JobAnswer) -> list[float]:
@@ -96,7 +96,7 @@ class EmbeddedServer:
         ]
 
 
-def try_contenders(
+def run_contenders(
     server: EmbeddedServer,
     rates: Sequence[tuple[Contender, float]],
     workload: Workload,
@@ -107,7 +107,7 @@ def try_contenders(
     seed: int = 0,
     overhead_ms: float = 0.0,
     on_turn: Callable[[str], None] = lambda name: None,
-) -> list[Trial]:
+) -> list[ServerRun]:
     """Each round draws jobs and runs all contenders on them, one after the other, in an order that rotates.
 
     Args:
@@ -117,19 +117,19 @@ def try_contenders(
         overhead_ms: for the simulations, see ``EmbeddedServer.overhead_ms``.
         on_turn: called with the contender's name before its turn.
     """
-    trials = [Trial(contender, rate) for contender, rate in rates]
+    runs = [ServerRun(contender, rate) for contender, rate in rates]
     for number in range(rounds):
         load = Load.draw(workload, jobs, seed + number, process)
-        for offset in range(len(trials)):
-            trial = trials[(number + offset) % len(trials)]
-            contender = trial.contender
+        for offset in range(len(runs)):
+            run = runs[(number + offset) % len(runs)]
+            contender = run.contender
             on_turn(contender.name)
-            arrivals = load.arrivals(workload, contender.profile, trial.requests_per_s, server.requests())
-            trial.real.append(server.run(arrivals, contender))
-            trial.simulated.append(
-                simulate(arrivals, contender.profile, contender.policy, overhead_ms=overhead_ms, seed=seed + number)
+            arrivals = load.arrivals(workload, contender.profile, run.requests_per_s, server.requests())
+            run.real.append(server.run(arrivals, contender))
+            run.simulated.append(
+                simulate(arrivals, contender.profile, contender.selection, overhead_ms=overhead_ms, seed=seed + number)
             )
-    return trials
+    return runs
 
 
 def find_capacities(
@@ -146,19 +146,19 @@ def find_capacities(
     seed: int = 0,
     overhead_ms: float = 0.0,
     progress: Progress = lambda stage, share: None,
-) -> list[Trial]:
+) -> list[ServerRun]:
     """The highest rate at which each contender really keeps to ``max_violations``: from ``rates`` on, which a
     simulation has found, down by ``step`` until it does. After ``tries`` the last one stands, whatever it violates.
 
     Args:
-        jobs, rounds, process, seed, overhead_ms: as for ``try_contenders``.
+        jobs, rounds, process, seed, overhead_ms: as for ``run_contenders``.
     """
-    found: dict[str, Trial] = {}
+    found: dict[str, ServerRun] = {}
     wanted = list(rates)
     for attempt in range(tries):
         turns = count()
         total = rounds * len(wanted)
-        tried = try_contenders(
+        tried = run_contenders(
             server,
             wanted,
             workload,
@@ -172,11 +172,9 @@ def find_capacities(
                 (attempt + next(turns) / total) / tries,  # noqa: B023
             ),
         )
-        found |= {trial.contender.name: trial for trial in tried}
+        found |= {run.contender.name: run for run in tried}
         wanted = [
-            (trial.contender, step * trial.requests_per_s)
-            for trial in tried
-            if trial.summary.violation_ratio > max_violations
+            (run.contender, step * run.requests_per_s) for run in tried if run.summary.violation_ratio > max_violations
         ]
         if not wanted:
             break

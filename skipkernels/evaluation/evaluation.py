@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from skipkernels.errors import PolicyError
+from skipkernels.evaluation.estimate import Item, estimate, estimate_relative
+from skipkernels.evaluation.jsonl import digest
+from skipkernels.evaluation.results_file import Cell, ResultsFile
+from skipkernels.evaluation.task import Outcome, Task, Unfinished
 from skipkernels.methods.method import FULL, Found, MethodKind, Progress, ignore
 from skipkernels.methods.setup import Setup
-from skipkernels.quality.estimate import Item, estimate, estimate_relative
-from skipkernels.quality.jsonl import digest
-from skipkernels.quality.results_file import Cell, ResultsFile
-from skipkernels.quality.task import Outcome, Task, Unfinished
 
 _FIND_SHARE = 0.5  # of a cell's progress
 

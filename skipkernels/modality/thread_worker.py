@@ -10,8 +10,8 @@ from typing import Any
 from skipkernels.modality.strategy import Inputs, ModalityModel, Strategy
 
 
-class ThreadExecutor:
-    """An ``Executor``. A thread is never lost: what the model raises fails the batch only."""
+class ThreadWorker:
+    """A ``Worker``. A thread is never lost: what the model raises fails the batch only."""
 
     def __init__(self, model: ModalityModel) -> None:
         self._model = model

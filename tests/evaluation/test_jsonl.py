@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from skipkernels.errors import RequestError
-from skipkernels.quality.jsonl import digest, read_jsonl
+from skipkernels.evaluation.jsonl import digest, read_jsonl
 
 FIELDS = {"article": str, "turns": list}
 GOOD = '{"article": "a", "turns": [], "more": 1}'

@@ -19,13 +19,13 @@ from typing import Any
 from skipkernels.calibration.passages import Passage
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
+from skipkernels.evaluation.estimate import Item, Metric
+from skipkernels.evaluation.free_generation import REPETITION, repeated
+from skipkernels.evaluation.jsonl import digest, read_jsonl
+from skipkernels.evaluation.judge import Judge, JudgeUnreachable
+from skipkernels.evaluation.task import Outcome
 from skipkernels.methods.method import Method, OnItem, ignore
 from skipkernels.methods.work import Work
-from skipkernels.quality.estimate import Item, Metric
-from skipkernels.quality.free_generation import REPETITION, repeated
-from skipkernels.quality.jsonl import digest, read_jsonl
-from skipkernels.quality.judge import Judge, JudgeUnreachable
-from skipkernels.quality.task import Outcome
 
 SCORE = Metric("judge's score", "points", higher_is_better=True)
 LENGTH = Metric("answer length", "tokens", higher_is_better=True)

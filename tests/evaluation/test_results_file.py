@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from skipkernels.errors import RequestError
-from skipkernels.quality.results_file import ResultsFile
+from skipkernels.evaluation.results_file import ResultsFile
 
 SETTINGS: dict[str, Any] = {"seed": 0, "dtype": "bf16", "tasks": {"facts": {"items": 4}}}
 
