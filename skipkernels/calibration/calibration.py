@@ -1,9 +1,9 @@
-"""Calibration: the skip policy closest to the dense model at a wanted skip ratio.
+"""Calibration: finds the skip policy closest to the dense model at a wanted skip ratio.
 
 1. The dense model reads the calibration text; the similarity of every layer is recorded at every position.
 2. ``policy_search`` looks for threshold, span, dense layers and warm-up, first in a simulation on those similarities,
-   then by decoding one half of the text by force.
-3. ``verification`` measures what was found on the other half, beside a fixed and a random choice of FFNs.
+   then by teacher-forced decoding of one half of the text.
+3. ``verification`` measures the best policy on the other half, beside a fixed and a random choice of FFNs.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class SimilarityCurve:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The policy that was found, and what was measured on the way."""
+    """The policy that was found, and its measurements."""
 
     policy: SkipPolicy
     wanted_ratio: float
     held_out: Comparison
-    baselines: tuple[Baseline, ...]  # on the held-out text too
+    baselines: tuple[Baseline, ...]  # on the held-out text, too
     margins: tuple[Margin, ...]
-    trials: tuple[Trial, ...]  # on the text searched on, the best first
+    trials: tuple[Trial, ...]  # on the search half of the text, the best first
     curve: SimilarityCurve
     prompt_tokens: int
     new_tokens: int
@@ -67,12 +67,12 @@ class Calibration:
 
     @property
     def reached(self) -> bool:
-        """Whether the search came to the wanted ratio. It may not where similarities lie so close together that a
+        """Whether the search reached the wanted ratio. It may not if the similarities are so close together that a
         threshold lets all of them pass or none."""
         return self.trials[0].missed <= RATIO_TOLERANCE
 
     def measured(self) -> dict[str, Any]:
-        """What the policy file says of its policy: plain JSON."""
+        """The measurements that the policy file keeps: plain JSON."""
         return {
             "wanted_ratio": self.wanted_ratio,
             "prompt_tokens": self.prompt_tokens,
@@ -119,13 +119,13 @@ def calibrate(
     arguments give the same policy.
 
     Args:
-        engine: its rows are used; more of them (``max_batch_size``, up to half of ``passages``) are faster.
-        texts: text or token ids, in any number of pieces. The first half of each is searched on, the second half is
+        engine: decodes in batches; a larger ``max_batch_size``, up to half of ``passages``, is faster.
+        texts: text or token ids, in any number of pieces. The search uses the first half of each, the second half is
             held out.
         wanted_ratio: skipped FFNs over layers x generated tokens, warm-up and dense layers included, in (0, 1).
         prompt_tokens: tokens of each passage that are prefilled.
-        new_tokens: tokens of each passage that are decoded. The ratio holds for generations of this length: in
-            shorter ones the warm-up weighs more.
+        new_tokens: tokens of each passage that are decoded. The ratio holds for generations of this length: shorter
+            ones skip less, because the warm-up takes a larger share of them.
         passages: how many passages to cut from the texts, at most.
         spans: candidates for ``SkipPolicy.span``; None: found.
         first_dense_layers, last_dense_layers, warmup_tokens: as in ``SkipPolicy``; None: found.

@@ -18,7 +18,7 @@ _LABELLED_TOKENS = 150
 def plot_similarity(curve: SimilarityCurve, policy: SkipPolicy, path: str | Path) -> None:
     """Similarity of every layer, with the threshold and the dense layers of ``policy``.
 
-    Drawn as the distance from 1 on a logarithmic scale, upside down: near 1 is where the differences are.
+    Drawn as the distance from 1 on an inverted logarithmic scale, because the differences are near 1.
     """
     plt = pyplot()
     from matplotlib.ticker import MaxNLocator

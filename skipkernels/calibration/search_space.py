@@ -1,4 +1,4 @@
-"""Which policies a calibration may choose from."""
+"""The policies that a calibration may choose from."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from skipkernels.errors import PolicyError
 from skipkernels.skipping.policy import BatchRule, SkipPolicy
 
 WARMUPS = (1, 4, 8, 16, 25)
-"""Warm-ups tried where none is given. The first generated token runs every FFN in any case, so 1 is none at all."""
+"""Warm-ups to try where none is given. 1 is the same as none: the first generated token always runs every FFN."""
 _GRID = 24
 _SPANS = 12
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The skip policies of a model of ``layers``. What is given (not None) is the only value tried."""
+    """The skip policies of a model of ``layers``. A parameter that is given (not None) is not searched for."""
 
     layers: int
     spans: tuple[int | None, ...] | None = None
@@ -43,7 +43,7 @@ class SearchSpace:
 
     @property
     def tried_spans(self) -> tuple[int | None, ...]:
-        """None and at most 12 others, of one layer up to half of them all, where none are given."""
+        """The given spans; else None and at most 12 others, from one layer to half of all layers."""
         if self.spans is not None:
             return self.spans
         half = max(1, self.layers // 2)
@@ -58,8 +58,8 @@ class SearchSpace:
         return [(start, end) for start in starts for end in ends if start + end <= self.layers - 2]
 
     def candidates(self) -> Iterator[SkipPolicy]:
-        """Every span in every window, thresholds left open. Spans that are not given end before the window does: None
-        is the one that does not."""
+        """Every span in every window, with the default threshold. Where spans are not given, those as long as the
+        window are left out, because they equal None."""
         for span in self.tried_spans:
             for start, end in self.windows():
                 policy = replace(self.widest, span=span, first_dense_layers=start, last_dense_layers=end)
@@ -67,7 +67,7 @@ class SearchSpace:
                     yield policy
 
     def neighbours(self, policy: SkipPolicy) -> Iterator[SkipPolicy]:
-        """``policy`` with one of its bounds or its span moved by a layer, as far as they are free and possible."""
+        """``policy`` with one bound or its span moved by a layer, unless that is given or impossible."""
         moves: list[SkipPolicy] = []
         for step in (-1, 1):
             if self.first_dense_layers is None and policy.first_dense_layers + step >= 0:

@@ -26,33 +26,31 @@ _STDOUT = Path("-")
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """What is measured, and at which ratios."""
+    """The methods, and the ratios to measure them at."""
 
     methods: Annotated[
-        str, typer.Option(help="full, skip, held, random, fixed, skipdecode, shortgpt, exit; with commas between.")
+        str, typer.Option(help="full, skip, held, random, fixed, skipdecode, shortgpt, exit; separated by commas.")
     ] = "full,skip,random,fixed,skipdecode,shortgpt,exit"
-    ratios: Annotated[str, typer.Option(help="Shares of the FFN executions, or of the layers, to leave out.")] = (
-        "0.1,0.2,0.25,0.35"
-    )
+    ratios: Annotated[str, typer.Option(help="Ratios of FFN executions, or of layers, to skip.")] = "0.1,0.2,0.25,0.35"
     policy: Annotated[
         Path | None, typer.Option(help="A file of `skipkernels calibrate` for the method skip, instead of --ratios.")
     ] = None
     warmup_tokens: Annotated[
-        int, typer.Option(min=1, help="Generated tokens that run in full; answers may be shorter than the usual 25.")
+        int, typer.Option(min=1, help="First generated tokens, which skip nothing; few, because answers may be short.")
     ] = 1
 
     def ratio_list(self) -> list[float]:
         try:
             ratios = [float(part) for part in self.ratios.split(",")]
         except ValueError as error:
-            raise typer.BadParameter(f"--ratios takes numbers with commas between, got {self.ratios!r}") from error
+            raise typer.BadParameter(f"--ratios takes numbers separated by commas, got {self.ratios!r}") from error
         wrong = [ratio for ratio in ratios if not 0.0 < ratio < 1.0]
         if wrong:
             raise typer.BadParameter(f"a ratio must lie between 0 and 1, got {wrong[0]:g}")
         return ratios
 
     def entries(self, setup: Setup) -> list[Entry]:
-        """The plan; the full model comes first, because others are compared with it."""
+        """Methods and ratios; the full model first, because others are compared with it."""
         from skipkernels.evaluation.evaluation import Entry
         from skipkernels.methods.ffn_skip import FFNSkip, GivenPolicy
         from skipkernels.methods.method import FULL
@@ -78,21 +76,22 @@ def evaluate(
     model_options: ModelOptions,
     method_options: MethodOptions,
     task_options: TaskOptions,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn: facts, random skips, resamples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of facts, random skips and resamples.")] = 0,
     json: Annotated[
-        Path | None, typer.Option(help="Write everything here, cell by cell; '-' prints it alone, at the end.")
+        Path | None,
+        typer.Option(help="Results file, written after every cell; '-' prints it at the end, and nothing else."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the --json file of the same command.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the --json file of the same command.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Picture: quality over skip ratio, with intervals.")] = None,
 ) -> None:
     """Measure what leaving out work costs: facts, perplexity, generation and more, on every method at every ratio.
 
-    At a ratio, methods that skip FFNs leave out that share of the FFN executions, those that skip layers that share of
-    the layers. What was measured is stated in both terms. Run it once for every model.
+    A ratio is the share of FFN executions for methods that skip FFNs, and the share of layers for methods that skip
+    layers. Tables show the share of FFN executions and of weight bytes that were skipped. Run it once per model.
     """
-    method_options.ratio_list()  # a wrong command line is refused before a model is loaded
+    method_options.ratio_list()  # raises for a wrong command line before a model is loaded
     if resume and json is None:
-        raise typer.BadParameter("--resume goes on with the file of --json; give both")
+        raise typer.BadParameter("--resume continues the file of --json; give both")
     require_folder(None if json == _STDOUT else json)
     require_picture(plot)
     engine = model_options.load(max_batch_size=_ROWS)

@@ -1,4 +1,4 @@
-"""Agreement with the full model, token for token on its own text, decoded by force."""
+"""Agreement with the full model: token by token on the full model's text, with teacher forcing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOP1 = Metric("top-1 agreement", "share", higher_is_better=True)
 
 
 class Agreement(FullTextTask):
-    """How far a method's predictions are from the full model's."""
+    """Compares a method's predictions with the full model's."""
 
     name = "agreement"
     metrics = (KL, TOP1)

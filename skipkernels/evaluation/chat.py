@@ -1,8 +1,8 @@
-"""Chat: answers to questions of several turns, in MT-Bench's files (Zheng et al. 2023, arXiv 2306.05685).
+"""Chat: answers to multi-turn questions, in MT-Bench's file formats (Zheng et al. 2023, arXiv 2306.05685).
 
 Questions and answers are written as FastChat reads them (``question.jsonl``, ``model_answer/<model>.jsonl``), so its
 tools work on them as well. A judge may grade every turn; grades go to ``model_judgment/<judge>_single.jsonl``.
-Everything is appended as soon as it is there, and what is there is not asked for again.
+Answers and grades are appended as soon as they are complete, and complete ones are not repeated.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Chat:
     def run(self, method: Method, label: str, on_item: OnItem = ignore) -> Outcome:
         answers = self._answers(method, label, on_item)
         if self._unreachable:
-            raise self._unreachable  # one method has waited for the judge; the others only leave their answers
+            raise self._unreachable  # the judge has failed once: the other methods only write their answers
         items: dict[str, list[Item]] = {metric.name: [] for metric in self.metrics}
         for question, answer in zip(self._questions, answers, strict=True):
             turns = answer["skipkernels"]["token_ids"]
@@ -95,7 +95,7 @@ class Chat:
         return Outcome(items, work, groups=[question["category"] for question in self._questions])
 
     def _answers(self, method: Method, label: str, on_item: OnItem) -> list[dict[str, Any]]:
-        """One line of the answers' file for every question, in their order."""
+        """The line of the answer file for each question, in order."""
         path = self._folder / "model_answer" / f"{_file_name(label)}.jsonl"
         known = {line["question_id"]: line for line in _lines(path)}
         for question in self._questions:
@@ -114,7 +114,7 @@ class Chat:
         return answers
 
     def _answer(self, method: Method, label: str, question: Question) -> dict[str, Any]:
-        """Turn by turn, each with all before it as its prompt."""
+        """Answers turn by turn; the prompt of each turn is the conversation up to it."""
         turns: list[str] = []
         token_ids: list[list[int]] = []
         work = Work()
@@ -166,7 +166,7 @@ def read_questions(path: Path) -> list[Question]:
     """MT-Bench's questions: one object per line with ``question_id``, ``category`` and ``turns``, a list of texts.
 
     Raises:
-        RequestError: see ``read_jsonl``; or a question has no turns, or a number that another one has.
+        RequestError: see ``read_jsonl``; or a question has no turns or the number of another one.
     """
     questions = read_jsonl(path, {"question_id": int, "category": str, "turns": list})
     seen = set()
@@ -175,7 +175,7 @@ def read_questions(path: Path) -> list[Question]:
         if not turns or not all(isinstance(turn, str) for turn in turns):
             raise RequestError(f"{path}, question {number}: 'turns' must be a list of one text or more, got {turns!r}")
         if number in seen:
-            raise RequestError(f"{path}: question_id {number} stands there twice")
+            raise RequestError(f"{path}: question_id {number} appears twice")
         seen.add(number)
     return questions
 
@@ -189,7 +189,7 @@ def _conversation(question: Question, answered: Sequence[str], turn: int) -> lis
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """What is in a file of ours so far. A last line that an interruption cut off does not count."""
+    """The complete lines of a file. An incomplete last line, left by an interruption, is ignored."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")

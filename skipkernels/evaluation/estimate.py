@@ -1,4 +1,4 @@
-"""Metrics, and how sure a measured one is: percentile bootstrap over the items of a task (Efron 1979)."""
+"""Metrics and their confidence intervals: percentile bootstrap over the items of a task (Efron 1979)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESAMPLES = 1000
 CONFIDENCE = 0.95
 
 Item = tuple[float, float]
-"""What one item adds to a metric: sum and count. The metric is the sum of sums over the sum of counts."""
+"""One item's contribution to a metric: sum and count. The metric is the total sum over the total count."""
 Unit = Literal["share", "nats", "perplexity", "tokens", "points", "number"]
 Array = npt.NDArray[np.float64]
 
@@ -37,7 +37,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric with its 95 % interval; None where nothing was counted."""
+    """A metric with its 95 % interval; None if the count is 0."""
 
     value: float | None
     low: float | None
@@ -47,7 +47,7 @@ class Estimate:
     def of(cls, value: float, resampled: Array) -> Estimate:
         if not np.isfinite(value):
             return cls(None, None, None)
-        # a resample may hold only items that count nothing
+        # not finite: resamples of items whose counts are all 0
         edge = 100 * (1 - CONFIDENCE) / 2
         low, high = np.percentile(resampled[np.isfinite(resampled)], (edge, 100 - edge))
         return cls(value, float(low), float(high))
@@ -56,7 +56,7 @@ class Estimate:
 def estimate(metric: Metric, items: Sequence[Item], seed: int) -> Estimate:
     """The metric over ``items`` and over resamples of them, drawn with replacement; same seed, same interval.
 
-    The draws depend on the number of items and the seed only, so methods are resampled alike.
+    The draws depend on the number of items and the seed only, so all methods get the same resamples.
     """
     sums, counts = np.array(items, dtype=np.float64).reshape(-1, 2).T
     value = float(metric.of(sums.sum(keepdims=True), counts.sum(keepdims=True))[0])
@@ -66,7 +66,7 @@ def estimate(metric: Metric, items: Sequence[Item], seed: int) -> Estimate:
 
 
 def estimate_relative(metric: Metric, items: Sequence[Item], full: Sequence[Item], seed: int) -> Estimate:
-    """The metric over that of the full model on the same items, resampled together."""
+    """The metric divided by the full model's on the same items; both are resampled together."""
     (sums, counts), (full_sums, full_counts) = (np.array(side, dtype=np.float64).T for side in (items, full))
     drawn = draws(len(items), seed)
 

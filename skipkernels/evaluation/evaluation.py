@@ -29,10 +29,10 @@ class Entry:
 def evaluate(
     setup: Setup, entries: Sequence[Entry], tasks: Sequence[Task], results: ResultsFile, progress: Progress = ignore
 ) -> list[Unfinished]:
-    """Fills in the cells that are missing, each written as soon as it is done.
+    """Computes the missing cells, and writes each as soon as it is done.
 
     Returns:
-        What could not be finished; the other cells are.
+        Errors of the cells that could not be finished.
     """
     setup.memory = results.document["memory"]
     planned = [(task, entry.kind, ratio) for task in tasks for entry in entries for ratio in entry.ratios]
@@ -85,7 +85,9 @@ def _cell(setup: Setup, task: Task, kind: MethodKind, ratio: float, results: Res
         done += count
         report(f"{done}/{task.total}", _FIND_SHARE + (1 - _FIND_SHARE) * done / task.total)
 
-    made_of = digest(f"{setup.engine.fingerprint} {found}")[:6]  # files of another model or policy are not gone on with
+    made_of = digest(f"{setup.engine.fingerprint} {found}")[
+        :6
+    ]  # part of file names, so that files of another model or policy are not resumed
     outcome = task.run(kind.build(setup, found), f"{_label(kind, ratio)}-{made_of}", on_item)
     return cell | {
         "found": found,
@@ -120,13 +122,13 @@ def _by_group(task: Task, outcome: Outcome, seed: int) -> dict[str, Any] | None:
 
 
 def _columns(items: Sequence[Item]) -> dict[str, list[float]]:
-    """Sums and counts apart, in as few digits as matter."""
+    """Sums and counts as two lists, rounded."""
     sums, counts = zip(*items, strict=True)
     return {"sums": [round(value, 6) for value in sums], "counts": [round(value, 6) for value in counts]}
 
 
 def _compare_with_full(setup: Setup, tasks: Sequence[Task], results: ResultsFile) -> None:
-    """Adds to each cell its metrics relative to the full model's on the same items, where that was measured."""
+    """Adds to each cell its metrics relative to the full model's on the same items, if these were measured."""
     for task in tasks:
         full = results.cell(FULL, 0.0, task.name)
         for cell in results.cells:

@@ -1,4 +1,4 @@
-"""Facts: short questions with one right answer each, counted where the answer is right word for word."""
+"""Facts: short questions with one right answer each, scored by exact match."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from skipkernels.methods.work import Work
 
 EXACT_MATCH = Metric("exact match", "share", higher_is_better=True)
 _OTHERS = 64
-_SPARE_TOKENS = 4  # more than the longest answer: a wrong one need not be as short
+_SPARE_TOKENS = 4  # beyond the longest right answer, for wrong ones that are longer
 
 
 class Facts:
@@ -29,7 +29,7 @@ class Facts:
     metrics = (EXACT_MATCH,)
 
     def __init__(self, engine: Engine, facts: Sequence[Fact], others: Sequence[Fact]) -> None:
-        """``facts`` are asked; ``others``, with their answers, set the ratio."""
+        """``facts`` are asked; ``others``, with their answers, are used to set the ratio."""
         if engine.tokenizer is None:
             raise RequestError("the task 'facts' needs a tokenizer, and this model was loaded without one")
         self._facts = facts
@@ -56,7 +56,7 @@ class Facts:
 
 
 def read_facts(path: Path) -> list[Fact]:
-    """The facts of a file: one object per line with ``question`` and ``answer``; ``topic`` where there are kinds.
+    """The facts of a file: one object per line with ``question``, ``answer`` and optionally ``topic``.
 
     Raises:
         RequestError: see ``read_jsonl``.
@@ -66,10 +66,10 @@ def read_facts(path: Path) -> list[Fact]:
 
 
 def split(facts: Sequence[Fact], limit: int | None, seed: int) -> tuple[list[Fact], list[Fact]]:
-    """Facts to ask, at most ``limit``, and others to set the ratio on; both drawn at random.
+    """Draws facts to ask, at most ``limit``, and others to set the ratio on.
 
     Raises:
-        RequestError: there are not two of them.
+        RequestError: there are fewer than two.
     """
     if len(facts) < 2:
         raise RequestError(f"the task 'facts' needs at least 2 facts, got {len(facts)}")

@@ -1,4 +1,4 @@
-"""Free generation beside the full model's: how soon it departs, and whether it collapses into repetition."""
+"""Free generation compared with the full model's: length of the common prefix, and repetition."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class FreeGeneration(FullTextTask):
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """Length of the common prefix of two sequences."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def repeated(token_ids: Sequence[int]) -> Item:
-    """How many of the 4-grams stood in the sequence before, and how many there are."""
+    """The number of 4-grams that occurred earlier in the sequence, and of all 4-grams."""
     grams = [tuple(token_ids[start : start + _N]) for start in range(len(token_ids) - _N + 1)]
     return float(len(grams) - len(set(grams))), float(len(grams))

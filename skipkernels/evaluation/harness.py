@@ -1,4 +1,4 @@
-"""HarnessTask: a task of lm-evaluation-harness, measured like every other task, with intervals from its documents."""
+"""HarnessTask: a task of lm-evaluation-harness as a ``Task``, with intervals over its documents."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _UNITS: dict[str, Unit] = {
     "weighted_perplexity": "perplexity",
     "bits_per_byte": "number",
 }
-"""Of what the harness calls the ways to sum documents up."""
+"""Unit of each aggregation function of the harness."""
 
 
 class HarnessTask:
-    """One task by its name; ``include`` is a folder with more of them, as YAML.
+    """A task by name; ``include`` is a folder with further tasks, as YAML.
 
-    Metrics that are no mean over documents (BLEU of a corpus, for one) have no interval and are left out.
+    Metrics that are not a mean over documents, such as corpus BLEU, have no interval and are left out.
     """
 
     total = 1
@@ -78,14 +78,14 @@ class HarnessTask:
             tasks=[self._task],
             task_manager=self._manager,
             limit=self._limit,
-            bootstrap_iters=0,  # intervals are ours
+            bootstrap_iters=0,  # intervals are computed by this package
             random_seed=self._seed,
             numpy_random_seed=self._seed,
             torch_random_seed=self._seed,
             fewshot_random_seed=self._seed,
         )
         (samples,) = results["samples"].values()
-        first = samples[0]["filter"]  # of several ways to read an answer, the first
+        first = samples[0]["filter"]  # the harness may filter answers in several ways; the first is taken
         chosen = [sample for sample in samples if sample["filter"] == first]
         on_item(1)
         items = {name: [_item(kind, sample[name]) for sample in chosen] for name, kind in self._means.items()}
@@ -93,7 +93,7 @@ class HarnessTask:
 
 
 def _load(name: str, include: Path | None) -> tuple[Any, Any]:
-    """The harness's index and its object for a task; the documents are loaded with it.
+    """The harness's task index and a task of it, with its documents loaded.
 
     Raises:
         RequestError: there is no such task, or it is a group of several.
@@ -110,21 +110,21 @@ def _load(name: str, include: Path | None) -> tuple[Any, Any]:
         raise RequestError(f"lm-evaluation-harness has no task {name!r}{place}")
     try:
         (task,) = manager.load(name)["tasks"].values()
-    except Exception as error:  # data sets fail in many ways, none of them ours
+    except Exception as error:  # loading data sets raises many types
         raise SkipkernelsError(f"the task {name!r} cannot be loaded ({type(error).__name__}: {error})") from error
     return manager, task
 
 
 @cache
 def _manager(include: Path | None, with_its_own: bool) -> Any:
-    """The harness's index of tasks. That of its own takes a minute to read, hence only where it is needed."""
+    """The harness's task index. Reading its built-in tasks takes a minute, so they are read only if needed."""
     from skipkernels.integrations.lm_eval import TaskManager
 
     return TaskManager(include_path=None if include is None else str(include), include_defaults=with_its_own)
 
 
 def _item(kind: str, value: Any) -> Item:
-    """What a document adds to a metric; log-likelihoods come with the words or bytes that they are for."""
+    """A document's contribution to a metric; log-likelihoods come with their count of words or bytes."""
     if kind == "mean":
         return float(value), 1.0
     if kind == "perplexity":

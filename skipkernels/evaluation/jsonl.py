@@ -13,13 +13,13 @@ from skipkernels.support.files import read_text
 
 
 def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
-    """The objects of a file. Empty lines are passed over.
+    """The objects of a file. Empty lines are skipped.
 
     Args:
-        fields: what each object must have, and of which type; other fields are kept as they are.
+        fields: names and types that each object must have; other fields are kept.
 
     Raises:
-        RequestError: the file cannot be read or holds nothing; or a line is no JSON object, or lacks a field, or has
+        RequestError: the file cannot be read or is empty; or a line is not a JSON object, or lacks a field, or has
             one of another type. The message names the line.
     """
     objects = [
@@ -37,24 +37,24 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _parse(place: str, line: str, fields: Mapping[str, type]) -> dict[str, Any]:
+def _parse(where: str, line: str, fields: Mapping[str, type]) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise RequestError(f"{place}: is not JSON ({error.msg} at column {error.colno})") from error
+        raise RequestError(f"{where}: is not JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(value, dict):
-        raise RequestError(f"{place}: expected an object with {_names(fields)}, got {type(value).__name__}")
+        raise RequestError(f"{where}: expected an object with {_names(fields)}, got {type(value).__name__}")
     for name, kind in fields.items():
         if name not in value:
-            raise RequestError(f"{place}: the field {name!r} is missing; expected {_names(fields)}")
+            raise RequestError(f"{where}: the field {name!r} is missing; expected {_names(fields)}")
         if not isinstance(value[name], kind):
             raise RequestError(
-                f"{place}: the field {name!r} must be {_TYPES[kind]}, got {_TYPES.get(type(value[name]), 'null')}"
+                f"{where}: the field {name!r} must be {_TYPES[kind]}, got {_TYPES.get(type(value[name]), 'null')}"
             )
     return value
 
 
-_TYPES = {str: "a text", list: "a list", int: "a whole number", float: "a number", dict: "an object", bool: "a truth"}
+_TYPES = {str: "a text", list: "a list", int: "a whole number", float: "a number", dict: "an object", bool: "a boolean"}
 
 
 def _names(fields: Mapping[str, type]) -> str:

@@ -1,4 +1,4 @@
-"""Judge: a strong model that scores answers, behind any endpoint that speaks OpenAI's chat completions."""
+"""Judge: a strong model that scores answers, behind any endpoint with OpenAI's chat completions."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _INSTRUCTION = (
 
 
 class JudgeUnreachable(Unfinished):
-    """The endpoint did not answer, or not usefully, after several attempts."""
+    """The endpoint gave no usable answer after several attempts."""
 
 
 @dataclass(frozen=True)
 class Judgment:
-    """What the judge said. ``score`` is from 1 to 10."""
+    """The judge's reply. ``score`` is from 1 to 10."""
 
     score: float
     prompt: str
@@ -43,7 +43,7 @@ class Judgment:
 
 @dataclass(frozen=True)
 class Judge:
-    """A model behind ``url``, the address that ends before ``/chat/completions``.
+    """A model behind ``url``, the address without ``/chat/completions``.
 
     The key, where the endpoint wants one, is taken from the environment (``OPENAI_API_KEY``).
     """
@@ -58,10 +58,10 @@ class Judge:
             raise RequestError(f"a judge's address must begin with http:// or https://, got {self.url!r}")
 
     def grade(self, conversation: list[dict[str, str]]) -> Judgment:
-        """Grades the last message of a conversation of ``role`` and ``content``, an assistant's.
+        """Grades the last message of a conversation, which is the assistant's.
 
         Raises:
-            JudgeUnreachable: no usable reply after several attempts, or one that says that more would not help.
+            JudgeUnreachable: no usable reply after several attempts, or an HTTP error that is not worth a retry.
         """
         prompt = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in conversation)
         body = {
@@ -79,11 +79,11 @@ class Judge:
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code} {error.reason}"
                 if error.code < 500 and error.code not in (408, 429):
-                    break  # asking again changes nothing
+                    break  # a retry would not help
             except (OSError, HTTPException) as error:  # refused, timed out, cut off
                 problem = str(getattr(error, "reason", None) or error) or type(error).__name__
             except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
-                problem = f"a reply that is no chat completion ({type(error).__name__}: {error})"
+                problem = f"a reply that is not a chat completion ({type(error).__name__}: {error})"
             else:
                 found = _RATING.search(text)
                 if found and _LOWEST <= float(found[1]) <= _HIGHEST:
@@ -91,7 +91,7 @@ class Judge:
                 problem = f"a reply without a rating from 1 to 10: {text[:80]!r}"
         raise JudgeUnreachable(
             f"the judge at {self.url} gave no grade ({problem}); the answers are kept, and the same command with "
-            "--resume goes on"
+            "--resume continues"
         )
 
     def _post(self, body: dict[str, Any]) -> str:

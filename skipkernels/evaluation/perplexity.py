@@ -1,4 +1,4 @@
-"""Perplexity of held-out text, decoded by force with the method active."""
+"""Perplexity of held-out text, decoded with teacher forcing while the method is active."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PERPLEXITY = Metric("perplexity", "perplexity", higher_is_better=False, exponent
 
 
 class Perplexity:
-    """Reads passages that no method was found on; only what is decoded counts."""
+    """Scores passages that no method was tuned on; only decoded tokens count."""
 
     name = "perplexity"
     metrics = (PERPLEXITY,)

@@ -40,7 +40,7 @@ def plot_quality(cells: Sequence[Cell], panels: Sequence[tuple[str, Metric]], pa
 
 
 def _measured(cells: Sequence[Cell], task: str, metric: Metric) -> list[Cell]:
-    """The cells of a task in which something was counted."""
+    """The cells of a task that have a value for this metric."""
     return [
         cell
         for cell in cells
@@ -54,7 +54,7 @@ def _draw(axes: Any, cells: Sequence[Cell], metric: Metric) -> None:
     logarithmic = metric.exponential or metric.unit == "nats"
     for cell in cells:
         full = cell["metrics"][metric.name]
-        # how the full model compares with itself is not worth an axis that reaches there
+        # where the full model is compared with itself, its value would only stretch the axis
         with_itself = metric.unit == "tokens" or (logarithmic and full["value"] <= 0)
         if cell["method"] == FULL and not with_itself:
             axes.axhline(full["value"], color="#888888", linestyle="--", linewidth=1, label=FULL)

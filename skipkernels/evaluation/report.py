@@ -8,15 +8,15 @@ from typing import Any
 from skipkernels.evaluation.estimate import Metric
 from skipkernels.evaluation.results_file import Cell
 
-_METRICS_PER_TABLE = 2  # as many as fit beside each other
-_SHOWN_RATIO = 0.25  # the one, or the nearest to it, that kinds of items are shown at
+_METRICS_PER_TABLE = 2  # as many as fit in 80 columns
+_SHOWN_RATIO = 0.25  # results by group are shown at the ratio nearest to this
 
 Table = tuple[list[str], list[list[str]]]
 """Headings and rows."""
 
 
 def tables(cells: Sequence[Cell], task: str, metrics: Sequence[Metric]) -> Iterator[Table]:
-    """What was measured on a task; several tables where it has many metrics."""
+    """The results of a task; several tables if it has many metrics."""
     chosen = _measured(cells, task)
     for start in range(0, len(metrics), _METRICS_PER_TABLE):
         shown = metrics[start : start + _METRICS_PER_TABLE]
@@ -33,8 +33,8 @@ def tables(cells: Sequence[Cell], task: str, metrics: Sequence[Metric]) -> Itera
 
 
 def group_table(cells: Sequence[Cell], task: str, metric: Metric) -> tuple[str, Table] | None:
-    """A metric by the kind of item, for every method at the ratio nearest to 25 %, with its title; None where there
-    are no kinds."""
+    """A metric by group of items, for every method at the ratio nearest to 25 %, with its title; None if the task has
+    no groups."""
     chosen: dict[str, Cell] = {}
     for cell in _measured(cells, task):
         before = chosen.get(cell["method"])
@@ -57,14 +57,14 @@ def group_table(cells: Sequence[Cell], task: str, metric: Metric) -> tuple[str, 
 
 
 def unreachable(cells: Sequence[Cell]) -> Iterator[str]:
-    """What could not be measured, and why."""
+    """The cells that could not be measured, with reasons."""
     for cell in cells:
         if "unreachable" in cell:
             yield f"{cell['task']}, {' '.join(_name(cell))}: {cell['unreachable']}"
 
 
 def with_interval(metric: Metric, estimate: dict[str, Any]) -> str:
-    """A value and its interval, the unit written once."""
+    """A value and its interval, with the unit once."""
     if estimate["value"] is None:
         return "-"
     low, high = (shown_value(metric, estimate[edge]).rstrip("%") for edge in ("low", "high"))
@@ -72,7 +72,7 @@ def with_interval(metric: Metric, estimate: dict[str, Any]) -> str:
 
 
 def shown_value(metric: Metric, value: float | None) -> str:
-    """A value in the unit of its metric; None where nothing was counted."""
+    """A value in the unit of its metric; None if the count is 0."""
     if value is None:
         return "-"
     formats = {"share": "{:.1%}", "nats": "{:.4f}", "perplexity": "{:.2f}", "tokens": "{:.1f}", "points": "{:.2f}"}

@@ -1,8 +1,8 @@
-"""ResultsFile: an evaluation as JSON, written anew after every cell, from which the same command goes on.
+"""ResultsFile: an evaluation as JSON, rewritten after every cell, so that the same command can resume.
 
-settings    what all cells depend on; those of each task under "tasks"
+settings    settings of all cells; those of each task under "tasks"
 environment machine, versions, commit and date of the last run
-memory      what methods found
+memory      parameters that methods have found
 cells       one method at one ratio on one task
 """
 
@@ -27,10 +27,10 @@ class ResultsFile:
     def __init__(
         self, path: Path | None, *, settings: dict[str, Any], environment: dict[str, Any], resume: bool = False
     ) -> None:
-        """Begins a file, or goes on with one.
+        """Creates a file, or resumes one.
 
         Raises:
-            RequestError: the file is there and ``resume`` is not set; or it is no results file, or one of other
+            RequestError: the file exists and ``resume`` is not set; or it is not a results file, or has other
                 settings.
         """
         self._path = path
@@ -44,7 +44,7 @@ class ResultsFile:
         }
         if path is not None and path.exists():
             if not resume:
-                raise RequestError(f"{path}: is there already; --resume goes on with it, another name begins anew")
+                raise RequestError(f"{path}: exists already; give --resume to continue it, or another name")
             before = read_document(path, "results file", FORMAT, VERSION, RequestError)
             _check_settings(path, before["settings"], settings)
             self.document["memory"], self.document["cells"] = before["memory"], before["cells"]
@@ -57,7 +57,7 @@ class ResultsFile:
         return cells
 
     def cell(self, method: str, ratio: float, task: str) -> Cell | None:
-        """The finished cell, if it is."""
+        """The cell, if it is finished."""
         key = (method, ratio, task)
         return next((cell for cell in self.cells if (cell["method"], cell["ratio"], cell["task"]) == key), None)
 
@@ -66,7 +66,7 @@ class ResultsFile:
         self.save()
 
     def save(self) -> None:
-        """Writes the whole file beside the old one and puts it in its place: a reader never sees a half of it."""
+        """Writes a new file and renames it over the old one, so that readers never see a partial file."""
         if self._path is None:
             return
         beside = self._path.with_name(self._path.name + ".writing")
@@ -75,7 +75,7 @@ class ResultsFile:
 
 
 def _text(document: dict[str, Any]) -> str:
-    """JSON with a line for each cell: a difference between two files shows which cells it is in."""
+    """JSON with one line per cell, so that a diff shows which cells differ."""
     parts = [f"{json.dumps(name)}: {_line(value)}" for name, value in document.items() if name != "cells"]
     cells = ",\n".join(map(_line, document["cells"]))
     return "{\n" + ",\n".join([*parts, f'"cells": [\n{cells}\n]']) + "\n}\n"
@@ -86,13 +86,13 @@ def _line(value: Any) -> str:
 
 
 def _check_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """A task may be new; what is in both must be the same."""
+    """Raises RequestError if settings differ; tasks may be added."""
     shared = before["tasks"].keys() & now["tasks"].keys()
     pairs = [(before, now), *((before["tasks"][name], now["tasks"][name]) for name in sorted(shared))]
     for old, new in pairs:
         for name in sorted(old.keys() | new.keys() - {"tasks"}):
             if name != "tasks" and old.get(name) != new.get(name):
                 raise RequestError(
-                    f"{path}: was made with {name} = {old.get(name)!r}, this command says {new.get(name)!r}; "
+                    f"{path}: was made with {name} = {old.get(name)!r}, this command has {new.get(name)!r}; "
                     "give the same, or another file"
                 )

@@ -1,4 +1,4 @@
-"""Summarisation: ROUGE-1, -2 and -L (Lin 2004) between what a method writes and the summaries of a file."""
+"""Summarisation: ROUGE-1, -2 and -L (Lin 2004) of generated summaries against those of a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROUGE = {
     name: Metric(shown, "share", higher_is_better=True)
     for name, shown in (("rouge1", "ROUGE-1"), ("rouge2", "ROUGE-2"), ("rougeL", "ROUGE-L"))
 }
-_PROMPT = "{article}\n\nTL;DR:"  # what a model without instruction tuning was found to understand (GPT-2's report)
+_PROMPT = "{article}\n\nTL;DR:"  # works for models without instruction tuning (GPT-2's report)
 _STOP = ["\n\n"]
 
 
@@ -46,7 +46,7 @@ class Summarization:
         max_new_tokens: int = 128,
     ) -> None:
         pairs = read_pairs(path)
-        self._scorer = _rouge_scorer()  # a missing package is an error now, not after the work
+        self._scorer = _rouge_scorer()  # raises now, not after the work, if the package is missing
         if engine.tokenizer is None:
             raise RequestError("the task 'summarization' needs a tokenizer, and this model was loaded without one")
         self._pairs = pairs[:limit]

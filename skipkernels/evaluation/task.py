@@ -1,4 +1,4 @@
-"""Task: something to measure, item by item, on any method."""
+"""Task: measures any method, item by item."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from skipkernels.methods.work import Work
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one method did on all items of a task."""
+    """The result of one method on all items of a task."""
 
     items: dict[str, list[Item]]
     """By the name of the metric, one entry per item of the task."""
     work: Work
     groups: list[str] | None = None
-    """The kind of each item, where a task has kinds."""
+    """The group of each item, for tasks with groups."""
 
 
 class Task(Protocol):
@@ -35,23 +35,23 @@ class Task(Protocol):
 
     @property
     def alike(self) -> Sequence[Passage]:
-        """Passages that resemble what is measured and are not: methods keep their ratio on them."""
+        """Passages that resemble the measured ones, without being among them: on these, methods reach their ratio."""
         ...
 
     @property
     def total(self) -> int:
-        """How many times ``on_item`` counts one in a run."""
+        """The sum of all ``on_item`` counts in a run."""
         ...
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What results depend on, besides model and method; plain JSON. Results of other settings do not compare."""
+        """Settings that results depend on, besides model and method; plain JSON. Only equal settings compare."""
         ...
 
     def run(self, method: Method, label: str, on_item: OnItem = ignore) -> Outcome:
-        """Measures ``method``, which files that a task writes call ``label``."""
+        """Measures ``method``; ``label`` is its name in files that the task writes."""
         ...
 
 
 class Unfinished(SkipkernelsError, RuntimeError):
-    """A task could not be finished for a reason outside; what was done is kept, and the same command goes on."""
+    """A task was interrupted by an external cause. Finished work is kept, and the same command resumes it."""

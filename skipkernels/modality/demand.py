@@ -1,4 +1,4 @@
-"""A waiting job as a decision sees it."""
+"""A waiting job, as the planner sees it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Demand:
     """The waiting requests of one job. A queue of demands is in order of their deadlines."""
 
     requests: int
-    needed_sum: float  # what the promises of these requests have to sum up to
+    needed_sum: float  # lower bound on the sum of the promised accuracies of these requests
     work: float
     deadline_ms: float  # on the scheduler's clock
     options: StrategyOptions
     cheapest: Split = field(init=False)
-    due_ms: float = 0.0  # when to be done so that jobs to come find room
-    budget_ms: float = 0.0  # what all demands up to this one may take together
+    due_ms: float = 0.0  # the deadline, less the time reserved for jobs that may still arrive
+    budget_ms: float = 0.0  # time for all demands up to this one, together
 
     def __post_init__(self) -> None:
         self.cheapest = self.options.cheapest(self.requests, self.needed_sum)
@@ -37,7 +37,7 @@ def without_hope(budgets_ms: Sequence[float], costs_ms: Sequence[float]) -> set[
     """The fewest jobs to give up so that all others meet their deadlines (Moore and Hodgson, 1968).
 
     Args:
-        budgets_ms: by job in order of the deadlines: what all jobs up to it may take together.
+        budgets_ms: by job, in order of the deadlines: time for all jobs up to this one, together.
         costs_ms: by job.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The scheduler on real workers, in one event loop: jobs in, answers out, none lost."""
+"""Runs the scheduler on real workers, in one event loop. No accepted job is lost."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from skipkernels.modality.worker import Worker
 class Runtime:
     """Owns a scheduler and the workers it plans for; ``async with`` starts and closes it.
 
-    Every accepted job is answered or fails with a reason: a request whose batch failed runs once more, alone; a worker
-    that does not come back is planned without; and what remains when the last one is gone fails.
+    Every accepted job is answered or fails with a reason. A request whose batch failed is retried once, alone. A worker
+    that does not recover is removed from the plan; when the last one is gone, all remaining jobs fail.
 
     Args:
         workers: all with the profile's model and device.
@@ -47,7 +47,7 @@ class Runtime:
         )
         self._workers = workers
         self._answers: dict[Ticket, asyncio.Future[JobAnswer]] = {}
-        self._wakeup = asyncio.Event()  # something may have become ready to run
+        self._wakeup = asyncio.Event()  # set when there may be a batch to run
         self._tasks: list[asyncio.Task[None]] = []
         self._closed: str | None = "it has not been started"
 
@@ -113,7 +113,7 @@ class Runtime:
             raise
 
     async def _work_once(self, number: int, worker: Worker) -> bool:
-        """Runs a batch or waits for one; False: this worker is done."""
+        """Runs a batch or waits for one; False: this worker stops."""
         self._wakeup.clear()
         batch = self.scheduler.next_batch(number)
         if batch is None:
@@ -126,10 +126,10 @@ class Runtime:
             if len(outputs) != len(batch.members):
                 raise RuntimeError(f"{len(outputs)} outputs for {len(batch.members)} requests")
         except WorkerLost as error:
-            self._retry(batch, f"its worker was lost, also on the second try: {error}")
+            self._retry(batch, f"its worker was lost, also on the retry: {error}")
             return await self._recover(number, worker)
         except Exception as error:
-            self._retry(batch, f"the model failed, also on it alone: {error!r}")
+            self._retry(batch, f"the model failed, also when the request ran alone: {error!r}")
             return True
         for ticket in self.scheduler.finish(batch, outputs):
             self._settle(ticket)
@@ -138,7 +138,7 @@ class Runtime:
     def _retry(self, batch: Batch, reason: str) -> None:
         for ticket in self.scheduler.fail(batch, reason):
             self._settle(ticket)
-        self._wakeup.set()  # other workers can take what is to be run again
+        self._wakeup.set()  # other workers can take the retries
 
     async def _recover(self, number: int, worker: Worker) -> bool:
         try:
@@ -160,10 +160,10 @@ class Runtime:
         self._settle(ticket)
 
     def _settle(self, ticket: Ticket) -> None:
-        """Hands a done ticket's answer to its caller."""
+        """Passes the answer or failure of a done ticket to its caller."""
         answer = self._answers.pop(ticket)
         if answer.done():
-            return  # its caller is gone
+            return  # the caller was cancelled
         if ticket.answer is not None:
             answer.set_result(ticket.answer)
         else:

@@ -1,4 +1,4 @@
-"""What is open to requests of one set of modalities."""
+"""The strategies that requests of one set of modalities can be served with."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class StrategyOptions:
         return {self._full: requests} if promised >= needed_sum - EPSILON else self.best(requests)
 
     def cheapest(self, requests: int, needed_sum: float) -> Split:
-        """The cheapest split that keeps the promise; within one request of it for jobs larger than the table."""
+        """The cheapest split that reaches ``needed_sum``; for jobs larger than the table, within one request of it."""
         if requests <= self._table.size:
             split, _ = self._table.cheapest(requests, needed_sum)
             return {self.strategies[row]: count for row, count in split.items()}

@@ -1,4 +1,4 @@
-"""The model in this process: one thread for its device, beside the thread that accepts jobs."""
+"""Runs the model in this process, in a thread of its own beside the one that accepts jobs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from skipkernels.modality.strategy import Inputs, ModalityModel, Strategy
 
 
 class ThreadWorker:
-    """A ``Worker``. A thread is never lost: what the model raises fails the batch only."""
+    """A ``Worker``. It is never lost: what the model raises fails the batch only."""
 
     def __init__(self, model: ModalityModel) -> None:
         self._model = model
@@ -21,7 +21,7 @@ class ThreadWorker:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._model.run, batch, strategy)
 
     async def recover(self) -> None:
-        """There is nothing to bring back."""
+        """Nothing to do: a thread is never lost."""
 
     async def close(self) -> None:
         self._thread.shutdown()

@@ -1,4 +1,4 @@
-"""An accepted job on its way: what of it waits, runs, is answered."""
+"""The state of an accepted job: which requests wait, run, or are answered."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Ticket:
         return self.answer is not None or self.failure is not None
 
     def take(self, count: int, promised_accuracy: float) -> list[int]:
-        """Positions of ``count`` waiting requests, which from now on have a strategy of that accuracy."""
+        """Assigns a strategy of that accuracy to ``count`` waiting requests, and returns their positions."""
         taken = [self._waiting.popleft() for _ in range(count)]
         self.promised_sum += count * promised_accuracy
         self.demand.remain(len(self._waiting), self.demand.needed_sum - count * promised_accuracy)
@@ -47,7 +47,7 @@ class Ticket:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What a worker runs next. From its start on, its requests and their strategy are settled."""
+    """What a worker runs. Its requests and their strategy are fixed from its start on."""
 
     number: int
     worker: int

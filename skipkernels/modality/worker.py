@@ -1,4 +1,4 @@
-"""Where a batch runs: the one thing a device, a process or a remote replica has to offer."""
+"""What runs batches: the interface of a device in this process, of another process or of a remote replica."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ class Worker(Protocol):
         ...
 
     async def close(self) -> None:
-        """Frees what it holds; no batch is running."""
+        """Releases its resources. No batch is running."""
         ...

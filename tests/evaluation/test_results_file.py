@@ -75,7 +75,7 @@ def test_a_task_may_be_added(tmp_path: Path) -> None:
 def test_a_file_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     begin(path).add(cell("full"))
-    with pytest.raises(RequestError, match=r"out.json: is there already; --resume goes on"):
+    with pytest.raises(RequestError, match=r"out.json: exists already; give --resume to continue it"):
         begin(path)
     assert len(json.loads(path.read_text())["cells"]) == 1
 
@@ -83,10 +83,10 @@ def test_a_file_is_not_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"seed": 1}, "made with seed = 0, this command says 1"),
-        ({"dtype": None}, "made with dtype = 'bf16', this command says None"),
-        ({"tasks": {"facts": {"items": 5}}}, "made with items = 4, this command says 5"),
-        ({"threads": 3}, "made with threads = None, this command says 3"),
+        ({"seed": 1}, "made with seed = 0, this command has 1"),
+        ({"dtype": None}, "made with dtype = 'bf16', this command has None"),
+        ({"tasks": {"facts": {"items": 5}}}, "made with items = 4, this command has 5"),
+        ({"threads": 3}, "made with threads = None, this command has 3"),
     ],
 )
 def test_another_command_is_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:

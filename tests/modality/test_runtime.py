@@ -92,7 +92,9 @@ def test_a_request_that_breaks_the_model_breaks_no_other() -> None:
         fine = asyncio.create_task(runtime.submit(job("fine")))
         await asyncio.sleep(0.01)
         workers[0].go.set()
-        with pytest.raises(JobFailed, match=r"the model failed, also on it alone: ValueError\('no such token'"):
+        with pytest.raises(
+            JobFailed, match=r"the model failed, also when the request ran alone: ValueError\('no such token'"
+        ):
             await broken
         assert outputs(await first) == ["first"]
         assert outputs(await fine) == ["fine"]
@@ -114,7 +116,7 @@ def test_requests_of_a_lost_worker_run_again() -> None:
 
 def test_a_request_that_loses_two_workers_fails() -> None:
     async def check(runtime: Runtime, workers: list[Worker]) -> None:
-        with pytest.raises(JobFailed, match="its worker was lost, also on the second try: killed"):
+        with pytest.raises(JobFailed, match="its worker was lost, also on the retry: killed"):
             await runtime.submit(job(WorkerLost("killed")))
         assert outputs(await runtime.submit(job("next"))) == ["next"]
 

@@ -1,4 +1,4 @@
-"""The serving bench: contenders compared by simulation, then on a real embedded server at the rates that were found."""
+"""The serving bench: contenders are compared by simulation, then on a real embedded server."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Comparison:
     """Contenders under one workload.
 
     Args:
-        simulated: at the rates that the simulation found, and at the overload.
-        capacity, overload: real runs, by contender; empty: simulated only.
-        overhead_ms: that the real server adds to each batch.
+        simulated: at each contender's own rate, which the simulation finds, and under overload.
+        capacity, overload: runs on the real server, by contender; empty: simulated only.
+        overhead_ms: what the real server adds to each batch.
     """
 
     workload: Workload
@@ -42,7 +42,7 @@ class Comparison:
         return [Result(at.contender.name, at.summary, over.summary) for at, over in runs] or list(self.simulated)
 
     def rows(self) -> list[dict[str, Any]]:
-        """For each contender and load: what was simulated for the search, and what was real beside a simulation of the
+        """For each contender and load: the simulation that found the rate, and the real run beside a simulation of the
         same arrivals."""
         rows: list[dict[str, Any]] = []
         for result in self.simulated:
@@ -81,7 +81,7 @@ def run_comparison(
     """
     Args:
         server: None: simulated only.
-        jobs, overload_jobs, rounds: of the real runs, see ``run_contenders``.
+        jobs, overload_jobs, rounds: of the runs on the real server, see ``run_contenders``.
     """
     simulated = compare(
         contenders,
@@ -128,13 +128,13 @@ def run_comparison(
 
 
 def skip_ratio(run: ServerRun) -> float:
-    """Of the FFNs of all decoded labels."""
+    """Share of the FFNs of all decoded labels that were skipped."""
     outcomes = [outcome for run in run.real for outcome in run]
     return fmean(one.output.skip_ratio for outcome in outcomes if outcome.answer for one in outcome.answer.answers)
 
 
 def decision_rows(profile: Profile, policies: Sequence[str], requests: int = 256) -> list[dict[str, Any]]:
-    """The decision time of each policy on queues of different hurry."""
+    """The decision time of each selection policy on queues with more or less tight deadlines."""
     return [
         {
             "policy": policy,

@@ -1,4 +1,4 @@
-"""What is compared with what: a policy, and the strategies that it may choose from."""
+"""Contenders: selection policies with the strategies that they may choose from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from skipkernels.modality.policies import get_selection_policy
 from skipkernels.modality.profile import Profile, StrategyProfile
 
-_DIVIDED = "maximize"  # the policy that also runs with one dimension of the strategies at a time
+_DIVIDED = "maximize"  # the policy that is also run on one dimension of the strategies at a time
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Contender:
 
 
 def contenders(profile: Profile, policies: Sequence[str]) -> list[Contender]:
-    """Each policy on all strategies; where these differ in modalities and in skip level, also ``maximize`` on those
-    that differ in one of both.
+    """Each policy on all strategies. If these differ in modalities and in skip level, also ``maximize`` on the
+    strategies that differ in modalities only, and on those that differ in skip level only.
 
     Raises:
         StrategyError: no such policy.

@@ -1,4 +1,4 @@
-"""Contenders on a real embedded server, in turns, on the same arrivals."""
+"""Runs contenders on a real embedded server, in turns, on the same arrivals."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from skipkernels.modality.thread_worker import ThreadWorker
 from skipkernels.workloads.arrivals import Process, poisson
 from skipkernels.workloads.workload import Workload
 
-_ALONE = 30  # requests from which the overhead of the server is told
+_ALONE = 30  # requests to measure the server's overhead with
 
 
 @dataclass
 class ServerRun:
-    """One contender at one rate: what its jobs met in each round, and what a simulation says they would meet."""
+    """One contender at one rate: the outcomes of its jobs on the real server and in a simulation, by round."""
 
     contender: Contender
     requests_per_s: float  # wanted
@@ -45,7 +45,7 @@ class ServerRun:
 
     @property
     def deviations(self) -> dict[str, float]:
-        """Real over simulated, less 1, by figure; of ratios and accuracies the difference."""
+        """Real / simulated - 1, by figure; for ratios and accuracies, the difference."""
         real, simulated = self.summary, self.simulated_summary
         relative = ("throughput_per_s", "completion_mean_ms", "completion_p99_ms")
         absolute = ("violation_ratio", "promised_accuracy")
@@ -59,7 +59,7 @@ class EmbeddedServer:
     """A model on the embedded runtime, under load from held-out samples.
 
     Args:
-        samples: what requests hold; taken in turns.
+        samples: the requests' inputs, used in rotation.
     """
 
     def __init__(self, model: ModalityModel, samples: Sequence[Sample]) -> None:
@@ -68,7 +68,7 @@ class EmbeddedServer:
         self._expected = {id(sample.inputs): sample.expected for sample in samples}
 
     def requests(self) -> Callable[[], Request]:
-        """Makes requests of the samples, from the first on."""
+        """Makes requests from the samples, beginning with the first."""
         taken = cycle(self._samples)
         return lambda: Request(next(taken).inputs)
 
@@ -76,7 +76,7 @@ class EmbeddedServer:
         return asyncio.run(self._run(arrivals, contender))
 
     def overhead_ms(self, profile: Profile) -> float:
-        """What the server adds to the time of a request that meets no other."""
+        """Time that the server adds to a request when it is idle otherwise."""
         make = self.requests()
         alone = asyncio.run(self._alone([Job([make()]) for _ in range(_ALONE)], profile))
         return max(0.0, alone - profile.full(profile.modalities).median_ms(1))
@@ -108,12 +108,12 @@ def run_contenders(
     overhead_ms: float = 0.0,
     on_turn: Callable[[str], None] = lambda name: None,
 ) -> list[ServerRun]:
-    """Each round draws jobs and runs all contenders on them, one after the other, in an order that rotates.
+    """Each round draws jobs and runs all contenders on them, one after the other, in rotating order.
 
     Args:
-        rates: requests per second of each contender; the same draws, stretched in time.
+        rates: requests per second of each contender; the same draws, scaled in time.
         jobs: in a round.
-        seed: of the first round; the others count on from it.
+        seed: of the first round; incremented for each further one.
         overhead_ms: for the simulations, see ``EmbeddedServer.overhead_ms``.
         on_turn: called with the contender's name before its turn.
     """
@@ -147,8 +147,10 @@ def find_capacities(
     overhead_ms: float = 0.0,
     progress: Progress = lambda stage, share: None,
 ) -> list[ServerRun]:
-    """The highest rate at which each contender really keeps to ``max_violations``: from ``rates`` on, which a
-    simulation has found, down by ``step`` until it does. After ``tries`` the last one stands, whatever it violates.
+    """The highest rate at which each contender stays within ``max_violations`` on the real server.
+
+    Starts from ``rates``, which a simulation has found, and multiplies by ``step`` until it does. After ``tries``, the
+    last rate is taken in any case.
 
     Args:
         jobs, rounds, process, seed, overhead_ms: as for ``run_contenders``.

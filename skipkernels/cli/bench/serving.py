@@ -25,9 +25,11 @@ def serving(
     device_options: DeviceOptions,
     model_options: ModelOptions,
     load_options: LoadOptions,
-    simulated: Annotated[bool, typer.Option("--simulated", help="No real server.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Write rows and settings here; '-' prints them alone.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Picture: what each contender carries and promises.")] = None,
+    simulated: Annotated[bool, typer.Option("--simulated", help="Simulate only, without a real server.")] = False,
+    json: Annotated[
+        Path | None, typer.Option(help="Write rows and settings to this file; '-' prints them, and nothing else.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture: throughput and accuracy of each contender.")] = None,
     frontier: Annotated[Path | None, typer.Option(help="Picture: accuracy over time of every strategy.")] = None,
 ) -> None:
     """Compare policies that choose modalities and skip levels for jobs with deadlines, on the same arrivals."""

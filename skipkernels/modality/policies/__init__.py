@@ -1,4 +1,4 @@
-"""How the strategies of the waiting jobs are chosen; one policy a file."""
+"""Selection policies: how strategies are chosen for the waiting jobs. One policy per file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Once a job would be late, it and every job before it take their cheapest split."""
+"""If a job would be late, it and all jobs before it take their cheapest split."""
 
 from __future__ import annotations
 

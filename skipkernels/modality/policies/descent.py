@@ -1,4 +1,4 @@
-"""A queue on its way down from the most accurate strategies: what both stepping policies share."""
+"""Moves a queue step by step from the most accurate strategies to cheaper ones; used by ``random`` and ``maximize``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from skipkernels.modality.strategy_options import StrategyOptions, cost_ms
 
 
 class Descent:
-    """Jobs enter in order of their deadlines and descend rung by rung; ``used_ms`` is what they take together."""
+    """Jobs enter in order of their deadlines and move down rung by rung. ``used_ms`` is their total time."""
 
     def __init__(self, prices: Sequence[float], promised: Sequence[float]) -> None:
         self.used_ms = 0.0
@@ -35,8 +35,8 @@ class Descent:
         return ladder
 
     def land(self) -> None:
-        """Every job whose cheapest split, which need not lie on the hull, is cheaper than its place takes that. No job
-        may have steps left."""
+        """Gives each job its cheapest split where that is cheaper than the lowest rung: it need not lie on the hull. To
+        be called when no job has steps left."""
         for job in range(self._landed, len(self.ladders)):
             demand = self._demands[job]
             saved_ms = cost_ms(self.ladders[job].split(), self._prices) - cost_ms(demand.cheapest, self._prices)

@@ -1,4 +1,4 @@
-"""Modality-agnostic: all modalities for everyone, first deadline first. The baseline."""
+"""The modality-agnostic baseline: every job keeps all modalities; earliest deadline first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Once a job would be late, requests up to it step down at random until none is: what choosing is measured against."""
+"""If a job would be late, random requests up to it step down until it is not: the baseline of informed choice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from skipkernels.modality.policies.descent import Descent
 
 
 class Random(SelectionPolicy):
-    """The draws are seeded: the same queues one after the other get the same choices."""
+    """Seeded: the same sequence of queues gets the same choices."""
 
     name = "random"
 

@@ -1,4 +1,4 @@
-"""Reads one chat completion's request, waits for its answer, and writes it, whole or as a stream."""
+"""Reads the request of one chat completion, waits for its answer, and writes it, whole or as a stream."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class CompletionResponse(Response):
-    """An answer that is worked out while it is sent: whatever ends it, its slot and its job end with it."""
+    """A response that is computed while it is sent. However it ends, its slot is freed and its job ends."""
 
     def __init__(self, service: Service) -> None:
         super().__init__()
@@ -54,12 +54,12 @@ class CompletionResponse(Response):
                 await writer.whole(200, self._service.documents().whole(answer))
 
     async def _stream(self, parsed: ParsedRequest, pending: PendingRequest, writer: _Writer) -> None:
-        """The status is decided by the first piece of text: what goes wrong before it is an error like any other."""
+        """The HTTP status is sent with the first piece of text, so errors before it get their own status."""
         started = time.perf_counter()
         documents = self._service.documents()
         text = await pending.next_piece()
         if text is None:
-            await pending.answer()  # raises what went wrong, if something did
+            await pending.answer()  # raises if the job failed
         self._service.metrics.first_token(time.perf_counter() - started)
         await writer.begin_events()
         await writer.event(documents.first())
@@ -97,7 +97,7 @@ class CompletionResponse(Response):
 async def _while_connected(answering: asyncio.Task[None], receive: Receive) -> None:
     """
     Raises:
-        ClientDisconnect: the client left first; ``answering`` was cancelled.
+        ClientDisconnect: the client disconnected before the answer; ``answering`` was cancelled.
     """
     leaving = asyncio.create_task(_disconnected(receive))
     try:
@@ -118,7 +118,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class _Writer:
-    """Sends, and does not wait forever for a client that does not read."""
+    """Sends, with a timeout for clients that do not read."""
 
     def __init__(self, send: Send, timeout_s: float) -> None:
         self._send_message = send

@@ -65,10 +65,10 @@ def check_model(name: str, model: str) -> None:
 def decode_messages(
     messages: list[ChatMessage], limits: RequestLimits, modalities: Collection[str] = tuple(_MODALITIES.values())
 ) -> tuple[Message, ...]:
-    """Images and recordings out of their texts.
+    """Decodes the images and recordings of messages.
 
     Args:
-        limits: for all messages together.
+        limits: they hold for all messages together.
         modalities: what the messages may hold.
 
     Raises:
@@ -111,7 +111,7 @@ def _chat(request: ChatCompletionRequest, chat_format: ChatFormat, limits: Reque
 
 
 def _parts(messages: list[ChatMessage], first: int = 0) -> Iterator[tuple[str, str | AnyPart]]:
-    """Every part and where it stands; a message of plain text is one part."""
+    """Every part with its path in the request; a message of plain text is one part."""
     for number, message in enumerate(messages, first):
         if isinstance(message.content, str):
             yield f"messages.{number}.content", message.content

@@ -1,4 +1,4 @@
-"""One request on its way through the backend, seen from the client's side."""
+"""A request that is waiting for its answer from the backend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from skipkernels.server.http.backend import Backend
 
 
 class PendingRequest:
-    """Submits a job of one request; leaving the ``async with`` block before the answer is there gives the job up.
+    """Submits a job of one request. Leaving the ``async with`` block before the answer has come cancels the job.
 
     Args:
         on_exit: called when the block is left.
@@ -40,11 +40,13 @@ class PendingRequest:
         self._on_exit(self)
         self._progress.given_up = True
         self._answer.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):  # who left early has a reason of its own
+        with contextlib.suppress(
+            asyncio.CancelledError, Exception
+        ):  # the block was left for another reason, which is raised
             await self._answer
 
     async def next_piece(self) -> str | None:
-        """Text of the answer as it comes; None once, when the job is done."""
+        """The next piece of text as it is generated; None once, when the job is done."""
         return await self._progress.next_piece()
 
     async def answer(self) -> JobAnswer:
@@ -58,27 +60,27 @@ class PendingRequest:
         return answer
 
     def cut_short(self) -> None:
-        """Asks the model to end this answer early; it is worth nothing then, and fails."""
+        """Asks the model to end this answer early. It is then incomplete, and ``answer`` raises."""
         self._cut_short = not self._answer.done()
         self._progress.given_up = self._progress.given_up or self._cut_short
 
 
 def completion_of(answer: JobAnswer) -> tuple[Answer, Completion]:
-    """The only answer of a job of one request, and what the model put out for it."""
+    """The answer of a job of one request, and the model's output for it."""
     (only,) = answer.answers
     assert isinstance(only.output, Completion), f"a ChatModel puts out Completion objects, got {type(only.output)}"
     return only, only.output
 
 
 def rest_of(completion: Completion, sent: str) -> str:
-    """What is still to be sent when ``sent`` has been.
+    """The text that remains to be sent after ``sent``.
 
     Raises:
-        JobFailed: that was the beginning of another answer: a retry came out differently.
+        JobFailed: ``sent`` is not a prefix of the answer, because a retry gave a different one.
     """
     if not completion.text.startswith(sent):
         raise JobFailed(
-            "a worker was lost after a part of this answer was sent, and the answer came out differently on another; "
-            "ask again"
+            "a worker was lost after a part of this answer was sent, and the retry on another gave a different answer; "
+            "send the request again"
         )
     return completion.text[len(sent) :]

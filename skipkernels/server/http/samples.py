@@ -1,4 +1,4 @@
-"""Chats to profile a model on, from a file: one JSON object in each line, its messages as clients send them."""
+"""Reads chats to profile a model on from a JSON lines file; messages are as clients send them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ChatLine:
     """One line of a file.
 
     Args:
-        where: it stands, for errors.
+        where: file and line, for errors.
         expected: the right answer, where one is given.
     """
 
@@ -40,8 +40,8 @@ class _Line(Strict):
 
 
 def read_chats(path: str | Path, limits: RequestLimits) -> list[ChatLine]:
-    """Reads a file such as ``{"messages": [{"role": "user", "content": "..."}], "expected": "..."}``. Empty lines do
-    not count. Either every line has the right answer, or none has.
+    """Reads lines such as ``{"messages": [{"role": "user", "content": "..."}], "expected": "..."}``. Empty lines are
+    skipped. Either all lines have ``expected``, the right answer, or none has.
 
     Raises:
         ProfileError: unreadable, no chats, or a line that is not one; the message names the line.

@@ -1,4 +1,4 @@
-"""What is served: a model's chats, the backend that answers them, and the limits on both."""
+"""What the routes call: admission, conversion of requests, and the backend that answers them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Service:
     Args:
         profile: of the served model; its ``model`` is the name that clients ask for.
         chat_format: of that model.
-        api_key: what clients have to send as a bearer token; None: nothing.
+        api_key: the bearer token that clients have to send; None: none.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Service:
         self._format = chat_format
         self._api_key = None if api_key is None else api_key.encode()
         self._created = int(time.time())
-        # one thread: what is decoded beside the event loop is one request's at a time
+        # one thread: requests are decoded one at a time
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="skipkernels-requests")
         self._requests = 0
         self._pending: set[PendingRequest] = set()
@@ -71,8 +71,8 @@ class Service:
         return self._closing is not None
 
     async def close(self, grace_s: float) -> None:
-        """Takes no more requests. Those accepted are answered, or fail once ``grace_s`` is over; later calls wait for
-        the first."""
+        """Accepts no more requests. Accepted ones are answered, or fail after ``grace_s``. Later calls wait for the
+        first."""
         if self._closing is None:
             self._closing = asyncio.create_task(self._close(grace_s))
         await asyncio.shield(self._closing)
@@ -82,23 +82,23 @@ class Service:
         ended = asyncio.create_task(self._grace_ended.wait())
         await asyncio.wait([closing, ended], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
         for pending in self._pending:
-            pending.cut_short()  # batches that run are waited for; let them be short
+            pending.cut_short()  # running batches are waited for, so end them early
         if ended.done():
             await self.backend.close(0.0)
         ended.cancel()
         await closing
 
     def end_grace(self) -> None:
-        """Ends the grace of a ``close`` that has begun."""
+        """Ends the grace period of a ``close`` that has begun."""
         self._grace_ended.set()
 
     def check_key(self, authorization: str | None) -> None:
         """
         Args:
-            authorization: the header of this name.
+            authorization: the Authorization header.
 
         Raises:
-            HttpError: it does not hold the key.
+            HttpError: it does not contain the key.
         """
         if self._api_key is None:
             return
@@ -119,7 +119,7 @@ class Service:
             raise ServiceClosed("the service is shutting down")
         if self._requests >= self.limits.max_requests:
             raise HttpError(
-                429, "too_many_requests", f"{self._requests} requests are being answered, no more fit; try again later"
+                429, "too_many_requests", f"{self._requests} requests are being answered, the maximum; try again later"
             )
         self._requests += 1
         try:
@@ -128,7 +128,7 @@ class Service:
             self._requests -= 1
 
     async def convert(self, body: bytes) -> ParsedRequest:
-        """Checks and decodes a body, beside the event loop."""
+        """Checks and decodes a body, in a thread."""
         arguments = (body, self.profile.model, self._format, self.limits)
         return await asyncio.get_running_loop().run_in_executor(self._thread, convert, *arguments)
 
@@ -142,7 +142,7 @@ class Service:
         """What to answer a request that failed."""
         answer = HttpError.of(error)
         if self.closing and answer.code == JOB_FAILED:
-            return HttpError.of(ServiceClosed(str(error)))  # another server may answer it
+            return HttpError.of(ServiceClosed(str(error)))  # 503, so that the client may try another server
         return answer
 
     def documents(self) -> Documents:

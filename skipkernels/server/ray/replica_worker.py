@@ -14,7 +14,7 @@ from skipkernels.server.ray.events import ModelFailure, Outputs, Pieces
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
-_AGAIN_S = 0.2  # between two calls to a replica that does not answer
+_RETRY_S = 0.2  # between two calls to a replica that does not answer
 
 
 class ReplicaWorker:
@@ -22,7 +22,7 @@ class ReplicaWorker:
 
     Args:
         replica: a deployment of ``Replica`` with one replica.
-        restart_s: how long Ray may take to start it anew, which loads the model.
+        restart_s: how long Ray may take to restart it, which loads the model.
     """
 
     def __init__(self, replica: DeploymentHandle, restart_s: float) -> None:
@@ -58,11 +58,11 @@ class ReplicaWorker:
         raise WorkerLost("the replica ended a batch without its outputs")
 
     async def recover(self) -> None:
-        """Ray starts a replica that died anew; this waits for it.
+        """Waits until Ray has restarted the replica.
 
         Raises:
-            TimeoutError: it did not come back in time.
-            WorkerLost: nobody waits for it any more.
+            TimeoutError: it did not restart in time.
+            WorkerLost: ``abandon`` was called.
         """
         coming = asyncio.create_task(self._answers())
         abandoned = asyncio.create_task(self._abandoned.wait())
@@ -73,10 +73,10 @@ class ReplicaWorker:
             coming.cancel()
             abandoned.cancel()
         if self._abandoned.is_set():
-            raise WorkerLost("the service shut down before the replica came back")
+            raise WorkerLost("the service shut down before the replica restarted")
 
     def abandon(self) -> None:
-        """Ends waiting for a replica."""
+        """Ends a ``recover`` that waits."""
         self._abandoned.set()
 
     async def close(self) -> None:
@@ -90,11 +90,11 @@ class ReplicaWorker:
             try:
                 await self._replica.ping.remote()
             except (RayError, RayServeException):
-                await asyncio.sleep(_AGAIN_S)
+                await asyncio.sleep(_RETRY_S)
             else:
                 return
 
 
 def _first_line(error: Exception) -> str:
-    """Ray's errors are pages long."""
+    """The first line only: Ray's errors are pages long."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class SchedulerDeployment:
-    """A deployment with one replica. When its process dies, Ray starts it anew, with an empty queue.
+    """A deployment with one replica. When its process dies, Ray restarts it with an empty queue.
 
     Args:
         replicas: deployments of ``Replica``; each is one worker.
@@ -45,7 +45,7 @@ class SchedulerDeployment:
         self._starting: asyncio.Task[None] | None = None
 
     async def answer(self, job: Job) -> AsyncIterator[str | JobAnswer | JobFailure]:
-        """The text of a job of one request as it comes, and at the end its answer, or why there is none."""
+        """Yields the text of a job of one request as it is generated, and at the end its answer or failure."""
         await self._started()
         try:
             async with PendingRequest(self._embedded, job, lambda _: None) as pending:
@@ -69,7 +69,7 @@ class SchedulerDeployment:
         await closing
 
     async def _started(self) -> None:
-        """The runtime's tasks belong to the event loop, which does not run yet in ``__init__``."""
+        """Starts the runtime at the first call: its tasks need the event loop, which does not run in ``__init__``."""
         if self._starting is None:
             self._starting = asyncio.create_task(self._embedded.start())
         await self._starting
