@@ -41,8 +41,8 @@ def executor(
 ) -> GraphExecutor:
     config = ModelConfig.from_hf(tiny_config())
     weights = allocate_weights(config, torch.float32, 16)
-    state = DecodeState.allocate(config, batch_size=2, max_seq_len=16, dtype=torch.float32, layout=LAYOUTS["cuda"])
-    program = build_program(config, weights, state, policy)
+    state = DecodeState.allocate(config, num_sequences=2, max_seq_len=16, dtype=torch.float32, layout=LAYOUTS["cuda"])
+    program = build_program(config, weights, state, gated=policy.plan(LAYERS) is not None)
     execution = Execution("cuda", "graph", kernels="cuda", conditional=conditional, loop=loop)
     return GraphExecutor(program, state, execution, device)
 
