@@ -41,10 +41,19 @@ def executor(
 ) -> GraphExecutor:
     config = ModelConfig.from_hf(tiny_config())
     weights = allocate_weights(config, torch.float32, 16)
-    state = DecodeState.allocate(config, batch_size=2, max_seq_len=16, dtype=torch.float32, layout=LAYOUTS["cuda"])
-    program = build_program(config, weights, state, policy)
+    state = DecodeState.allocate(config, num_sequences=2, max_seq_len=16, dtype=torch.float32, layout=LAYOUTS["cuda"])
+    program = build_program(config, weights, state, gated=policy.plan(LAYERS) is not None)
     execution = Execution("cuda", "graph", kernels="cuda", conditional=conditional, loop=loop)
     return GraphExecutor(program, state, execution, device)
+
+
+def begin(executor: GraphExecutor) -> None:
+    """A sequence of two tokens, which is to get four more."""
+    state = executor.state
+    state.begin_sequence(0, torch.tensor([3, 5], dtype=torch.int32))
+    state.set_blocks(0, [0])
+    state.max_new_tokens.fill_(4)
+    state.start_decoding(0)
 
 
 def capture_calls(device: FakeDevice) -> list[str]:
@@ -126,8 +135,7 @@ def test_bodies_without_programmatic_edges_where_the_driver_refuses_them(
     refused = executor(device, conditional, loop)
     assert not refused.overlaps
     assert "kernels do not overlap" in caplog.text
-    refused.state.begin_row(0, torch.tensor([3, 5], dtype=torch.int32))
-    refused.state.max_new_tokens.fill_(4)
+    begin(refused)
     assert len(refused.run(9)) == 4
 
 
@@ -156,8 +164,7 @@ def test_the_gate_is_a_block_of_the_kernel_behind_it(device: FakeDevice, beside:
     options = KernelOptions(gate_beside_qkv=beside)
     ours = executor(FakeDevice(device.native, device.controls, options=options))
     gates = [index for index, ins in enumerate(ours.program) if ins.op == "skip_gate"]
-    ours.state.begin_row(0, torch.tensor([3, 5], dtype=torch.int32))
-    ours.state.max_new_tokens.fill_(4)
+    begin(ours)
     device.controls.clear_log()
     ours.run(1)
     assert sum("skip_gate_kernel" in name for name in device.controls.kernels) == (0 if beside else len(gates))

@@ -69,12 +69,13 @@ def test_a_profile_times_what_was_done_not_what_was_enqueued(gpu_engine: GpuEngi
 
 def test_an_instruction_is_done_when_the_call_returns(gpu_engine: GpuEngine, lazy: FakeDevice) -> None:
     engine = gpu_engine()
-    engine.begin(PROMPT, max_new_tokens=3)
+    engine.begin(PROMPT, max_new_tokens=3).step(1)
     executor = engine.executor_for(engine.policy)
     engine.state.hidden_states.fill_(float("nan"))
     assert isinstance(executor, GraphExecutor)
     executor.run_instruction(0)
-    assert engine.state.hidden_states.isfinite().all()
+    assert engine.state.active.tolist().count(1) == 1
+    assert engine.state.hidden_states[engine.state.active != 0].isfinite().all()
 
 
 def test_a_stream_is_busy_until_its_work_is_done(gpu_engine: GpuEngine, lazy: FakeDevice) -> None:
@@ -103,7 +104,7 @@ def test_handle_0_is_a_stream_of_the_engines_device(gpu_engine: GpuEngine, devic
 
 def test_a_stream_that_is_captured_is_refused(gpu_engine: GpuEngine, device: FakeDevice) -> None:
     engine = gpu_engine()
-    engine.begin(PROMPT, max_new_tokens=3)
+    engine.begin(PROMPT, max_new_tokens=3).step(1)
     executor = engine.executor_for(engine.policy)
     somebodys = device.native.CudaGraph(0)
     somebodys.begin()
