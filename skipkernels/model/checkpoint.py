@@ -24,6 +24,11 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt",
 
 def resolve_checkpoint(model: str | Path) -> Path:
     """The local folder of a checkpoint: the path itself, or a snapshot of the hub id (downloaded where needed)."""
+    if not isinstance(model, str | Path):
+        raise ModelError(
+            f"a model is a folder, a hub id or a transformers module, got a {type(model).__name__}; "
+            "merge adapters and unwrap compiled modules first"
+        )
     path = Path(model)
     if path.is_dir():
         _check_folder(path)

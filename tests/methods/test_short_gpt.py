@@ -51,9 +51,13 @@ def test_block_influence_is_that_of_transformers_hidden_states(monkeypatch: pyte
     expected = []
     with torch.inference_mode():
         states = []
-        for layer in module.model.layers:  # before the final norm, which output_hidden_states applies to the last
+        hooks = [  # before the final norm, which output_hidden_states applies to the last
             layer.register_forward_hook(lambda _, given, out: states.append((given[0][0], out[0])))
+            for layer in module.model.layers
+        ]
         module(tokens[None])
+        for hook in hooks:  # an engine would not call them
+            hook.remove()
         for before, after in states:
             norms = before.norm(dim=-1) * after.norm(dim=-1)
             expected.append(1 - ((before * after).sum(-1) / norms).mean())

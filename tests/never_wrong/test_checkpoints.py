@@ -3,12 +3,14 @@
 import json
 import logging
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from skipkernels.errors import DeviceError, ModelError, RequestError
 from skipkernels.skipping.policy import SkipPolicy
@@ -25,6 +27,7 @@ from tests.never_wrong.folders import (
     loaded,
     save,
 )
+from tests.never_wrong.tokenizers import sentencepiece_model
 
 INDEX = "model.safetensors.index.json"
 DOWN = "model.layers.1.mlp.down_proj"
@@ -380,6 +383,16 @@ def test_a_corrupt_tokenizer_is_one_line(
     with pytest.raises(ModelError, match="its tokenizer cannot be read") as caught:
         engine_of(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_sentencepiece_file_alone_is_a_tokenizer(tmp_path: Path) -> None:
+    save(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    if find_spec("sentencepiece"):
+        assert engine_of(tmp_path).encode("hi") == AutoTokenizer.from_pretrained(tmp_path).encode("hi")
+    else:
+        with pytest.raises(ModelError, match=r"a tokenizer.model needs `pip install sentencepiece`"):
+            engine_of(tmp_path)
 
 
 def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from transformers import PreTrainedModel
 
-from skipkernels import hf_generate
+from skipkernels import Engine, hf_generate
 from skipkernels.errors import ModelError
 from tests.models import random_prompt, stock_tokens, tiny_engine, tiny_module
 
@@ -286,3 +286,9 @@ def test_hooks_that_transformers_installs_to_watch_are_none() -> None:
 def test_a_meta_module_is_named() -> None:
     with pytest.raises(ModelError, match="on the meta device and holds no values"):
         through_transformers(tiny_module().to("meta"))
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, nn.Sequential, id])
+def test_a_wrapped_module_is_no_module(wrap: Callable[[PreTrainedModel], Any]) -> None:
+    with pytest.raises(ModelError, match="a model is a folder, a hub id or a transformers module, got a"):
+        Engine.from_pretrained(wrap(tiny_module()))

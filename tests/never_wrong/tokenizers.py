@@ -1,5 +1,7 @@
 """Tokenizers of the three kinds whose tokens are not characters: byte-fallback, byte-level, sentencepiece-like."""
 
+import struct
+
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -38,3 +40,20 @@ KINDS = {
 def byte_ids(text: str) -> list[int]:
     """Text in byte-fallback tokens only."""
     return [3 + byte for byte in text.encode()]
+
+
+def sentencepiece_model(words: tuple[str, ...] = ("▁", "h", "i", "hi", "▁hi")) -> bytes:
+    """A tokenizer.model of <unk>, <s>, </s> and words, in protobuf's encoding: a BPE without normalisation."""
+
+    def field(number: int, content: bytes | str | int) -> bytes:
+        if isinstance(content, int):
+            return bytes([number << 3, content])
+        data = content.encode() if isinstance(content, str) else content
+        return bytes([number << 3 | 2, len(data)]) + data
+
+    def piece(text: str, score: float, kind: int) -> bytes:
+        return field(1, field(1, text) + bytes([2 << 3 | 5]) + struct.pack("<f", score) + field(3, kind))
+
+    special = piece("<unk>", 0, 2) + piece("<s>", 0, 3) + piece("</s>", 0, 3)
+    ordinary = b"".join(piece(word, -float(index), 1) for index, word in enumerate(words))
+    return special + ordinary + field(2, field(3, 2)) + field(3, field(1, "identity") + field(4, 0))
