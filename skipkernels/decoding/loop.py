@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,10 +44,10 @@ class _Flight:
     """A planned step, or several, on its way through the executor."""
 
     step: Step
-    seconds: Iterator[float] | None  # of each step, where somebody looks at every token
-    wish: int
-    done: int = 0
-    handed: dict[int, int] = field(default_factory=dict)  # by slot: num_generated when it took off
+    streamed: bool  # somebody looks at every token
+    handed: dict[int, int]  # by slot: num_generated when it was planned
+    seconds: Generator[float] | None = None  # of each step, where it is streamed
+    done: int = 0  # steps
 
 
 class DecodeLoop:
@@ -109,12 +109,13 @@ class DecodeLoop:
         """Runs a step of every sequence in flight, or up to ``wish`` of them (None: as many as the answers may want)
         where nobody looks at single tokens. Returns whether there is more to do."""
         with self._turns.take():
-            if self._flight is None:
-                self._take_inbox()
-                if not self.scheduler.has_work:
-                    return False
-                self._flight = self._take_off(wish)
             try:
+                if self._flight is None:
+                    self._take_inbox()
+                    if not self.scheduler.has_work:
+                        return False
+                    self._flight = self._plan(wish)
+                    self._take_off(self._flight)
                 self._fly(self._flight)
             except BaseException:
                 self._crash()
@@ -151,6 +152,8 @@ class DecodeLoop:
                 raise RequestError("this request has ended already; it cannot be cancelled")
             self._drop(handle)
             handle.fail(RequestError("this request was cancelled"))
+            if self._flight is not None and self._must_plan(self._flight):
+                self._land()  # the device is not to go on for nobody
 
     def stop(self, handle: Handle) -> None:
         """Ends a request where it is: what was generated is its answer.
@@ -227,26 +230,20 @@ class DecodeLoop:
             self.scheduler.add(handle.sequence)
             self._handles[handle.sequence] = handle
 
-    def _take_off(self, wish: int | None) -> _Flight:
-        """Plans a step and sets the rows of the state to it."""
+    def _plan(self, wish: int | None) -> _Flight:
         streamed = any(handle.streamed for handle in self._handles.values())
         if wish is None:
             wish = STEPS_AT_ONCE if streamed else self.state.max_seq_len
         decoding = any(sequence.decoding for sequence in self._handles)
         self.scheduler.prompt_rows = self._budget.rows(decoding)
         step = self.scheduler.plan(wish)
-        assert not step.empty, "sequences are waiting and none has a row: the scheduler is stuck"
-        self._apply(step)
-        flight = _Flight(step, None, step.max_steps)
-        flight.handed = {row.slot: row.sequence.num_generated for row in step.decode_rows}
-        executor = self._executor(any(row.sequence.policy_identity for row in step.decode_rows))
-        if streamed:
-            flight.seconds = executor.steps(step.max_steps)
-        self._running = executor
-        return flight
+        handed = {row.slot: row.sequence.num_generated for row in step.decode_rows}
+        return _Flight(step, streamed, handed)
 
-    def _apply(self, step: Step) -> None:
-        state = self.state
+    def _take_off(self, flight: _Flight) -> None:
+        """Sets the rows of the state to the step, and starts the executor on it."""
+        state, step = self.state, flight.step
+        assert not step.empty, "sequences are waiting and none has a row: the scheduler is stuck"
         for slot, sequence in step.preempted:
             logger.info("the cache is full: request %s waits and will be computed again", sequence.arrival)
             state.end_sequence(slot)
@@ -262,6 +259,10 @@ class DecodeLoop:
             elif int(state.progress[row.slot, 1]) == WAITS_FOR_BLOCK:
                 state.start_decoding(row.slot)
         self._prompt_rows.place([(chunk, self._handles[chunk.sequence].runs) for chunk in step.chunks])
+        executor = self._executor(any(row.sequence.policy_identity for row in step.decode_rows))
+        if flight.streamed:
+            flight.seconds = executor.steps(step.max_steps)
+        self._running = executor
 
     def _start(self, row: DecodeRow) -> None:
         """Sets a slot's buffers up for a sequence that begins, or comes back after it was preempted."""
@@ -290,13 +291,13 @@ class DecodeLoop:
             next_s = next(flight.seconds, None)
             seconds = [] if next_s is None else [next_s]
         else:
-            seconds = executor.run(1 if self._inbox else flight.wish)
+            seconds = executor.run(1 if self._inbox else flight.step.max_steps)
         if flight.done == 0:
             first_s = prefill_s + (seconds[0] if seconds else 0.0)
             self._budget.measured(flight.step.num_prompt_rows, len(flight.step.decode_rows), first_s)
         flight.done += max(1, len(seconds))
         self._hand_out(flight, seconds)
-        if flight.seconds is None or not seconds or flight.done >= flight.wish or self._must_plan(flight):
+        if flight.seconds is None or not seconds or flight.done >= flight.step.max_steps or self._must_plan(flight):
             self._land()
 
     def _must_plan(self, flight: _Flight) -> bool:
@@ -317,7 +318,9 @@ class DecodeLoop:
             handle = self._handles.get(row.sequence)
             if handle is None or handle.ended:
                 continue
-            generated, status = state.progress[row.slot].tolist()
+            # in this order: a device that runs on writes both at once, and the last count comes with the end
+            status = int(state.progress[row.slot, 1])
+            generated = int(state.progress[row.slot, 0])
             had = len(handle.token_ids)
             begin = row.sequence.num_prompt_tokens + had
             new = state.token_ids[row.slot, begin : begin + generated - had].tolist()
@@ -340,7 +343,7 @@ class DecodeLoop:
         if flight is None:
             return
         if flight.seconds is not None:
-            flight.seconds.close()  # type: ignore[attr-defined]
+            flight.seconds.close()
             self._hand_out(flight, [])
         generated: dict[int, list[int]] = {}
         ended: list[int] = []
@@ -372,7 +375,8 @@ class DecodeLoop:
             if handle.ended:
                 self.scheduler.cancel(row.sequence)
                 del self._handles[row.sequence]
-            else:
+            elif not row.starts or len(handle.token_ids) > flight.handed[row.slot]:
+                # a slot that was just set up, or was about to be, knows nothing new
                 handle.runs.save(self.state, row.slot, len(handle.token_ids))
         self.scheduler.abandon(flight.step)
         self._quiet()
