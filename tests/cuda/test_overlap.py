@@ -83,7 +83,8 @@ def test_a_step_with_prompts_and_several_passes_is_free_of_races(seed: int, qk_n
     """46 rows, in which tokens attend to others of the same step, also in splits before their own; some sequences skip,
     others do not."""
     case = replace(step_case(SKIPS_ALL, 5, torch.bfloat16, qk_norm), prompt_rows=(20, 9, 0, 12, 1))
-    compare_step(replace(case, policies=(SKIPS_ALL, DensePolicy())), seed=seed, races=True)
+    # a head is three tiles: blocks that are a pass apart finish them
+    compare_step(replace(case, policies=(SKIPS_ALL, DensePolicy()), head_dim=48), seed=seed, races=True)
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
