@@ -26,7 +26,7 @@ ROOMS = [
     "calibration",
     "methods",
     "integrations",
-    "quality",
+    "evaluation",
     "chat",
     "workloads",
     "server",

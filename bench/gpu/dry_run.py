@@ -19,7 +19,7 @@ from tests.cuda_host.controls import HostRuntime
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 128,

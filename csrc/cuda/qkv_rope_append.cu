@@ -60,7 +60,7 @@ struct RopeAppend {
     }
     __device__ void extra_block(const int32_t* when) const {
         static_assert(kLinearThreads == kGateThreads && kRingBytes >= gate_shared_bytes(kMostRows));
-        decide(gate, when);
+        decide_apart(gate, when);
     }
     __device__ void touch(int index, int row, int r) const {
         if (!tile(index).has(r)) return;

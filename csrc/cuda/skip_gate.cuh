@@ -147,4 +147,9 @@ __device__ __forceinline__ void decide(const SkipGate& op, const int32_t* when) 
     }
 }
 
+// The same for kernels that take a gate along, and have not a register to spare.
+__device__ __attribute__((noinline)) inline void decide_apart(const SkipGate& op, const int32_t* when) {
+    decide(op, when);
+}
+
 }  // namespace skipkernels::cuda

@@ -1,9 +1,9 @@
-"""Calibration: the skip policy closest to the dense model at a wanted skip ratio.
+"""Calibration: finds the skip policy closest to the dense model at a wanted skip ratio.
 
 1. The dense model reads the calibration text; the similarity of every layer is recorded at every position.
-2. ``policy_search`` looks for threshold, span, cold layers and warm-up, first in a simulation on those similarities,
-   then by decoding one half of the text by force.
-3. ``verification`` measures what was found on the other half, beside a fixed and a random choice of FFNs.
+2. ``policy_search`` looks for threshold, span, dense layers and warm-up, first in a simulation on those similarities,
+   then by teacher-forced decoding of one half of the text.
+3. ``verification`` measures the best policy on the other half, beside a fixed and a random choice of FFNs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from skipkernels.calibration.passages import cut_passages
 from skipkernels.calibration.policy_search import search
 from skipkernels.calibration.scoring import Comparison, dense_similarities
 from skipkernels.calibration.search_space import SearchSpace
-from skipkernels.calibration.simulation import Similarities, reachable_ratio
+from skipkernels.calibration.simulation import Similarities
 from skipkernels.calibration.tuning import RATIO_TOLERANCE, Trial, Tuner
 from skipkernels.calibration.verification import DECODES, Baseline, Margin, verify
 from skipkernels.errors import PolicyError
@@ -51,14 +51,14 @@ class SimilarityCurve:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The policy that was found, and what was measured on the way."""
+    """The policy that was found, and its measurements."""
 
     policy: SkipPolicy
     wanted_ratio: float
     held_out: Comparison
-    baselines: tuple[Baseline, ...]  # on the held-out text too
+    baselines: tuple[Baseline, ...]  # on the held-out text, too
     margins: tuple[Margin, ...]
-    trials: tuple[Trial, ...]  # on the text searched on, the best first
+    trials: tuple[Trial, ...]  # on the search half of the text, the best first
     curve: SimilarityCurve
     prompt_tokens: int
     new_tokens: int
@@ -67,12 +67,12 @@ class Calibration:
 
     @property
     def reached(self) -> bool:
-        """Whether the search came to the wanted ratio. It may not where similarities lie so close together that a
+        """Whether the search reached the wanted ratio. It may not if the similarities are so close together that a
         threshold lets all of them pass or none."""
         return self.trials[0].missed <= RATIO_TOLERANCE
 
     def measured(self) -> dict[str, Any]:
-        """What the policy file says of its policy: plain JSON."""
+        """The measurements that the policy file keeps: plain JSON."""
         return {
             "wanted_ratio": self.wanted_ratio,
             "prompt_tokens": self.prompt_tokens,
@@ -106,8 +106,8 @@ def calibrate(
     new_tokens: int = 128,
     passages: int = 32,
     spans: Sequence[int | None] | None = None,
-    cold_start: int | None = None,
-    cold_end: int | None = None,
+    first_dense_layers: int | None = None,
+    last_dense_layers: int | None = None,
     warmup_tokens: int | None = None,
     batch_rule: BatchRule = "per_row",
     per_layer: bool = False,
@@ -119,16 +119,16 @@ def calibrate(
     arguments give the same policy.
 
     Args:
-        engine: its rows are used; more of them (``max_batch_size``, up to half of ``passages``) are faster.
-        texts: text or token ids, in any number of pieces. The first half of each is searched on, the second half is
+        engine: decodes in batches; a larger ``max_batch_size``, up to half of ``passages``, is faster.
+        texts: text or token ids, in any number of pieces. The search uses the first half of each, the second half is
             held out.
-        wanted_ratio: skipped FFNs over layers x generated tokens, warm-up and cold layers included, in (0, 1).
+        wanted_ratio: skipped FFNs over layers x generated tokens, warm-up and dense layers included, in (0, 1).
         prompt_tokens: tokens of each passage that are prefilled.
-        new_tokens: tokens of each passage that are decoded. The ratio holds for generations of this length: in
-            shorter ones the warm-up weighs more.
+        new_tokens: tokens of each passage that are decoded. The ratio holds for generations of this length: shorter
+            ones skip less, because the warm-up takes a larger share of them.
         passages: how many passages to cut from the texts, at most.
         spans: candidates for ``SkipPolicy.span``; None: found.
-        cold_start, cold_end, warmup_tokens: as in ``SkipPolicy``; None: found.
+        first_dense_layers, last_dense_layers, warmup_tokens: as in ``SkipPolicy``; None: found.
         batch_rule: as in ``SkipPolicy``.
         per_layer: find ``SkipPolicy.layer_thresholds``, which takes up to twice as long.
         progress: see ``Progress``.
@@ -139,7 +139,7 @@ def calibrate(
     """
     layers = engine.config.num_hidden_layers
     allowed = None if spans is None else tuple(spans)
-    space = SearchSpace(layers, allowed, cold_start, cold_end, warmup_tokens, batch_rule)
+    space = SearchSpace(layers, allowed, first_dense_layers, last_dense_layers, warmup_tokens, batch_rule)
     _check_ratio(wanted_ratio, space, new_tokens)
     search_part, held_out_part = cut_passages(engine, texts, passages, prompt_tokens, new_tokens)
 
@@ -180,10 +180,10 @@ def _check_ratio(wanted: float, space: SearchSpace, new_tokens: int) -> None:
         raise PolicyError(f"the wanted skip ratio must lie in (0, 1), got {wanted}")
     widest, layers = space.widest, space.layers
     past_warmup = max(0.0, 1 - max(1, widest.warmup_tokens) / new_tokens)
-    reachable = past_warmup * max(reachable_ratio(replace(widest, span=span), layers) for span in space.tried_spans)
+    reachable = past_warmup * max(replace(widest, span=span).reachable_ratio(layers) for span in space.tried_spans)
     if wanted > reachable:
         raise PolicyError(
-            f"a skip ratio of {wanted} cannot be reached: with cold_start={widest.cold_start}, "
-            f"cold_end={widest.cold_end} and {widest.warmup_tokens} warm-up tokens, {new_tokens} generated tokens of "
-            f"{layers} layers skip at most {reachable:.3f}"
+            f"a skip ratio of {wanted} cannot be reached: with first_dense_layers={widest.first_dense_layers}, "
+            f"last_dense_layers={widest.last_dense_layers} and {widest.warmup_tokens} warm-up tokens, "
+            f"{new_tokens} generated tokens of {layers} layers skip at most {reachable:.3f}"
         )

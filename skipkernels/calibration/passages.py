@@ -1,4 +1,4 @@
-"""Passages: pieces of text that are decoded token by token although it is known how they go on."""
+"""Passages: pieces of known text for teacher-forced decoding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Passage:
-    """Token ids of a text: the first ``prompt_tokens`` are given at once, each of the others is decoded by force."""
+    """Token ids of a text: the first ``prompt_tokens`` are prefilled, the others are decoded with teacher forcing."""
 
     token_ids: tuple[int, ...]
     prompt_tokens: int
@@ -29,9 +29,9 @@ class Passage:
 def cut_passages(
     engine: Engine, texts: Sequence[str | Sequence[int]], count: int, prompt_tokens: int, new_tokens: int
 ) -> tuple[list[Passage], list[Passage]]:
-    """Two lists of passages for search and held-out text, ``count`` in all at most, evenly spread over the texts.
+    """Passages to search on and held-out passages, at most ``count`` in all, evenly spread over the texts.
 
-    Each passage begins with the tokenizer's beginning-of-sequence token, where it has one that it puts in front.
+    Each passage begins with the beginning-of-sequence token, if the tokenizer adds one.
 
     Raises:
         RequestError: the texts do not hold two passages.

@@ -16,9 +16,9 @@ _LABELLED_TOKENS = 150
 
 
 def plot_similarity(curve: SimilarityCurve, policy: SkipPolicy, path: str | Path) -> None:
-    """Similarity of every layer, with the threshold and the cold layers of ``policy``.
+    """Similarity of every layer, with the threshold and the dense layers of ``policy``.
 
-    Drawn as the distance from 1 on a logarithmic scale, upside down: near 1 is where the differences are.
+    Drawn as the distance from 1 on an inverted logarithmic scale, because the differences are near 1.
     """
     plt = pyplot()
     from matplotlib.ticker import MaxNLocator
@@ -35,7 +35,7 @@ def plot_similarity(curve: SimilarityCurve, policy: SkipPolicy, path: str | Path
         tested = list(policy.plan(len(layers)).tested_layers)
         distances = np.maximum(1.0 - np.array(policy.layer_thresholds)[tested], 1e-7)
         axes.plot(tested, distances, color=ORANGE, marker="_", linestyle="none", markersize=12, label="thresholds")
-    first, last = policy.cold_start, len(layers) - policy.cold_end - 1
+    first, last = policy.first_dense_layers, len(layers) - policy.last_dense_layers - 1
     for begin, end in ((-0.5, first + 0.5), (last + 0.5, len(layers) - 0.5)):
         axes.axvspan(begin, end, color=GREY, zorder=0, label="always run" if begin < 0 else None)
     axes.set_yscale("log")

@@ -1,4 +1,4 @@
-"""Which policies a calibration may choose from."""
+"""The policies that a calibration may choose from."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from skipkernels.errors import PolicyError
 from skipkernels.skipping.policy import BatchRule, SkipPolicy
 
 WARMUPS = (1, 4, 8, 16, 25)
-"""Warm-ups tried where none is given. The first generated token runs every FFN in any case, so 1 is none at all."""
+"""Warm-ups to try where none is given. 1 is the same as none: the first generated token always runs every FFN."""
 _GRID = 24
 _SPANS = 12
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The skip policies of a model of ``layers``. What is given (not None) is the only value tried."""
+    """The skip policies of a model of ``layers``. A parameter that is given (not None) is not searched for."""
 
     layers: int
     spans: tuple[int | None, ...] | None = None
-    cold_start: int | None = None
-    cold_end: int | None = None
+    first_dense_layers: int | None = None
+    last_dense_layers: int | None = None
     warmup_tokens: int | None = None
     batch_rule: BatchRule = "per_row"
 
@@ -33,47 +33,47 @@ class SearchSpace:
 
     @property
     def widest(self) -> SkipPolicy:
-        """No more layers are cold than have to be, and no more tokens are warm-up."""
+        """The policy that may skip most: the fewest dense layers and warm-up tokens that this space allows."""
         return SkipPolicy(
-            cold_start=self.cold_start or 0,
-            cold_end=self.cold_end or 0,
+            first_dense_layers=self.first_dense_layers or 0,
+            last_dense_layers=self.last_dense_layers or 0,
             warmup_tokens=WARMUPS[0] if self.warmup_tokens is None else self.warmup_tokens,
             batch_rule=self.batch_rule,
         )
 
     @property
     def tried_spans(self) -> tuple[int | None, ...]:
-        """None and at most 12 others, of one layer up to half of them all, where none are given."""
+        """The given spans; else None and at most 12 others, from one layer to half of all layers."""
         if self.spans is not None:
             return self.spans
         half = max(1, self.layers // 2)
         return (None, *map(int, np.unique(np.linspace(1, half, min(half, _SPANS)).round())))
 
     def windows(self) -> list[tuple[int, int]]:
-        """Cold bounds, (cold_start, cold_end), that leave a layer to skip: layer ``cold_start`` is tested, those
-        after it may be skipped. All of them up to 24 layers, a grid in deeper models."""
+        """Pairs (first_dense_layers, last_dense_layers) that leave a layer to skip: layer ``first_dense_layers`` is
+        tested, those after it may be skipped. All pairs up to 24 layers, a grid of them in deeper models."""
         step = -(-self.layers // _GRID)
-        starts = range(0, self.layers - 1, step) if self.cold_start is None else [self.cold_start]
-        ends = range(0, self.layers - 1, step) if self.cold_end is None else [self.cold_end]
+        starts = range(0, self.layers - 1, step) if self.first_dense_layers is None else [self.first_dense_layers]
+        ends = range(0, self.layers - 1, step) if self.last_dense_layers is None else [self.last_dense_layers]
         return [(start, end) for start in starts for end in ends if start + end <= self.layers - 2]
 
     def candidates(self) -> Iterator[SkipPolicy]:
-        """Every span in every window, thresholds left open. Spans that are not given end before the window does: None
-        is the one that does not."""
+        """Every span in every window, with the default threshold. Where spans are not given, those as long as the
+        window are left out, because they equal None."""
         for span in self.tried_spans:
             for start, end in self.windows():
-                policy = replace(self.widest, span=span, cold_start=start, cold_end=end)
+                policy = replace(self.widest, span=span, first_dense_layers=start, last_dense_layers=end)
                 if self.spans is not None or span is None or span < self._gated(policy):
                     yield policy
 
     def neighbours(self, policy: SkipPolicy) -> Iterator[SkipPolicy]:
-        """``policy`` with one of its bounds or its span moved by a layer, as far as they are free and possible."""
+        """``policy`` with one bound or its span moved by a layer, unless that is given or impossible."""
         moves: list[SkipPolicy] = []
         for step in (-1, 1):
-            if self.cold_start is None and policy.cold_start + step >= 0:
-                moves.append(replace(policy, cold_start=policy.cold_start + step))
-            if self.cold_end is None and policy.cold_end + step >= 0:
-                moves.append(replace(policy, cold_end=policy.cold_end + step))
+            if self.first_dense_layers is None and policy.first_dense_layers + step >= 0:
+                moves.append(replace(policy, first_dense_layers=policy.first_dense_layers + step))
+            if self.last_dense_layers is None and policy.last_dense_layers + step >= 0:
+                moves.append(replace(policy, last_dense_layers=policy.last_dense_layers + step))
             span = step + (self._gated(policy) if policy.span is None else policy.span)
             if self.spans is None and span >= 1:
                 moves.append(replace(policy, span=span))
@@ -83,4 +83,4 @@ class SearchSpace:
 
     def _gated(self, policy: SkipPolicy) -> int:
         """Layers that ``policy`` may skip."""
-        return self.layers - policy.cold_start - policy.cold_end - 1
+        return self.layers - policy.first_dense_layers - policy.last_dense_layers - 1

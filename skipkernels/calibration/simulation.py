@@ -1,6 +1,6 @@
-"""The skip rule on recorded similarities: what a policy would skip if skipping changed nothing after it.
+"""Simulates the skip rule on recorded similarities, as if skipping an FFN did not change later layers.
 
-Hundreds of policies a second, to find the few that are worth decoding with.
+Hundreds of policies per second, to find the few that are worth decoding with.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Similarities = npt.NDArray[np.float32]
 """[positions, layers]: cosine of the residual stream before and after each FFN of the dense model."""
 
 _BISECTIONS = 24
-_LOG_FACTOR = 9.0  # of the distance of a threshold from 1: more than its seven digits tell
-_SLACK = 0.01  # of a ratio: a set of layers that misses it by less is worth a look
+_LOG_FACTOR = 9.0  # bound on the logarithm of the factor by which a threshold's distance from 1 is scaled
+_SLACK = 0.01  # of a ratio: policies that miss it by less are kept
 
 
 def simulate(similarities: Similarities, policy: SkipPolicy) -> npt.NDArray[np.bool_]:
-    """The FFNs that ``policy`` skips, [positions, layers], every position taken as past its warm-up."""
+    """The FFNs that ``policy`` skips, [positions, layers]; every position counts as after the warm-up."""
     positions, layers = similarities.shape
     plan = policy.plan(layers)
     skipped = np.zeros((positions, layers), dtype=bool)
@@ -36,16 +36,11 @@ def simulate(similarities: Similarities, policy: SkipPolicy) -> npt.NDArray[np.b
     return skipped
 
 
-def reachable_ratio(policy: SkipPolicy, layers: int) -> float:
-    """Share of the FFNs of a token past its warm-up that ``policy`` skips at most: when every test passes."""
-    return float(simulate(np.ones((1, layers), dtype=np.float32), policy).mean())
-
-
 def tuned(similarities: Similarities, policy: SkipPolicy, ratio: float) -> SkipPolicy:
-    """``policy`` with the threshold at which it skips ``ratio`` of the FFNs, or as near below as similarities allow.
+    """``policy`` with the threshold at which it skips ``ratio`` of the FFNs, or slightly less.
 
-    Where ``policy`` cannot skip more than that, every test passes. Thresholds per layer are moved together, the
-    distance of each from 1 by the same factor.
+    If ``policy`` cannot skip that much, the threshold lets every test pass. Per-layer thresholds are moved together:
+    the distance of each from 1 is multiplied by the same factor.
     """
     if policy.layer_thresholds is None:
         policy = replace(policy, threshold=0.99)
@@ -73,14 +68,14 @@ def _scaled(policy: SkipPolicy, log_factor: float) -> SkipPolicy:
 
 
 def rank(similarities: Similarities, policies: Iterable[SkipPolicy], ratio: float) -> list[SkipPolicy]:
-    """The policies that can skip about ``ratio``, each tuned to it, the least change left out first.
+    """The policies that can skip about ``ratio``, each tuned to it, the smallest simulated change first.
 
-    The change of a skipped FFN is taken as 1 - similarity, and that of a token as growing with the square of its
-    skipped FFNs where the ratio is missed. Of policies that skip the same FFNs one is kept.
+    A skipped FFN changes the output by 1 - similarity. Where a policy misses the ratio, its change is scaled with the
+    square of the ratio. Of policies that skip the same FFNs, one is kept.
     """
     costs: dict[bytes, tuple[float, SkipPolicy]] = {}
     for policy in policies:
-        if reachable_ratio(policy, similarities.shape[1]) < ratio - _SLACK:
+        if policy.reachable_ratio(similarities.shape[1]) < ratio - _SLACK:
             continue
         candidate = tuned(similarities, policy, ratio)
         skipped = simulate(similarities, candidate)

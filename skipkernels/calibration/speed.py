@@ -1,4 +1,4 @@
-"""How fast an engine decodes under several policies, measured so that they can be compared."""
+"""Decode speed of an engine under several policies, measured in alternation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Speed:
     """One row's decode under one policy."""
 
-    tokens_per_s: float  # median of the rounds, past the first token
+    tokens_per_s: float  # median of the rounds, without the first token
     skip_ratio: float
 
 
@@ -34,7 +34,7 @@ def measure_speeds(
 ) -> list[Speed]:
     """The decode speed of one row under each policy.
 
-    The policies take turns, so that whatever else the machine does meets all of them alike. End-of-sequence tokens are
+    The policies take turns, so that other load on the machine affects all of them alike. End-of-sequence tokens are
     ignored: every run decodes ``new_tokens`` tokens. ``on_run`` is called with the share that is done.
     """
     runs: list[list[Generation]] = [[] for _ in policies]

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class Cell(IntEnum):
-    """What became of one FFN of one token."""
+    """What one FFN of one token did."""
 
     RUN = 0
     SKIPPED = 1
-    TRIGGERED = 2  # ran, and had the layers after it skipped
+    TRIGGERED = 2  # ran, and started a skip of the layers after it
 
 
 GLYPHS = {Cell.RUN: ("█", "blue"), Cell.SKIPPED: ("·", "bright_black"), Cell.TRIGGERED: ("◆", "yellow")}
@@ -59,14 +59,14 @@ class TraceMap:
 
 
 def token_texts(token_ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
-    """Each token on its own, control characters made visible; its number where there is no tokenizer."""
+    """The text of each token, control characters made visible; its id where there is no tokenizer."""
     for token_id in token_ids:
         text = str(token_id) if tokenizer is None else str(tokenizer.decode([token_id]))
         yield "".join(character if character.isprintable() else _picture(character) for character in text)
 
 
 def _picture(control: str) -> str:
-    """One visible character in place of a control character, which could do anything to a terminal."""
+    """A visible character for a control character, which a terminal would obey."""
     code = ord(control)
     return _PICTURES.get(control) or (chr(0x2400 + code) if code < 0x20 else "\N{REPLACEMENT CHARACTER}")
 

@@ -1,4 +1,4 @@
-"""Bringing a policy to a wanted skip ratio by decoding, because skipping shifts the similarities that follow."""
+"""Tunes a policy to a wanted skip ratio by decoding, because skipping shifts later similarities."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from skipkernels.engine import Engine
 
 RATIO_TOLERANCE = 0.01
-"""How far a measured skip ratio may be from the wanted one and still count as reached."""
+"""The largest deviation of a measured skip ratio that counts as reached."""
 CLOSE = 0.003
-"""Where the search for a threshold stops."""
+"""The deviation at which the search for a threshold stops."""
 _MAX_RUNS = 8  # decodes to find one threshold
-_KL_EXPONENT = 2  # of the skip ratio; on the demo model, between ratios of 0.23 and 0.27, 1.8 to 2
+_KL_EXPONENT = (
+    2  # KL grows with this power of the skip ratio; measured on the demo model, ratios 0.23 to 0.27: 1.8 to 2
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Trial:
 
     @property
     def cost(self) -> float:
-        """``kl`` as it would be at the wanted ratio, taken to grow with the square of the ratio."""
+        """``kl`` extrapolated to the wanted ratio, assuming that it grows with the square of the ratio."""
         ratio = self.comparison.skip_ratio
         return self.kl * (self.wanted_ratio / ratio) ** _KL_EXPONENT if ratio else float("inf")
 
@@ -63,7 +65,7 @@ class Tuner:
         dense: Sequence[Score] | None = None,
     ) -> None:
         """``similarities`` are the dense model's at the decoded positions of these passages, or of more text;
-        ``on_step`` is called with the number of tokens each step decoded; ``dense`` is made where it is not given."""
+        ``on_step`` is called with the number of tokens each step decoded; ``dense`` is computed if not given."""
         self.similarities = similarities
         self.wanted_ratio = wanted_ratio
         self._engine = engine
@@ -73,11 +75,11 @@ class Tuner:
 
     @property
     def tokens(self) -> int:
-        """Decoded under each policy."""
+        """Tokens decoded under each policy."""
         return sum(passage.decoded_tokens for passage in self._passages)
 
     def on_part(self, passages: int) -> Tuner:
-        """A tuner on so many of the passages, evenly spread."""
+        """A tuner on about so many of the passages, evenly spread."""
         step = max(1, len(self._passages) // passages)
         return Tuner(
             self._engine,
@@ -96,8 +98,8 @@ class Tuner:
     def tune(self, policy: SkipPolicy, bias: float = 0.0, *, close: float = CLOSE, runs: int = _MAX_RUNS) -> Trial:
         """Moves the threshold of ``policy`` until it skips the wanted ratio within ``close``.
 
-        The simulation says which threshold to try; what the decode gets wrong of it, to begin with ``bias``, is added
-        to the next goal. Where that leads nowhere, the goals known to be too low and too high are bisected.
+        The simulation gives the threshold to try; the difference between decoded and simulated ratio, initially
+        ``bias``, corrects the goal of the next simulation. Where that does not converge, goals are bisected.
         """
         share = self.share_past_warmup(policy)
         goal, low, high = self.wanted_ratio - bias, 0.0, 1.0
@@ -105,7 +107,7 @@ class Tuner:
         for _ in range(runs):
             candidate = tuned(self.similarities, policy, goal / share)
             if any(candidate == trial.policy for trial in trials):
-                break  # similarities lie so close together that nothing is between too low and too high
+                break  # no threshold lies between too low and too high
             trials.append(self._try(candidate, goal))
             error = trials[-1].comparison.skip_ratio - self.wanted_ratio
             if abs(error) <= close:

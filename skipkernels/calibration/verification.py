@@ -1,4 +1,4 @@
-"""A calibrated policy on text that its search has not seen, beside choices that look at no token."""
+"""Compares a calibrated policy on held-out text with baselines that do not look at the token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _RESAMPLES = 2000
 _SEED = 0
 DECODES = 5
-"""Times that ``verify`` decodes the passages, at most."""
+"""How often ``verify`` decodes the passages, at most."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Margin:
-    """How much farther from the dense model a baseline is than the calibrated policy.
+    """How much farther a baseline is from the dense model than the calibrated policy.
 
-    ``kl`` is the baseline's mean KL divergence less the policy's, over all decoded tokens, nats; ``low`` to ``high``
+    ``kl`` is the baseline's mean KL divergence minus the policy's, over all decoded tokens, nats; ``low`` to ``high``
     is its 95 % interval, a paired bootstrap over the passages (Efron 1979).
     """
 
@@ -46,7 +46,7 @@ class Margin:
 
     @property
     def verdict(self) -> Literal["beats", "is level with", "loses to"]:
-        """What the policy does to the baseline."""
+        """The result, from the policy's side."""
         if self.low > 0:
             return "beats"
         return "loses to" if self.high < 0 else "is level with"
@@ -70,9 +70,9 @@ def verify(
 ) -> Verification:
     """Decodes ``passages`` under ``policy`` and under the baselines.
 
-    The fixed choice is of the layers with the highest ``mean_similarity``. No set of layers skips just as much as
-    the policy does; so the sets of one layer less and one more are decoded, and the policy is compared with a mix of
-    the two in the proportion that skips the same number of FFNs.
+    The fixed baseline skips the layers with the highest ``mean_similarity``. No number of layers skips exactly as much
+    as the policy; so the two nearest numbers are decoded, and the policy is compared with a mix of both that skips the
+    same number of FFNs.
     """
     dense = score(engine, passages, DensePolicy(), keep_log_probs=True, on_step=on_step)
 
@@ -87,8 +87,8 @@ def verify(
     fewer, more = (
         FixedPolicy(tuple(best_first[:count]), policy.warmup_tokens) for count in (int(wanted), int(wanted) + 1)
     )
-    cold = 1 if wanted <= layers - 2 else 0
-    random = RandomPolicy(wanted / layers, _SEED, cold, cold, policy.warmup_tokens)
+    dense_layers = 1 if wanted <= layers - 2 else 0  # at each end
+    random = RandomPolicy(wanted / layers, _SEED, dense_layers, dense_layers, policy.warmup_tokens)
     decoded = [(chosen, *decode(chosen)) for chosen in (fewer, more, random)]
 
     share = wanted - int(wanted)  # of the tokens that the larger set decodes

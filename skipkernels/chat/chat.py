@@ -1,4 +1,4 @@
-"""A conversation as models see it: decoded, checked, and free of any protocol."""
+"""Chats as models see them: decoded and checked, independent of HTTP."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from skipkernels.modality.job import Request
 from skipkernels.modality.strategy import ModalityModel
 
 DEFAULT_NEW_TOKENS = 128
-"""Where a chat does not say: a request without an end would keep the rest of its batch waiting."""
+"""Default of ``Chat.max_new_tokens``: a long answer would delay the rest of its batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,17 +45,17 @@ class Message:
 
     @property
     def text(self) -> str:
-        """Its parts that are text, one after the other."""
+        """Its text parts, concatenated."""
         return "".join(part for part in self.parts if isinstance(part, str))
 
 
 @dataclass(frozen=True, eq=False)
 class Chat:
-    """What is asked of a model.
+    """A request to a model.
 
     Args:
         messages: at least one.
-        max_new_tokens: None: ``DEFAULT_NEW_TOKENS``, or as many as there is room for.
+        max_new_tokens: None: ``DEFAULT_NEW_TOKENS``, or fewer if the context is full before.
         stop: strings that end the answer; they are not part of it.
     """
 
@@ -67,10 +67,10 @@ class Chat:
 
 @dataclass(frozen=True)
 class Completion:
-    """The answer to a chat: what a ``ChatModel`` puts out for each request."""
+    """The answer to a chat: the output of a ``ChatModel`` for each request."""
 
     text: str
-    finish_reason: Literal["stop", "length"]  # it ended by itself or at a stop string; no more tokens were allowed
+    finish_reason: Literal["stop", "length"]  # end of sequence or a stop string; max_new_tokens reached
     prompt_tokens: int
     new_tokens: int
     skip_ratio: float  # skipped FFN executions over layers x new tokens
@@ -81,7 +81,7 @@ class Completion:
 
 
 class ChatFormat(Protocol):
-    """The half of a model that needs no weights: it turns chats into the model's inputs.
+    """The part of a model that needs no weights: it turns chats into the model's inputs.
 
     It may run in another thread or process than the model, and is picklable.
     """

@@ -1,4 +1,4 @@
-"""Profiles of models that chat: how often a strategy is right, or how faithful it is to the model at its fullest."""
+"""Profiles of chat models: each strategy's accuracy, or its agreement with the one that leaves nothing out."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Effort:
     """How much is measured.
 
     Args:
-        passages: of a text; samples of one's own are all used.
+        passages: how many to cut from a text; given samples are all used.
         rounds: timings of each strategy and batch size.
-        batch_sizes: those up to the largest are timed, and the largest; what lies between is interpolated.
+        batch_sizes: batch sizes to time, besides the largest; those between are interpolated.
         memory: whether to measure peak memory.
     """
 
@@ -38,9 +38,9 @@ class Effort:
 
 
 QUICK = Effort(passages=48, rounds=3, batch_sizes=(1,), memory=False)
-"""To begin with: times are corrected by the batches that follow, promises stay as cautious as few samples make them."""
+"""For a quick start: serving corrects the times, but few samples give low promised accuracies."""
 THOROUGH = Effort(passages=400, rounds=20, batch_sizes=(1, 2, 4, 8), memory=True)
-"""To keep in a file."""
+"""For profiles that are kept in a file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class ChatSample:
 
     Args:
         request: with all of the model's modalities.
-        expected: the right answer; None: what the model itself answers when it leaves nothing out.
+        expected: the right answer; None: the model's own answer when it leaves nothing out.
     """
 
     request: Request
@@ -65,7 +65,7 @@ def profile_of_texts(
     journal: str | Path | None = None,
     progress: Progress = lambda stage, share: None,
 ) -> Profile:
-    """See ``profile_of_samples``; these are passages of ``texts``, to be continued at a work of 1.
+    """``profile_of_samples`` on passages of ``texts``, as requests whose work is 1.
 
     Raises:
         RequestError: the texts are too short.
@@ -86,15 +86,15 @@ def profile_of_samples(
     journal: str | Path | None = None,
     progress: Progress = lambda stage, share: None,
 ) -> Profile:
-    """The profile of a model on chats; its times are those of requests whose work is 1.
+    """Profiles a model on chats. Times are scaled to requests whose work is 1.
 
     Args:
         samples: all of them with a right answer, or none.
-        max_batch_size: what the model can run together.
+        max_batch_size: the largest batch that the model can run.
         journal, progress: see ``measure_profile``.
 
     Raises:
-        ProfileError: nothing to measure; or no strategy leaves nothing out, to compare the others with.
+        ProfileError: there are no samples; or no strategy leaves nothing out, which the others are compared with.
     """
     faithful = all(sample.expected is None for sample in samples)
     if faithful:
@@ -119,7 +119,7 @@ def profile_of_samples(
 
 
 def with_own_answers(model: ChatModel, samples: Sequence[ChatSample], max_batch_size: int) -> list[ChatSample]:
-    """The samples with what ``model`` answers when it leaves nothing out."""
+    """The samples, with the model's answers when it leaves nothing out as the expected ones."""
     strategy = _fullest(model)
     if strategy not in model.strategies:
         raise ProfileError(

@@ -1,4 +1,4 @@
-"""From a name to a model that chats, in whatever process it is to run."""
+"""Loads a chat model by name, in the process that is to run it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class ChatModelLoader:
 
     Args:
         name: what the model is called.
-        path: a folder with a checkpoint, or a hub id; of a text model, or of a family of ``chat.multimodal``.
-        skip_levels: shares of FFN executions that are held, each one strategy; 0 is dense. None: all that the policy
-            can hold of ``USUAL_LEVELS``.
-        policy_file: a ``skip_policy.json`` whose span, cold layers and warm-up all levels have; None: the defaults.
+        path: a folder with a checkpoint, or a hub id, of a text model or of a family in ``chat.multimodal``.
+        skip_levels: skip ratios to hold, one strategy each; 0 is dense. None: those of ``USUAL_LEVELS`` that the policy
+            can hold.
+        policy_file: a ``skip_policy.json`` with span, dense layers and warm-up of all levels; None: the defaults.
         metric: what the profile's accuracies mean.
         options: of ``Engine.from_pretrained``.
     """

@@ -1,4 +1,4 @@
-"""From a model that is still running to whoever waits for its text."""
+"""Passes text from a running model to the reader that waits for it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from skipkernels.modality.strategy import Inputs
 
 
 class Progress(Protocol):
-    """What a model may tell while it runs, and ask. Called from the model's thread."""
+    """What a running model reports and asks for one request. Called from the model's thread."""
 
     @property
     def given_up(self) -> bool:
-        """Nobody waits for this answer any more: the model may end it as soon as it can."""
+        """Whether nobody waits for this answer any more; the model should then end it."""
         ...
 
     def restart(self) -> None:
-        """The answer begins, or begins again after its first worker was lost."""
+        """The answer starts, or starts again after its worker was lost."""
         ...
 
     def add(self, text: str) -> None:
@@ -47,15 +47,15 @@ class ChatInputs(dict[str, Any]):
 
 
 def progress_of(inputs: Inputs) -> Progress:
-    """Where to report how one request of a batch gets on."""
+    """The progress to report to for one request of a batch."""
     return inputs.progress if isinstance(inputs, ChatInputs) else Unwatched()
 
 
 class LiveProgress:
-    """Hands the pieces to the event loop that it was made in.
+    """Passes the pieces to the event loop that it was created in.
 
-    An answer that begins again repeats what its reader has: the reader gets only what is new, and nothing more when
-    the repetition differs, which the whole answer shows at the end.
+    A restarted answer repeats text that the reader already has; only text after that is passed on. If the repetition
+    differs, nothing more is passed on: the reader finds out when it compares with the whole answer.
     """
 
     def __init__(self) -> None:

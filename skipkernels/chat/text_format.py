@@ -1,4 +1,4 @@
-"""Chats for models of text alone."""
+"""Turns chats into prompts for text models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROFILED_PROMPT_TOKENS, PROFILED_NEW_TOKENS = 32, RAMP_TOKENS
-"""Of the request whose work is 1: as many new tokens as a held skip ratio takes to come to its target."""
+"""Tokens of the request whose work is 1: new tokens as many as a held skip ratio needs to reach its target."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class TextFormat:
 
     Args:
         max_seq_len: positions that the model's cache holds.
-        prefill_share: what a token of the prompt costs, as a share of a new token.
+        prefill_share: cost of a prompt token as a share of a new token's.
     """
 
     modalities: tuple[str, ...] = ("text",)
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, prefill_share: float) -> None:
-        self._tokenizer = copy.deepcopy(tokenizer)  # the model's own decodes meanwhile, in another thread
+        self._tokenizer = copy.deepcopy(tokenizer)  # a copy, because the model uses its own in another thread
         self._max_seq_len = max_seq_len
         self._prefill_share = prefill_share
 
@@ -68,13 +68,13 @@ class TextFormat:
             encoded = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         except ImportError:
             raise
-        except Exception as error:  # whatever a checkpoint's template does with messages it was not written for
+        except Exception as error:  # templates raise anything for messages they do not support
             raise RequestError(f"this model's chat template refuses these messages: {error}") from error
         return list(cast(dict[str, list[int]], encoded)["input_ids"])
 
 
 def work_of(prompt_tokens: int, new_tokens: int, prefill_share: float) -> float:
-    """What a request costs, see ``Request.work``.
+    """The cost of a request, see ``Request.work``.
 
     Args:
         prefill_share: what a token of the prompt costs, as a share of a new token.
@@ -84,7 +84,7 @@ def work_of(prompt_tokens: int, new_tokens: int, prefill_share: float) -> float:
 
 
 def allowed_new_tokens(chat: Chat, prompt_tokens: int, max_seq_len: int) -> int:
-    """How many new tokens a chat gets.
+    """The number of new tokens that a chat may have.
 
     Raises:
         RequestError: the prompt, or what the chat asks for after it, does not fit a cache of ``max_seq_len``.

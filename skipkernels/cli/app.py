@@ -21,9 +21,11 @@ from skipkernels.cli.generate import generate
 from skipkernels.cli.serve import serve
 from skipkernels.cli.trace import trace
 from skipkernels.errors import SkipkernelsError
+from skipkernels.skipping.old_names import NEW_NAMES
 from skipkernels.support import console
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_OLD_OPTIONS = {old.replace("_", "-"): new.replace("_", "-") for old, new in NEW_NAMES.items()}
 
 
 class Commands(TyperGroup):
@@ -81,7 +83,14 @@ def describe(error: Exception) -> tuple[str, int]:
     return " ".join(message.split()), code
 
 
-app = typer.Typer(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    cls=Commands,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # options of earlier releases still work, and --help does not list them
+        "token_normalize_func": lambda name: _OLD_OPTIONS.get(name, name),
+    },
+)
 app.command()(generate)
 app.command()(calibrate)
 app.command()(trace)

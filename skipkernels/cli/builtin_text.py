@@ -1,4 +1,4 @@
-"""Text to calibrate on where the user has none: it comes with every Python."""
+"""Default calibration text: documentation that comes with every Python."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def documentation() -> list[str]:
 
 
 def demo_streams(tokenizer: PreTrainedTokenizerBase) -> list[Sequence[int]]:
-    """Token ids of the documentation and of facts with their answers, put together as the demo model was trained."""
+    """Token ids of the documentation and of facts with their answers, arranged as in the demo model's training."""
     from skipkernels.demo.batches import fact_tokens, text_stream
     from skipkernels.demo.facts import load_facts
 

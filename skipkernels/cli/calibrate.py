@@ -32,37 +32,37 @@ _SHOWN_TRIALS = 8
 @grouped
 def calibrate(
     model_options: ModelOptions,
-    skip_ratio: Annotated[float, typer.Option(help="Wanted share of all FFN executions skipped.")] = 0.25,
+    skip_ratio: Annotated[float, typer.Option(help="Wanted ratio of skipped FFN executions.")] = 0.25,
     text: opt.Text = None,
     out_file: Annotated[Path, typer.Option("--out", help="The policy file to write.")] = Path(POLICY_FILE),
     plot: Annotated[Path | None, typer.Option(help="Draw the similarity of every layer to this PNG.")] = None,
     json: opt.Json = False,
     new_tokens: Annotated[
-        int, typer.Option(min=2, help="Length of the generations that the ratio is to hold for.")
+        int, typer.Option(min=2, help="Length of generations for which the ratio should hold.")
     ] = 128,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt before each of them.")] = 32,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt before each of them.")] = 32,
     passages: Annotated[
-        int, typer.Option(min=2, help="Passages cut from the text: half to search on, half to verify on.")
+        int, typer.Option(min=2, help="Number of passages: half to search on, half to verify on.")
     ] = 32,
     span: opt.Span = None,
-    cold_start: opt.ColdStart = None,
-    cold_end: opt.ColdEnd = None,
+    first_dense_layers: opt.FirstDenseLayers = None,
+    last_dense_layers: opt.LastDenseLayers = None,
     warmup_tokens: opt.WarmupTokens = None,
     batch_rule: opt.BatchRule = None,
     per_layer: Annotated[
         bool, typer.Option("--per-layer", help="Find a threshold for each layer; takes up to twice as long.")
     ] = False,
 ) -> None:
-    """Find threshold, span, cold layers and warm-up for a wanted skip ratio, and write them to a policy file.
+    """Find threshold, span, dense layers and warm-up for a wanted skip ratio, and write them to a policy file.
 
-    What is not given is searched for. The figures are measured on held-out text, which the search has not seen, beside
-    a fixed and a random choice of FFNs.
+    Parameters that are not given are searched for. The figures are measured on held-out text, which the search has not
+    seen, beside a fixed and a random choice of FFNs.
     """
     require_folder(out_file)
     require_picture(plot)
     given: dict[str, Any] = {
-        "cold_start": cold_start,
-        "cold_end": cold_end,
+        "first_dense_layers": first_dense_layers,
+        "last_dense_layers": last_dense_layers,
         "warmup_tokens": warmup_tokens,
         "batch_rule": batch_rule,
     }
@@ -120,8 +120,8 @@ def _print_result(calibration: Calibration, source: str, seconds: float) -> None
     if not calibration.reached:
         reached = calibration.trials[0].comparison.skip_ratio
         err.print(
-            f"[yellow]warning:[/] the search came to {reached:.1%} instead of {calibration.wanted_ratio:.1%}: "
-            "the similarities lie too close together for a threshold between them"
+            f"[yellow]warning:[/] the search reached {reached:.1%} instead of {calibration.wanted_ratio:.1%}: "
+            "the similarities are too close together for a threshold between them"
         )
 
 

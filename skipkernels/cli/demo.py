@@ -1,4 +1,4 @@
-"""``skipkernels demo``: the bundled model decodes with skipping, and shows what that saves and costs."""
+"""``skipkernels demo``: decodes with the bundled model, and measures what skipping saves and costs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _COUNTED_FACTS = 96
 _ANSWER_TOKENS = 32
 _STORY = "def sort(items, key)\nReturn"
 _STORY_TOKENS = 160
-_MAPPED = (20, 48)  # tokens of the story, the end of the warm-up among them
+_MAPPED = (20, 48)  # tokens of the story, including the end of the warm-up
 _SPEED_TOKENS, _SPEED_ROUNDS = 256, 5
 _PASSAGES, _PROMPT_TOKENS, _PASSAGE_TOKENS = 8, 32, 128
 _SEED = 1
@@ -38,7 +38,7 @@ _SEED = 1
 
 @dataclass(frozen=True)
 class Answers:
-    """How many facts a policy answers word for word."""
+    """How many facts a policy answers exactly."""
 
     right: int
     asked: int
@@ -56,7 +56,7 @@ class Figures:
 
 def demo(
     json: opt.Json = False,
-    threads: Annotated[int, typer.Option(min=1, help="Its matrices are so small that one does best.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="The model is so small that one thread is fastest.")] = 1,
 ) -> None:
     """Watch the bundled model decode with skipping, and see what that saves and costs."""
     options = ModelOptions(DEMO, threads=threads)
@@ -96,12 +96,12 @@ def _shuffled_facts() -> list[Fact]:
 
 
 def _from_the_second_token(policy: SkipPolicy) -> SkipPolicy:
-    """The policy without its warm-up: an answer is shorter than that, and would never skip."""
+    """The policy without its warm-up, which is longer than an answer to a fact."""
     return replace(policy, warmup_tokens=1)
 
 
 def _ask(screen: Console, engine: Engine, facts: Sequence[Fact], policy: Policy) -> None:
-    """Answers a few questions where one can see it."""
+    """Prints the answers to a few questions."""
     screen.print("[bold]Facts[/], skipping from the second token on")
     for fact in facts:
         screen.print("  " + fact.prompt.replace("\n", "\n  "), style="dim", end="", markup=False)
@@ -111,12 +111,12 @@ def _ask(screen: Console, engine: Engine, facts: Sequence[Fact], policy: Policy)
 
 
 def _tell(screen: Console, engine: Engine, policy: Policy) -> Generation:
-    """Continues a prompt freely, past the end of a document if it comes."""
+    """Continues a prompt; end-of-sequence tokens do not end it."""
     from skipkernels.decoding.generation import SamplingParams
 
     screen.print("\n[bold]Free continuation[/]")
     screen.print(_STORY, style="dim", end="", markup=False)
-    # so small a model repeats itself unless it is kept from it
+    # without a penalty, such a small model repeats itself
     sampling = SamplingParams(repetition_penalty=1.15)
     chunks = engine.stream(_STORY, max_new_tokens=_STORY_TOKENS, sampling=sampling, eos_token_ids=(), policy=policy)
     story = _print_stream(screen, chunks)
@@ -125,7 +125,7 @@ def _tell(screen: Console, engine: Engine, policy: Policy) -> Generation:
 
 
 def _print_stream(screen: Console, chunks: Iterator[StreamChunk]) -> Generation:
-    """Prints the text while it comes, without the white space that closes it."""
+    """Prints the text as it is generated, without trailing white space."""
     ends = ""
     for chunk in chunks:
         text = ends + chunk.text

@@ -16,9 +16,9 @@ from skipkernels.support.console import err, out, print_json, progress_bar, requ
 
 if TYPE_CHECKING:
     from skipkernels.engine import Engine
+    from skipkernels.evaluation.evaluation import Entry
+    from skipkernels.evaluation.task import Task
     from skipkernels.methods.setup import Setup
-    from skipkernels.quality.evaluation import Entry
-    from skipkernels.quality.task import Task
 
 _ROWS = 16
 _STDOUT = Path("-")
@@ -26,37 +26,35 @@ _STDOUT = Path("-")
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """What is measured, and at which ratios."""
+    """The methods, and the ratios to measure them at."""
 
     methods: Annotated[
-        str, typer.Option(help="full, skip, held, random, fixed, skipdecode, shortgpt, exit; with commas between.")
+        str, typer.Option(help="full, skip, held, random, fixed, skipdecode, shortgpt, exit; separated by commas.")
     ] = "full,skip,random,fixed,skipdecode,shortgpt,exit"
-    ratios: Annotated[str, typer.Option(help="Shares of the FFN executions, or of the layers, to leave out.")] = (
-        "0.1,0.2,0.25,0.35"
-    )
+    ratios: Annotated[str, typer.Option(help="Ratios of FFN executions, or of layers, to skip.")] = "0.1,0.2,0.25,0.35"
     policy: Annotated[
         Path | None, typer.Option(help="A file of `skipkernels calibrate` for the method skip, instead of --ratios.")
     ] = None
     warmup_tokens: Annotated[
-        int, typer.Option(min=1, help="Generated tokens that run in full; answers may be shorter than the usual 25.")
+        int, typer.Option(min=1, help="First generated tokens, which skip nothing; few, because answers may be short.")
     ] = 1
 
     def ratio_list(self) -> list[float]:
         try:
             ratios = [float(part) for part in self.ratios.split(",")]
         except ValueError as error:
-            raise typer.BadParameter(f"--ratios takes numbers with commas between, got {self.ratios!r}") from error
+            raise typer.BadParameter(f"--ratios takes numbers separated by commas, got {self.ratios!r}") from error
         wrong = [ratio for ratio in ratios if not 0.0 < ratio < 1.0]
         if wrong:
             raise typer.BadParameter(f"a ratio must lie between 0 and 1, got {wrong[0]:g}")
         return ratios
 
     def entries(self, setup: Setup) -> list[Entry]:
-        """The plan; the full model comes first, because others are compared with it."""
+        """Methods and ratios; the full model first, because others are compared with it."""
+        from skipkernels.evaluation.evaluation import Entry
         from skipkernels.methods.ffn_skip import FFNSkip, GivenPolicy
         from skipkernels.methods.method import FULL
         from skipkernels.methods.methods import method_kind
-        from skipkernels.quality.evaluation import Entry
         from skipkernels.skipping.policy_file import load_policy
 
         ratios = self.ratio_list()
@@ -78,27 +76,28 @@ def evaluate(
     model_options: ModelOptions,
     method_options: MethodOptions,
     task_options: TaskOptions,
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn: facts, random skips, resamples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of facts, random skips and resamples.")] = 0,
     json: Annotated[
-        Path | None, typer.Option(help="Write everything here, cell by cell; '-' prints it alone, at the end.")
+        Path | None,
+        typer.Option(help="Results file, written after every cell; '-' prints it at the end, and nothing else."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the --json file of the same command.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the --json file of the same command.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Picture: quality over skip ratio, with intervals.")] = None,
 ) -> None:
     """Measure what leaving out work costs: facts, perplexity, generation and more, on every method at every ratio.
 
-    At a ratio, methods that skip FFNs leave out that share of the FFN executions, those that skip layers that share of
-    the layers. What was measured is stated in both terms. Run it once for every model.
+    A ratio is the share of FFN executions for methods that skip FFNs, and the share of layers for methods that skip
+    layers. Tables show the share of FFN executions and of weight bytes that were skipped. Run it once per model.
     """
-    method_options.ratio_list()  # a wrong command line is refused before a model is loaded
+    method_options.ratio_list()  # raises for a wrong command line before a model is loaded
     if resume and json is None:
-        raise typer.BadParameter("--resume goes on with the file of --json; give both")
+        raise typer.BadParameter("--resume continues the file of --json; give both")
     require_folder(None if json == _STDOUT else json)
     require_picture(plot)
     engine = model_options.load(max_batch_size=_ROWS)
 
-    from skipkernels.quality.evaluation import evaluate as fill_cells
-    from skipkernels.quality.results_file import ResultsFile
+    from skipkernels.evaluation.evaluation import evaluate as fill_cells
+    from skipkernels.evaluation.results_file import ResultsFile
     from skipkernels.support.report import environment
 
     with err.status("collecting text and tasks ..."):
@@ -115,7 +114,7 @@ def evaluate(
     with progress_bar("measuring") as report:
         unfinished = fill_cells(setup, entries, tasks, results, report)
     if plot is not None:
-        from skipkernels.quality.plot import plot_quality
+        from skipkernels.evaluation.plot import plot_quality
 
         panels = [(task.name, metric) for task in tasks for metric in task.metrics]
         plot_quality(results.cells, panels, plot, f"{model_options.model}, {engine.dtype}")
@@ -133,7 +132,7 @@ def evaluate(
 def _settings(
     engine: Engine, setup: Setup, task_options: TaskOptions, tasks: Sequence[Task], method_options: MethodOptions
 ) -> dict[str, Any]:
-    from skipkernels.quality.jsonl import digest
+    from skipkernels.evaluation.jsonl import digest
 
     return {
         "fingerprint": engine.fingerprint,
@@ -151,7 +150,7 @@ def _settings(
 
 
 def _print_tables(cells: list[dict[str, Any]], tasks: Sequence[Task], warmup_tokens: int) -> None:
-    from skipkernels.quality.report import group_table, tables, unreachable
+    from skipkernels.evaluation.report import group_table, tables, unreachable
 
     for task in tasks:
         details = (f"{name.replace('_', ' ')} {value}" for name, value in task.settings.items() if name != "digest")

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from skipkernels.calibration.passages import Passage
     from skipkernels.demo import Fact
     from skipkernels.engine import Engine
+    from skipkernels.evaluation.full_text import FullText
+    from skipkernels.evaluation.task import Task
     from skipkernels.methods.setup import Setup
-    from skipkernels.quality.full_text import FullText
-    from skipkernels.quality.task import Task
 
 TASKS = ("facts", "perplexity", "agreement", "generation", "summarization", "chat")
 _PANEL = "What is measured"
@@ -34,8 +34,7 @@ class TaskOptions:
     tasks: Annotated[
         str | None,
         typer.Option(
-            help=f"{', '.join(TASKS)}; with commas between. Default: all that have what they need; "
-            "with --lm-eval none.",
+            help=f"{', '.join(TASKS)}; separated by commas. Default: all whose files are there; with --lm-eval none.",
             rich_help_panel=_PANEL,
         ),
     ] = None
@@ -62,7 +61,7 @@ class TaskOptions:
     ] = None
     judge_timeout: Annotated[float, typer.Option(help="Seconds for one grade.", rich_help_panel=_PANEL)] = 120.0
     lm_eval: Annotated[
-        str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas between.", rich_help_panel=_PANEL)
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.", rich_help_panel=_PANEL)
     ] = None
     lm_eval_include: Annotated[
         Path | None, typer.Option(help="Folder with YAML tasks of your own.", rich_help_panel=_PANEL)
@@ -71,17 +70,20 @@ class TaskOptions:
         int | None,
         typer.Option(
             min=0,
-            help="Last tokens of a scored context that are decoded, not prefilled; default: all.",
+            help="How many of the last tokens of a scored context are decoded, not prefilled; default: all.",
             rich_help_panel=_PANEL,
         ),
     ] = None
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Facts, articles, questions, documents at most.", rich_help_panel=_PANEL)
+        int | None,
+        typer.Option(min=1, help="Maximum number of facts, articles, questions or documents.", rich_help_panel=_PANEL),
     ] = None
-    passages: Annotated[int, typer.Option(min=2, help="Passages to find methods on and to measure on, half each.")] = 32
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt of each passage.")] = 32
+    passages: Annotated[
+        int, typer.Option(min=2, help="Number of passages: half to tune methods on, half to measure on.")
+    ] = 32
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt of each passage.")] = 32
     new_tokens: Annotated[int, typer.Option(min=2, help="Decoded tokens of each passage.")] = 128
-    answer_tokens: Annotated[int, typer.Option(min=1, help="Longest summary or turn of a chat.")] = 128
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of a summary or a chat turn.")] = 128
 
     def __post_init__(self) -> None:
         if (self.judge_url is None) != (self.judge_model is None):
@@ -93,16 +95,16 @@ class TaskOptions:
     def prepare(
         self, engine: Engine, model_options: ModelOptions, *, warmup_tokens: int, seed: int
     ) -> tuple[Setup, list[Task]]:
-        """Text to find methods on, and the tasks.
+        """The setup with the text to tune methods on, and the tasks.
 
         Raises:
             RequestError, SkipkernelsError: a file, a package or a task is missing or wrong; nothing was measured.
         """
         from skipkernels.calibration.passages import cut_passages
+        from skipkernels.evaluation.facts import read_facts, split
         from skipkernels.methods.setup import Setup
-        from skipkernels.quality.facts import read_facts, split
 
-        # of the bundled model's text, facts are the second part: those here are not asked later
+        # not the second part of the bundled model's text: it has facts that would be asked later
         (prose, *_) = calibration_texts(engine, model_options.model, self.text)[1]
         beside = Path(model_options.path) / "facts.jsonl"
         facts_file = self.facts or (beside if beside.exists() else None)
@@ -132,30 +134,30 @@ class TaskOptions:
         return [name for name in TASKS if with_a_file.get(name, True)]
 
     def _facts(self, material: _Material) -> Task:
-        from skipkernels.quality.facts import Facts
+        from skipkernels.evaluation.facts import Facts
 
         if not material.asked:
             raise RequestError("the task 'facts' needs a file; --facts names one (JSONL of question and answer)")
         return Facts(material.setup.engine, material.asked, material.others)
 
     def _perplexity(self, material: _Material) -> Task:
-        from skipkernels.quality.perplexity import Perplexity
+        from skipkernels.evaluation.perplexity import Perplexity
 
         source = "the standard library's documentation" if self.text is None else str(self.text)
         return Perplexity(material.held_out, material.search, source)
 
     def _agreement(self, material: _Material) -> Task:
-        from skipkernels.quality.agreement import Agreement
+        from skipkernels.evaluation.agreement import Agreement
 
         return Agreement(*material.full_texts)
 
     def _generation(self, material: _Material) -> Task:
-        from skipkernels.quality.free_generation import FreeGeneration
+        from skipkernels.evaluation.free_generation import FreeGeneration
 
         return FreeGeneration(*material.full_texts)
 
     def _summarization(self, material: _Material) -> Task:
-        from skipkernels.quality.summarization import Summarization
+        from skipkernels.evaluation.summarization import Summarization
 
         if self.summaries is None:
             raise RequestError(
@@ -170,8 +172,8 @@ class TaskOptions:
         )
 
     def _chat(self, material: _Material) -> Task:
-        from skipkernels.quality.chat import Chat
-        from skipkernels.quality.judge import Judge
+        from skipkernels.evaluation.chat import Chat
+        from skipkernels.evaluation.judge import Judge
 
         if self.questions is None:
             raise RequestError("the task 'chat' needs a file; --questions names one (MT-Bench's question.jsonl)")
@@ -191,7 +193,7 @@ class TaskOptions:
     def _harness_tasks(self, material: _Material) -> list[Task]:
         if self.lm_eval is None:
             return []
-        from skipkernels.quality.harness import HarnessTask
+        from skipkernels.evaluation.harness import HarnessTask
 
         return [
             HarnessTask(
@@ -209,7 +211,7 @@ class TaskOptions:
 
 @dataclass
 class _Material:
-    """What tasks are made of."""
+    """Inputs of the tasks."""
 
     setup: Setup
     search: Sequence[Passage]
@@ -219,16 +221,16 @@ class _Material:
 
     @cached_property
     def full_texts(self) -> tuple[FullText, FullText]:
-        """Text of the full model to measure on, and to set ratios on."""
+        """Texts generated by the full model: to measure on, and to set ratios on."""
+        from skipkernels.evaluation.full_text import FullText
         from skipkernels.methods.ffn_methods import Full
-        from skipkernels.quality.full_text import FullText
 
         full = Full().build(self.setup, Full().find(self.setup, 0.0, ()))
         return FullText(self.held_out, full), FullText(self.search, full)
 
 
 def _as_text(engine: Engine, facts: Sequence[Fact]) -> list[Sequence[int]]:
-    """Facts with their answers as one text to find methods on, put together as the bundled model was trained."""
+    """Facts with their answers as one text to tune methods on, arranged as in the bundled model's training."""
     if not facts or engine.tokenizer is None:
         return []
     from skipkernels.demo.batches import fact_tokens

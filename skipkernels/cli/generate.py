@@ -1,4 +1,4 @@
-"""``skipkernels generate``: streams a continuation, then says what skipping saved."""
+"""``skipkernels generate``: streams a continuation, then reports what skipping saved."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def generate(
     stop: opt.Stop = None,
     chat: opt.Chat = False,
     no_compare: Annotated[
-        bool, typer.Option("--no-compare", help="Leave out the dense run that the speed is compared with.")
+        bool, typer.Option("--no-compare", help="Skip the dense run that the speed is compared with.")
     ] = False,
     json: opt.Json = False,
 ) -> None:

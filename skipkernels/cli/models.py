@@ -30,7 +30,7 @@ CALIBRATION_ROWS = 16
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What decides how a model is loaded."""
+    """How a model is loaded."""
 
     model: opt.Model
     dtype: opt.Dtype = None
@@ -58,7 +58,7 @@ class ModelOptions:
         return str(folder)
 
     def load(self, *, max_batch_size: int = 1, policy: Policy | None = None) -> Engine:
-        """The engine; a spinner turns meanwhile."""
+        """Loads the engine, showing a spinner."""
         path = self.path
         with err.status(f"loading {self.model} ..."):
             import torch
@@ -89,7 +89,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What decides which token is taken. The fields are those of ``SamplingParams``."""
+    """How tokens are sampled. The fields are those of ``SamplingParams``."""
 
     temperature: opt.Temperature = 0.0
     top_k: opt.TopK = 0
@@ -111,7 +111,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class PolicyOptions:
-    """What decides which FFNs are skipped. None: not given."""
+    """Which FFNs are skipped. None: not given."""
 
     dense: opt.Dense = False
     policy: opt.PolicyFile = None
@@ -120,8 +120,8 @@ class PolicyOptions:
     threshold: opt.Threshold = None
     target_ratio: opt.TargetRatio = None
     span: opt.Span = None
-    cold_start: opt.ColdStart = None
-    cold_end: opt.ColdEnd = None
+    first_dense_layers: opt.FirstDenseLayers = None
+    last_dense_layers: opt.LastDenseLayers = None
     warmup_tokens: opt.WarmupTokens = None
     batch_rule: opt.BatchRule = None
 
@@ -136,21 +136,23 @@ class PolicyOptions:
         if self.skip_ratio is not None and self.threshold is not None:
             raise typer.BadParameter("--skip-ratio finds the threshold; it excludes --threshold")
         if self.skip_ratio is not None and self.target_ratio is not None:
-            raise typer.BadParameter("--skip-ratio is reached on average, --target-ratio is held; give one of them")
+            raise typer.BadParameter(
+                "--skip-ratio sets the average by calibration, --target-ratio holds it at run time; give one of them"
+            )
         if self.text is not None and self.skip_ratio is None:
-            raise typer.BadParameter("--text is what --skip-ratio calibrates on; give both")
+            raise typer.BadParameter("--text is used by the calibration of --skip-ratio only; give both")
 
     @property
     def parameters(self) -> dict[str, Any]:
         """The parameters of SkipPolicy that were given."""
-        names = ("threshold", "target_ratio", "cold_start", "cold_end", "warmup_tokens", "batch_rule")
+        names = ("threshold", "target_ratio", "first_dense_layers", "last_dense_layers", "warmup_tokens", "batch_rule")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.span is not None:
             given["span"] = parse_span(self.span)
         return given
 
     def choose(self, engine: Engine, options: ModelOptions) -> Policy:
-        """The policy that the options ask for; says on stderr where it came from."""
+        """The policy of these options; prints to stderr where it comes from."""
         if self.dense:
             return DensePolicy()
         if self.skip_ratio is not None:
@@ -169,7 +171,7 @@ class PolicyOptions:
         return replace(base, **self.parameters)
 
     def _calibrate(self, engine: Engine, options: ModelOptions, ratio: float) -> Policy:
-        """Calibrates on the spot, as quickly as is honest."""
+        """Calibrates now, on fewer passages than ``skipkernels calibrate`` by default."""
         source, texts = calibration_texts(engine, options.model, self.text)
         given = self.parameters
         if "span" in given:
@@ -185,7 +187,7 @@ class PolicyOptions:
 
 
 def parse_span(text: str) -> int | None:
-    """'all' or a number of layers."""
+    """Parses 'all' (None) or a number of layers."""
     if text == "all":
         return None
     if not text.isdecimal():
@@ -194,7 +196,7 @@ def parse_span(text: str) -> int | None:
 
 
 def run_calibration(engine: Engine, texts: Sequence[str | Sequence[int]], ratio: float, **options: Any) -> Calibration:
-    """``calibrate`` behind a progress bar."""
+    """``calibrate`` with a progress bar."""
     from skipkernels.calibration.calibration import calibrate
 
     with progress_bar("calibrating") as report:
@@ -202,7 +204,7 @@ def run_calibration(engine: Engine, texts: Sequence[str | Sequence[int]], ratio:
 
 
 def calibration_texts(engine: Engine, model: str, file: Path | None) -> tuple[str, list[str | Sequence[int]]]:
-    """Text to calibrate on, and what to call it: a file's, or else the built-in text."""
+    """A label and the text to calibrate on: the file's, or else built-in text."""
     if file is not None:
         return str(file), [read_text(file)]
     from skipkernels.cli.builtin_text import demo_streams, documentation

@@ -33,7 +33,7 @@ Executor = Annotated[
     str, typer.Option(help="auto; or reference, which defines what is right.", rich_help_panel=_MODEL_PANEL)
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", rich_help_panel=_MODEL_PANEL)]
-Kernels = Annotated[str, typer.Option(help="On cuda: auto, cuda or triton.", rich_help_panel=_MODEL_PANEL)]
+Kernels = Annotated[str, typer.Option(help="Kernels on cuda: auto, cuda or triton.", rich_help_panel=_MODEL_PANEL)]
 Conditional = Annotated[
     str, typer.Option(help="How a CUDA graph skips: auto, predicate or if_node.", rich_help_panel=_MODEL_PANEL)
 ]
@@ -42,7 +42,10 @@ Loop = Annotated[
 ]
 MaxSeqLen = Annotated[
     int | None,
-    typer.Option(help="Cached positions; default: the model's, at most 4096.", rich_help_panel=_MODEL_PANEL),
+    typer.Option(
+        help="Maximum context length, prompt included; default: the model's, at most 4096.",
+        rich_help_panel=_MODEL_PANEL,
+    ),
 ]
 
 Dense = Annotated[bool, typer.Option("--dense", help="Skip nothing.", rich_help_panel=_POLICY_PANEL)]
@@ -50,13 +53,13 @@ PolicyFile = Annotated[
     Path | None,
     typer.Option(
         "--policy",
-        help="A file of `skipkernels calibrate`; default: skip_policy.json in the model's folder, where there is one.",
+        help="A policy file of `skipkernels calibrate`; default: skip_policy.json in the model's folder, if any.",
         rich_help_panel=_POLICY_PANEL,
     ),
 ]
 SkipRatio = Annotated[
     float | None,
-    typer.Option(help="Calibrate first, for this share of all FFNs skipped.", rich_help_panel=_POLICY_PANEL),
+    typer.Option(help="Calibrate first, for this ratio of skipped FFNs.", rich_help_panel=_POLICY_PANEL),
 ]
 Text = Annotated[
     Path | None,
@@ -67,41 +70,56 @@ Text = Annotated[
 ]
 Threshold = Annotated[
     float | None,
-    typer.Option(help="Cosine similarity from which on FFNs are skipped.", rich_help_panel=_POLICY_PANEL),
+    typer.Option(help="Skip the following FFNs at this cosine similarity or above.", rich_help_panel=_POLICY_PANEL),
 ]
 TargetRatio = Annotated[
     float | None,
     typer.Option(
-        help="Hold the share of FFNs skipped at this value: every row moves its threshold.",
+        help="Hold the skip ratio of each row at this value, by adapting its threshold.",
         rich_help_panel=_POLICY_PANEL,
     ),
 ]
 Span = Annotated[
     str | None,
-    typer.Option(help="Layers that one test skips, or 'all' up to the cold end.", rich_help_panel=_POLICY_PANEL),
+    typer.Option(
+        help="Layers that one trigger skips, or 'all' up to the last dense layers.", rich_help_panel=_POLICY_PANEL
+    ),
 ]
-ColdStart = Annotated[int | None, typer.Option(help="First layers that always run.", rich_help_panel=_POLICY_PANEL)]
-ColdEnd = Annotated[int | None, typer.Option(help="Last layers that always run.", rich_help_panel=_POLICY_PANEL)]
+FirstDenseLayers = Annotated[
+    int | None, typer.Option(help="First layers, which never skip their FFN.", rich_help_panel=_POLICY_PANEL)
+]
+LastDenseLayers = Annotated[
+    int | None, typer.Option(help="Last layers, which never skip their FFN.", rich_help_panel=_POLICY_PANEL)
+]
 WarmupTokens = Annotated[
     int | None,
-    typer.Option(help="Generated tokens that skip nothing; default: 25, or calibrated.", rich_help_panel=_POLICY_PANEL),
+    typer.Option(
+        help="First generated tokens, which skip nothing; default: 25, or calibrated.", rich_help_panel=_POLICY_PANEL
+    ),
 ]
 BatchRule = Annotated[
     str | None,
     typer.Option(help="per_row (exact), all or majority; default: per_row.", rich_help_panel=_POLICY_PANEL),
 ]
 
-MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Tokens to generate at most; default: 128 (trace: 48).")]
-Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the generation; may be given several times.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Maximum number of generated tokens; default: 128 (trace: 48).")
+]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop string; may be given several times.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Send PROMPT as a user's message through the chat template.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING_PANEL)]
 TopK = Annotated[int, typer.Option(help="Keep the k most likely tokens; 0: all.", rich_help_panel=_SAMPLING_PANEL)]
 TopP = Annotated[
-    float, typer.Option(help="Keep the most likely tokens of this probability.", rich_help_panel=_SAMPLING_PANEL)
+    float,
+    typer.Option(
+        help="Keep the most likely tokens that together have this probability.", rich_help_panel=_SAMPLING_PANEL
+    ),
 ]
 MinP = Annotated[
     float,
-    typer.Option(help="Keep tokens this fraction as likely as the likeliest.", rich_help_panel=_SAMPLING_PANEL),
+    typer.Option(
+        help="Keep tokens at least this fraction as likely as the most likely one.", rich_help_panel=_SAMPLING_PANEL
+    ),
 ]
 RepetitionPenalty = Annotated[
     float | None, typer.Option(help="1 is none; default: the model's own.", rich_help_panel=_SAMPLING_PANEL)

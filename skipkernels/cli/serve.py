@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from skipkernels.server.http.samples import ChatLine
 
 Measure = Callable[..., "Profile"]
-"""Takes a ``ChatModel``, and perhaps ``progress``."""
+"""Called with a ``ChatModel``, and optionally ``progress``."""
 Chats = list["ChatLine"] | None
 """What to profile on; None: text."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """What an HTTP server needs, wherever the model runs."""
+    """What the HTTP server needs of a model, here or on Ray."""
 
     profile: Profile
     format: ChatFormat
@@ -47,7 +47,7 @@ def serve(
     limits: LimitOptions,
     cluster: ClusterOptions,
 ) -> None:
-    """Serve MODEL over HTTP: /v1/chat/completions as OpenAI has it, and deadline_ms and min_accuracy in addition."""
+    """Serve MODEL over HTTP: OpenAI's /v1/chat/completions, with deadline_ms and min_accuracy in addition."""
     try:
         from skipkernels.server.http.samples import read_chats
         from skipkernels.server.http.server import listen
@@ -55,16 +55,18 @@ def serve(
         from skipkernels.server.http.service import Service
     except ImportError as error:
         raise SkipkernelsError(f"serving needs more packages ({error}): pip install skipkernels[serve]") from error
-    from skipkernels.modality.policies import get_policy
+    from skipkernels.modality.policies import get_selection_policy
 
-    get_policy(scheduling.selection)  # a wrong name is refused before a model is loaded
+    get_selection_policy(scheduling.selection)  # a wrong name is refused before a model is loaded
     require_folder(scheduling.profile)
     chats = None if scheduling.samples is None else read_chats(scheduling.samples, limits.limits())
     with listen(server.host, server.port) as listener:
         load = _loader(model_options, scheduling, cluster, chats)
         starting = _on_ray(load, scheduling, cluster, chats) if cluster.ray else _here(load, scheduling, chats)
         with starting as served:
-            profile = replace(served.profile, model=model_options.model)  # a file's may have another name
+            profile = replace(
+                served.profile, model=model_options.model
+            )  # the profile may come from a file, with another name
             service = Service(profile, served.format, served.backend, limits=limits.limits(), api_key=server.api_key)
             serve_http(
                 service, listener, grace_s=server.grace_s, on_started=lambda: _announce(profile, listener, server)
@@ -80,7 +82,7 @@ def _loader(
 
     path = model_options.path
     if (folder := Path(path)).is_dir():
-        path = str(folder.resolve())  # another process may have another working directory
+        path = str(folder.resolve())  # absolute: other processes may have another working directory
     beside = Path(path) / POLICY_FILE
     policy_file = scheduling.policy or (beside if beside.exists() else None)
     threads = model_options.threads
@@ -109,7 +111,7 @@ def _loader(
 def _here(load: ChatModelLoader, scheduling: SchedulingOptions, chats: Chats) -> Iterator[Served]:
     """The model in this process, beside the server."""
     from skipkernels.modality.runtime import Runtime
-    from skipkernels.modality.thread_executor import ThreadExecutor
+    from skipkernels.modality.thread_worker import ThreadWorker
     from skipkernels.server.http.backend import Embedded
 
     with err.status(f"loading {load.name} ..."):
@@ -120,7 +122,7 @@ def _here(load: ChatModelLoader, scheduling: SchedulingOptions, chats: Chats) ->
             return measure(model, progress=report)
 
     profile = _profile(model, scheduling, chats, run, resumable=True)
-    runtime = Runtime(profile, [ThreadExecutor(model)], scheduling.selection, **scheduling.runtime_options)
+    runtime = Runtime(profile, [ThreadWorker(model)], scheduling.selection, **scheduling.runtime_options)
     yield Served(profile, model.format, Embedded(runtime))
 
 
@@ -144,7 +146,7 @@ def _on_ray(
         profile = _profile(cast("ChatModel", description), scheduling, chats, run, resumable=False)
         with err.status("starting the scheduler ..."):
             backend = cluster.start_scheduler(
-                profile, replicas, policy=scheduling.selection, **scheduling.runtime_options
+                profile, replicas, selection=scheduling.selection, **scheduling.runtime_options
             )
         yield Served(profile, description.format, backend)
 
@@ -152,10 +154,10 @@ def _on_ray(
 def _profile(
     model: ChatModel, scheduling: SchedulingOptions, chats: Chats, run: Callable[[Measure], Profile], *, resumable: bool
 ) -> Profile:
-    """From the file, or measured by ``run``.
+    """Reads the profile from the file, or measures it with ``run``.
 
     Args:
-        resumable: whether a measurement that was killed goes on where it was.
+        resumable: whether a killed measurement can be resumed.
     """
     from skipkernels.chat import chat_profile
     from skipkernels.modality.profile_file import load_profile, save_profile
@@ -202,6 +204,6 @@ def _announce(profile: Profile, listener: socket.socket, server: ServerOptions) 
     err.print(rows)
     host, port = listener.getsockname()[:2]
     if server.open_to_others:
-        err.print(f"[yellow]whoever reaches {host} may use it: there is no --api-key[/]")
+        err.print(f"[yellow]everybody who can reach {host} can use this server: there is no --api-key[/]")
     shown = f"[{host}]" if ":" in host else host
     err.print(f"serving {profile.model} at http://{shown}:{port}/v1, Ctrl-C stops it", soft_wrap=True, markup=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from skipkernels.server.http.limits import Limits
+    from skipkernels.server.http.limits import RequestLimits
 
 _SERVER_PANEL = "Server"
 _LIMITS_PANEL = "Limits"
@@ -20,81 +20,91 @@ _CLUSTER_PANEL = "Cluster"
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Where and for whom it serves."""
+    """The address, the key and the shutdown."""
 
     host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=_SERVER_PANEL)] = "127.0.0.1"
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.", rich_help_panel=_SERVER_PANEL)] = 8000
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.", rich_help_panel=_SERVER_PANEL)] = 8000
     api_key: Annotated[
         str | None,
         typer.Option(
             envvar="SKIPKERNELS_API_KEY",
             show_envvar=True,
-            help="What clients have to send as a bearer token.",
+            help="Bearer token that clients have to send.",
             rich_help_panel=_SERVER_PANEL,
         ),
     ] = None
     grace_s: Annotated[
         float,
-        typer.Option(min=0.0, help="For accepted requests when the server is stopped.", rich_help_panel=_SERVER_PANEL),
+        typer.Option(
+            min=0.0, help="Seconds that accepted requests have left after a signal.", rich_help_panel=_SERVER_PANEL
+        ),
     ] = 30.0
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not self.api_key.strip():
-            raise typer.BadParameter("--api-key is empty, which would let in whoever sends nothing")
+            raise typer.BadParameter("--api-key is empty: give a key, or leave the option out")
 
     @property
     def open_to_others(self) -> bool:
-        """Whether other machines may reach it and need no key."""
+        """Whether other machines can connect without a key."""
         return self.api_key is None and self.host not in ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True)
 class LimitOptions:
-    """The fields of ``Limits``; the last one stays as it is."""
+    """The fields of ``RequestLimits``, except ``client_timeout_s``."""
 
-    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request.", rich_help_panel=_LIMITS_PANEL)] = 16 << 20
+    max_body_bytes: Annotated[
+        int, typer.Option(min=1, help="Maximum size of a request.", rich_help_panel=_LIMITS_PANEL)
+    ] = 16 << 20
     max_parts: Annotated[
-        int, typer.Option(min=1, max=1024, help="Of all messages of a request.", rich_help_panel=_LIMITS_PANEL)
+        int,
+        typer.Option(
+            min=1, max=1024, help="Maximum number of parts in all messages of a request.", rich_help_panel=_LIMITS_PANEL
+        ),
     ] = 64
     max_image_pixels: Annotated[
-        int, typer.Option(min=1, help="Of all images of a request.", rich_help_panel=_LIMITS_PANEL)
+        int,
+        typer.Option(min=1, help="Maximum number of pixels in all images of a request.", rich_help_panel=_LIMITS_PANEL),
     ] = 1 << 24
     max_audio_s: Annotated[
-        float, typer.Option(min=0.001, help="Of all recordings of a request.", rich_help_panel=_LIMITS_PANEL)
+        float,
+        typer.Option(min=0.001, help="Maximum duration of all recordings of a request.", rich_help_panel=_LIMITS_PANEL),
     ] = 120.0
-    max_requests: Annotated[int, typer.Option(min=1, help="At one time.", rich_help_panel=_LIMITS_PANEL)] = 256
+    max_requests: Annotated[
+        int, typer.Option(min=1, help="Maximum concurrent requests.", rich_help_panel=_LIMITS_PANEL)
+    ] = 256
 
-    def limits(self) -> Limits:
-        from skipkernels.server.http.limits import Limits
+    def limits(self) -> RequestLimits:
+        from skipkernels.server.http.limits import RequestLimits
 
-        return Limits(**dataclasses.asdict(self))
+        return RequestLimits(**dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)
 class SchedulingOptions:
-    """What decides how a request is answered."""
+    """Strategies, profile, and how requests are scheduled."""
 
     skip_levels: Annotated[
         str | None,
         typer.Option(
-            help="Shares of FFNs to skip, a strategy each; 0: dense. Default: 0,0.1,0.2,0.3, without those that the "
-            "policy cannot hold.",
+            help="Skip ratios, one strategy each; 0: dense. Default: those of 0,0.1,0.2,0.3 that the policy can hold.",
             rich_help_panel=_SCHEDULING_PANEL,
         ),
     ] = None
     policy: Annotated[
         Path | None,
         typer.Option(
-            help="A file of `skipkernels calibrate`, whose span, cold layers and warm-up all levels have; default: "
-            "skip_policy.json in the model's folder, where there is one.",
+            help="A policy file of `skipkernels calibrate`; all levels take its span, dense layers and warm-up. "
+            "Default: skip_policy.json in the model's folder, if any.",
             rich_help_panel=_SCHEDULING_PANEL,
         ),
     ] = None
     profile: Annotated[
         Path | None,
         typer.Option(
-            help="What each strategy costs and achieves. A missing file is measured, thoroughly, and written. "
-            "Default: measured quickly, and not kept.",
+            help="File with the cost and accuracy of each strategy. If it is missing, a thorough profile is measured "
+            "and written. Default: a quick profile, which is not kept.",
             rich_help_panel=_SCHEDULING_PANEL,
         ),
     ] = None
@@ -108,29 +118,33 @@ class SchedulingOptions:
     samples: Annotated[
         Path | None,
         typer.Option(
-            help='Chats to profile on instead, a JSON object in each line: "messages" as clients send them, and in all '
-            'lines or in none the right answer, "expected".',
+            help='Chats to profile on instead, a JSON object per line: "messages" as clients send them, and the right '
+            'answer, "expected", in all lines or in none.',
             rich_help_panel=_SCHEDULING_PANEL,
         ),
     ] = None
     selection: Annotated[
-        str, typer.Option(help="maximize, cheapest, random or full.", rich_help_panel=_SCHEDULING_PANEL)
+        str,
+        typer.Option(help="Selection policy: maximize, cheapest, random or full.", rich_help_panel=_SCHEDULING_PANEL),
     ] = "maximize"
     admission: Annotated[
         str,
         typer.Option(
-            help="What is refused: accuracy, one that cannot be promised; deadline, also one that cannot be met.",
+            help="Jobs to refuse. accuracy: those whose accuracy cannot be promised; deadline: also those whose "
+            "deadline cannot be met.",
             rich_help_panel=_SCHEDULING_PANEL,
         ),
     ] = "accuracy"
     max_batch_size: Annotated[
-        int, typer.Option(min=1, max=16, help="Requests that run together.", rich_help_panel=_SCHEDULING_PANEL)
+        int,
+        typer.Option(min=1, max=16, help="Maximum number of requests in a batch.", rich_help_panel=_SCHEDULING_PANEL),
     ] = 8
     batch_memory_mib: Annotated[
         float | None,
         typer.Option(
             min=0.001,
-            help="What a batch may take above the model; needs a profile from a file. Default: what was profiled.",
+            help="Memory that a batch may take on top of the model; needs a profile from a file. Default: what was "
+            "profiled.",
             rich_help_panel=_SCHEDULING_PANEL,
         ),
     ] = None
@@ -139,8 +153,8 @@ class SchedulingOptions:
         if self.admission not in ("accuracy", "deadline"):
             raise typer.BadParameter(f"--admission must be accuracy or deadline, got {self.admission!r}")
         if self.text is not None and self.samples is not None:
-            raise typer.BadParameter("--text and --samples both say what to profile on; give one")
-        self.levels  # noqa: B018  # a wrong one is a wrong command line
+            raise typer.BadParameter("--text and --samples are both what to profile on; give one")
+        self.levels  # noqa: B018  # checks the option
 
     @property
     def levels(self) -> tuple[float, ...] | None:
@@ -153,7 +167,7 @@ class SchedulingOptions:
 
     @property
     def runtime_options(self) -> dict[str, Any]:
-        """Of ``Runtime``, beside the policy."""
+        """Keyword arguments of ``Runtime``, besides the selection policy."""
         memory_bytes = None if self.batch_memory_mib is None else self.batch_memory_mib * 2**20
         return {"memory_bytes": memory_bytes, "admission": self.admission}
 
@@ -163,12 +177,15 @@ class ClusterOptions:
     """Whether the model runs in this process or on Ray."""
 
     ray: Annotated[
-        bool, typer.Option("--ray", help="Run the model in processes of Ray's.", rich_help_panel=_CLUSTER_PANEL)
+        bool,
+        typer.Option("--ray", help="Run the model on Ray, in processes of its own.", rich_help_panel=_CLUSTER_PANEL),
     ] = False
-    replicas: Annotated[int, typer.Option(min=1, help="Copies of the model.", rich_help_panel=_CLUSTER_PANEL)] = 1
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Number of copies of the model.", rich_help_panel=_CLUSTER_PANEL)
+    ] = 1
     ray_address: Annotated[
         str | None,
-        typer.Option(help="A cluster to join; default: one of this machine alone.", rich_help_panel=_CLUSTER_PANEL),
+        typer.Option(help="Ray cluster to join; default: start one on this machine.", rich_help_panel=_CLUSTER_PANEL),
     ] = None
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""``skipkernels trace``: the map of what every generated token ran and skipped."""
+"""``skipkernels trace``: a map of the FFNs that each generated token ran and skipped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def trace(
     chat: opt.Chat = False,
     json: opt.Json = False,
 ) -> None:
-    """Show which FFNs every generated token ran and skipped: a line per token, a character per layer."""
+    """Show which FFNs each generated token ran and skipped: a line per token, a character per layer."""
     from skipkernels.calibration.trace import Cell, TraceMap, legend, render
 
     require_picture(png)

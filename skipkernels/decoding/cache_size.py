@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 
 import torch
 
@@ -55,16 +54,15 @@ def cache_blocks(
 
 
 def check_memory(config: ModelConfig, dtype: torch.dtype, max_seq_len: int, device: str) -> None:
-    """Refuses a model that does not fit before a byte of it is read.
+    """Refuses a model that does not fit a GPU before a byte of it is read.
 
     Raises:
-        DeviceError: the weights and the cache of one sequence need more memory than there is.
+        DeviceError: the weights and the cache of one sequence need more memory than is free.
     """
+    if not device.startswith("cuda"):
+        return
     weights, cache = config.weight_bytes(dtype), config.cache_bytes(1, max_seq_len, dtype)
-    if device.startswith("cuda"):
-        free, total = torch.cuda.mem_get_info(torch.device(device))
-    else:  # a cache takes memory only where it is used, and files leave their pages when they are asked to
-        free = total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free, total = torch.cuda.mem_get_info(torch.device(device))
     if weights + cache > free:
         gib = 2**30
         raise DeviceError(

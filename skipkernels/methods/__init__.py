@@ -1,4 +1,4 @@
-"""Ways to leave out work behind one interface: skipped FFNs and, for comparison, skipped layers.
+"""Methods of skipping work behind one interface: skipped FFNs and, for comparison, skipped layers.
 
-calibration text -> MethodKind.find -> what a method needs at a ratio -> MethodKind.build -> Method
+calibration text -> MethodKind.find -> parameters of a method at a ratio -> MethodKind.build -> Method
 """

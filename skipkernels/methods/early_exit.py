@@ -1,8 +1,8 @@
 """Early exit by confidence (CALM, Schuster et al. 2022, arXiv 2207.07061).
 
-Behind every layer the final norm and lm_head predict the next token; once the difference of the two highest
-probabilities reaches a threshold, the token skips all layers above. Their keys and values are computed from the state
-that it left with. CALM's models are trained to predict at every layer; here the model is left as it is.
+After every layer the final norm and lm_head predict the next token; once the difference of the two highest
+probabilities reaches a threshold, the token skips all remaining layers. Their keys and values are computed from its
+hidden state at the exit. CALM trains its models to predict at every layer; here the model is not trained.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from skipkernels.methods.matching import match, skip_ratio
 from skipkernels.methods.method import Found, Method, Progress, RatioOf, ignore
 from skipkernels.methods.setup import Setup
 
-_LOG_ODDS = 16.0  # of a confidence: fp32 tells it from 1 up to here
+_LOG_ODDS = 16.0  # of a confidence; above it, fp32 rounds to 1
 
 
 class ConfidentExit:
-    """A token runs no layer any more once ``confidence`` is reached; the first layer, prompt and warm-up always run."""
+    """A token exits once ``confidence`` is reached. The first layer, the prompt and the warm-up always run."""
 
     def __init__(self, decoder: LayerDecoder, confidence: float, warmup_tokens: int) -> None:
         self._decoder = decoder
@@ -49,7 +49,7 @@ def confidence(decoder: LayerDecoder, hidden: torch.Tensor) -> torch.Tensor:
 
 
 class EarlyExit:
-    """Depth that falls where the model is sure."""
+    """Fewer layers where the model is confident."""
 
     name: ClassVar[str] = "exit"
     source: ClassVar[str] = "early exit by softmax confidence (CALM, Schuster et al. 2022, arXiv 2207.07061), untrained"
@@ -63,7 +63,7 @@ class EarlyExit:
                 f"a ratio of {ratio} cannot be reached: the first of {layers} layers and {setup.warmup_tokens} warm-up "
                 f"tokens always run, so generations of {lengths.label} skip at most {reachable:.3f}"
             )
-        # in log-odds, because untrained models are hardly ever sure, and trained ones often nearly certain
+        # in log-odds, because confidences may be close to 0 (untrained models) or to 1
         log_odds, _ = match(
             lambda log_odds: skip_ratio(self._method(setup, _probability(log_odds)).score(alike)),
             ratio,

@@ -1,4 +1,4 @@
-"""EngineMethod: a method that skips FFNs, on the engine."""
+"""EngineMethod: a method that skips FFNs; runs on the engine."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class EngineMethod:
                 engine,
                 passages[batch],
                 self._policy_of(number),
-                # of a reference, only all_log_probs is looked at
+                # score reads only all_log_probs of a reference
                 reference=None if reference is None else cast("Sequence[Score]", reference[batch]),
                 keep_log_probs=keep_log_probs,
             )
@@ -72,7 +72,7 @@ class EngineMethod:
 
 
 class PolicyKind:
-    """What methods have in common that are one policy."""
+    """Base of the methods that consist of one policy."""
 
     def build(self, setup: Setup, found: Found) -> Method:
         policy = policy_from_dict(found["policy"])

@@ -1,4 +1,4 @@
-"""The full model, and the two choices of FFNs that FFN skip has to be better than, on the engine."""
+"""The full model, and the two baselines of FFN skip: random and fixed FFNs."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Full(PolicyKind):
 class RandomSkip:
     """Each FFN outside the first and the last layer is skipped with the same probability.
 
-    A policy draws by token and layer, alike for all rows; every batch has a seed of its own, so that the result does
-    not hang on one draw.
+    A policy draws by token and layer, the same for all rows; every batch has its own seed, so that the result does not
+    depend on a single draw.
     """
 
     name: ClassVar[str] = "random"
@@ -41,7 +41,7 @@ class RandomSkip:
     def find(self, setup: Setup, ratio: float, alike: Sequence[Passage], progress: Progress = ignore) -> Found:
         past_warmup = Lengths.of(alike).share_past(ratio, setup.warmup_tokens)
         policy = RandomPolicy(past_warmup, seed=setup.seed, warmup_tokens=setup.warmup_tokens)
-        policy.plan(setup.engine.config.num_hidden_layers)  # refuses what it cannot reach
+        policy.plan(setup.engine.config.num_hidden_layers)  # raises if the ratio cannot be reached
         return {"policy": policy.to_dict()}
 
     def build(self, setup: Setup, found: Found) -> Method:

@@ -1,4 +1,4 @@
-"""FFN skip (Jaiswal et al. 2024, arXiv 2404.03865), its policy found by calibration or given."""
+"""FFN skip (Jaiswal et al. 2024, arXiv 2404.03865), with a calibrated or a given policy."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from skipkernels.methods.method import Found, Progress, RatioOf, ignore
 from skipkernels.methods.setup import Setup
 from skipkernels.skipping.policy import Policy, SkipPolicy, policy_from_dict
 
-_LOG_FACTOR = 9.0  # of the distance of a threshold from 1: more than its seven digits tell
+_LOG_FACTOR = 9.0  # bound on the logarithm of the factor by which a threshold's distance from 1 is scaled
 _TOLERANCE = 0.01
 _HEADROOM = 0.05
 
 
 class FFNSkip(PolicyKind):
-    """FFN skip by similarity: span and cold layers from the calibration, the threshold moved to keep the ratio."""
+    """FFN skip by similarity: span and dense layers from calibration, the threshold tuned to the ratio."""
 
     name: ClassVar[str] = "skip"
     source: ClassVar[str] = "FFN-SkipLLM (Jaiswal et al. 2024, arXiv 2404.03865), calibrated by this package"
@@ -34,8 +34,8 @@ class FFNSkip(PolicyKind):
         try:
             policy = self._fitted(setup, _calibrated(setup, ratio, progress), ratio, alike, progress)
         except PolicyError:
-            # short answers make up for their warm-up, and a controller needs room: more than the best policy at this
-            # ratio may be able to skip
+            # short answers have to make up for their warm-up, and a controller needs headroom: the best policy at this
+            # ratio may not be able to skip that much
             higher = round(max(past_warmup, ratio + _HEADROOM), 3)
             policy = self._fitted(setup, _calibrated(setup, higher, progress), ratio, alike, progress)
         return {"policy": policy.to_dict()}
@@ -43,7 +43,7 @@ class FFNSkip(PolicyKind):
     def _fitted(
         self, setup: Setup, policy: SkipPolicy, ratio: float, alike: Sequence[Passage], progress: Progress
     ) -> SkipPolicy:
-        """The policy with its thresholds moved, all by the same factor of their distance from 1."""
+        """The policy with the distance of its thresholds from 1 scaled so that it skips ``ratio``."""
 
         def moved(log_factor: float) -> SkipPolicy:
             factor = math.exp(-log_factor)
@@ -76,12 +76,12 @@ class HeldSkip(FFNSkip):
         self, setup: Setup, policy: SkipPolicy, ratio: float, alike: Sequence[Passage], progress: Progress
     ) -> SkipPolicy:
         held = replace(policy, target_ratio=ratio)
-        held.plan(setup.engine.config.num_hidden_layers)  # refuses what it cannot hold
+        held.plan(setup.engine.config.num_hidden_layers)  # raises if the ratio cannot be held
         return held
 
 
 class GivenPolicy(PolicyKind):
-    """A policy that was calibrated before, as it is but for the warm-up."""
+    """A policy that was calibrated before, with another warm-up."""
 
     name: ClassVar[str] = "skip"
     source: ClassVar[str] = "FFN-SkipLLM (Jaiswal et al. 2024, arXiv 2404.03865), a policy file"
@@ -95,13 +95,13 @@ class GivenPolicy(PolicyKind):
         return {"policy": self._values}
 
     def ratio(self, setup: Setup) -> float:
-        """What it skips of the text of the setup."""
+        """Its skip ratio on the text of the setup."""
         method = self.build(setup, {"policy": self._values})
         return round(skip_ratio(method.score(setup.text_passages)), 3)
 
 
 def _calibrated(setup: Setup, ratio: float, progress: Progress) -> SkipPolicy:
-    """The policy that calibration finds on the text of the setup; searched for once."""
+    """The policy that calibration finds on the text of the setup; cached."""
 
     def search() -> Found:
         calibration = calibrate(

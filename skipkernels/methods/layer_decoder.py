@@ -1,10 +1,10 @@
-"""LayerDecoder: a decoder in which every token may leave out whole layers. The reference path of the baselines.
+"""LayerDecoder: a decoder in which each token may skip whole layers; the reference path of the baselines.
 
-A rule says layer by layer which tokens run. A token that does not run a layer passes it unchanged, and the layer's keys
-and values are computed from what passes: the state of the last layer that ran is propagated, as in CALM (Schuster et
-al. 2022) and the depth-adaptive transformer (Elbayad et al. 2020), so later tokens find an entry in every layer.
+A rule decides for each layer which tokens run it. The hidden state of a token that skips a layer is passed on
+unchanged, and the layer's keys and values are computed from it: state propagation, as in CALM (Schuster et al. 2022)
+and the depth-adaptive transformer (Elbayad et al. 2020), so that the cache has an entry for every token in every layer.
 
-Decisions are taken layer by layer, never from one token to the next, so any number of tokens is read at once.
+A token's decisions never depend on those of another token, so any number of tokens is processed at once.
 Activations are fp32 and keys and values are rounded to the model's dtype, as in the decode program.
 """
 
@@ -20,7 +20,7 @@ from skipkernels.model.config import ModelConfig
 from skipkernels.model.weights import LayerWeights, ModelWeights
 from skipkernels.program.reference import apply_rope, rms_norm
 
-_CHUNK = 512  # tokens read at a time: bounds the memory of attention
+_CHUNK = 512  # tokens processed at a time: bounds the memory of attention
 
 
 class LayerRule(Protocol):
@@ -30,10 +30,10 @@ class LayerRule(Protocol):
         """Whether each token runs ``layer``.
 
         Args:
-            hidden: f32 [tokens, hidden], the residual stream in front of the layer.
-            ran: bool [tokens], whether the token ran the layer before; True at layer 0.
-            step: i64 [tokens], index of the generated token that a position yields. The prompt's last position has 0,
-                those before it are negative.
+            hidden: f32 [tokens, hidden], the residual stream before the layer.
+            ran: bool [tokens], whether the token ran the previous layer; True at layer 0.
+            step: i64 [tokens], index of the generated token that a position predicts: 0 at the prompt's last position,
+                negative before it.
 
         Returns:
             bool [tokens].
@@ -66,12 +66,12 @@ class LayerDecoder:
         self._length = 0
 
     def begin(self) -> None:
-        """Forgets all tokens."""
+        """Empties the cache."""
         self._length = 0
 
     @torch.inference_mode()
     def read(self, tokens: torch.Tensor, rule: LayerRule, first_step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reads tokens after those read before.
+        """Appends tokens to the cached ones.
 
         Args:
             tokens: i64 [tokens], at least one.

@@ -1,4 +1,4 @@
-"""LayerMethod: a method that skips whole layers, on the reference path, one sequence at a time."""
+"""LayerMethod: a method that skips whole layers; runs on the reference path, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class LayerMethod:
     """Decodes under a rule.
 
     Args:
-        engine: lends its tokenizer and end-of-sequence tokens.
-        fills_cache: whether a decoder that is made for speed would have to compute keys and values of skipped layers,
-            because later tokens attend to them. It decides which bytes count as saved.
+        engine: its tokenizer and end-of-sequence tokens are used.
+        fills_cache: whether an optimised decoder would have to compute keys and values of skipped layers, because later
+            tokens attend to them. Their bytes then do not count as saved.
     """
 
     def __init__(self, engine: Engine, decoder: LayerDecoder, rule: LayerRule, *, fills_cache: bool) -> None:

@@ -1,4 +1,4 @@
-"""Lengths: how many tokens the generations have that a ratio is to hold for."""
+"""Lengths: number of tokens of the generations for which a ratio should hold."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from skipkernels.errors import PolicyError
 
 @dataclass(frozen=True)
 class Lengths:
-    """Generated tokens of each generation, the first one included. In short answers the warm-up weighs more; that can
-    be made up for only where the lengths are known."""
+    """Generated tokens of each generation, the first one included. The warm-up takes a larger share of short answers,
+    and the lengths are needed to make up for that."""
 
     counts: tuple[int, ...]
 
@@ -39,10 +39,10 @@ class Lengths:
         return f"{min(self.counts)} to {self.longest} tokens, {np.mean(self.counts):.1f} on average"
 
     def share_past(self, ratio: float, warmup_tokens: int) -> float:
-        """What a token past the warm-up has to leave out, so that all tokens together leave out ``ratio``.
+        """The ratio that tokens after the warm-up have to skip, so that all tokens together skip ``ratio``.
 
         Raises:
-            PolicyError: more than everything.
+            PolicyError: it is more than 1.
         """
         reachable = float((self.steps >= warmup_tokens).mean())
         if not 0.0 < ratio <= reachable:

@@ -1,4 +1,4 @@
-"""Matching: the setting of a method at which it leaves out the wanted share."""
+"""Matching: finds the setting at which a method skips the wanted ratio."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def match(
 
     Args:
         measure: the ratio at a setting; it falls as the setting grows.
-        low, high: settings that leave out too much and too little.
+        low, high: settings that skip too much and too little.
 
     Returns:
         The setting, and its measured ratio.
@@ -35,5 +35,5 @@ def match(
 
 
 def skip_ratio(readings: Iterable[Reading]) -> float:
-    """Of all readings together."""
+    """The ratio of skipped FFNs over all readings."""
     return sum((reading.work for reading in readings), Work()).ffn_skip_ratio

@@ -1,6 +1,6 @@
-"""Method: one way to leave out work, at one ratio, with the two things that every task is made of.
+"""Method: one way to skip work, at one ratio. Every task is built on its two operations, generate and score.
 
-Full model, skipped FFNs and skipped layers all stand behind this interface, so every task runs on every method.
+The full model, skipped FFNs and skipped layers implement the same interface, so every task runs on every method.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from skipkernels.methods.setup import Setup
 
 FULL = "full"
-"""The method that leaves nothing out."""
+"""The method that skips nothing."""
 OnItem = Callable[[int], None]
 """Called with the number of prompts or passages that were finished."""
 Progress = Callable[[str, float], None]
@@ -28,11 +28,11 @@ Progress = Callable[[str, float], None]
 RatioOf = Literal["nothing", "FFN executions", "layers"]
 """What a method's ratio is a share of."""
 Found = dict[str, Any]
-"""What a method needs to know at a ratio, found on the calibration text; plain JSON."""
+"""Parameters of a method at a ratio, found on the calibration text; plain JSON."""
 
 
 def ignore(*_: object) -> None:
-    """For those who do not watch."""
+    """A callback that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Reading:
-    """One passage decoded by force. Position ``t`` predicts token ``prompt_tokens + t`` of the passage.
+    """A passage decoded with teacher forcing. Position ``t`` predicts token ``prompt_tokens + t``.
 
     ``log_probs`` are natural logarithms of the probability of the passage's own tokens; ``kl`` is
     KL(reference || this) in nats, None where no reference was given.
@@ -55,15 +55,15 @@ class Reading:
     argmax: npt.NDArray[np.int64]  # [positions]
     log_probs: npt.NDArray[np.float32]  # [positions]
     kl: npt.NDArray[np.float32] | None  # [positions]
-    all_log_probs: torch.Tensor | None  # f32 [positions, vocab]; only where asked for
+    all_log_probs: torch.Tensor | None  # f32 [positions, vocab]; only on request
     work: Work
 
 
 class Method(Protocol):
-    """A model that leaves out some work. Both capabilities decode with the method active.
+    """A model that skips some work. Both operations decode with the method active.
 
-    A prompt's last position yields the first generated token, so it is part of the prompt: methods that leave prompts
-    alone begin to skip with the second token at the earliest.
+    The first generated token is computed at the prompt's last position: methods that do not skip in prompts begin to
+    skip with the second token at the earliest.
     """
 
     def generate(
@@ -95,11 +95,11 @@ class Method(Protocol):
         keep_log_probs: bool = False,
         on_item: OnItem = ignore,
     ) -> list[Reading]:
-        """Decodes passages by force, in order.
+        """Decodes passages with teacher forcing, in order.
 
         Args:
-            reference: readings of the same passages with ``all_log_probs``, the other side of ``kl``.
-            keep_log_probs: keep ``all_log_probs``: 4 bytes x vocabulary for every decoded token.
+            reference: readings of the same passages with ``all_log_probs``, to compute ``kl`` against.
+            keep_log_probs: keep ``all_log_probs``: 4 bytes x vocabulary per decoded token.
 
         Raises:
             RequestError: a passage is too short or does not fit the cache.
@@ -108,18 +108,18 @@ class Method(Protocol):
 
 
 class MethodKind(Protocol):
-    """How a method is found for a ratio, and built from what was found."""
+    """Finds the parameters of a method for a ratio, and builds the method."""
 
     name: ClassVar[str]
     source: ClassVar[str]
-    """The paper, and what is done differently here."""
+    """The paper, and differences to it."""
     ratio_of: ClassVar[RatioOf]
 
     def find(self, setup: Setup, ratio: float, alike: Sequence[Passage], progress: Progress = ignore) -> Found:
-        """What leaves out ``ratio`` of the passages ``alike`` when they are decoded by force.
+        """The parameters with which the method skips ``ratio`` on the passages ``alike``, with teacher forcing.
 
-        What else there is to choose is chosen on the text of the setup; ``alike`` resembles what will be measured, and
-        only sets the ratio.
+        ``alike`` resembles what will be measured, and only sets the ratio. Everything else is chosen on the text of the
+        setup.
 
         Raises:
             PolicyError: the ratio cannot be reached; the message says what can.

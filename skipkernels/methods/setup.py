@@ -15,15 +15,15 @@ from skipkernels.methods.layer_decoder import LayerDecoder
 
 @dataclass
 class Setup:
-    """A model, text to find methods on, and what holds for every method.
+    """A model, calibration text, and the settings of all methods.
 
     Args:
-        engine: decodes the methods that skip FFNs, and lends its weights to those that skip layers.
-        texts: text or token ids. Methods are found on the first half of each; the second is held out.
+        engine: runs the methods that skip FFNs; those that skip layers use its weights.
+        texts: text or token ids. Parameters are searched on the first half of each; the second half is held out.
         prompt_tokens, new_tokens, passages: of the passages cut from the texts, as in ``calibrate``.
-        warmup_tokens: generated tokens that run in full, at least 1: the first one is part of the prompt.
-        seed: of everything that is drawn.
-        memory: what was found before, by its description; plain JSON, so that it can be kept in a file.
+        warmup_tokens: first generated tokens, which skip nothing; at least 1, because the first never skips.
+        seed: of all random draws.
+        memory: cache of search results, by description; plain JSON, so that it can be kept in a file.
     """
 
     engine: Engine
@@ -38,7 +38,7 @@ class Setup:
     def __post_init__(self) -> None:
         if self.warmup_tokens < 1:
             raise RequestError(
-                f"warmup_tokens must be at least 1, got {self.warmup_tokens}: the first token comes out of the prompt"
+                f"warmup_tokens must be at least 1, got {self.warmup_tokens}: the first token never skips"
             )
 
     @cached_property
@@ -48,7 +48,7 @@ class Setup:
 
     @cached_property
     def text_passages(self) -> list[Passage]:
-        """Passages of the texts to find methods on.
+        """Passages of the texts to search on.
 
         Raises:
             RequestError: there is not enough text.
@@ -56,7 +56,7 @@ class Setup:
         return cut_passages(self.engine, self.texts, self.passages, self.prompt_tokens, self.new_tokens)[0]
 
     def remember(self, what: str, find: Callable[[], Any]) -> Any:
-        """What was found under this description, or else is found now; it must be plain JSON."""
+        """The cached result of this description, or that of ``find``; plain JSON."""
         if what not in self.memory:
             self.memory[what] = find()
         return self.memory[what]

@@ -1,7 +1,7 @@
 """ShortGPT (Men et al. 2024, arXiv 2403.03853): the layers that change the residual stream least are removed.
 
-Block Influence of a layer is 1 - cosine of the residual stream in front of and behind the whole layer, averaged over
-the tokens of a calibration text. Removal is static: it holds for the prompt as well.
+Block Influence of a layer is 1 - cosine of the residual stream before and after the whole layer, averaged over the
+tokens of a calibration text. Removal is static: the prompt skips these layers too.
 """
 
 from __future__ import annotations

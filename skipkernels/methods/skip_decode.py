@@ -1,11 +1,11 @@
-"""SkipDecode (Del Corro et al. 2023, arXiv 2307.02628): the later a token, the fewer layers it runs.
+"""SkipDecode (Del Corro et al. 2023, arXiv 2307.02628): later tokens run fewer layers.
 
-As published, a token runs the first few layers (``warmup_layers``), then bypasses lower and middle layers and spends
-the rest of its depth at the top; the depth falls linearly over the positions, between two bounds. A bypassed layer's
-keys and values are those of the state of the last layer that ran. No token ever attends to them: the depth only falls,
-so the layers that a token runs were run by all tokens before it. That is the method's point, and a test holds it.
+As published, a token runs the first few layers (``warmup_layers``), skips lower and middle layers, and runs the rest of
+its depth at the top; the depth falls linearly with the position, between two bounds. Keys and values of a skipped layer
+are computed from the last hidden state before it. No token ever attends to them: the depth only falls, so the layers
+that a token runs were run by all earlier tokens. A test checks that.
 
-The paper fine-tunes the model for its schedule; here, as for every other method, the model is left as it is.
+The paper fine-tunes the model for its schedule; here, as for every other method, the model is not trained.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from skipkernels.methods.method import Found, Method, Progress, RatioOf, ignore
 from skipkernels.methods.setup import Setup
 
 _FALLS = (0.25, 0.5, 1.0)
-"""Where a schedule begins, from the depth that would do without a fall (0) to the full depth (1)."""
+"""Initial depths to try, from the constant depth that gives the ratio (0) to the full depth (1)."""
 
 
 @dataclass(frozen=True)
 class DepthSchedule:
-    """Layers that each token runs: all in the prompt and in the warm-up, then falling linearly from ``most`` to
-    ``fewest`` at the last of ``new_tokens``, and ``fewest`` from there on."""
+    """Layers that each token runs: all in the prompt and the warm-up; then the number falls linearly from ``most`` to
+    ``fewest`` at the last of ``new_tokens``, and stays there."""
 
     num_layers: int
     most: float
@@ -56,15 +56,15 @@ class DepthSchedule:
 
 
 class SkipDecode:
-    """Depth that falls with the position."""
+    """Fewer layers at later positions."""
 
     name: ClassVar[str] = "skipdecode"
     source: ClassVar[str] = "SkipDecode (Del Corro et al. 2023, arXiv 2307.02628), without its fine-tuning"
     ratio_of: ClassVar[RatioOf] = "layers"
 
     def find(self, setup: Setup, ratio: float, alike: Sequence[Passage], progress: Progress = ignore) -> Found:
-        """Of several schedules at the wanted ratio, from a slow to the steepest fall, the one closest to the full model
-        (mean KL divergence) on ``alike``."""
+        """Tries schedules at the wanted ratio, from flat to steep. Returns the one closest to the full model on
+        ``alike``, by mean KL divergence."""
         candidates = self._candidates(setup, ratio, Lengths.of(alike))
         expected = LayerMethod(setup.engine, setup.layer_decoder, EveryLayer(), fills_cache=False).score(
             alike, keep_log_probs=True
@@ -103,7 +103,9 @@ class SkipDecode:
         for share in _FALLS:
             most = level + share * (layers - level)
             fewest, measured = match(partial(skipped, most), ratio, floor, most, ignore)
-            if abs(measured - ratio) > CLOSE_ENOUGH:  # even the lowest bound is not enough below so high a start
+            if (
+                abs(measured - ratio) > CLOSE_ENOUGH
+            ):  # not even the lowest bound gives the ratio with this initial depth
                 fewest = floor
                 most, _ = match(lambda most: skipped(most, floor), ratio, floor, layers, ignore)
             found.append(schedule(most, fewest))

@@ -1,4 +1,4 @@
-"""Work: what decoding some tokens took and left out, in terms that hold for every method."""
+"""Work: what decoding executed and skipped, in units that apply to every method."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from skipkernels.model.config import ModelConfig
 
 SkipMap = npt.NDArray[np.bool_]
-"""[tokens, layers], True where something was left out."""
+"""[tokens, layers], True where the FFN or layer was skipped."""
 
 
 @dataclass(frozen=True)
 class Work:
     """Counts over generated tokens; the counts of several generations add up.
 
-    Layer bytes are those of the layers' matrices: embeddings, norms and lm_head are the same for every method, except
-    that early exit reads lm_head once for every layer it tests, which is not counted here.
+    Layer bytes are those of the layers' matrices. Embeddings, norms and lm_head are not counted, because they are the
+    same for every method, except that early exit also reads lm_head for every layer it tests.
     """
 
     tokens: int = 0
@@ -30,12 +30,12 @@ class Work:
 
     @classmethod
     def of_ffns(cls, config: ModelConfig, dtype: torch.dtype, skipped: SkipMap) -> Work:
-        """Of a method that skips FFNs only."""
+        """The work of a method that skips FFNs only."""
         return cls._of(config, dtype, skipped, config.ffn_bytes(dtype))
 
     @classmethod
     def of_layers(cls, config: ModelConfig, dtype: torch.dtype, skipped: SkipMap, *, fills_cache: bool) -> Work:
-        """Of a method that skips whole layers; with ``fills_cache`` it reads their key and value projections."""
+        """The work of a method that skips whole layers; ``fills_cache``: it still reads their k_proj and v_proj."""
         kv_bytes = 2 * config.num_key_value_heads * config.head_dim * config.hidden_size * dtype.itemsize
         layer = config.attention_bytes(dtype) + config.ffn_bytes(dtype)
         return cls._of(config, dtype, skipped, layer - kv_bytes * fills_cache)

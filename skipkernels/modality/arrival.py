@@ -1,4 +1,4 @@
-"""Arrival: a job of a load that is replayed or simulated."""
+"""A job of a replayed or simulated load, with its arrival time."""
 
 from __future__ import annotations
 

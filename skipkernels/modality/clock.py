@@ -1,4 +1,4 @@
-"""Time, passed in: the scheduler asks, and never waits."""
+"""The clock is passed in: the scheduler reads it and never sleeps, so that it runs on virtual time too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a scheduler has done so far; for gauges and reports."""
+"""Counts of what a scheduler has done, for metrics and reports."""
 
 from __future__ import annotations
 

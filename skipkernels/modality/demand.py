@@ -1,4 +1,4 @@
-"""A waiting job as a decision sees it."""
+"""A waiting job, as the planner sees it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from skipkernels.modality.menu import Menu
 from skipkernels.modality.optimiser import Split
+from skipkernels.modality.strategy_options import StrategyOptions
 
 
 @dataclass(slots=True, eq=False)
@@ -15,29 +15,29 @@ class Demand:
     """The waiting requests of one job. A queue of demands is in order of their deadlines."""
 
     requests: int
-    needed_sum: float  # what the promises of these requests have to sum up to
+    needed_sum: float  # lower bound on the sum of the promised accuracies of these requests
     work: float
     deadline_ms: float  # on the scheduler's clock
-    menu: Menu
+    options: StrategyOptions
     cheapest: Split = field(init=False)
-    due_ms: float = 0.0  # when to be done so that jobs to come find room
-    budget_ms: float = 0.0  # what all demands up to this one may take together
+    due_ms: float = 0.0  # the deadline, less the time reserved for jobs that may still arrive
+    budget_ms: float = 0.0  # time for all demands up to this one, together
 
     def __post_init__(self) -> None:
-        self.cheapest = self.menu.cheapest(self.requests, self.needed_sum)
+        self.cheapest = self.options.cheapest(self.requests, self.needed_sum)
 
     def remain(self, requests: int, needed_sum: float) -> None:
         """After some requests have started."""
         self.requests = requests
         self.needed_sum = needed_sum
-        self.cheapest = self.menu.cheapest(requests, needed_sum)
+        self.cheapest = self.options.cheapest(requests, needed_sum)
 
 
 def without_hope(budgets_ms: Sequence[float], costs_ms: Sequence[float]) -> set[int]:
     """The fewest jobs to give up so that all others meet their deadlines (Moore and Hodgson, 1968).
 
     Args:
-        budgets_ms: by job in order of the deadlines: what all jobs up to it may take together.
+        budgets_ms: by job, in order of the deadlines: time for all jobs up to this one, together.
         costs_ms: by job.
 
     Returns:

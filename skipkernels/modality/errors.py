@@ -1,4 +1,4 @@
-"""What can go wrong between a job and its answers."""
+"""Errors of jobs, strategies, profiles and workers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class AccuracyUnreachable(JobError):
     """No strategy promises the accuracy a job requires; ``reachable`` is the best that one does."""
 
     def __init__(self, required: float, reachable: float) -> None:
-        shown = math.floor(reachable * 1e4 + 1e-6) / 1e4  # rounded up it would be refused again
+        shown = math.floor(reachable * 1e4 + 1e-6) / 1e4  # rounded down, so that a job that asks for it is accepted
         super().__init__(
             f"min_accuracy {required:g} cannot be promised: the best reachable with these modalities is "
             f"{shown:.4f}; lower it, or profile on more validation samples to narrow the confidence bound"
@@ -32,11 +32,11 @@ class AccuracyUnreachable(JobError):
 
 
 class DeadlineUnreachable(JobError):
-    """Refused on arrival: even at its cheapest a job would be ``late_by_ms`` late, or make another one late."""
+    """Refused on arrival: even at its cheapest, the job would be ``late_by_ms`` late or would make another one late."""
 
     def __init__(self, deadline_ms: float, late_by_ms: float) -> None:
         super().__init__(
-            f"a deadline of {deadline_ms:g} ms cannot be met behind what is already accepted (short by "
+            f"a deadline of {deadline_ms:g} ms cannot be met after the jobs already accepted (late by "
             f"{late_by_ms:.1f} ms); try again later or allow more time"
         )
         self.late_by_ms = late_by_ms
@@ -47,7 +47,7 @@ class JobFailed(SkipkernelsError, RuntimeError):
 
 
 class WorkerLost(SkipkernelsError, RuntimeError):
-    """An executor's device, process or machine went away in the middle of a batch."""
+    """A worker's device, process or machine was lost in the middle of a batch."""
 
 
 class ServiceClosed(SkipkernelsError, RuntimeError):

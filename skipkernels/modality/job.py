@@ -1,4 +1,4 @@
-"""What comes in and what goes out: requests, jobs, answers."""
+"""Requests, jobs and their answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Request:
     """One input of a model.
 
     Args:
-        inputs: data by modality name. A request may lack modalities; then only strategies without them are open to it.
+        inputs: data by modality name. Of a request that lacks modalities, only strategies without them can be chosen.
         work: its cost as a multiple of the profiled requests' cost, for models whose requests differ in length. A
             batch takes as long as its largest request makes it.
     """
@@ -41,11 +41,11 @@ class Job:
 
     Args:
         requests: at least one, all of the same modalities.
-        deadline_ms: from arrival to the completion of the last request; infinity: none, and served when all jobs that
-            have one leave room.
-        min_accuracy: the least mean over the job's requests of what their strategies promise, in [0, 1]. A promise is
-            a lower confidence bound on the model's mean score over inputs like the validation set's. It is a guarantee
-            on the average, not for each request.
+        deadline_ms: from arrival to the completion of the last request; infinity: none. Jobs without a deadline run
+            after those with one.
+        min_accuracy: lower bound on the mean accuracy that the strategies of the job's requests promise, in [0, 1]. A
+            promise is a lower confidence bound on the model's mean score over inputs like the validation set's. It is a
+            guarantee on the average, not for each request.
     """
 
     requests: Sequence[Request]
@@ -82,7 +82,7 @@ class Answer:
     strategy: Strategy
     time_ms: float  # from the job's arrival to the end of this request's batch
     promised_accuracy: float  # of the strategy
-    retried: bool  # its first worker was lost or failed
+    retried: bool  # its first batch failed, or the worker was lost
 
 
 @dataclass(frozen=True)

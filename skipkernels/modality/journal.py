@@ -1,4 +1,4 @@
-"""What a long measurement has done so far, line by line, so that a killed one goes on where it was."""
+"""A log of a long measurement, so that a killed one can resume where it stopped."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from skipkernels.modality.errors import ProfileError
 class Journal:
     """Entries in memory and, with a path, in a file of JSON lines. The first line says what they belong to.
 
-    A line that was cut off by a kill is dropped.
+    An incomplete last line, left by a killed process, is dropped.
 
     Args:
-        header: what a file has to begin with to be continued.
+        header: identifies the measurement; a file with another header is refused.
 
     Raises:
         ProfileError: the file belongs to something else, or cannot be read.
@@ -45,7 +45,7 @@ class Journal:
                 file.write(json.dumps(entry) + "\n")
 
     def close(self) -> None:
-        """The measurement is complete: the file goes."""
+        """Deletes the file; for a measurement that is complete."""
         if self._path is not None:
             self._path.unlink()
 

@@ -1,4 +1,4 @@
-"""Steps from the most accurate strategy to cheaper ones, the best bargain first."""
+"""Steps from the most accurate strategy to cheaper ones, least accuracy lost per ms saved first."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from skipkernels.modality.optimiser import EPSILON, Split
 class Hull:
     """The upper convex hull of accuracy over price, from the most accurate strategy down to the cheapest.
 
-    Along it each step saves time for more accuracy per ms than the step before; what lies below the hull is never part
-    of the best fractional choice (multiple-choice knapsack: Sinha and Zoltners, Operations Research 1979).
+    Each step along it loses more accuracy per ms saved than the step before. A strategy below the hull is never part of
+    the best fractional choice (multiple-choice knapsack: Sinha and Zoltners, Operations Research 1979).
 
     Args:
         strategies: to choose from.
@@ -41,10 +41,10 @@ class Hull:
 class Ladder:
     """The requests of one job on their way down a hull, as far as the job's accuracy allows.
 
-    All of them leave a rung before any leaves the next one: the next step is a worse bargain for every one of them.
+    All requests leave a rung before any leaves the next one, because every next step loses more accuracy per ms saved.
 
     Args:
-        needed_sum: what the promises of ``requests`` have to sum up to.
+        needed_sum: lower bound on the sum of the promised accuracies of ``requests``.
     """
 
     __slots__ = ("_moved", "_requests", "_spare", "hull", "rung")

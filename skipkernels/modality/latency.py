@@ -1,4 +1,4 @@
-"""How long a batch will take: the profile's times, corrected by what batches really took."""
+"""Predicts how long a batch takes: the profile's times, corrected by measured ones."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from itertools import accumulate
 
 from skipkernels.modality.profile import Profile
 
-_OWN_STEP = 0.2  # of the way to a new measurement; five batches forget most of what was
-_OTHERS_STEP = 0.05  # a device that slows down slows every strategy, also those that have not run since
-_BATCH_WASTE = 0.05  # time per request that a smaller batch may cost
+_OWN_STEP = 0.2  # weight of a new measurement; after five batches most of the old factor is gone
+_OTHERS_STEP = 0.05  # weight for the other strategies: a slower device slows all of them
+_BATCH_WASTE = 0.05  # extra time per request that is accepted for a smaller batch
 
 
 class LatencyModel:
     """Expected batch times by strategy, which is a position in ``profile.strategies``, and batch size.
 
-    Each strategy has a correction factor. It is averaged as a logarithm, so that one batch that took a hundred times
-    too long weighs as much as two that took ten times. Strategies without news drift towards what the others show:
-    else one slow batch could keep a strategy from ever being tried again.
+    Each strategy has a correction factor, a moving average of the logarithm of measured over profiled time, so that
+    outliers weigh less. The factors of strategies that did not run move towards the measured ones as well: otherwise
+    one slow batch could keep a strategy from ever being tried again.
 
     Args:
-        memory_bytes: the most that a batch may take above the resident model; None: all that was profiled is allowed.
+        memory_bytes: the most that a batch may take on top of the loaded model; None: all profiled sizes are allowed.
 
     Raises:
         ProfileError: some strategy does not fit ``memory_bytes`` with one request.
@@ -32,7 +32,7 @@ class LatencyModel:
         self._spreads: list[list[float]] = []  # 95th percentile above the median
         for entry in profile.strategies:
             sizes = range(1, entry.largest_batch(memory_bytes) + 1)
-            # a batch that measured faster than a smaller one did so by chance
+            # times never fall with the batch size: where measured ones do, that is noise
             self._medians.append([0.0, *accumulate((entry.median_ms(size) for size in sizes), max)])
             self._spreads.append([0.0, *(entry.p95_ms(size) - entry.median_ms(size) for size in sizes)])
         self.batch_limits = [_efficient_batch(medians) for medians in self._medians]
@@ -51,7 +51,7 @@ class LatencyModel:
         return [math.exp(log_factor) for log_factor in self._log_factors]
 
     def observe(self, strategy: int, batch_size: int, work: float, measured_ms: float) -> None:
-        """Takes in what a batch took, from its start to its answers."""
+        """Records how long a batch took, from its start to its answers."""
         profiled_ms = self._medians[strategy][batch_size] * work
         seen = math.log(max(measured_ms, 1e-3) / profiled_ms)
         for other, log_factor in enumerate(self._log_factors):
@@ -60,7 +60,7 @@ class LatencyModel:
         self._correct()
 
     def alone_ms(self, split: Mapping[int, int]) -> float:
-        """Of a job's requests by strategy, in batches of its own, each as large as it may be."""
+        """Time of a job by itself: its requests by strategy, in the largest batches allowed."""
         total_ms = 0.0
         for strategy, count in split.items():
             times = self.batch_ms[strategy]
@@ -69,7 +69,7 @@ class LatencyModel:
         return total_ms
 
     def request_ms(self, requests: int) -> list[float]:
-        """Time per request by strategy, when ``requests`` (at least one) wait and share batches."""
+        """Time per request, by strategy, in batches of up to ``requests`` (at least one)."""
         return [
             row[min(limit, requests)] / min(limit, requests)
             for row, limit in zip(self.batch_ms, self.batch_limits, strict=True)
@@ -79,7 +79,7 @@ class LatencyModel:
 def _efficient_batch(medians: list[float]) -> int:
     """The smallest batch whose time per request is near the best one's.
 
-    A batch is not interrupted: a larger one would keep urgent requests waiting and bring next to nothing.
+    Batches are not preempted: a larger one would keep urgent requests waiting and gain next to nothing.
     """
     per_request = [ms / size for size, ms in enumerate(medians) if size]
     near_best = (1 + _BATCH_WASTE) * min(per_request)

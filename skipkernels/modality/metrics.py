@@ -1,4 +1,4 @@
-"""What became of a run's jobs, and the figures made of it."""
+"""Outcomes of a run's jobs, and summary figures."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Summary:
 
     @property
     def promise_kept(self) -> bool | None:
-        """Whether the requests were answered as accurately as their jobs required, on the mean."""
+        """Whether the mean accuracy reached what the jobs required; None: no scores."""
         return None if self.achieved_accuracy is None else self.achieved_accuracy >= self.required_accuracy
 
 
 def summarise(*runs: Sequence[Outcome]) -> Summary:
     """
     Args:
-        runs: their jobs count together; each run has a time of its own.
+        runs: their jobs are pooled; durations are summed over the runs.
 
     Raises:
         JobError: fewer than two jobs came, or none was answered.

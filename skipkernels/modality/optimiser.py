@@ -2,9 +2,9 @@
 
     minimise  sum_i ms_i(x_i)   subject to   sum_i x_i = B,   sum_i promised_i * x_i >= target * B,   x_i integer >= 0
 
-``ms_i(x)`` is the time of x requests in the best batches of strategy i; it is not linear, since a batch costs more than
-its share. Every accuracy target of every job size up to ``TABLE_SIZE`` is answered from one table of undominated
-splits; larger jobs take an integer program.
+``ms_i(x)`` is the time of x requests of strategy i in the best batch sizes. It is not linear, because a batch has a
+fixed cost. For jobs of up to ``TABLE_SIZE`` requests, one table of undominated splits answers every accuracy target;
+larger jobs are solved as an integer program.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from skipkernels.modality.errors import AccuracyUnreachable, JobError
 from skipkernels.modality.profile import StrategyProfile
 
 TABLE_SIZE = 32
-EPSILON = 1e-9  # on sums of promised accuracies: rounding of the sums, far below one request's share
+EPSILON = 1e-9  # tolerance on sums of promised accuracies: above rounding errors, far below one request's share
 
 Split = dict[int, int]
 """How many requests take which strategy; strategies without any are absent."""
@@ -62,7 +62,7 @@ class SplitTable:
         times = [np.array(serial_ms(row, size)) for row in batch_ms]
         none = _Undominated(np.zeros(1), np.zeros(1), np.zeros((1, len(promised)), dtype=np.int64))
         rows: list[_Undominated | None] = [none] + [None] * size
-        # strategy by strategy: the undominated splits over those seen so far
+        # adds one strategy at a time: rows[n] are the undominated splits of n requests over the strategies so far
         for strategy, (accuracy, ms) in enumerate(zip(promised, times, strict=True)):
             rows = [
                 _merge(
@@ -79,7 +79,7 @@ class SplitTable:
         ]
 
     def cheapest(self, requests: int, needed_sum: float) -> tuple[Split, float]:
-        """The cheapest split of ``requests`` whose promises sum up to ``needed_sum`` or more, and its time in ms.
+        """The cheapest split whose promised accuracies sum to at least ``needed_sum``, and its time in ms.
 
         Raises:
             AccuracyUnreachable: no split does.

@@ -1,4 +1,4 @@
-"""In which batches a queue will run, and when every job ends: the check behind each decision."""
+"""Simulates the batches in which a queue will run, and when each job ends."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from skipkernels.modality.optimiser import Split
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class BatchLimits:
     """How large batches may be."""
 
     sizes: Sequence[int]  # by strategy
-    longest_ms: float = math.inf  # larger batches that would last longer are made smaller, down to one request
+    longest_ms: float = math.inf  # batches that would take longer are made smaller, down to one request
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Batches over the workers. Only the first is ever started as planned; the rest shows who would be late."""
+    """The result. Only the first batch is started as planned; the others show which jobs would be late."""
 
     strategy: int  # of the first batch, like the next two
     members: list[tuple[int, int]]  # position of the demand, number of its requests
@@ -37,13 +37,13 @@ def lay_out(
     order: Sequence[int],
     free_ms: Sequence[float],
     latency: LatencyModel,
-    limits: Limits,
+    limits: BatchLimits,
 ) -> Plan:
-    """Each job in turn gets its batches on the worker that is free first. What room they leave is filled with the same
-    strategy's requests of later jobs, unless that would make the job itself late.
+    """Each job in turn gets its batches, on the worker that is free first. A batch that is not full is filled with
+    requests of later jobs that have the same strategy, unless that would make the job itself late.
 
-    A job's end is the expected end of its last batch plus the spread of all batches up to there, as if independent:
-    the squared distances of the 95th percentiles from the medians add up.
+    A job's end is the expected end of its last batch plus a margin. The margin treats batch times as independent: the
+    squared distances of their 95th percentiles from their medians add up.
 
     Args:
         demands, splits: by position; ``order`` lists positions in the order of service, at least one.
@@ -60,7 +60,7 @@ class _Layout:
         order: Sequence[int],
         free_ms: Sequence[float],
         latency: LatencyModel,
-        limits: Limits,
+        limits: BatchLimits,
     ) -> None:
         self._demands = demands
         self._order = order
@@ -120,7 +120,7 @@ class _Layout:
         return members, size
 
     def _fill(self, members: list[tuple[int, int]], strategy: int, room: int, work: float) -> int:
-        """Adds up to ``room`` requests of later jobs, unless they are larger and would hold the batch up."""
+        """Adds up to ``room`` requests of later jobs, unless they are larger and would slow the batch down."""
         row, head = self._rows[strategy], self._heads[strategy]
         added = 0
         while head < len(row):

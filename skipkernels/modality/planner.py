@@ -1,13 +1,15 @@
-"""The decision: strategies for everything that waits, checked by laying it out in batches; the first one can start.
+"""Chooses strategies for all waiting jobs, and checks the choice by simulating the batches; the first can start.
 
-1. Everyone gets the most accurate strategy, if all are in time with that.
-2. Else the policy chooses, and its choice is laid out. What the plan is over is taken off the budgets, and the policy
-   chooses again: how long a job takes depends on the batches it shares, which only the plan shows.
-3. If someone would still be late, everyone takes the cheapest split: no job is late for another one's accuracy. Those
-   that are late all the same go behind the others, as few as possible, and before those without a deadline.
+1. Every job gets the most accurate strategy, if all jobs meet their deadlines with that.
+2. Else the selection policy chooses within a time budget per job. If a job finishes late in the simulated batches, its
+   budget is cut by the overrun and the policy is asked again: how long a job takes depends on the batches it shares,
+   which only the simulation shows.
+3. If a job would still be late, every job takes its cheapest split, so that no job is late for another one's accuracy.
+   As few jobs as possible are then given up: they run after the others, but before jobs without a deadline.
 
-In 1 and 2, in time means with room for the jobs to come that have earlier deadlines. And batches are kept short, since
-whoever comes has to wait for the one that runs; they are not when jobs would be late by it.
+In steps 1 and 2, plans leave room for jobs that may still arrive with earlier deadlines. Batches are kept short,
+because a new job has to wait for the running one; if short batches would make jobs late, they may be as large as
+profiled.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from collections.abc import Sequence
 from skipkernels.modality.demand import Demand, without_hope
 from skipkernels.modality.forecast import Forecast
 from skipkernels.modality.latency import LatencyModel
-from skipkernels.modality.menu import cost_ms
 from skipkernels.modality.optimiser import Split
-from skipkernels.modality.plan import Limits, Plan, lay_out
+from skipkernels.modality.plan import BatchLimits, Plan, lay_out
 from skipkernels.modality.policies import SelectionPolicy
+from skipkernels.modality.strategy_options import cost_ms
 
-_ROUNDS = 3  # of choosing in step 2, at most
-_ROUND_JOBS = 256  # in all rounds together: what can be decided in 2 ms
+_ROUNDS = 3  # of step 2, at most
+_ROUND_JOBS = 256  # jobs times rounds, at most: what takes about 2 ms
 
 
 class Planner:
@@ -35,9 +37,9 @@ class Planner:
     """
 
     def __init__(
-        self, policy: SelectionPolicy, latency: LatencyModel, promised: Sequence[float], forecast: Forecast
+        self, selection: SelectionPolicy, latency: LatencyModel, promised: Sequence[float], forecast: Forecast
     ) -> None:
-        self._policy = policy
+        self._selection = selection
         self._latency = latency
         self._promised = promised
         self._forecast = forecast
@@ -48,16 +50,16 @@ class Planner:
         """
         Args:
             demands: in order of their deadlines.
-            late: jobs whose deadline is lost; they are served when there is room.
-            free_ms: when each worker is free; now for the one that gets the batch.
+            late: jobs whose deadline cannot be met any more.
+            free_ms: when each worker is free: now for the one that gets the batch.
 
         Returns:
-            The plan, whose positions count through ``demands`` and then ``late``, and positions of the demands that
-            have lost their deadline for good.
+            The plan, and the positions of the demands whose deadline cannot be met any more. Positions in the plan
+            count through ``demands`` and then ``late``.
         """
-        short = Limits(self._latency.batch_limits, self._forecast.patience_ms)
+        short = BatchLimits(self._latency.batch_limits, self._forecast.patience_ms)
         everyone = [*demands, *late]
-        least = [self._policy.least(demand) for demand in everyone]
+        least = [self._selection.least(demand) for demand in everyone]
         if not late:
             plan = self._comfortable(demands, least, free_ms, now_ms, short)
             if plan:
@@ -66,11 +68,11 @@ class Planner:
             demand.budget_ms = _time_ms(demand.deadline_ms, free_ms)
         given_up = without_hope([demand.budget_ms for demand in demands], _costs(demands, least, self._prices(demands)))
         in_time = [position for position in range(len(demands)) if position not in given_up]
-        hurried = sum(demands[position].deadline_ms < math.inf for position in in_time)
-        order = [*in_time[:hurried], *sorted(given_up), *range(len(demands), len(everyone)), *in_time[hurried:]]
+        timed = sum(demands[position].deadline_ms < math.inf for position in in_time)
+        order = [*in_time[:timed], *sorted(given_up), *range(len(demands), len(everyone)), *in_time[timed:]]
         plan = lay_out(everyone, least, order, free_ms, self._latency, short)
         if _missed(plan, demands):
-            large = lay_out(everyone, least, order, free_ms, self._latency, Limits(self._latency.largest_batches))
+            large = lay_out(everyone, least, order, free_ms, self._latency, BatchLimits(self._latency.largest_batches))
             plan = min(plan, large, key=lambda plan: _missed(plan, demands))
         lost = []
         for position in given_up:
@@ -80,13 +82,13 @@ class Planner:
         return plan, lost
 
     def late_ms(self, demands: Sequence[Demand], free_ms: Sequence[float]) -> dict[int, float]:
-        """Positions of the jobs that would be late with the cheapest split for everyone, and by how much."""
+        """Positions of the jobs that would be late if every job took its cheapest split, and by how much."""
         if not demands:
             return {}
-        least = [self._policy.least(demand) for demand in demands]
+        least = [self._selection.least(demand) for demand in demands]
         positions = range(len(demands))
         plans = [
-            lay_out(demands, least, positions, free_ms, self._latency, Limits(sizes))
+            lay_out(demands, least, positions, free_ms, self._latency, BatchLimits(sizes))
             for sizes in (self._latency.batch_limits, self._latency.largest_batches)
         ]
         best = min(plans, key=lambda plan: _missed(plan, demands))
@@ -102,15 +104,15 @@ class Planner:
         least: Sequence[Split],
         free_ms: Sequence[float],
         now_ms: float,
-        limits: Limits,
+        limits: BatchLimits,
     ) -> Plan | None:
-        """Steps 1 and 2: a plan with which everyone is in time and jobs to come find room."""
+        """Steps 1 and 2: a plan that meets all deadlines and leaves room for new jobs; None: there is none."""
         for demand in demands:
             taken_ms = self._forecast.taken_ms(now_ms, demand.deadline_ms)
             demand.due_ms = demand.deadline_ms - taken_ms / len(free_ms)
             demand.budget_ms = _time_ms(demand.due_ms, free_ms)
         prices = self._prices(demands)
-        most = [self._policy.most(demand) for demand in demands]
+        most = [self._selection.most(demand) for demand in demands]
         if _fits(demands, most, prices):
             plan = lay_out(demands, most, range(len(demands)), free_ms, self._latency, limits)
             if not _over(plan, demands):
@@ -118,7 +120,7 @@ class Planner:
         if not _fits(demands, least, prices):
             return None
         for _ in range(max(1, min(_ROUNDS, _ROUND_JOBS // len(demands)))):
-            splits = self._policy.select(demands, prices, self._promised)
+            splits = self._selection.select(demands, prices, self._promised)
             plan = lay_out(demands, splits, range(len(demands)), free_ms, self._latency, limits)
             over = _over(plan, demands)
             if not over:
@@ -132,7 +134,7 @@ class Planner:
 
 
 def _time_ms(until_ms: float, free_ms: Sequence[float]) -> float:
-    """What all workers together can run until then."""
+    """Worker time that is free until then, over all workers."""
     if len(free_ms) == 1:
         return until_ms - free_ms[0]
     return sum(max(0.0, until_ms - free) for free in free_ms)
@@ -143,7 +145,7 @@ def _costs(demands: Sequence[Demand], splits: Sequence[Split], prices: Sequence[
 
 
 def _fits(demands: Sequence[Demand], splits: Sequence[Split], prices: Sequence[float]) -> bool:
-    """Whether each job and all before it fit their budget."""
+    """Whether the cumulated cost up to each job is within its budget."""
     used_ms = 0.0
     for cost, demand in zip(_costs(demands, splits, prices), demands, strict=True):
         used_ms += cost
@@ -157,7 +159,7 @@ def _missed(plan: Plan, demands: Sequence[Demand]) -> int:
 
 
 def _over(plan: Plan, demands: Sequence[Demand]) -> list[tuple[int, float]]:
-    """Positions of the jobs that are not in time, and by how much."""
+    """Positions of the jobs that end after they are due, and by how much."""
     return [
         (position, end_ms - demand.due_ms)
         for position, (end_ms, demand) in enumerate(zip(plan.end_ms, demands, strict=True))

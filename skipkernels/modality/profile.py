@@ -1,4 +1,4 @@
-"""What each strategy costs and achieves: measured once for a model on a device, pure data from then on."""
+"""What each strategy costs and achieves: measured once per model and device, then plain data."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _Z = 1.6448536269514722  # the standard normal's 95th percentile: promises are o
 def wilson_lower_bound(score_sum: float, samples: int) -> float:
     """One-sided 95 % lower confidence bound of a mean score in [0, 1] (Wilson, JASA 1927).
 
-    Meant for scores of 0 and 1; for shares in between it is on the safe side, because no score in [0, 1] varies more
-    than a coin of the same mean.
+    Meant for scores of 0 and 1; conservative for scores in between, because no score in [0, 1] has a larger variance
+    than a coin flip of the same mean.
     """
     mean = score_sum / samples
     centre = mean + _Z**2 / (2 * samples)
@@ -40,7 +40,7 @@ class Timing:
 class StrategyProfile:
     """One strategy: its timings by batch size, and its score over the validation set.
 
-    Batch sizes between two profiled ones are interpolated linearly; there is nothing beyond the largest.
+    Batch sizes between two profiled ones are interpolated linearly; larger ones than profiled are refused.
     """
 
     strategy: Strategy
@@ -71,7 +71,7 @@ class StrategyProfile:
 
     @property
     def accuracy(self) -> float:
-        """The mean score itself: what to expect, not what to promise."""
+        """The mean score: an estimate, not the promised bound."""
         return self.score_sum / self.samples
 
     @property
@@ -92,7 +92,7 @@ class StrategyProfile:
         return self._interpolate(batch_size, [float(peak or 0) for peak in peaks])
 
     def largest_batch(self, memory_bytes: float | None) -> int:
-        """The largest profiled-or-interpolated batch size whose peak stays within ``memory_bytes`` (None: no limit).
+        """The largest batch size whose peak memory is within ``memory_bytes`` (None: no limit).
 
         Raises:
             ProfileError: not even one request does.
@@ -127,7 +127,7 @@ class Profile:
     Args:
         model, fingerprint, device, dtype: of the ``ModalityModel`` it was made on.
         strategies: one entry for each profiled strategy.
-        source: how the figures came about: ``measured``, or what they were made from.
+        source: where the figures come from: ``measured``, or what they were derived from.
     """
 
     model: str
@@ -177,7 +177,7 @@ class Profile:
         return entries
 
     def full(self, modalities: Collection[str]) -> StrategyProfile:
-        """The strategy that leaves out least: most modalities, then the lowest skip level."""
+        """The strategy that leaves out the least: most modalities, then the lowest skip level."""
         return min(
             self.usable(modalities), key=lambda entry: (-len(entry.strategy.modalities), entry.strategy.skip_level)
         )

@@ -1,4 +1,4 @@
-"""serving_profile.json: a profile on disk, versioned, bound to a model, a device and a dtype."""
+"""serving_profile.json: a profile on disk, with a version, bound to a model, a device and a dtype."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Measures a profile: what every strategy costs at every batch size, and how well it does on validation samples.
+"""Measures a profile: time and memory of every strategy at every batch size, and accuracy on validation samples.
 
 1. Accuracy: every strategy runs over all samples.
 2. Memory: the peak of every strategy and batch size.
-3. Time: rounds over all strategies and batch sizes, each in another order, so that whatever else the machine does and
-   however its speed drifts meets all of them alike.
+3. Time: several rounds over all strategies and batch sizes, each in another order, so that other load and drifts of
+   the clock speed affect all of them alike.
 
-Each result goes to a journal at once; a profiler that was killed goes on with what is missing.
+Each result is written to a journal at once; a killed profiler resumes with what is missing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from skipkernels.support.memory import peak_memory_bytes
 Progress = Callable[[str, float], None]
 """Called as (what is being done, share of the whole that is done)."""
 
-_SHARES = {"accuracy": (0.0, 0.4), "memory": (0.4, 0.5), "time": (0.5, 1.0)}  # of the progress
+_SHARES = {"accuracy": (0.0, 0.4), "memory": (0.4, 0.5), "time": (0.5, 1.0)}  # of the progress bar
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def measure_profile(
             when a killed measurement is continued.
         batch_sizes: increasing from 1.
         rounds: timings of each strategy and batch size. The 95th percentile of 20 lies between the two slowest.
-        memory: whether to measure peak memory; without it, no memory budget can be kept.
-        journal: where to keep what is measured until all is; an existing file is continued.
+        memory: whether to measure peak memory; without it, a memory budget cannot be set.
+        journal: where to keep results until all are measured; an existing file is resumed.
         progress: see ``Progress``.
 
     Raises:
@@ -108,7 +108,7 @@ class _Profiler:
         scores = self._measure("accuracy", chunks, lambda name, first: self._score(name, first, first + largest))
         peaks = self._measure("memory", cells if memory else [], self._peak)
         for name, size in cells:
-            self._run(name, size, 0)  # what is compiled, cached or paged in at first use is not timed
+            self._run(name, size, 0)  # warm-up: compilation, caches and page faults of the first run are not timed
         turns = []
         for turn in range(self._rounds):
             shuffled = [(name, size, turn) for name, size in cells]
@@ -161,7 +161,7 @@ class _Profiler:
         return (time.perf_counter() - begin) * 1e3
 
     def _run(self, name: str, size: int, turn: int) -> None:
-        """One batch of samples, other ones each turn."""
+        """Runs one batch of samples, different ones each turn."""
         first = turn * size
         batch = [self._samples[(first + offset) % len(self._samples)].inputs for offset in range(size)]
         self._model.run(batch, Strategy.parse(name))

@@ -1,4 +1,4 @@
-"""The scheduler on real workers, in one event loop: jobs in, answers out, none lost."""
+"""Runs the scheduler on real workers, in one event loop. No accepted job is lost."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from types import TracebackType
 
 from skipkernels.modality.clock import real_clock
 from skipkernels.modality.errors import JobFailed, ServiceClosed, WorkerLost
-from skipkernels.modality.executor import Executor
 from skipkernels.modality.job import Job, JobAnswer
 from skipkernels.modality.policies import SelectionPolicy
 from skipkernels.modality.profile import Profile
 from skipkernels.modality.scheduler import Admission, Scheduler
 from skipkernels.modality.ticket import Batch, Ticket
+from skipkernels.modality.worker import Worker
 
 
 class Runtime:
-    """Owns a scheduler and the executors it plans for; ``async with`` starts and closes it.
+    """Owns a scheduler and the workers it plans for; ``async with`` starts and closes it.
 
-    Every accepted job is answered or fails with a reason: a request whose batch failed runs once more, alone; a worker
-    that does not come back is planned without; and what remains when the last one is gone fails.
+    Every accepted job is answered or fails with a reason. A request whose batch failed is retried once, alone. A worker
+    that does not recover is removed from the plan; when the last one is gone, all remaining jobs fail.
 
     Args:
-        executors: one for each worker, all with the profile's model and device.
-        policy, memory_bytes, admission: as in ``Scheduler``.
+        workers: all with the profile's model and device.
+        selection, memory_bytes, admission: as in ``Scheduler``.
     """
 
     def __init__(
         self,
         profile: Profile,
-        executors: Sequence[Executor],
-        policy: str | SelectionPolicy = "maximize",
+        workers: Sequence[Worker],
+        selection: str | SelectionPolicy = "maximize",
         *,
         memory_bytes: float | None = None,
         admission: Admission = "accuracy",
@@ -40,22 +40,20 @@ class Runtime:
         self.scheduler = Scheduler(
             profile,
             real_clock,
-            policy,
-            workers=len(executors),
+            selection,
+            workers=len(workers),
             memory_bytes=memory_bytes,
             admission=admission,
         )
-        self._executors = executors
+        self._workers = workers
         self._answers: dict[Ticket, asyncio.Future[JobAnswer]] = {}
-        self._news = asyncio.Event()  # something may have become ready to run
-        self._workers: list[asyncio.Task[None]] = []
+        self._wakeup = asyncio.Event()  # set when there may be a batch to run
+        self._tasks: list[asyncio.Task[None]] = []
         self._closed: str | None = "it has not been started"
 
     async def __aenter__(self) -> Runtime:
         self._closed = None
-        self._workers = [
-            asyncio.create_task(self._work(number, executor)) for number, executor in enumerate(self._executors)
-        ]
+        self._tasks = [asyncio.create_task(self._work(number, worker)) for number, worker in enumerate(self._workers)]
         return self
 
     async def __aexit__(
@@ -75,7 +73,7 @@ class Runtime:
             raise ServiceClosed(f"no jobs are taken: {self._closed}")
         ticket = self.scheduler.submit(job)
         answer = self._answers[ticket] = asyncio.get_running_loop().create_future()
-        self._news.set()
+        self._wakeup.set()
         try:
             return await answer
         except asyncio.CancelledError:
@@ -85,53 +83,53 @@ class Runtime:
             raise
 
     async def close(self, grace_s: float = math.inf) -> None:
-        """Takes no more jobs, and ends when every accepted one is answered or failed and the executors are closed.
+        """Takes no more jobs, and ends when every accepted one is answered or failed and the workers are closed.
 
         Args:
             grace_s: how long waiting jobs may still be started. Batches that run are always waited for.
         """
         self._closed = self._closed or "the service is shutting down"
-        self._news.set()
-        if self._workers:
-            await asyncio.wait(self._workers, timeout=None if grace_s == math.inf else grace_s)
+        self._wakeup.set()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=None if grace_s == math.inf else grace_s)
             for ticket in list(self._answers):
                 if self.scheduler.waits(ticket):
                     self._fail(ticket, f"the service shut down, and its {grace_s:g} s of grace are over")
-            await asyncio.wait(self._workers)
+            await asyncio.wait(self._tasks)
         self._fail_all("the service shut down, and no worker is left for it")
-        for executor in self._executors:
-            await executor.close()
         for worker in self._workers:
-            worker.result()
-        self._workers = []
+            await worker.close()
+        for task in self._tasks:
+            task.result()
+        self._tasks = []
 
-    async def _work(self, number: int, executor: Executor) -> None:
+    async def _work(self, number: int, worker: Worker) -> None:
         try:
-            while await self._work_once(number, executor):
+            while await self._work_once(number, worker):
                 pass
         except BaseException as error:
             self._closed = f"the scheduler failed: {error!r}"
             self._fail_all(self._closed)
             raise
 
-    async def _work_once(self, number: int, executor: Executor) -> bool:
-        """Runs a batch or waits for one; False: this worker is done."""
-        self._news.clear()
+    async def _work_once(self, number: int, worker: Worker) -> bool:
+        """Runs a batch or waits for one; False: this worker stops."""
+        self._wakeup.clear()
         batch = self.scheduler.next_batch(number)
         if batch is None:
             if self._closed:
                 return False
-            await self._news.wait()
+            await self._wakeup.wait()
             return True
         try:
-            outputs = await executor.run(batch.inputs, batch.strategy)
+            outputs = await worker.run(batch.inputs, batch.strategy)
             if len(outputs) != len(batch.members):
                 raise RuntimeError(f"{len(outputs)} outputs for {len(batch.members)} requests")
         except WorkerLost as error:
-            self._retry(batch, f"its worker was lost, also on the second try: {error}")
-            return await self._recover(number, executor)
+            self._retry(batch, f"its worker was lost, also on the retry: {error}")
+            return await self._recover(number, worker)
         except Exception as error:
-            self._retry(batch, f"the model failed, also on it alone: {error!r}")
+            self._retry(batch, f"the model failed, also when the request ran alone: {error!r}")
             return True
         for ticket in self.scheduler.finish(batch, outputs):
             self._settle(ticket)
@@ -140,11 +138,11 @@ class Runtime:
     def _retry(self, batch: Batch, reason: str) -> None:
         for ticket in self.scheduler.fail(batch, reason):
             self._settle(ticket)
-        self._news.set()  # other workers can take what is to be run again
+        self._wakeup.set()  # other workers can take the retries
 
-    async def _recover(self, number: int, executor: Executor) -> bool:
+    async def _recover(self, number: int, worker: Worker) -> bool:
         try:
-            await executor.recover()
+            await worker.recover()
         except Exception as error:
             self.scheduler.retire(number)
             if not self.scheduler.workers:
@@ -162,10 +160,10 @@ class Runtime:
         self._settle(ticket)
 
     def _settle(self, ticket: Ticket) -> None:
-        """Hands a done ticket's answer to its caller."""
+        """Passes the answer or failure of a done ticket to its caller."""
         answer = self._answers.pop(ticket)
         if answer.done():
-            return  # its caller is gone
+            return  # the caller was cancelled
         if ticket.answer is not None:
             answer.set_result(ticket.answer)
         else:

@@ -1,13 +1,13 @@
-"""Which requests run next, and with which strategy: pure logic, driven by whoever owns the clock and the workers.
+"""Decides which requests run next, and with which strategy. Pure logic: its owner has the clock and the workers.
 
-Workers do not interrupt batches. So a decision is taken when a worker is free, and settles one thing: which requests
-start on it now, and with which strategy. Whatever does not start then is planned to see whether it will be in time, and
-decided again when the next worker is free, with what has arrived and been learned by then. A free worker never waits
-for more requests to come.
+Batches are not preempted. So the scheduler decides whenever a worker becomes free, and only which requests start on
+that worker now and with which strategy. The rest of the queue is planned as well, to see whether it will be in time,
+but is decided again when the next worker is free: by then more jobs have arrived and more times are known. A free
+worker never waits for more requests.
 
-Jobs run in order of their deadlines, which count from arrival to completion, without tolerance. A job that cannot be in
-time at its cheapest split, or only at the cost of others, is served after all jobs that can. As long as it waits nobody
-gets more than the cheapest split, so that it is served at all.
+Jobs run earliest deadline first. A deadline counts from arrival to completion, without tolerance. A job that cannot
+meet its deadline even at its cheapest split, or only at the cost of others, runs after all jobs that can. While such a
+job waits, every job gets its cheapest split only, so that the late job is served at all.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from skipkernels.modality.errors import AccuracyUnreachable, DeadlineUnreachable
 from skipkernels.modality.forecast import Forecast
 from skipkernels.modality.job import Answer, Job, JobAnswer
 from skipkernels.modality.latency import LatencyModel
-from skipkernels.modality.menu import Menu
 from skipkernels.modality.optimiser import EPSILON
 from skipkernels.modality.planner import Planner
-from skipkernels.modality.policies import SelectionPolicy, get_policy
+from skipkernels.modality.policies import SelectionPolicy, get_selection_policy
 from skipkernels.modality.profile import Profile
+from skipkernels.modality.strategy_options import StrategyOptions
 from skipkernels.modality.ticket import Batch, Ticket
 
 Admission = Literal["accuracy", "deadline"]
-"""What a job is refused for on arrival: an accuracy that no strategy promises; also a deadline that cannot be met."""
+"""What a job is refused for on arrival. ``accuracy``: no strategy promises the required accuracy. ``deadline``: that,
+or its deadline cannot be met."""
 
 
 class Scheduler:
@@ -41,39 +42,41 @@ class Scheduler:
     Args:
         profile: of that model on these workers' device.
         clock: see ``Clock``.
-        policy: ``full``, ``cheapest``, ``random`` or ``maximize``, or an object.
+        selection: ``full``, ``cheapest``, ``random`` or ``maximize``, or a policy of your own.
         workers: how many; they are numbered from 0.
-        memory_bytes: what a batch may take on a worker above the resident model; None: what was profiled.
-        admission: see ``Admission``. Jobs that are accepted without a chance are answered late.
+        memory_bytes: the most a batch may take on a worker, on top of the loaded model; None: what was profiled.
+        admission: see ``Admission``. With ``accuracy``, jobs whose deadline cannot be met are answered late.
 
     Raises:
         ProfileError: ``memory_bytes`` is less than one request takes.
-        StrategyError: no such policy.
+        StrategyError: no selection policy has this name.
     """
 
     def __init__(
         self,
         profile: Profile,
         clock: Clock,
-        policy: str | SelectionPolicy = "maximize",
+        selection: str | SelectionPolicy = "maximize",
         *,
         workers: int = 1,
         memory_bytes: float | None = None,
         admission: Admission = "accuracy",
     ) -> None:
         self.profile = profile
-        self.policy = get_policy(policy) if isinstance(policy, str) else policy
+        self.selection = get_selection_policy(selection) if isinstance(selection, str) else selection
         self.latency = LatencyModel(profile, memory_bytes)
         self.counters = Counters()
         self._clock = clock
         self._admission = admission
         self._promised = [entry.promised_accuracy for entry in profile.strategies]
         self._forecast = Forecast()
-        self._planner = Planner(self.policy, self.latency, self._promised, self._forecast)
+        self._planner = Planner(self.selection, self.latency, self._promised, self._forecast)
         everything = profile.modalities
-        self._menus = {everything: Menu(profile, everything, self.latency)}  # others at their first request
+        self._options = {
+            everything: StrategyOptions(profile, everything, self.latency)
+        }  # by modalities; more are added when jobs come with other subsets
         self._queue: list[tuple[float, int, Ticket]] = []  # by deadline, then arrival
-        self._late: list[Ticket] = []  # those that have lost their deadline, in the order in which they did
+        self._late: list[Ticket] = []  # deadline cannot be met any more, in the order in which that was found
         self._retries: deque[tuple[Ticket, int, int]] = deque()  # ticket, position of the request, strategy
         self._running: dict[int, Batch | None] = dict.fromkeys(range(workers))  # worker -> batch
 
@@ -95,19 +98,19 @@ class Scheduler:
             DeadlineUnreachable: admission is by deadline, and accepting would make this or another job late.
         """
         try:
-            menu = self._menu(job)
-            if job.min_accuracy > menu.reachable + EPSILON:
-                raise AccuracyUnreachable(job.min_accuracy, menu.reachable)
-            ticket = Ticket(job, self.counters.accepted, self._clock(), menu)
-            place = bisect_left(self._queue, (ticket.demand.deadline_ms, ticket.number))
+            options = self._options_for(job)
+            if job.min_accuracy > options.reachable + EPSILON:
+                raise AccuracyUnreachable(job.min_accuracy, options.reachable)
+            ticket = Ticket(job, self.counters.accepted, self._clock(), options)
+            index = bisect_left(self._queue, (ticket.demand.deadline_ms, ticket.number))
             if self._admission == "deadline":
-                self._check_deadline(ticket, place)
+                self._check_deadline(ticket, index)
         except JobError:
             self.counters.refused += 1
             raise
         self.counters.accepted += 1
-        self._queue.insert(place, (ticket.demand.deadline_ms, ticket.number, ticket))
-        least_ms = self.latency.alone_ms(self.policy.least(ticket.demand)) * ticket.demand.work
+        self._queue.insert(index, (ticket.demand.deadline_ms, ticket.number, ticket))
+        least_ms = self.latency.alone_ms(self.selection.least(ticket.demand)) * ticket.demand.work
         self._forecast.note(ticket.arrival_ms, job.deadline_ms, least_ms)
         return ticket
 
@@ -119,7 +122,7 @@ class Scheduler:
             expected_ms = self.latency.batch_ms[strategy][1] * ticket.job.requests[position].work
             return self._start(worker, strategy, ((ticket, position),), expected_ms, retry=True)
         tickets = [ticket for _, _, ticket in self._queue]
-        room = max(self.latency.largest_batches)  # late jobs beyond it cannot be in the next batch
+        room = max(self.latency.largest_batches)  # requests of late jobs beyond this cannot be in the next batch
         for ticket in self._late:
             if room <= 0:
                 break
@@ -134,17 +137,17 @@ class Scheduler:
             self._leave(tickets[position])
             self._late.append(tickets[position])
         members = tuple(
-            (tickets[place], position)
-            for place, count in plan.members
-            for position in tickets[place].take(count, self._promised[plan.strategy])
+            (tickets[index], position)
+            for index, count in plan.members
+            for position in tickets[index].take(count, self._promised[plan.strategy])
         )
-        for place, _ in plan.members:
-            if not tickets[place].demand.requests:
-                self._leave(tickets[place])
+        for index, _ in plan.members:
+            if not tickets[index].demand.requests:
+                self._leave(tickets[index])
         return self._start(worker, plan.strategy, members, plan.expected_ms, retry=False)
 
     def finish(self, batch: Batch, outputs: Sequence[Any]) -> list[Ticket]:
-        """Takes in a batch's outputs, one for each member in order; returns the tickets that are done by it."""
+        """Records a batch's outputs, one per member, in order. Returns the tickets that are now done."""
         now_ms = self._clock()
         self._running[batch.worker] = None
         self.latency.observe(batch.index, len(batch.members), batch.work, now_ms - batch.started_ms)
@@ -174,8 +177,9 @@ class Scheduler:
         return done
 
     def fail(self, batch: Batch, reason: str) -> list[Ticket]:
-        """A batch ended without outputs. Its requests run once more, each alone, so that one that breaks the model or
-        its worker takes no other down; returns the tickets that failed because it was their second time."""
+        """Records that a batch ended without outputs. Each of its requests is retried once, in a batch of its own, so
+        that a request that crashes the model or its worker takes no other down. Returns the tickets that failed because
+        this was their retry."""
         self._running[batch.worker] = None
         failed = []
         for ticket, position in batch.members:
@@ -190,7 +194,7 @@ class Scheduler:
         return failed
 
     def cancel(self, ticket: Ticket, reason: str) -> None:
-        """Fails a job; what of it runs ends without effect."""
+        """Fails a job. The outputs of its requests that are running are dropped."""
         assert not ticket.done, f"job {ticket.number} is done"
         ticket.failure = reason
         self.counters.failed += 1
@@ -199,35 +203,35 @@ class Scheduler:
         self._retries = deque(retry for retry in self._retries if retry[0] is not ticket)
 
     def waits(self, ticket: Ticket) -> bool:
-        """Whether some request of a ticket has yet to start, or to start again."""
+        """Whether a request of this ticket still has to start, or to be retried."""
         return bool(ticket.demand.requests) or any(retry[0] is ticket for retry in self._retries)
 
     def retire(self, worker: int) -> None:
-        """Plans without a worker from now on."""
+        """Takes a worker out of all further plans."""
         assert self._running[worker] is None, f"worker {worker} still runs a batch"
         del self._running[worker]
 
-    def _menu(self, job: Job) -> Menu:
-        menu = self._menus.get(job.modalities)
-        if menu is None:
+    def _options_for(self, job: Job) -> StrategyOptions:
+        options = self._options.get(job.modalities)
+        if options is None:
             job.check_modalities(self.profile.modalities)
-            menu = self._menus[job.modalities] = Menu(self.profile, job.modalities, self.latency)
-        return menu
+            options = self._options[job.modalities] = StrategyOptions(self.profile, job.modalities, self.latency)
+        return options
 
-    def _check_deadline(self, ticket: Ticket, place: int) -> None:
-        """Raises DeadlineUnreachable when accepting makes a job late that would not be, this one included."""
+    def _check_deadline(self, ticket: Ticket, index: int) -> None:
+        """Raises DeadlineUnreachable when accepting this job would make it, or one that is in time now, late."""
         demands = [waiting.demand for _, _, waiting in self._queue]
         late_before = self._planner.late_ms(demands, self._free_ms())
-        demands.insert(place, ticket.demand)
+        demands.insert(index, ticket.demand)
         late_ms = self._planner.late_ms(demands, self._free_ms())
         if len(late_ms) > len(late_before):
             raise DeadlineUnreachable(ticket.job.deadline_ms, max(late_ms.values()))
 
     def _leave(self, ticket: Ticket) -> None:
-        """Takes a ticket out of the queue, or from among the late."""
-        place = bisect_left(self._queue, (ticket.demand.deadline_ms, ticket.number))
-        if place < len(self._queue) and self._queue[place][2] is ticket:
-            del self._queue[place]
+        """Removes a ticket from the queue, or from the late ones."""
+        index = bisect_left(self._queue, (ticket.demand.deadline_ms, ticket.number))
+        if index < len(self._queue) and self._queue[index][2] is ticket:
+            del self._queue[index]
         else:
             self._late.remove(ticket)
 

@@ -1,4 +1,4 @@
-"""The scheduler on a virtual clock: hours of load in seconds, decision by decision as on real workers."""
+"""Runs the scheduler on a virtual clock: hours of load in seconds, with the same decisions as on real workers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Z95 = 1.645  # of the standard normal
 def simulate(
     arrivals: Sequence[Arrival],
     profile: Profile,
-    policy: str | SelectionPolicy = "maximize",
+    selection: str | SelectionPolicy = "maximize",
     *,
     workers: int = 1,
     memory_bytes: float | None = None,
@@ -31,24 +31,24 @@ def simulate(
     overhead_ms: float = 0.0,
     seed: int = 0,
 ) -> list[Outcome]:
-    """Runs all arrivals to their end; outcomes are in the order of arrival.
+    """Simulates all arrivals until every job is done; outcomes are in the order of arrival.
 
-    A batch takes a log-normal time with the profile's median and 95th percentile. A request is answered right with the
-    probability of its strategy's accuracy, which is not the lower promised one.
+    Batch times are log-normal, with the profile's median and 95th percentile. A request is answered correctly with the
+    probability of its strategy's measured accuracy, which is above the promised one.
 
     Args:
         arrivals: in order of their times.
-        overhead_ms: between a decision and its batch's start on the worker; what a real server adds.
-        policy, workers, memory_bytes, admission: as in ``Scheduler``.
+        overhead_ms: time between a decision and the start of its batch, which a real server adds.
+        selection, workers, memory_bytes, admission: as in ``Scheduler``.
     """
-    return _Simulation(profile, policy, workers, memory_bytes, admission, overhead_ms, seed).run(arrivals)
+    return _Simulation(profile, selection, workers, memory_bytes, admission, overhead_ms, seed).run(arrivals)
 
 
 class _Simulation:
     def __init__(
         self,
         profile: Profile,
-        policy: str | SelectionPolicy,
+        selection: str | SelectionPolicy,
         workers: int,
         memory_bytes: float | None,
         admission: Admission,
@@ -57,7 +57,7 @@ class _Simulation:
     ) -> None:
         self._clock = VirtualClock()
         self._scheduler = Scheduler(
-            profile, self._clock, policy, workers=workers, memory_bytes=memory_bytes, admission=admission
+            profile, self._clock, selection, workers=workers, memory_bytes=memory_bytes, admission=admission
         )
         self._overhead_ms = overhead_ms
         self._rng = np.random.default_rng(seed)

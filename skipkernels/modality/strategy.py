@@ -1,4 +1,4 @@
-"""What a request is run with: the modalities that are kept and the share of FFNs that is skipped.
+"""Strategies: the modalities that are kept, and the share of FFNs that is skipped.
 
 MOSEL (EMNLP 2024, arXiv 2310.18481) chooses among modality subsets, FFN-SkipLLM (EMNLP 2024, arXiv 2404.03865) among
 skip levels. A strategy is a pair of both, so that one optimiser chooses among all pairs.
@@ -83,7 +83,7 @@ def all_strategies(
 
 
 class ModalityModel(Protocol):
-    """A model that runs on subsets of its modalities; the one thing a server has to be given.
+    """A model that can run on subsets of its modalities: what a server needs.
 
     Attributes:
         name: for people and for ``/v1/models``.
@@ -104,8 +104,8 @@ class ModalityModel(Protocol):
     def run(self, batch: Sequence[Inputs], strategy: Strategy) -> Sequence[Any]:
         """One output per request, in order, once they are ready.
 
-        Called from one thread at a time, and not the one that accepts jobs. Inputs may hold more modalities than
-        ``strategy`` keeps: those cost nothing here.
+        Called from one thread at a time, not the one that accepts jobs. Inputs may hold modalities that ``strategy``
+        does not keep; they are ignored, at no cost.
         """
         ...
 

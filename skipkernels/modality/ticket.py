@@ -1,4 +1,4 @@
-"""An accepted job on its way: what of it waits, runs, is answered."""
+"""The state of an accepted job: which requests wait, run, or are answered."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from skipkernels.modality.demand import Demand
 from skipkernels.modality.job import Answer, Job, JobAnswer
-from skipkernels.modality.menu import Menu
 from skipkernels.modality.profile import StrategyProfile
 from skipkernels.modality.strategy import Inputs, Strategy
+from skipkernels.modality.strategy_options import StrategyOptions
 
 
 class Ticket:
     """Made by ``Scheduler.submit``. Done once ``answer`` or ``failure`` is set, never both."""
 
-    def __init__(self, job: Job, number: int, arrival_ms: float, menu: Menu) -> None:
+    def __init__(self, job: Job, number: int, arrival_ms: float, options: StrategyOptions) -> None:
         self.job = job
         self.number = number  # in order of arrival
         self.arrival_ms = arrival_ms
@@ -30,7 +30,7 @@ class Ticket:
             needed_sum=job.min_accuracy * len(job.requests),
             work=max(request.work for request in job.requests),
             deadline_ms=arrival_ms + job.deadline_ms,
-            menu=menu,
+            options=options,
         )
 
     @property
@@ -38,7 +38,7 @@ class Ticket:
         return self.answer is not None or self.failure is not None
 
     def take(self, count: int, promised_accuracy: float) -> list[int]:
-        """Positions of ``count`` waiting requests, which from now on have a strategy of that accuracy."""
+        """Assigns a strategy of that accuracy to ``count`` waiting requests, and returns their positions."""
         taken = [self._waiting.popleft() for _ in range(count)]
         self.promised_sum += count * promised_accuracy
         self.demand.remain(len(self._waiting), self.demand.needed_sum - count * promised_accuracy)
@@ -47,7 +47,7 @@ class Ticket:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What a worker runs next. From its start on, its requests and their strategy are settled."""
+    """What a worker runs. Its requests and their strategy are fixed from its start on."""
 
     number: int
     worker: int

@@ -52,12 +52,14 @@ def _check_folder(path: Path) -> None:
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # None would ask on stdin
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # None would ask on stdin
+        GenerationConfig.from_model_config(config)  # as a module of it would be made
     except Exception as error:  # transformers' validation raises kinds of its own, with the reason on the second line
         raise ModelError(f"{folder}: its config.json cannot be read ({_one_line(error)})") from error
+    return config
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

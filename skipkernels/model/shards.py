@@ -128,12 +128,13 @@ def _files(path: Path) -> list[Path]:
     if not index.exists():
         raise ModelError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors are read")
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        document = json.loads(index.read_text(encoding="utf-8"))
+        weight_map, metadata = document["weight_map"], document["metadata"]
         shards = {name: path / Path(shard).name for name, shard in weight_map.items() if Path(shard).name == shard}
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ModelError(f"{index}: not a readable safetensors index ({error})") from error
-    if len(shards) < len(weight_map) or not shards:
-        raise ModelError(f"{index}: its weight_map must name files of its folder")
+    if len(shards) < len(weight_map) or not shards or not isinstance(metadata, dict):
+        raise ModelError(f"{index}: must hold metadata and a weight_map that names files of its folder")
     for shard in sorted(set(shards.values())):
         if not shard.is_file():
             raise ModelError(f"{path}: shard {shard.name} is missing; the index names it")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from skipkernels.errors import ModelError
+from skipkernels.errors import DeviceError, ModelError
 from skipkernels.model.config import ModelConfig
 from skipkernels.model.module_check import check_module
 from skipkernels.model.shards import Shards
@@ -123,6 +123,12 @@ def allocate_weights(
     def vector(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
+    def rotary_table() -> torch.Tensor:
+        try:
+            return vector(max_seq_len, c.head_dim // 2)
+        except RuntimeError as error:  # what torch's allocators raise
+            raise DeviceError(f"no memory for max_seq_len={max_seq_len} ({str(error).splitlines()[0]})") from error
+
     hidden, c = config.hidden_size, config
     embed_tokens = matrix(c.vocab_size, hidden)
     return ModelWeights(
@@ -144,8 +150,8 @@ def allocate_weights(
         ],
         norm=vector(hidden),
         lm_head=embed_tokens if c.tie_word_embeddings else matrix(c.vocab_size, hidden),
-        rope_cos=vector(max_seq_len, c.head_dim // 2),
-        rope_sin=vector(max_seq_len, c.head_dim // 2),
+        rope_cos=rotary_table(),
+        rope_sin=rotary_table(),
     )
 
 

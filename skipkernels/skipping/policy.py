@@ -12,14 +12,15 @@ from numbers import Integral
 from typing import ClassVar, Literal
 
 from skipkernels.errors import PolicyError
+from skipkernels.skipping.old_names import with_old_names
 
 BatchRule = Literal["per_row", "all", "majority"]
 BATCH_RULES: tuple[BatchRule, ...] = ("per_row", "all", "majority")
 GateMode = Literal["similarity", "fixed", "random"]
 GATE_MODES: tuple[GateMode, ...] = ("similarity", "fixed", "random")
 RAMP_TOKENS = 64
-"""Tokens after which a held skip ratio is to have come to its target."""
-UNLIMITED_SPAN = 1 << 30  # more layers than any model has: skips run up to the cold end region
+"""Generated tokens by which a held skip ratio should have reached its target."""
+UNLIMITED_SPAN = 1 << 30  # more layers than any model has: a skip ends at the last dense layers only
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class GatePlan:
     """The ``skip_gate`` instructions of one program.
 
     ``gated_layers`` are the layers whose FFN may be skipped; a gate stands in front of each. In mode ``similarity`` a
-    gate tests the layer before it, whose FFN ``down_proj_add`` measured (``tested_layers``).
+    gate tests the similarity that ``down_proj_add`` measured across the layer before it (``tested_layers``).
     ``thresholds[layer]`` is compared with the similarity of that layer.
     """
 
@@ -80,6 +81,7 @@ class DensePolicy(Policy):
         return None
 
 
+@with_old_names
 @dataclass(frozen=True)
 class SkipPolicy(Policy):
     """FFN-SkipLLM: skip the next FFNs of a token once one FFN changes the residual stream too little.
@@ -87,26 +89,26 @@ class SkipPolicy(Policy):
     Args:
         threshold: cosine similarity of the residual stream before and after an FFN, in [-1, 1], from which on the
             following FFNs are skipped.
-        span: how many layers one trigger skips; None: all up to the cold end region.
-        cold_start: the first layers, which always run.
-        cold_end: the last layers, which always run.
-        warmup_tokens: generated tokens of a row that run every FFN. The first generated token comes out of the
-            prompt's last position and always does.
+        span: how many layers one trigger skips; None: all up to the last dense layers.
+        first_dense_layers: how many layers at the beginning always run their FFN.
+        last_dense_layers: how many layers at the end always run their FFN.
+        warmup_tokens: how many generated tokens of a row run every FFN. The first generated token always does,
+            because it is computed at the prompt's last position.
         batch_rule: ``per_row`` (exact, default) decides each row alone; ``all`` skips only where every row wants to,
-            ``majority`` where more than half do. The last two give up exactness for fewer weights read; a row in its
+            ``majority`` where more than half do. The last two are not exact, but read fewer weights. A row in its
             warm-up keeps its FFNs under every rule.
         layer_thresholds: one threshold per layer instead of ``threshold``.
         target_ratio: hold the running skip ratio of every row, skipped FFNs over layers x generated tokens, at this
-            value: a controller in the gate moves the row's threshold, starting from the one given. What the warm-up
-            did not skip is made up for within the first ``ramp_tokens`` tokens; from then on the ratio stays within
+            value: a controller in the gate moves the row's threshold, starting from the one given. It makes up for
+            the warm-up within the first ``ramp_tokens`` tokens. From then on the ratio stays within
             (1 / 2 + target_ratio) / tokens of the target, whatever the similarities are. Only with ``per_row``.
     """
 
     kind: ClassVar[str] = "similarity"
     threshold: float = 0.99
     span: int | None = None
-    cold_start: int = 1
-    cold_end: int = 1
+    first_dense_layers: int = 1
+    last_dense_layers: int = 1
     warmup_tokens: int = 25
     batch_rule: BatchRule = "per_row"
     layer_thresholds: tuple[float, ...] | None = None
@@ -117,8 +119,10 @@ class SkipPolicy(Policy):
             if not -1.0 <= value <= 1.0:  # NaN fails too
                 raise PolicyError(f"threshold must be a cosine similarity in [-1, 1], got {value}")
         if self.span is not None and (not isinstance(self.span, Integral) or self.span < 1):
-            raise PolicyError(f"span must be at least 1 layer (or None for 'up to the cold end'), got {self.span!r}")
-        _check_counts(self, "cold_start", "cold_end", "warmup_tokens")
+            raise PolicyError(
+                f"span must be at least 1 layer (or None for 'up to the last dense layers'), got {self.span!r}"
+            )
+        _check_counts(self, "first_dense_layers", "last_dense_layers", "warmup_tokens")
         if self.batch_rule not in BATCH_RULES:
             raise PolicyError(f"batch_rule must be one of {', '.join(BATCH_RULES)}, got {self.batch_rule!r}")
         if self.target_ratio is not None:
@@ -131,23 +135,23 @@ class SkipPolicy(Policy):
                 )
 
     def reachable_ratio(self, num_layers: int) -> float:
-        """The skip ratio of a token past the warm-up in which every test triggers."""
-        gated = max(0, num_layers - self.cold_end - self.cold_start - 1)
+        """The highest skip ratio of a token after the warm-up: every test triggers. 0: no layer may be skipped."""
+        gated = max(0, num_layers - self.last_dense_layers - self.first_dense_layers - 1)
         return (gated - gated // (self.span + 1) if self.span else gated) / num_layers
 
     def ramp_tokens(self, num_layers: int) -> int:
-        """Generated tokens after which ``target_ratio`` holds for the warm-up too: 64, more where even skipping all
-        that may be skipped cannot make up for the warm-up by then."""
+        """Generated tokens after which ``target_ratio`` holds with the warm-up included: 64, or more if skipping at
+        the highest possible ratio takes longer to make up for the warm-up."""
         assert self.target_ratio is not None
         warmup, reachable = max(1, self.warmup_tokens), self.reachable_ratio(num_layers)
         return max(RAMP_TOKENS, math.ceil(warmup * reachable / (reachable - self.target_ratio)))
 
     def plan(self, num_layers: int) -> GatePlan:
-        gated = range(self.cold_start + 1, num_layers - self.cold_end)
+        gated = range(self.first_dense_layers + 1, num_layers - self.last_dense_layers)
         if not gated:
             raise PolicyError(
-                f"cold_start={self.cold_start} and cold_end={self.cold_end} leave nothing to skip in a model of "
-                f"{num_layers} layers; their sum must be at most {num_layers - 2}"
+                f"first_dense_layers={self.first_dense_layers} and last_dense_layers={self.last_dense_layers} leave "
+                f"nothing to skip in a model of {num_layers} layers; their sum must be at most {num_layers - 2}"
             )
         if self.layer_thresholds is not None and len(self.layer_thresholds) != num_layers:
             raise PolicyError(
@@ -155,8 +159,8 @@ class SkipPolicy(Policy):
             )
         if self.target_ratio is not None and self.target_ratio >= self.reachable_ratio(num_layers):
             raise PolicyError(
-                f"target_ratio {self.target_ratio} cannot be held: cold_start={self.cold_start}, "
-                f"cold_end={self.cold_end} and span={self.span} let less than "
+                f"target_ratio {self.target_ratio} cannot be held: first_dense_layers={self.first_dense_layers}, "
+                f"last_dense_layers={self.last_dense_layers} and span={self.span} let less than "
                 f"{self.reachable_ratio(num_layers):.3f} of the FFNs of {num_layers} layers be skipped"
             )
         return GatePlan(
@@ -175,12 +179,12 @@ class SkipPolicy(Policy):
         span = "all" if self.span is None else self.span
         threshold = "per layer" if self.layer_thresholds else f"{self.threshold:.4f}"
         rule = f"similarity >= {threshold}" if self.target_ratio is None else f"ratio held at {self.target_ratio:.1%}"
-        return f"{rule}, span {span}, cold {self.cold_start}+{self.cold_end}"
+        return f"{rule}, span {span}, dense {self.first_dense_layers}+{self.last_dense_layers}"
 
 
 @dataclass(frozen=True)
 class FixedPolicy(Policy):
-    """Baseline: the FFNs of a fixed set of layers are skipped for every token past the warm-up."""
+    """Baseline: the FFNs of a fixed set of layers are skipped for every token after the warm-up."""
 
     kind: ClassVar[str] = "fixed"
     layers: tuple[int, ...]
@@ -212,17 +216,20 @@ class FixedPolicy(Policy):
         return f"fixed layers {','.join(str(r[0]) if len(r) == 1 else f'{r[0]}-{r[-1]}' for r in runs)}"
 
 
+@with_old_names
 @dataclass(frozen=True)
 class RandomPolicy(Policy):
-    """Baseline: past the warm-up, each FFN outside the cold layers is skipped with a probability that makes
-    ``ratio`` of *all* the layers' FFNs skipped. The draw depends on (seed, generated token, layer) only, so a row
-    of a batch skips what it would skip alone."""
+    """Baseline: after the warm-up, each FFN outside the dense layers is skipped at random.
+
+    The probability is set so that ``ratio`` of *all* layers' FFNs are skipped on average. The draw depends only on
+    (seed, generated token, layer), so a row of a batch skips what it would skip alone.
+    """
 
     kind: ClassVar[str] = "random"
     ratio: float
     seed: int = 0
-    cold_start: int = 1
-    cold_end: int = 1
+    first_dense_layers: int = 1
+    last_dense_layers: int = 1
     warmup_tokens: int = 25
 
     def __post_init__(self) -> None:
@@ -230,17 +237,17 @@ class RandomPolicy(Policy):
             raise PolicyError(f"random skip ratio must lie in [0, 1], got {self.ratio}")
         if not isinstance(self.seed, Integral) or not -(1 << 63) <= self.seed < 1 << 63:
             raise PolicyError(f"seed must be a 64-bit integer, got {self.seed!r}")
-        _check_counts(self, "cold_start", "cold_end", "warmup_tokens")
+        _check_counts(self, "first_dense_layers", "last_dense_layers", "warmup_tokens")
 
     def plan(self, num_layers: int) -> GatePlan | None:
         if self.ratio == 0.0:
             return None
-        gated = tuple(range(self.cold_start, num_layers - self.cold_end))
+        gated = tuple(range(self.first_dense_layers, num_layers - self.last_dense_layers))
         reachable = len(gated) / num_layers
         if self.ratio > reachable:
             raise PolicyError(
-                f"random skip ratio {self.ratio} cannot be reached: cold_start={self.cold_start} and "
-                f"cold_end={self.cold_end} leave at most {reachable:.3f} of {num_layers} layers"
+                f"random skip ratio {self.ratio} cannot be reached: first_dense_layers={self.first_dense_layers} and "
+                f"last_dense_layers={self.last_dense_layers} leave at most {reachable:.3f} of {num_layers} layers"
             )
         return GatePlan(
             mode="random",
@@ -257,9 +264,11 @@ class RandomPolicy(Policy):
 
 @dataclass(frozen=True)
 class TimingPolicy(Policy):
-    """For timing on random weights only: every similarity is computed and compared as in ``SkipPolicy``, but the
-    thresholds are set to pass at one layer and to fail at all others, so that ``round(ratio * num_layers)``
-    consecutive middle FFNs are skipped whatever the weights are. Tokens decoded under it mean nothing."""
+    """For timing on random weights only: skips ``round(ratio * num_layers)`` consecutive middle FFNs.
+
+    Every similarity is computed and compared as in ``SkipPolicy``, but the thresholds are set so that one layer always
+    triggers and no other does. Tokens decoded under it mean nothing.
+    """
 
     kind: ClassVar[str] = "timing"
     ratio: float
@@ -272,7 +281,9 @@ class TimingPolicy(Policy):
         skipped = math.floor(self.ratio * num_layers + 0.5)
         trigger = (num_layers - skipped) // 2 - 1
         if trigger < 0:
-            raise PolicyError(f"timing skip ratio {self.ratio} leaves no layer to trigger it in {num_layers} layers")
+            raise PolicyError(
+                f"timing skip ratio {self.ratio} leaves no layer that could trigger the skip in {num_layers} layers"
+            )
         thresholds = [math.inf] * num_layers
         if skipped:
             thresholds[trigger] = -math.inf
@@ -303,7 +314,7 @@ _KINDS: dict[str, type[Policy]] = {
 
 
 def policy_from_dict(values: dict[str, object]) -> Policy:
-    """Inverse of ``Policy.to_dict``.
+    """Inverse of ``Policy.to_dict``; reads the names of earlier releases too.
 
     Raises:
         PolicyError: unknown kind or unknown, missing or ill-typed field.

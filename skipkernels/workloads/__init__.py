@@ -1,1 +1,1 @@
-"""What is served in benches: arrivals, jobs, profiles that were not measured, the fusion classifier."""
+"""Workloads of the serving benches: arrival times, jobs, synthetic profiles, the fusion classifier."""

@@ -1,4 +1,4 @@
-"""When jobs come."""
+"""Arrival processes: at which times jobs arrive."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Times = npt.NDArray[np.float64]
 """Arrival times in ms, ascending from 0 on."""
 
 Process = Callable[[float, int, np.random.Generator], Times]
-"""Draws the times of so many jobs at so many per second."""
+"""Called as (jobs per second, number of jobs, generator); returns the arrival times."""
 
 
 def poisson(jobs_per_s: float, jobs: int, rng: np.random.Generator) -> Times:
@@ -36,9 +36,9 @@ def bursty(
     """A Poisson process modulated by a two-state Markov chain: calm, and bursts.
 
     Args:
-        jobs_per_s: over all time.
-        burst: the rate in a burst over the calm rate.
-        burst_share: of the time.
+        jobs_per_s: mean rate over all time.
+        burst: rate in a burst divided by the calm rate.
+        burst_share: share of the time in bursts.
         burst_s: mean length of a burst.
     """
     _check(jobs_per_s)
@@ -59,8 +59,8 @@ def bursty(
 
 
 def read_trace(path: str | Path) -> Times:
-    """Arrival times from a text file: one number of seconds in each line, not descending. Empty lines and what follows
-    a ``#`` do not count. The first job arrives at 0.
+    """Arrival times from a text file: seconds, one number per line, in ascending order. Empty lines and text after
+    ``#`` are ignored. Times are shifted so that the first job arrives at 0.
 
     Raises:
         JobError: unreadable, no times, or a line that is not a time or goes back; the message names the line.
@@ -89,15 +89,15 @@ def read_trace(path: str | Path) -> Times:
 
 
 def as_recorded(trace: Times) -> Process:
-    """A trace as a process: its shape at any rate. Jobs beyond its end start it over."""
+    """A process that scales a trace to any rate, and repeats it when there are more jobs than times."""
     if len(trace) < 2 or trace[-1] <= trace[0]:
-        raise JobError(f"a rate cannot be told from a trace of {len(trace)} arrivals at one moment")
+        raise JobError(f"a trace of {len(trace)} arrivals at one moment has no rate")
     period_ms = trace[-1] * len(trace) / (len(trace) - 1)
 
     def process(jobs_per_s: float, jobs: int, rng: np.random.Generator) -> Times:
         _check(jobs_per_s)
-        turn, place = np.divmod(np.arange(jobs), len(trace))
-        return (turn * period_ms + trace[place]) * (len(trace) / period_ms * 1e3 / jobs_per_s)
+        turn, index = np.divmod(np.arange(jobs), len(trace))
+        return (turn * period_ms + trace[index]) * (len(trace) / period_ms * 1e3 / jobs_per_s)
 
     return process
 

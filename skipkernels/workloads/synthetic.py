@@ -1,4 +1,4 @@
-"""Profiles that were not measured here, for simulations. None of their times says anything about any hardware."""
+"""Synthetic profiles for simulations. Their times are assumptions, not those of any hardware."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tvlt_mosei(
     one request takes 37 ms with all modalities and 12 ms with audio alone.
 
     Args:
-        samples: size of the validation set behind the accuracies; what a promise is below them depends on it.
+        samples: size of the validation set behind the accuracies; the more, the closer promises are to them.
     """
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if size <= max_batch_size]
     entries = []

@@ -1,4 +1,4 @@
-"""Jobs for benches and simulations, in the manner of MOSEL's evaluation (arXiv 2310.18481)."""
+"""Jobs for benches and simulations, as in MOSEL's evaluation (arXiv 2310.18481)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Workload:
     """How large jobs are, how long they may take, and how accurate they have to be.
 
     Args:
-        size_mean, size_deviation: of the normal distribution that job sizes are drawn from, rounded, at least 1.
+        size_mean, size_deviation: job sizes are drawn from this normal distribution, rounded, at least 1.
         extra_ms: a job's deadline is the time it takes alone with all modalities and no skipping, plus this.
         slack: a job's ``min_accuracy`` is what that strategy promises, less this.
     """
@@ -43,7 +43,7 @@ class Workload:
         """One job for each time.
 
         Args:
-            make_request: draws a request with all of the model's modalities; None: without data, for simulations.
+            make_request: makes a request with all of the model's modalities; None: without data, for simulations.
         """
         full = profile.full(profile.modalities)
         latency = LatencyModel(profile)

@@ -63,8 +63,8 @@ def test_an_engine_with_the_policy_skips_as_measured(calibration: Calibration) -
 
 
 def test_given_bounds_are_kept() -> None:
-    result = calibrate(engine(), [TEXT], 0.15, spans=(2,), cold_start=2, cold_end=1, **SIZES)
-    assert (result.policy.span, result.policy.cold_start, result.policy.cold_end) == (2, 2, 1)
+    result = calibrate(engine(), [TEXT], 0.15, spans=(2,), first_dense_layers=2, last_dense_layers=1, **SIZES)
+    assert (result.policy.span, result.policy.first_dense_layers, result.policy.last_dense_layers) == (2, 2, 1)
     assert result.policy.warmup_tokens == 5
 
 
@@ -93,20 +93,20 @@ def test_progress_only_grows_and_the_result_is_the_same_again(calibration: Calib
 
 @pytest.mark.parametrize("batch_rule", ["all", "majority"])
 def test_rows_that_decide_together_reach_the_ratio(batch_rule: BatchRule) -> None:
-    result = calibrate(engine(), [TEXT], 0.2, batch_rule=batch_rule, spans=(2,), cold_start=2, **SIZES)
+    result = calibrate(engine(), [TEXT], 0.2, batch_rule=batch_rule, spans=(2,), first_dense_layers=2, **SIZES)
     assert result.policy.batch_rule == batch_rule
     assert result.reached
 
 
 def test_a_warm_up_that_is_not_given_is_searched() -> None:
     sizes = SIZES | {"warmup_tokens": None}
-    result = calibrate(engine(), [TEXT], 0.12, spans=(2,), cold_start=2, cold_end=1, **sizes)
+    result = calibrate(engine(), [TEXT], 0.12, spans=(2,), first_dense_layers=2, last_dense_layers=1, **sizes)
     assert {trial.policy.warmup_tokens for trial in result.trials} == {1, 4, 8, 16, 25}
     assert {b.policy.to_dict()["warmup_tokens"] for b in result.baselines} == {result.policy.warmup_tokens}
 
 
 def test_thresholds_per_layer_are_no_worse_than_one_for_all() -> None:
-    given = {"spans": (2,), "cold_start": 2, "cold_end": 2, **SIZES}
+    given = {"spans": (2,), "first_dense_layers": 2, "last_dense_layers": 2, **SIZES}
     one, many = (calibrate(engine(), [TEXT], 0.2, per_layer=choice, **given) for choice in (False, True))
     assert many.policy.layer_thresholds is not None
     assert many.reached
@@ -127,8 +127,10 @@ def test_no_spans_at_all_is_refused() -> None:
 
 def test_cold_layers_bound_what_can_be_reached() -> None:
     # 10 layers, of which 3 may skip, in 35 of 40 tokens
-    with pytest.raises(PolicyError, match=r"cold_start=4, cold_end=2 and 5 warm-up tokens.* skip at most 0\.263"):
-        calibrate(engine(), [TEXT], 0.3, cold_start=4, cold_end=2, **SIZES)
+    with pytest.raises(
+        PolicyError, match=r"first_dense_layers=4, last_dense_layers=2 and 5 warm-up tokens.* skip at most 0\.263"
+    ):
+        calibrate(engine(), [TEXT], 0.3, first_dense_layers=4, last_dense_layers=2, **SIZES)
 
 
 def test_a_warm_up_longer_than_the_generation_leaves_nothing() -> None:
@@ -158,6 +160,6 @@ def test_passages_are_disjoint_and_begin_as_prompts_do() -> None:
 
 def test_every_span_can_be_searched_alone() -> None:
     for span in (None, 1, 4):
-        result = calibrate(engine(), [TEXT], 0.2, spans=(span,), cold_start=2, **SIZES)
+        result = calibrate(engine(), [TEXT], 0.2, spans=(span,), first_dense_layers=2, **SIZES)
         assert result.policy.span == span
         assert result.reached

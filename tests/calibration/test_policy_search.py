@@ -51,8 +51,12 @@ def found(landscape: Landscape, space: SearchSpace, per_layer: bool = False) -> 
 
 def far_from(start: int, end: int, span: int, warmup: int = 1) -> Callable[[SkipPolicy], float]:
     def kl(policy: SkipPolicy) -> float:
-        gated = LAYERS - policy.cold_start - policy.cold_end - 1
-        away = abs(policy.cold_start - start) + abs(policy.cold_end - end) + abs((policy.span or gated) - span)
+        gated = LAYERS - policy.first_dense_layers - policy.last_dense_layers - 1
+        away = (
+            abs(policy.first_dense_layers - start)
+            + abs(policy.last_dense_layers - end)
+            + abs((policy.span or gated) - span)
+        )
         return 0.01 * (1 + away + 0.1 * abs(policy.warmup_tokens - warmup))
 
     return kl
@@ -61,7 +65,7 @@ def far_from(start: int, end: int, span: int, warmup: int = 1) -> Callable[[Skip
 @pytest.mark.parametrize(("start", "end", "span"), [(2, 4, 3), (1, 2, 2), (3, 2, 4), (1, 6, 3)])
 def test_moves_lead_to_the_best_shape(start: int, end: int, span: int) -> None:
     best, *_ = found(Landscape(far_from(start, end, span)), SearchSpace(LAYERS))
-    assert (best.policy.cold_start, best.policy.cold_end, best.policy.span) == (start, end, span)
+    assert (best.policy.first_dense_layers, best.policy.last_dense_layers, best.policy.span) == (start, end, span)
 
 
 @pytest.mark.parametrize("warmup", [1, 8, 25])
@@ -77,8 +81,10 @@ def test_a_given_warm_up_is_kept() -> None:
 
 def test_a_given_window_and_span_are_kept() -> None:
     landscape = Landscape(far_from(5, 5, 5))
-    space = SearchSpace(LAYERS, spans=(3,), cold_start=2, cold_end=4)
-    assert {(t.policy.span, t.policy.cold_start, t.policy.cold_end) for t in found(landscape, space)} == {(3, 2, 4)}
+    space = SearchSpace(LAYERS, spans=(3,), first_dense_layers=2, last_dense_layers=4)
+    assert {
+        (t.policy.span, t.policy.first_dense_layers, t.policy.last_dense_layers) for t in found(landscape, space)
+    } == {(3, 2, 4)}
 
 
 def test_thresholds_per_layer_are_taken_where_they_help() -> None:

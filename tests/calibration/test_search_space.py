@@ -18,8 +18,8 @@ policies = st.tuples(st.integers(0, 9), st.integers(0, 9), st.none() | st.intege
 
 def shape(policy: SkipPolicy) -> tuple[int, int, int]:
     """Its bounds and how many layers a trigger skips at most."""
-    gated = LAYERS - policy.cold_start - policy.cold_end - 1
-    return policy.cold_start, policy.cold_end, min(policy.span or gated, gated)
+    gated = LAYERS - policy.first_dense_layers - policy.last_dense_layers - 1
+    return policy.first_dense_layers, policy.last_dense_layers, min(policy.span or gated, gated)
 
 
 @pytest.mark.parametrize("layers", [2, 3, 12, 24, 36, 80])
@@ -38,12 +38,12 @@ def test_spans_reach_half_of_the_layers() -> None:
 
 
 def test_given_bounds_are_kept() -> None:
-    assert SearchSpace(LAYERS, cold_start=3, cold_end=2).windows() == [(3, 2)]
-    assert {start for start, _ in SearchSpace(LAYERS, cold_start=3).windows()} == {3}
-    assert {end for _, end in SearchSpace(LAYERS, cold_end=0).windows()} == {0}
+    assert SearchSpace(LAYERS, first_dense_layers=3, last_dense_layers=2).windows() == [(3, 2)]
+    assert {start for start, _ in SearchSpace(LAYERS, first_dense_layers=3).windows()} == {3}
+    assert {end for _, end in SearchSpace(LAYERS, last_dense_layers=0).windows()} == {0}
     assert {policy.span for policy in SearchSpace(LAYERS, spans=(40,)).candidates()} == {40}
     assert SearchSpace(LAYERS, warmup_tokens=7, batch_rule="all").widest == SkipPolicy(
-        cold_start=0, cold_end=0, warmup_tokens=7, batch_rule="all"
+        first_dense_layers=0, last_dense_layers=0, warmup_tokens=7, batch_rule="all"
     )
     with pytest.raises(PolicyError, match="spans is empty"):
         SearchSpace(LAYERS, spans=())
@@ -51,30 +51,32 @@ def test_given_bounds_are_kept() -> None:
 
 @given(policies)
 def test_a_neighbour_is_possible_and_one_step_away(values: tuple[int, int, int | None]) -> None:
-    policy = SkipPolicy(cold_start=values[0], cold_end=values[1], span=values[2], warmup_tokens=3)
+    policy = SkipPolicy(first_dense_layers=values[0], last_dense_layers=values[1], span=values[2], warmup_tokens=3)
     for neighbour in SearchSpace(LAYERS).neighbours(policy):
         neighbour.plan(LAYERS)
-        bounds = abs(neighbour.cold_start - policy.cold_start) + abs(neighbour.cold_end - policy.cold_end)
+        bounds = abs(neighbour.first_dense_layers - policy.first_dense_layers) + abs(
+            neighbour.last_dense_layers - policy.last_dense_layers
+        )
         assert bounds <= 1
         if bounds == 0:
             # a span of the whole window or more is None, and equals any other such
             assert abs(shape(neighbour)[2] - shape(policy)[2]) <= 1
-        assert replace(neighbour, cold_start=0, cold_end=0, span=None) == replace(
-            policy, cold_start=0, cold_end=0, span=None
+        assert replace(neighbour, first_dense_layers=0, last_dense_layers=0, span=None) == replace(
+            policy, first_dense_layers=0, last_dense_layers=0, span=None
         )
 
 
 @given(policies)
 def test_neighbours_lead_back(values: tuple[int, int, int | None]) -> None:
-    space, policy = SearchSpace(LAYERS), SkipPolicy(cold_start=values[0], cold_end=values[1], span=values[2])
+    space = SearchSpace(LAYERS)
+    policy = SkipPolicy(first_dense_layers=values[0], last_dense_layers=values[1], span=values[2])
     for neighbour in space.neighbours(policy):
-        # a span that the smaller window cut off is not found again
-        if shape(neighbour)[2] == shape(policy)[2]:
+        if neighbour.span == policy.span:  # else a smaller window cut the span off, and a step back leaves it cut off
             assert shape(policy) in {shape(back) for back in space.neighbours(neighbour)}
 
 
 def test_what_is_given_has_no_neighbours() -> None:
-    policy = SkipPolicy(cold_start=3, cold_end=2, span=2)
-    assert list(SearchSpace(LAYERS, spans=(2,), cold_start=3, cold_end=2).neighbours(policy)) == []
-    moved = list(SearchSpace(LAYERS, spans=(2,), cold_start=3).neighbours(policy))
-    assert [(p.cold_start, p.cold_end, p.span) for p in moved] == [(3, 1, 2), (3, 3, 2)]
+    policy = SkipPolicy(first_dense_layers=3, last_dense_layers=2, span=2)
+    assert list(SearchSpace(LAYERS, spans=(2,), first_dense_layers=3, last_dense_layers=2).neighbours(policy)) == []
+    moved = list(SearchSpace(LAYERS, spans=(2,), first_dense_layers=3).neighbours(policy))
+    assert [(p.first_dense_layers, p.last_dense_layers, p.span) for p in moved] == [(3, 1, 2), (3, 3, 2)]

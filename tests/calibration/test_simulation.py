@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipkernels.calibration.simulation import rank, reachable_ratio, simulate, tuned
+from skipkernels.calibration.simulation import rank, simulate, tuned
 from skipkernels.skipping.policy import SkipPolicy
 
 LAYERS = 12
@@ -23,10 +23,10 @@ def similarities(positions: int = 200, seed: int = 0) -> np.ndarray:
 def literal(row: np.ndarray, policy: SkipPolicy) -> list[bool]:
     """One token, as ffn-skipllm's description reads."""
     skipped = [False] * LAYERS
-    layer = policy.cold_start
-    while layer < LAYERS - policy.cold_end:
+    layer = policy.first_dense_layers
+    while layer < LAYERS - policy.last_dense_layers:
         if row[layer] >= policy.threshold:
-            end = LAYERS - policy.cold_end
+            end = LAYERS - policy.last_dense_layers
             last = end if policy.span is None else min(end, layer + 1 + policy.span)
             for following in range(layer + 1, last):
                 skipped[following] = True
@@ -40,8 +40,8 @@ policies = st.builds(
     SkipPolicy,
     threshold=st.floats(0.85, 1.0),
     span=st.none() | st.integers(1, 5),
-    cold_start=st.integers(0, 5),
-    cold_end=st.integers(0, 5),
+    first_dense_layers=st.integers(0, 5),
+    last_dense_layers=st.integers(0, 5),
 )
 
 
@@ -54,7 +54,7 @@ def test_simulation_is_the_rule_taken_literally(policy: SkipPolicy) -> None:
 @given(policies)
 def test_reachable_is_what_the_lowest_threshold_skips(policy: SkipPolicy) -> None:
     everything = replace(policy, threshold=-1.0)
-    assert reachable_ratio(everything, LAYERS) == pytest.approx(simulate(similarities(1), everything).mean())
+    assert everything.reachable_ratio(LAYERS) == pytest.approx(simulate(similarities(1), everything).mean())
 
 
 @pytest.mark.parametrize("span", [None, 1, 3])
@@ -82,20 +82,20 @@ def test_a_ratio_out_of_reach_makes_every_test_pass() -> None:
 
 
 def test_rank_prefers_windows_where_the_similarity_is_high() -> None:
-    policies = [SkipPolicy(cold_start=start, cold_end=end) for start, end in ((0, 6), (3, 3), (5, 1))]
+    policies = [SkipPolicy(first_dense_layers=start, last_dense_layers=end) for start, end in ((0, 6), (3, 3), (5, 1))]
     best, *_ = rank(similarities(), policies, 0.3)
-    assert (best.cold_start, best.cold_end) == (3, 3)
+    assert (best.first_dense_layers, best.last_dense_layers) == (3, 3)
 
 
 def test_rank_drops_what_cannot_reach_the_ratio_and_what_is_the_same() -> None:
     rows = similarities()
-    wide, narrow, other = SkipPolicy(span=1), SkipPolicy(span=1, cold_start=8), SkipPolicy(span=2)
+    wide, narrow, other = SkipPolicy(span=1), SkipPolicy(span=1, first_dense_layers=8), SkipPolicy(span=2)
     ranked = rank(rows, [wide, wide, narrow, other], 0.4)
     assert sorted(policy.span for policy in ranked) == [1, 2]
 
 
 def test_rank_keeps_a_set_of_layers_that_all_but_reaches_the_ratio() -> None:
-    fixed = SkipPolicy(cold_start=4, cold_end=4)  # layers 5, 6 and 7: 0.25
+    fixed = SkipPolicy(first_dense_layers=4, last_dense_layers=4)  # layers 5, 6 and 7: 0.25
     assert rank(similarities(), [fixed], 0.255)[0].threshold == -1.0
     assert rank(similarities(), [fixed], 0.27) == []
 
@@ -104,5 +104,8 @@ def test_rank_does_not_prefer_what_misses_the_ratio() -> None:
     """Of two policies that leave out as much per skipped FFN, the one that skips fewer is no better."""
     rows = np.full((100, LAYERS), 0.95, dtype=np.float32)
     rows[:50, 3] = 0.99
-    half, whole = SkipPolicy(cold_start=3, cold_end=0), SkipPolicy(cold_start=5, cold_end=3)  # 0.33 and 0.25
-    assert rank(rows, [half, whole], 0.255)[0].cold_start == 5
+    half, whole = (
+        SkipPolicy(first_dense_layers=3, last_dense_layers=0),
+        SkipPolicy(first_dense_layers=5, last_dense_layers=3),
+    )  # 0.33 and 0.25
+    assert rank(rows, [half, whole], 0.255)[0].first_dense_layers == 5

@@ -16,7 +16,7 @@ from skipkernels.skipping.policy import SkipPolicy
 from tests.models import byte_tokenizer, random_prompt, tiny_engine, tiny_module
 
 LAYERS, PASSAGES, NEW_TOKENS = 10, 6, 40
-POLICY = SkipPolicy(span=2, cold_start=2, warmup_tokens=5)
+POLICY = SkipPolicy(span=2, first_dense_layers=2, warmup_tokens=5)
 
 
 def engine() -> Engine:
@@ -40,7 +40,7 @@ def test_the_ratio_is_reached(policy: SkipPolicy) -> None:
     found = tuner(0.3).tune(policy)
     assert found.missed <= CLOSE
     assert found.comparison.skip_ratio == pytest.approx(0.3, abs=CLOSE)
-    assert (found.policy.span, found.policy.cold_start, found.policy.warmup_tokens) == (2, 2, 5)
+    assert (found.policy.span, found.policy.first_dense_layers, found.policy.warmup_tokens) == (2, 2, 5)
     assert (found.policy.layer_thresholds is None) == (policy.layer_thresholds is None)
 
 
@@ -63,7 +63,7 @@ def test_the_bias_is_what_the_simulation_got_wrong() -> None:
 
 def test_what_cannot_reach_the_ratio_is_decoded_once() -> None:
     steps: list[int] = []
-    found = tuner(0.6, steps.append).tune(replace(POLICY, cold_start=6))
+    found = tuner(0.6, steps.append).tune(replace(POLICY, first_dense_layers=6))
     assert found.policy.threshold == -1.0
     assert found.comparison.skip_ratio == pytest.approx(2 / LAYERS * (1 - 5 / NEW_TOKENS))
     assert sum(steps) == 2 * PASSAGES * NEW_TOKENS

@@ -14,7 +14,7 @@ from tests.models import random_prompt, tiny_engine, tiny_module
 LAYERS, NEW_TOKENS = 8, 24
 MEAN_SIMILARITY = [0.1, 0.5, 0.9, 0.96, 0.97, 0.95, 0.94, 0.2]  # best first: 4, 3, 5, 6, 2, 1, 7, 0
 PASSAGES = [Passage(tuple(random_prompt(8 + NEW_TOKENS, seed)), 8) for seed in range(6)]
-POLICY = SkipPolicy(threshold=0.97, span=2, cold_start=1, cold_end=1, warmup_tokens=4)
+POLICY = SkipPolicy(threshold=0.97, span=2, first_dense_layers=1, last_dense_layers=1, warmup_tokens=4)
 
 
 def engine() -> Engine:
@@ -58,7 +58,7 @@ def test_a_margin_is_the_difference_of_the_mean_kl_of_all_tokens() -> None:
 
 
 def test_a_policy_that_always_skips_the_fixed_layers_is_level_with_them() -> None:
-    always = replace(POLICY, threshold=-1.0, span=3, cold_start=2, cold_end=2)  # skips 3, 4 and 5
+    always = replace(POLICY, threshold=-1.0, span=3, first_dense_layers=2, last_dense_layers=2)  # skips 3, 4 and 5
     result = verified(always)
     assert result.baselines[0].policy == FixedPolicy((3, 4, 5), warmup_tokens=4)
     fixed = result.margins[0]
@@ -87,9 +87,9 @@ def test_steps_are_counted() -> None:
 
 
 def test_a_layer_that_all_tokens_skip_bounds_nothing() -> None:
-    """More layers than the random choice's cold layers leave: it then has none."""
-    nearly_all = replace(POLICY, threshold=-1.0, span=None, cold_start=0, cold_end=0)
+    """More layers than the random choice's dense layers leave: it then has none."""
+    nearly_all = replace(POLICY, threshold=-1.0, span=None, first_dense_layers=0, last_dense_layers=0)
     random = verified(nearly_all).baselines[-1].policy
     assert isinstance(random, RandomPolicy)
     assert np.isclose(random.ratio, (LAYERS - 1) / LAYERS)
-    assert (random.cold_start, random.cold_end) == (0, 0)
+    assert (random.first_dense_layers, random.last_dense_layers) == (0, 0)

@@ -23,7 +23,7 @@ from skipkernels.skipping.policy import DensePolicy, SkipPolicy
 from tests.models import tiny_engine, tiny_module
 
 TEXT = "".join(f"Line {number}: the quick brown fox jumps over {number * 7919 % 1000} dogs.\n" for number in range(40))
-SKIPPING = SkipPolicy(threshold=0.5, span=2, cold_start=0, warmup_tokens=1, target_ratio=0.3)
+SKIPPING = SkipPolicy(threshold=0.5, span=2, first_dense_layers=0, warmup_tokens=1, target_ratio=0.3)
 QUICKEST = Effort(passages=10, rounds=2, batch_sizes=(1,), memory=False)
 
 

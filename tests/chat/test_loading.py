@@ -13,7 +13,7 @@ from skipkernels.skipping.policy_file import save_policy
 from tests.models import byte_tokenizer, tiny_module
 from tests.multimodal import tiny_multimodal
 
-BASE = SkipPolicy(threshold=0.8, span=2, cold_start=0, warmup_tokens=3)
+BASE = SkipPolicy(threshold=0.8, span=2, first_dense_layers=0, warmup_tokens=3)
 OPTIONS = {"max_seq_len": 64, "max_batch_size": 2, "num_threads": 1}
 
 
@@ -29,7 +29,7 @@ def test_every_level_has_the_base_with_its_ratio() -> None:
     policies = policies_of_levels(BASE, [0.2, 0.0])
     assert list(policies) == [0.0, 0.2]
     assert policies[0.0] == DensePolicy()
-    assert policies[0.2] == SkipPolicy(threshold=0.8, span=2, cold_start=0, warmup_tokens=3, target_ratio=0.2)
+    assert policies[0.2] == SkipPolicy(threshold=0.8, span=2, first_dense_layers=0, warmup_tokens=3, target_ratio=0.2)
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_a_policy_that_holds_no_ratio_has_no_levels() -> None:
 
 
 def test_the_usual_levels_are_those_that_can_be_held() -> None:
-    assert usual_levels(SkipPolicy(cold_start=0, cold_end=0), 16) == [0.0, 0.1, 0.2, 0.3]
-    assert usual_levels(SkipPolicy(cold_start=4, cold_end=11, span=5), 24) == [0.0, 0.1, 0.2]
+    assert usual_levels(SkipPolicy(first_dense_layers=0, last_dense_layers=0), 16) == [0.0, 0.1, 0.2, 0.3]
+    assert usual_levels(SkipPolicy(first_dense_layers=4, last_dense_layers=11, span=5), 24) == [0.0, 0.1, 0.2]
     assert usual_levels(FixedPolicy((1,)), 16) == [0.0]
     for level in usual_levels(BASE, 8):
         policies_of_levels(BASE, [level])[level].plan(8)

@@ -59,7 +59,7 @@ def test_baselines_stand_beside_the_policy_with_a_verdict(run: Run, checkpoint: 
         prose,
         "--span",
         "2",
-        "--cold-start",
+        "--first-dense-layers",
         "2",
         *SIZES,
     ]
@@ -106,7 +106,18 @@ def test_a_margin_in_words(margin: Margin, sentence: str) -> None:
 
 
 def test_thresholds_per_layer_are_kept_drawn_and_used(run: Run, checkpoint: str, prose: str) -> None:
-    words = ["--span", "2", "--cold-start", "2", "--cold-end", "2", "--per-layer", "--plot", "curve.png", *SIZES]
+    words = [
+        "--span",
+        "2",
+        "--first-dense-layers",
+        "2",
+        "--last-dense-layers",
+        "2",
+        "--per-layer",
+        "--plot",
+        "curve.png",
+        *SIZES,
+    ]
     result = run("calibrate", checkpoint, "--skip-ratio", "0.2", "--text", prose, *words)
     assert result.exit_code == 0, result.output
     assert Path("curve.png").read_bytes().startswith(b"\x89PNG")

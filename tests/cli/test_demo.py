@@ -12,7 +12,7 @@ from skipkernels.demo.facts import FACTS_FILE, Fact, load_facts, save_facts
 from tests.cli.conftest import PROSE, save_checkpoint
 
 Run = Callable[..., Result]
-POLICY = SkipPolicy(threshold=0.9, span=1, cold_start=0, cold_end=0, warmup_tokens=25)
+POLICY = SkipPolicy(threshold=0.9, span=1, first_dense_layers=0, last_dense_layers=0, warmup_tokens=25)
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_a_wrong_command_line_ends_with_2(run: Run, checkpoint: str, words: list
         (["generate", "MODEL", "x", "--executor", "gpu"], ["gpu", "cpu"]),
         (["generate", "MODEL", "x", "--threshold", "2"], ["[-1, 1]", "2.0"]),
         (["generate", "MODEL", "x", "--threshold", "0.9", "--span", "0"], ["span", "0"]),
-        (["generate", "MODEL", "x", "--threshold", "0.9", "--cold-start", "9"], ["leave nothing to skip"]),
+        (["generate", "MODEL", "x", "--threshold", "0.9", "--first-dense-layers", "9"], ["leave nothing to skip"]),
         (["generate", "MODEL", "x", "--threshold", "0.9", "--batch-rule", "none"], ["batch_rule", "majority"]),
         (["generate", "MODEL", "x", "--temperature", "-1"], ["temperature"]),
         (["generate", "MODEL", "x", "--max-new-tokens", "1000", "--dense"], ["max_new_tokens=1000"]),

@@ -70,10 +70,10 @@ def test_a_command_that_is_gone_on_with_adds_what_is_missing(run: Run, checkpoin
     assert [(cell["method"], cell["ratio"]) for cell in document()["cells"]] == [("full", 0.0), ("fixed", 0.3)]
     without = run(*words)
     assert without.exit_code == 1
-    assert "--resume goes on with it" in without.stderr
+    assert "give --resume to continue it" in without.stderr
     changed = run(*words, "--resume", "--warmup-tokens", "2")
     assert changed.exit_code == 1
-    assert "made with warmup_tokens = 1, this command says 2" in changed.stderr
+    assert "made with warmup_tokens = 1, this command has 2" in changed.stderr
 
 
 def test_json_may_go_to_stdout(run: Run, checkpoint: str, prose: str) -> None:
@@ -119,7 +119,7 @@ def test_chat_without_its_judge_keeps_the_answers_and_fails(
     words += ["--answers", "answers", "--answer-tokens", "8", "--methods", "full", *SIZES, "--json", "out.json"]
     judge = ["--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "strong"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skipkernels.quality.judge._ATTEMPTS", 1)
+        patch.setattr("skipkernels.evaluation.judge._ATTEMPTS", 1)
         result = run(*words, *judge)
     assert result.exit_code == 1
     assert "gave no grade" in result.stderr.splitlines()[-1]
@@ -150,7 +150,7 @@ def test_tasks_of_the_harness(run: Run, checkpoint: str, prose: str, tmp_path: P
 @pytest.mark.parametrize(
     ("words", "code", "part"),
     [
-        (["--ratios", "0.2,much"], 2, "numbers with commas between"),
+        (["--ratios", "0.2,much"], 2, "numbers separated by commas"),
         (["--ratios", "1.5"], 2, "between 0 and 1, got 1.5"),
         (["--tasks", "facts,juggling"], 2, "unknown task 'juggling'; known are facts"),
         (["--resume"], 2, "--json"),

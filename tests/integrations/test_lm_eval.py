@@ -18,10 +18,10 @@ pytest.importorskip("lm_eval")
 from lm_eval.api import metrics
 from lm_eval.api.instance import Instance
 
+from skipkernels.evaluation import harness
+from skipkernels.evaluation.estimate import Metric, estimate
+from skipkernels.evaluation.harness import HarnessTask
 from skipkernels.integrations.lm_eval import MethodLM
-from skipkernels.quality import harness
-from skipkernels.quality.estimate import Metric, estimate
-from skipkernels.quality.harness import HarnessTask
 
 LAYERS = 6
 MODULE = tiny_module(num_hidden_layers=LAYERS)

@@ -80,7 +80,10 @@ def test_skip_is_calibrated_once_for_a_ratio(setup: Setup, found: Callable[[str]
 
 def test_thresholds_per_layer_are_moved_together(setup: Setup) -> None:
     per_layer = SkipPolicy(
-        span=2, cold_start=1, warmup_tokens=1, layer_thresholds=tuple(0.9 + layer / 1000 for layer in range(LAYERS))
+        span=2,
+        first_dense_layers=1,
+        warmup_tokens=1,
+        layer_thresholds=tuple(0.9 + layer / 1000 for layer in range(LAYERS)),
     )
     other = Setup(setup.engine, [], memory={"calibration at 0.2": per_layer.to_dict()})
     found = FFNSkip().find(other, 0.2, ALIKE)
@@ -93,20 +96,20 @@ def test_thresholds_per_layer_are_moved_together(setup: Setup) -> None:
 
 
 def test_a_calibrated_policy_that_cannot_reach_the_ratio_gives_way_to_one_that_can(setup: Setup) -> None:
-    narrow = SkipPolicy(span=1, cold_start=5, cold_end=2, warmup_tokens=1).to_dict()
-    wide = SkipPolicy(span=None, cold_start=1, cold_end=1, warmup_tokens=1).to_dict()
+    narrow = SkipPolicy(span=1, first_dense_layers=5, last_dense_layers=2, warmup_tokens=1).to_dict()
+    wide = SkipPolicy(span=None, first_dense_layers=1, last_dense_layers=1, warmup_tokens=1).to_dict()
     memory = {"calibration at 0.3": narrow, "calibration at 0.35": wide}
     found = FFNSkip().find(Setup(setup.engine, [], memory=memory), 0.3, ALIKE)
-    assert found["policy"]["cold_start"] == 1
+    assert found["policy"]["first_dense_layers"] == 1
     assert skip_ratio(FFNSkip().build(setup, found).score(ALIKE)) == pytest.approx(0.3, abs=0.01)
-    with pytest.raises(PolicyError, match=r"span 1, cold 5\+2, calibrated on the text, skips at most 0\.09"):
+    with pytest.raises(PolicyError, match=r"span 1, dense 5\+2, calibrated on the text, skips at most 0\.09"):
         FFNSkip().find(Setup(setup.engine, [], memory=dict.fromkeys(memory, narrow)), 0.3, ALIKE)
 
 
 def test_the_controller_holds_the_ratio_in_every_row(setup: Setup) -> None:
-    exact = SkipPolicy(span=1, cold_start=3, cold_end=0, warmup_tokens=1)
+    exact = SkipPolicy(span=1, first_dense_layers=3, last_dense_layers=0, warmup_tokens=1)
     assert exact.reachable_ratio(LAYERS) == 0.3  # which leaves a controller no room
-    wide = SkipPolicy(span=None, cold_start=1, cold_end=1, warmup_tokens=1)
+    wide = SkipPolicy(span=None, first_dense_layers=1, last_dense_layers=1, warmup_tokens=1)
     memory = {"calibration at 0.3": exact.to_dict(), "calibration at 0.35": wide.to_dict()}
     other = Setup(setup.engine, [], memory=memory)
     found = HeldSkip().find(other, 0.3, ALIKE)

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from skipkernels.modality.demand import Demand
 from skipkernels.modality.latency import LatencyModel
-from skipkernels.modality.menu import Menu
-from skipkernels.modality.plan import Limits, Plan, lay_out
+from skipkernels.modality.plan import BatchLimits, Plan, lay_out
 from skipkernels.modality.profile import Profile
+from skipkernels.modality.strategy_options import StrategyOptions
 from tests.modality.profiles import BOTH, random_profiles, two_speeds
 
 FULL, AUDIO = 0, 1  # 1 + 10 n ms and 1 + 2 n ms
@@ -18,7 +18,7 @@ FULL, AUDIO = 0, 1  # 1 + 10 n ms and 1 + 2 n ms
 
 def demand(requests: int, deadline_ms: float, *, work: float = 1.0, profile: Profile | None = None) -> Demand:
     profile = profile or two_speeds()
-    return Demand(requests, 0.0, work, deadline_ms, Menu(profile, BOTH, LatencyModel(profile)))
+    return Demand(requests, 0.0, work, deadline_ms, StrategyOptions(profile, BOTH, LatencyModel(profile)))
 
 
 def plan_of(
@@ -31,7 +31,7 @@ def plan_of(
     spread: float = 1.0,
 ) -> Plan:
     latency = LatencyModel(two_speeds(spread=spread))
-    limits = Limits([limit] * 2, longest_ms)
+    limits = BatchLimits([limit] * 2, longest_ms)
     return lay_out(demands, splits, range(len(demands)), free_ms, latency, limits)
 
 
@@ -93,7 +93,7 @@ def test_only_what_is_ordered_is_planned() -> None:
     latency = LatencyModel(two_speeds())
     demands = [demand(1, 99.0), demand(1, 99.0)]
     splits = [{FULL: 1}, {AUDIO: 1}]
-    plan = lay_out(demands, splits, [1, 0], [0.0], latency, Limits([8, 8]))
+    plan = lay_out(demands, splits, [1, 0], [0.0], latency, BatchLimits([8, 8]))
     assert (plan.strategy, plan.members, plan.end_ms) == (AUDIO, [(1, 1)], [14.0, 3.0])
     assert splits == [{FULL: 1}, {AUDIO: 1}]
 
@@ -103,7 +103,7 @@ def test_every_batch_is_planned_once_and_in_order(profile: Profile, data: st.Dat
     """Whatever the queue: starting the first batch and planning the rest leads through all requests, and no batch
     overtakes the head of the queue."""
     latency = LatencyModel(profile)
-    limits = Limits(latency.batch_limits, data.draw(st.floats(1.0, 50.0)))
+    limits = BatchLimits(latency.batch_limits, data.draw(st.floats(1.0, 50.0)))
     demands, splits = [], []
     for deadline_ms in sorted(data.draw(st.lists(st.floats(0.0, 200.0), min_size=1, max_size=6))):
         split = data.draw(

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from skipkernels.modality.demand import Demand
 from skipkernels.modality.errors import StrategyError
 from skipkernels.modality.latency import LatencyModel
-from skipkernels.modality.menu import Menu, cost_ms
 from skipkernels.modality.optimiser import EPSILON, Split
-from skipkernels.modality.policies import POLICIES, get_policy
+from skipkernels.modality.policies import POLICIES, get_selection_policy
 from skipkernels.modality.profile import Profile
+from skipkernels.modality.strategy_options import StrategyOptions, cost_ms
 from tests.modality.profiles import BOTH, entry, profile_of, random_profiles, two_speeds
 
 FULL, AUDIO = 0, 1
@@ -24,20 +24,20 @@ class Queue:
 
     def __init__(self, profile: Profile, jobs: Sequence[tuple[int, float, float, float]]) -> None:
         latency = LatencyModel(profile)
-        menu = Menu(profile, BOTH, latency)
-        self.promised = menu.promised
-        self.strategies = menu.strategies
+        options = StrategyOptions(profile, BOTH, latency)
+        self.promised = options.promised
+        self.strategies = options.strategies
         self.prices = latency.request_ms(100)
         self.demands: list[Demand] = []
         used_ms = budget_ms = 0.0
         for requests, share, work, room in jobs:
-            demand = Demand(requests, share * menu.reachable * requests, work, 0.0, menu)
+            demand = Demand(requests, share * options.reachable * requests, work, 0.0, options)
             used_ms += cost_ms(demand.cheapest, self.prices) * work
             budget_ms = demand.budget_ms = max(budget_ms, used_ms * room)
             self.demands.append(demand)
 
     def select(self, policy: str) -> list[Split]:
-        return get_policy(policy).select(self.demands, self.prices, self.promised)
+        return get_selection_policy(policy).select(self.demands, self.prices, self.promised)
 
     def accuracy(self, splits: Sequence[Split]) -> float:
         return sum(self.promised[strategy] * count for split in splits for strategy, count in split.items())
@@ -153,7 +153,7 @@ def test_full_gives_way_to_a_promise_it_cannot_keep() -> None:
 
 
 def test_maximize_takes_the_best_bargains_first() -> None:
-    """Two menus: giving up the dear strategy of the one costs less accuracy per ms than of the other."""
+    """Two sets of options: giving up the expensive strategy of one costs less accuracy per ms than of the other."""
     profile = profile_of(
         entry("audio+video", 0.9, 20.0),
         entry("audio", 0.85, 10.0),
@@ -161,12 +161,12 @@ def test_maximize_takes_the_best_bargains_first() -> None:
         entry("text", 0.6, 10.0),
     )
     latency = LatencyModel(profile)
-    menus = [Menu(profile, modalities, latency) for modalities in (("text", "video"), ("audio", "video"))]
-    demands = [Demand(2, 0.0, 1.0, 0.0, menu) for menu in menus]
+    options = [StrategyOptions(profile, modalities, latency) for modalities in (("text", "video"), ("audio", "video"))]
+    demands = [Demand(2, 0.0, 1.0, 0.0, each) for each in options]
     prices = latency.request_ms(100)
     demands[0].budget_ms = 100.0
     demands[1].budget_ms = 4 * prices[0] - 15.0
-    assert get_policy("maximize").select(demands, prices, menus[0].promised) == [{2: 2}, {1: 2}]
+    assert get_selection_policy("maximize").select(demands, prices, options[0].promised) == [{2: 2}, {1: 2}]
 
 
 def test_large_jobs_keep_their_promise_too() -> None:
@@ -181,4 +181,4 @@ def test_large_jobs_keep_their_promise_too() -> None:
 def test_policies_go_by_their_names() -> None:
     assert list(POLICIES) == ["full", "cheapest", "random", "maximize"]
     with pytest.raises(StrategyError, match="unknown selection policy 'best'; known are full, cheapest"):
-        get_policy("best")
+        get_selection_policy("best")

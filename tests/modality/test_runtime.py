@@ -54,13 +54,13 @@ class Worker:
 
 
 def with_runtime(
-    check: Callable[[Runtime, list[Worker]], Awaitable[None]], workers: int = 1, *, comes_back: bool = True
+    check: Callable[[Runtime, list[Worker]], Awaitable[None]], count: int = 1, *, comes_back: bool = True
 ) -> None:
     async def main() -> None:
-        executors = [Worker(comes_back=comes_back) for _ in range(workers)]
-        async with Runtime(PROFILE, executors) as runtime:
-            await check(runtime, executors)
-        assert all(executor.closed for executor in executors)
+        workers = [Worker(comes_back=comes_back) for _ in range(count)]
+        async with Runtime(PROFILE, workers) as runtime:
+            await check(runtime, workers)
+        assert all(worker.closed for worker in workers)
 
     asyncio.run(asyncio.wait_for(main(), 20))
 
@@ -71,38 +71,40 @@ def outputs(answer: JobAnswer) -> list[object]:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_answers_come_back_to_their_jobs(workers: int) -> None:
-    async def check(runtime: Runtime, executors: list[Worker]) -> None:
+    async def check(runtime: Runtime, workers: list[Worker]) -> None:
         answers = await asyncio.gather(*(runtime.submit(job(number, -number)) for number in range(50)))
         assert [outputs(answer) for answer in answers] == [[number, -number] for number in range(50)]
         for answer in answers:
             assert answer.deadline_met
             assert not any(one.retried for one in answer.answers)
-        assert all(executor.batches for executor in executors)
+        assert all(worker.batches for worker in workers)
         assert runtime.scheduler.counters.answered == 50
 
     with_runtime(check, workers)
 
 
 def test_a_request_that_breaks_the_model_breaks_no_other() -> None:
-    async def check(runtime: Runtime, executors: list[Worker]) -> None:
-        executors[0].go.clear()
+    async def check(runtime: Runtime, workers: list[Worker]) -> None:
+        workers[0].go.clear()
         first = asyncio.create_task(runtime.submit(job("first")))
         await asyncio.sleep(0.01)
         broken = asyncio.create_task(runtime.submit(job("good", ValueError("no such token"))))
         fine = asyncio.create_task(runtime.submit(job("fine")))
         await asyncio.sleep(0.01)
-        executors[0].go.set()
-        with pytest.raises(JobFailed, match=r"the model failed, also on it alone: ValueError\('no such token'"):
+        workers[0].go.set()
+        with pytest.raises(
+            JobFailed, match=r"the model failed, also when the request ran alone: ValueError\('no such token'"
+        ):
             await broken
         assert outputs(await first) == ["first"]
         assert outputs(await fine) == ["fine"]
-        assert any(len(batch) > 1 and "good" in batch for batch in executors[0].batches)
+        assert any(len(batch) > 1 and "good" in batch for batch in workers[0].batches)
 
     with_runtime(check)
 
 
 def test_requests_of_a_lost_worker_run_again() -> None:
-    async def check(runtime: Runtime, executors: list[Worker]) -> None:
+    async def check(runtime: Runtime, workers: list[Worker]) -> None:
         answer = await runtime.submit(job([WorkerLost("killed")], 1))
         assert outputs(answer) == [[], 1]
         assert all(one.retried for one in answer.answers)
@@ -113,8 +115,8 @@ def test_requests_of_a_lost_worker_run_again() -> None:
 
 
 def test_a_request_that_loses_two_workers_fails() -> None:
-    async def check(runtime: Runtime, executors: list[Worker]) -> None:
-        with pytest.raises(JobFailed, match="its worker was lost, also on the second try: killed"):
+    async def check(runtime: Runtime, workers: list[Worker]) -> None:
+        with pytest.raises(JobFailed, match="its worker was lost, also on the retry: killed"):
             await runtime.submit(job(WorkerLost("killed")))
         assert outputs(await runtime.submit(job("next"))) == ["next"]
 
@@ -122,29 +124,29 @@ def test_a_request_that_loses_two_workers_fails() -> None:
 
 
 def test_idle_workers_take_over_while_a_lost_one_comes_back() -> None:
-    async def check(runtime: Runtime, executors: list[Worker]) -> None:
-        for executor in executors:
-            executor.back.clear()
+    async def check(runtime: Runtime, workers: list[Worker]) -> None:
+        for worker in workers:
+            worker.back.clear()
         assert outputs(await runtime.submit(job([WorkerLost("killed")]))) == [[]]
-        for executor in executors:
-            executor.back.set()
+        for worker in workers:
+            worker.back.set()
 
-    with_runtime(check, workers=2)
+    with_runtime(check, count=2)
 
 
 def test_a_worker_that_stays_away_is_done_without() -> None:
-    async def check(runtime: Runtime, executors: list[Worker]) -> None:
+    async def check(runtime: Runtime, workers: list[Worker]) -> None:
         answers = await asyncio.gather(
             runtime.submit(job([WorkerLost("killed")])), *(runtime.submit(job(number)) for number in range(20))
         )
         assert len(answers) == 21
         assert runtime.scheduler.workers == 1
 
-    with_runtime(check, workers=2, comes_back=False)
+    with_runtime(check, count=2, comes_back=False)
 
 
 def test_without_workers_every_job_fails_with_the_reason() -> None:
-    async def check(runtime: Runtime, executors: list[Worker]) -> None:
+    async def check(runtime: Runtime, workers: list[Worker]) -> None:
         results = await asyncio.gather(
             *(runtime.submit(job([WorkerLost("killed")], number)) for number in range(20)), return_exceptions=True
         )
@@ -158,17 +160,17 @@ def test_without_workers_every_job_fails_with_the_reason() -> None:
 
 
 def test_a_refused_job_raises_at_once() -> None:
-    async def check(runtime: Runtime, executors: list[Worker]) -> None:
+    async def check(runtime: Runtime, workers: list[Worker]) -> None:
         with pytest.raises(AccuracyUnreachable, match=r"the best reachable with these modalities is 0\.8949"):
             await runtime.submit(Job([Request({"audio": 1, "video": 1})], 10.0, 0.99))
-        assert executors[0].batches == []
+        assert workers[0].batches == []
 
     with_runtime(check)
 
 
 def test_a_caller_who_leaves_takes_the_job_along() -> None:
-    async def check(runtime: Runtime, executors: list[Worker]) -> None:
-        executors[0].go.clear()
+    async def check(runtime: Runtime, workers: list[Worker]) -> None:
+        workers[0].go.clear()
         running, waiting, kept = (
             asyncio.create_task(runtime.submit(job(*[name] * 9))) for name in ("running", "waiting", "kept")
         )
@@ -177,9 +179,9 @@ def test_a_caller_who_leaves_takes_the_job_along() -> None:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-        executors[0].go.set()
+        workers[0].go.set()
         assert outputs(await kept) == ["kept"] * 9
-        assert "waiting" not in {value for batch in executors[0].batches for value in batch}
+        assert "waiting" not in {value for batch in workers[0].batches for value in batch}
         counters = runtime.scheduler.counters
         assert (counters.accepted, counters.answered, counters.failed) == (3, 1, 2)
 
@@ -187,7 +189,7 @@ def test_a_caller_who_leaves_takes_the_job_along() -> None:
 
 
 def test_closing_answers_what_was_accepted() -> None:
-    async def check(runtime: Runtime, executors: list[Worker]) -> None:
+    async def check(runtime: Runtime, workers: list[Worker]) -> None:
         tasks = [asyncio.create_task(runtime.submit(job(number, [WorkerLost("killed")]))) for number in range(20)]
         await asyncio.sleep(0)
         closing = asyncio.create_task(runtime.close())
@@ -197,12 +199,12 @@ def test_closing_answers_what_was_accepted() -> None:
         await closing
         assert [outputs(await task)[0] for task in tasks] == list(range(20))
 
-    with_runtime(check, workers=2)
+    with_runtime(check, count=2)
 
 
 def test_closing_without_grace_fails_what_waits_and_answers_what_runs() -> None:
-    async def check(runtime: Runtime, executors: list[Worker]) -> None:
-        executors[0].go.clear()
+    async def check(runtime: Runtime, workers: list[Worker]) -> None:
+        workers[0].go.clear()
         running = asyncio.create_task(runtime.submit(job("running")))
         await asyncio.sleep(0.01)
         waiting = asyncio.create_task(runtime.submit(job("waiting")))
@@ -210,7 +212,7 @@ def test_closing_without_grace_fails_what_waits_and_answers_what_runs() -> None:
         closing = asyncio.create_task(runtime.close(grace_s=0.02))
         with pytest.raises(JobFailed, match=r"the service shut down, and its 0.02 s of grace are over"):
             await waiting
-        executors[0].go.set()
+        workers[0].go.set()
         await closing
         assert outputs(await running) == ["running"]
 
@@ -264,7 +266,7 @@ def test_under_random_faults_each_job_is_answered_or_fails(seed: int) -> None:
             return [draw.choice([WorkerLost("killed"), ValueError("broken")])]
         return number
 
-    async def check(runtime: Runtime, executors: list[Worker]) -> None:
+    async def check(runtime: Runtime, workers: list[Worker]) -> None:
         async def one(number: int) -> str:
             await asyncio.sleep(draw.random() / 20)
             values = [value(number) for _ in range(draw.randint(1, 12))]
@@ -292,4 +294,4 @@ def test_under_random_faults_each_job_is_answered_or_fails(seed: int) -> None:
         assert counters.retried_requests > 10
         assert runtime.scheduler.waiting_requests == 0
 
-    with_runtime(check, workers=3)
+    with_runtime(check, count=3)

@@ -20,10 +20,10 @@ class Driver:
     """A scheduler whose batches take exactly as long as expected, times ``slower``."""
 
     def __init__(
-        self, profile: Profile | None = None, policy: str = "maximize", *, slower: float = 1.0, **more: object
+        self, profile: Profile | None = None, selection: str = "maximize", *, slower: float = 1.0, **more: object
     ):
         self.clock = VirtualClock()
-        self.scheduler = Scheduler(profile or two_speeds(), self.clock, policy, **more)  # type: ignore[arg-type]
+        self.scheduler = Scheduler(profile or two_speeds(), self.clock, selection, **more)  # type: ignore[arg-type]
         self.slower = slower
         self.batches: list[Batch] = []
 
@@ -60,7 +60,7 @@ def test_everything_is_used_while_there_is_time() -> None:
 
 
 def test_the_first_deadline_runs_first() -> None:
-    driver = Driver(policy="full")
+    driver = Driver(selection="full")
     driver.scheduler.submit(job(1, 500.0))
     driver.scheduler.submit(Job([Request(dict.fromkeys(BOTH, 0), work=2.0)], 300.0))  # too large to join the others
     driver.scheduler.submit(job(1, 100.0))
@@ -95,9 +95,9 @@ def test_every_deadline_counts_not_only_the_last() -> None:
     assert strategies(tickets[2]) == [FULL]
 
 
-@pytest.mark.parametrize("policy", ["full", "cheapest", "random", "maximize"])
-def test_no_policy_breaks_a_promise(policy: str) -> None:
-    driver = Driver(policy=policy)
+@pytest.mark.parametrize("selection", ["full", "cheapest", "random", "maximize"])
+def test_no_policy_breaks_a_promise(selection: str) -> None:
+    driver = Driver(selection=selection)
     full, audio = (entry.promised_accuracy for entry in driver.scheduler.profile.strategies)
     half = (full + audio) / 2
     tickets = [driver.scheduler.submit(job(4, 1.0, half)) for _ in range(5)]  # a deadline that asks for the cheapest
@@ -105,7 +105,7 @@ def test_no_policy_breaks_a_promise(policy: str) -> None:
     for ticket in tickets:
         assert ticket.answer is not None
         assert ticket.answer.promised_accuracy >= half - 1e-9
-        assert policy == "full" or strategies(ticket).count(AUDIO) == 2
+        assert selection == "full" or strategies(ticket).count(AUDIO) == 2
 
 
 def test_deadlines_count_from_arrival_and_to_the_microsecond() -> None:
@@ -129,7 +129,7 @@ def test_deadlines_count_from_arrival_and_to_the_microsecond() -> None:
 
 
 def test_a_lost_deadline_costs_no_other_one() -> None:
-    driver = Driver(policy="full")
+    driver = Driver(selection="full")
     lost = driver.scheduler.submit(job(1, 1.0))
     kept = [driver.scheduler.submit(job(1, deadline_ms, 0.85)) for deadline_ms in (12.0, 24.0)]
     driver.drain()
@@ -260,7 +260,7 @@ def test_a_job_fails_when_a_request_of_it_fails_twice() -> None:
 
 
 def test_a_cancelled_job_takes_no_more_time() -> None:
-    driver = Driver(policy="full")
+    driver = Driver(selection="full")
     running = driver.scheduler.submit(job(9, 500.0))  # more than one batch
     waiting = driver.scheduler.submit(job(9, 900.0))
     batch = driver.scheduler.next_batch(0)
@@ -275,7 +275,7 @@ def test_a_cancelled_job_takes_no_more_time() -> None:
 
 
 def test_late_jobs_can_be_cancelled_too() -> None:
-    driver = Driver(policy="full")
+    driver = Driver(selection="full")
     late = driver.scheduler.submit(job(9, 1.0))
     driver.scheduler.submit(job(1, 20.0))
     driver.step()
@@ -292,7 +292,7 @@ def test_without_deadlines_everything_is_used() -> None:
 
 
 def test_who_has_no_deadline_waits_for_those_who_have_lost_theirs() -> None:
-    driver = Driver(policy="full")
+    driver = Driver(selection="full")
     endless, late, timely = (driver.scheduler.submit(job(2, deadline_ms)) for deadline_ms in (math.inf, 1.0, 21.0))
     driver.drain()
     assert [ticket.answer.time_ms for ticket in (timely, late, endless) if ticket.answer] == [21.0, 42.0, 63.0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from skipkernels.errors import ModelError, RequestError
+from skipkernels.errors import DeviceError, ModelError, RequestError
 from skipkernels.skipping.policy import SkipPolicy
 from skipkernels.skipping.policy_file import load_policy, save_policy
 from tests.models import FAMILIES, stock_tokens, tiny_engine, tiny_module
@@ -344,6 +344,11 @@ def test_stretched_embeddings_reach_beyond_the_configured_length(tmp_path: Path,
     prompt = [*PROMPT, *PROMPT, *PROMPT, *PROMPT]
     (answer,) = engine_of(tmp_path, max_seq_len=90).generate(prompt, max_new_tokens=20)
     assert answer.token_ids == expected_tokens(loaded(tmp_path), prompt, 20)
+
+
+def test_a_length_that_no_memory_holds_is_refused() -> None:
+    with pytest.raises(DeviceError, match=f"no memory for max_seq_len={1 << 40}"):
+        tiny_engine("llama with yarn rope", max_seq_len=1 << 40)
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "there.gguf"])

@@ -10,7 +10,7 @@ from skipkernels.skipping.policy import SkipPolicy
 from skipkernels.skipping.policy_file import load_policy, read_policy_file, save_policy
 from tests.models import random_prompt, tiny_engine, tiny_module
 
-POLICY = SkipPolicy(threshold=0.5, span=2, cold_start=0, warmup_tokens=0, layer_thresholds=(0.1, 0.2, 0.3, 0.4))
+POLICY = SkipPolicy(threshold=0.5, span=2, first_dense_layers=0, warmup_tokens=0, layer_thresholds=(0.1, 0.2, 0.3, 0.4))
 
 
 @pytest.fixture
@@ -28,6 +28,13 @@ def change(path: Path, **values: object) -> Path:
 def test_a_policy_survives_its_file(path: Path) -> None:
     assert load_policy(path) == load_policy(path, fingerprint="abc") == POLICY
     assert read_policy_file(path)["measured"] == {"skip_ratio": 0.25}
+
+
+def test_a_file_of_an_earlier_release_is_read(path: Path) -> None:
+    policy = json.loads(path.read_text())["policy"]
+    old = {"cold_start": policy.pop("first_dense_layers"), "cold_end": policy.pop("last_dense_layers")}
+    assert load_policy(change(path, policy=policy | old)) == POLICY
+    assert load_policy(change(path, policy=policy | {"cold_start": 2})).first_dense_layers == 2
 
 
 def test_an_engine_takes_the_file_of_its_model(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Policies of modality selection compared: by simulation, then on a real server at the rates that were found."""
+"""Compares selection policies: by simulation, then on a real server at the rates that the simulation found."""

@@ -1,4 +1,4 @@
-"""The serving bench: contenders compared by simulation, then on a real embedded server at the rates that were found."""
+"""The serving bench: contenders are compared by simulation, then on a real embedded server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from skipkernels.benchmark.serving.comparison import Progress, Result, compare
 from skipkernels.benchmark.serving.contender import Contender
 from skipkernels.benchmark.serving.decision_time import decision_times_ms
-from skipkernels.benchmark.serving.trial import EmbeddedServer, Trial, find_capacities, try_contenders
+from skipkernels.benchmark.serving.server_run import EmbeddedServer, ServerRun, find_capacities, run_contenders
 from skipkernels.benchmark.statistics import quantile
 from skipkernels.modality.profile import Profile
 from skipkernels.workloads.arrivals import Process
@@ -24,38 +24,38 @@ class Comparison:
     """Contenders under one workload.
 
     Args:
-        simulated: at the rates that the simulation found, and at the overload.
-        capacity, overload: real runs, by contender; empty: simulated only.
-        overhead_ms: that the real server adds to each batch.
+        simulated: at each contender's own rate, which the simulation finds, and under overload.
+        capacity, overload: runs on the real server, by contender; empty: simulated only.
+        overhead_ms: what the real server adds to each batch.
     """
 
     workload: Workload
     simulated: Sequence[Result]
-    capacity: Sequence[Trial] = ()
-    overload: Sequence[Trial] = ()
+    capacity: Sequence[ServerRun] = ()
+    overload: Sequence[ServerRun] = ()
     overhead_ms: float = 0.0
 
     @property
     def results(self) -> list[Result]:
         """The real ones where there are any."""
-        trials = zip(self.capacity, self.overload, strict=True)
-        return [Result(at.contender.name, at.summary, over.summary) for at, over in trials] or list(self.simulated)
+        runs = zip(self.capacity, self.overload, strict=True)
+        return [Result(at.contender.name, at.summary, over.summary) for at, over in runs] or list(self.simulated)
 
     def rows(self) -> list[dict[str, Any]]:
-        """For each contender and load: what was simulated for the search, and what was real beside a simulation of the
+        """For each contender and load: the simulation that found the rate, and the real run beside a simulation of the
         same arrivals."""
         rows: list[dict[str, Any]] = []
         for result in self.simulated:
             for load, summary in (("capacity", result.capacity), ("overload", result.overload)):
                 rows.append(self._row(result.contender, load, "simulated", asdict(summary)))
-        for load, trials in (("capacity", self.capacity), ("overload", self.overload)):
-            for trial in trials:
-                row = self._row(trial.contender.name, load, "real", asdict(trial.summary))
-                row["wanted_per_s"] = trial.requests_per_s
-                row["promise_kept"] = trial.summary.promise_kept
-                row["skip_ratio"] = skip_ratio(trial)
-                row["same_arrivals_simulated"] = asdict(trial.simulated_summary)
-                row["deviations"] = trial.deviations
+        for load, runs in (("capacity", self.capacity), ("overload", self.overload)):
+            for run in runs:
+                row = self._row(run.contender.name, load, "real", asdict(run.summary))
+                row["wanted_per_s"] = run.requests_per_s
+                row["promise_kept"] = run.summary.promise_kept
+                row["skip_ratio"] = skip_ratio(run)
+                row["same_arrivals_simulated"] = asdict(run.simulated_summary)
+                row["deviations"] = run.deviations
                 rows.append(row)
         return rows
 
@@ -81,7 +81,7 @@ def run_comparison(
     """
     Args:
         server: None: simulated only.
-        jobs, overload_jobs, rounds: of the real runs, see ``try_contenders``.
+        jobs, overload_jobs, rounds: of the runs on the real server, see ``run_contenders``.
     """
     simulated = compare(
         contenders,
@@ -114,7 +114,7 @@ def run_comparison(
         **settings,
     )
     turns = iter(range(rounds * len(contenders)))
-    overload = try_contenders(
+    overload = run_contenders(
         server,
         [(contender, overload_per_s) for contender in contenders],
         workload,
@@ -127,14 +127,14 @@ def run_comparison(
     return Comparison(workload, simulated, capacity, overload, overhead_ms)
 
 
-def skip_ratio(trial: Trial) -> float:
-    """Of the FFNs of all decoded labels."""
-    outcomes = [outcome for run in trial.real for outcome in run]
+def skip_ratio(run: ServerRun) -> float:
+    """Share of the FFNs of all decoded labels that were skipped."""
+    outcomes = [outcome for run in run.real for outcome in run]
     return fmean(one.output.skip_ratio for outcome in outcomes if outcome.answer for one in outcome.answer.answers)
 
 
 def decision_rows(profile: Profile, policies: Sequence[str], requests: int = 256) -> list[dict[str, Any]]:
-    """The decision time of each policy on queues of different hurry."""
+    """The decision time of each selection policy on queues with more or less tight deadlines."""
     return [
         {
             "policy": policy,

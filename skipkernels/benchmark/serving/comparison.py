@@ -1,4 +1,4 @@
-"""Contenders on the same arrivals, simulated: how much each carries with few violations, and what overload does."""
+"""Simulates contenders on the same arrivals: the highest rate with few violations, and the effect of overload."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _LOWEST_PER_S, _HIGHEST_PER_S = 1e-3, 1e6
 
 @dataclass(frozen=True)
 class Load:
-    """Arrivals at any rate: the same draws, stretched in time. So policies and rates meet the same jobs.
+    """The same draws at any rate, scaled in time, so that all policies and rates get the same jobs.
 
     Args:
-        times: of a process of one job per second on the mean.
+        times: arrival times at a mean rate of one job per second.
         sizes: of the jobs.
     """
 
@@ -56,19 +56,19 @@ class Load:
         requests_per_s: float,
         make_request: Callable[[], Request] | None = None,
     ) -> list[Arrival]:
-        """At this rate on the mean; ``make_request`` as in ``Workload.arrivals``."""
+        """The arrivals at this mean rate; ``make_request`` as in ``Workload.arrivals``."""
         jobs_per_s = requests_per_s / (sum(self.sizes) / len(self.sizes))
         return workload.arrivals(self.times / jobs_per_s, self.sizes, profile, make_request)
 
     def run(self, workload: Workload, contender: Contender, workers: int, requests_per_s: float) -> Summary:
-        """Simulated."""
+        """Simulates a contender at this rate."""
         arrivals = self.arrivals(workload, contender.profile, requests_per_s)
-        return summarise(simulate(arrivals, contender.profile, contender.policy, workers=workers))
+        return summarise(simulate(arrivals, contender.profile, contender.selection, workers=workers))
 
 
 @dataclass(frozen=True)
 class Result:
-    """One contender under one load."""
+    """One contender at its capacity and under overload."""
 
     contender: str
     capacity: Summary  # at the highest rate with few violations
@@ -95,7 +95,7 @@ def compare(
         progress: see ``Progress``.
 
     Raises:
-        JobError: a contender misses more deadlines at any rate, or fewer at any.
+        JobError: no rate separates few from many violations: a contender has too many, or too few, at every rate.
     """
     load = Load.draw(workload, jobs, seed, process)
     results = []
@@ -120,7 +120,7 @@ def _highest_rate(run: Callable[[float], Summary], max_violations: float) -> Sum
         if not _LOWEST_PER_S < rate < _HIGHEST_PER_S:
             raise JobError(
                 f"at {rate:g} requests per second {summary.violation_ratio:.1%} of the jobs miss their deadline, at "
-                f"most {max_violations:.1%} should; the load does not decide it, the time that jobs are given does"
+                f"most {max_violations:.1%} should; this does not depend on the rate: change the deadlines of the jobs"
             )
         summary = run(rate)
     if not rising:

@@ -1,36 +1,36 @@
-"""What is compared with what: a policy, and the strategies that it may choose from."""
+"""Contenders: selection policies with the strategies that they may choose from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from skipkernels.modality.policies import get_policy
+from skipkernels.modality.policies import get_selection_policy
 from skipkernels.modality.profile import Profile, StrategyProfile
 
-_DIVIDED = "maximize"  # the policy that also runs with one dimension of the strategies at a time
+_DIVIDED = "maximize"  # the policy that is also run on one dimension of the strategies at a time
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A policy on some of a model's strategies, the full one among them."""
+    """A selection policy on some of a model's strategies, the full one among them."""
 
     name: str
-    policy: str
+    selection: str
     profile: Profile
 
 
 def contenders(profile: Profile, policies: Sequence[str]) -> list[Contender]:
-    """Each policy on all strategies; where these differ in modalities and in skip level, also ``maximize`` on those
-    that differ in one of both.
+    """Each policy on all strategies. If these differ in modalities and in skip level, also ``maximize`` on the
+    strategies that differ in modalities only, and on those that differ in skip level only.
 
     Raises:
         StrategyError: no such policy.
     """
-    for policy in policies:
-        get_policy(policy)
+    for name in policies:
+        get_selection_policy(name)
     full = profile.full(profile.modalities).strategy
-    listed = [Contender(policy, policy, profile) for policy in policies]
+    listed = [Contender(name, name, profile) for name in policies]
     dimensions: dict[str, Callable[[StrategyProfile], bool]] = {
         "modalities only": lambda entry: entry.strategy.skip_level == full.skip_level,
         "skipping only": lambda entry: entry.strategy.modalities == full.modalities,

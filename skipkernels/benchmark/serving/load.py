@@ -1,4 +1,4 @@
-"""Open-loop load on a real service: jobs come when they come, whether or not earlier ones are answered."""
+"""Open-loop load on a real service: jobs arrive at their times, whether or not earlier ones are answered."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Score = Callable[[Job, JobAnswer], Sequence[float]]
 async def replay(arrivals: Sequence[Arrival], submit: Submit, score: Score = lambda job, answer: ()) -> list[Outcome]:
     """Submits each job at its time and waits for all of them; outcomes are in the order of ``arrivals``.
 
-    A job that is submitted late, because this process was busy, is timed from its submission: compare the offered rate
-    with the wanted one.
+    If this process is busy, a job is submitted late, and timed from its submission. To detect that, compare the offered
+    rate with the wanted one.
 
     Args:
         arrivals: in order of their times.

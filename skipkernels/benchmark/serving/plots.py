@@ -13,8 +13,8 @@ _BLUE, _ORANGE, _GREY = "#2f6db5", "#f0a030", "#b8bfc8"
 
 
 def plot_frontier(profile: Profile, path: str | Path) -> None:
-    """Accuracy over time of one request, by strategy: the measured mean and down to what is promised. Strategies that
-    another one dominates are grey.
+    """Accuracy over time of one request, by strategy: the measured mean, with a bar down to the promised accuracy.
+    Dominated strategies are grey.
 
     Raises:
         SkipkernelsError: there is no matplotlib, or the file cannot be written.
@@ -45,8 +45,8 @@ def plot_frontier(profile: Profile, path: str | Path) -> None:
 
 
 def plot_comparison(results: Sequence[Result], path: str | Path, title: str) -> None:
-    """By contender: throughput with few violations; completion time, violations and accuracy under overload, the latter
-    beside what was promised and what was required.
+    """By contender: throughput with few violations; completion time, violations and accuracy under overload. Accuracy
+    is drawn beside the promised and the required one.
 
     Raises:
         SkipkernelsError: there is no matplotlib, or the file cannot be written.

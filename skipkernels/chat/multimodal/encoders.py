@@ -1,5 +1,5 @@
-"""The encoders of a multimodal module, and the merge of their outputs with the text: all that comes before the
-decoder's first layer."""
+"""Encoders of a multimodal module, and the merge of their outputs with the text: everything before the decoder's first
+layer."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class Encoders:
-    """Takes the text decoder out of a module; what stays prepares the decoder's inputs.
+    """Removes the text decoder from a module; the rest computes the decoder's inputs.
 
     Args:
-        module: a multimodal module of transformers, which cannot generate by itself from then on.
+        module: a multimodal module of transformers. It is changed, and cannot generate afterwards.
     """
 
     def __init__(self, module: PreTrainedModel) -> None:
@@ -43,7 +43,7 @@ class Encoders:
         floats = {name: tensor.to(dtype) for name, tensor in tensors.items() if tensor.is_floating_point()}
         self._module(input_ids=ids, attention_mask=torch.ones_like(ids), **{**tensors, **floats})
         embeddings, positions = self._seen.embeddings, self._seen.positions
-        # a position each, or three; then text positions may stand in front of them
+        # [1, tokens], or three axes, before which some releases put the text positions
         axes = positions[-3:, 0] if positions is not None and positions.dim() == 3 else None
         return EmbeddedPrompt(token_ids, embeddings[0], axes)
 
@@ -54,7 +54,7 @@ class Encoders:
 
 
 def _replace(module: nn.Module, part: nn.Module, by: nn.Module) -> None:
-    """Wherever it stands; ``set_decoder`` of transformers does nothing for some families."""
+    """Replaces ``part`` wherever it is; transformers' ``set_decoder`` does nothing for some families."""
     for parent in module.modules():
         for name, child in parent.named_children():
             if child is part:
@@ -63,7 +63,7 @@ def _replace(module: nn.Module, part: nn.Module, by: nn.Module) -> None:
 
 
 class _FirstLayer(nn.Module):
-    """Stands where the text decoder was, and keeps what its first layer would have seen."""
+    """Takes the place of the text decoder, and records the inputs of its first layer."""
 
     embeddings: torch.Tensor  # [1, tokens, hidden]
     positions: torch.Tensor | None  # [1, tokens], [3, 1, tokens] or [4, 1, tokens]

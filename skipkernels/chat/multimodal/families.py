@@ -1,4 +1,4 @@
-"""The multimodal families of transformers that are served: their classes, and what they take beside text."""
+"""The supported multimodal families of transformers: their classes, and their modalities besides text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Family:
 
     Args:
         module: class in transformers.
-        modalities: beside ``text``; each can be left out.
+        modalities: besides ``text``; each can be left out.
     """
 
     module: str
@@ -37,7 +37,7 @@ FAMILIES = {
 
 
 def family_of(model_type: str) -> Family:
-    """Raises ModelError for a family that is not served."""
+    """Raises ModelError for a family that is not supported."""
     if model_type not in FAMILIES:
         raise ModelError(f"{model_type!r} is not served as a multimodal model; served are {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
@@ -54,9 +54,9 @@ def load_module(folder: Path, dtype: torch.dtype | None, device: str) -> PreTrai
     module_class = getattr(transformers, family_of(load_config(folder).model_type).module)
     try:
         module, loading = module_class.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
-    except Exception as error:  # transformers raises many kinds, none of them ours
+    except Exception as error:  # transformers raises many types
         raise ModelError(f"{folder}: cannot be loaded ({' '.join(str(error).split())})") from error
-    if loading["missing_keys"]:  # which transformers would fill with random numbers
+    if loading["missing_keys"]:  # transformers would initialise them at random
         raise ModelError(f"{folder}: tensor {min(loading['missing_keys'])!r} is missing from the checkpoint")
     return module.to(device)
 
@@ -74,7 +74,7 @@ def load_processor(folder: Path, model_type: str) -> ProcessorMixin:
     processor_class = ImageAudioProcessor if family_of(model_type) is _OMNI else AutoProcessor
     try:
         processor = processor_class.from_pretrained(folder)
-    except Exception as error:  # as above
+    except Exception as error:  # many types, too
         raise ModelError(f"{folder}: its processor cannot be loaded ({' '.join(str(error).split())})") from error
     if not getattr(processor, "chat_template", None):
         raise ModelError(f"{folder}: its processor has no chat template, by which a chat becomes a prompt")

@@ -1,4 +1,4 @@
-"""Chats for multimodal models: a prompt for every subset of what the chat holds, and the tensors of each modality."""
+"""Turns chats into inputs of multimodal models: a prompt per modality subset, and the tensors of each modality."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import ProcessorMixin
 
-_MOST_ELONGATED = 200  # processors that scale the shorter side would make gigabytes of a line of pixels
-_SHORTEST_S = 0.1  # some encoders put out nothing for less, and then fail
+_MAX_ASPECT = 200  # processors that scale the shorter side would need gigabytes for longer images
+_SHORTEST_S = 0.1  # some encoders fail on less, because their output is empty
 
 Subset = tuple[str, ...]
 """Modalities in alphabetical order, as in a ``Strategy``."""
@@ -29,7 +29,7 @@ Subset = tuple[str, ...]
 
 @dataclass(frozen=True)
 class MultimodalPrompt:
-    """The ``text`` modality of a request: the tokens to decode from when a subset is kept, and how."""
+    """The ``text`` modality of a request: the prompt for each subset that may be kept, and decoding options."""
 
     token_ids: dict[Subset, tuple[int, ...]]
     max_new_tokens: int
@@ -50,15 +50,15 @@ class MultimodalFormat:
         self, processor: ProcessorMixin, modalities: tuple[str, ...], max_seq_len: int, prefill_share: float
     ) -> None:
         self.modalities = modalities
-        self._processor = copy.deepcopy(processor)  # the model's own tokenizer decodes meanwhile, in another thread
+        self._processor = copy.deepcopy(processor)  # a copy, because the model uses its own in another thread
         self._max_seq_len = max_seq_len
         self._prefill_share = prefill_share
         named = vars(processor).items()
         self._reserved = [token for name, token in named if name.endswith("_token") and isinstance(token, str)]
 
     def request(self, chat: Chat) -> Request:
-        """A request that needs no more than the modalities of its strategy: what a processor does to images and
-        recordings is done here, beside the device."""
+        """The request, with separate tensors for each modality, so that a strategy can leave some out. The processor
+        runs here, not on the device's thread."""
         given = modalities_of(chat.messages)
         self._check(chat, given)
         media = sorted(given - {"text"})
@@ -89,7 +89,9 @@ class MultimodalFormat:
             elif isinstance(part, Audio):
                 _check_audio(part, self._processor.feature_extractor.chunk_length)
             elif reserved := next((token for token in self._reserved if token in part), None):
-                raise RequestError(f"the text holds {reserved!r}, by which this model knows a medium; remove it")
+                raise RequestError(
+                    f"the text contains {reserved!r}, which this model reserves for images or audio; remove it"
+                )
 
     def _features(self, chat: Chat, kept: Collection[str]) -> dict[str, torch.Tensor]:
         """The processor's tensors for the chat without the images or recordings that are not kept."""
@@ -105,7 +107,7 @@ class MultimodalFormat:
             features: Any = self._processor.apply_chat_template(messages, add_generation_prompt=True, **options)
         except ImportError:
             raise
-        except Exception as error:  # whatever a checkpoint's template or processor does with what it was not made for
+        except Exception as error:  # templates and processors raise anything for chats they do not support
             raise RequestError(f"this model's processor refuses this chat: {error}") from error
         return dict(features)
 
@@ -121,9 +123,9 @@ class MultimodalFormat:
 
 def _check_image(image: Image) -> None:
     height, width = image.pixels.shape[:2]
-    if max(height, width) > _MOST_ELONGATED * min(height, width):
+    if max(height, width) > _MAX_ASPECT * min(height, width):
         raise RequestError(
-            f"an image of {width} x {height} pixels is too long and thin; one side may be at most {_MOST_ELONGATED} "
+            f"an image of {width} x {height} pixels is too long and thin; one side may be at most {_MAX_ASPECT} "
             "times the other"
         )
 
@@ -137,7 +139,7 @@ def _check_audio(audio: Audio, most_s: float) -> None:
 
 
 def _resampled(audio: Audio, rate_hz: int) -> np.ndarray:
-    """f32 [samples] at ``rate_hz``."""
+    """Resamples to ``rate_hz``: f32 [samples]."""
     from scipy.signal import resample_poly
 
     if audio.rate_hz == rate_hz:

@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 
 class MultimodalModel:
-    """A ``ChatModel``. What a strategy leaves out is not encoded and has no tokens in the prompt.
+    """A ``ChatModel``. Modalities that a strategy leaves out are not encoded and have no tokens in the prompt.
 
     Args:
-        module: its decoder's weights are shared with the engine, and its decoder is taken out.
+        module: its decoder is removed; the decoder's weights are shared with the engine.
         policies: by skip level; level 0 is the dense model's.
         metric: what the profile's accuracies mean.
         options: of ``Engine.from_pretrained``; its ``max_batch_size`` is the largest batch.
 
     Raises:
-        ModelError, PolicyError, RequestError, DeviceError: the module is as it was.
+        ModelError, PolicyError, RequestError, DeviceError: as from the engine; the module is unchanged.
     """
 
     def __init__(
@@ -92,13 +92,13 @@ class MultimodalModel:
         return cls(str(model), module, processor, policies, metric, device=device, **options)
 
     def run(self, batch: Sequence[Inputs], strategy: Strategy) -> list[Completion]:
-        """Encodes what ``strategy`` keeps, request by request, then decodes all prompts together; each row ends at its
-        own limit, stop string or end of sequence."""
+        """Encodes the modalities that ``strategy`` keeps, one request at a time, then decodes all prompts as a batch.
+        Each row ends at its own limit, stop string or end of sequence."""
         prompts = [self.prompt(inputs, strategy) for inputs in batch]
         return complete(self._engine, self._policies[strategy.skip_level], batch, prompts)
 
     def prompt(self, inputs: Inputs, strategy: Strategy) -> EmbeddedPrompt:
-        """What the decoder starts from."""
+        """The decoder's input for one request."""
         text: MultimodalPrompt = inputs["text"]
         media = [inputs[modality] for modality in strategy.modalities if modality != "text"]
         return self._encoders(text.token_ids[strategy.modalities], media)
@@ -108,8 +108,8 @@ class MultimodalModel:
 
 
 def _encoders_hash(encoders: Encoders) -> str:
-    """Eight hex digits over the names of all parameters and the values of norms and biases, in bf16: the same
-    checkpoint has the same in every dtype."""
+    """Eight hex digits over all parameter names and the values of norms and biases. Values are hashed as bf16, so that
+    a checkpoint has the same hash in every dtype."""
     digest = hashlib.sha256()
     for name, parameter in encoders.parameters().items():
         digest.update(name.encode())

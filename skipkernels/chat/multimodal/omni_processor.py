@@ -11,7 +11,7 @@ _TOKENS = ("image", "audio", "video", "vision_bos", "vision_eos", "audio_bos", "
 
 
 class ImageAudioProcessor(Qwen2_5OmniProcessor):
-    """The original without videos, whose part of it needs torchvision. ``from_pretrained`` reads the same files."""
+    """The original processor without videos, which need torchvision. ``from_pretrained`` reads the same files."""
 
     def __init__(
         self,
@@ -21,7 +21,7 @@ class ImageAudioProcessor(Qwen2_5OmniProcessor):
         chat_template: Any = None,
     ) -> None:
         ProcessorMixin.__init__(self, image_processor, feature_extractor, tokenizer, chat_template=chat_template)
-        self.video_processor = image_processor  # some releases ask it for its merge size, also without videos
+        self.video_processor = image_processor  # some releases read its merge size, even without videos
         for name in _TOKENS:
             setattr(self, f"{name}_token", getattr(tokenizer, f"{name}_token"))
         for name in _TOKENS[:3]:

@@ -1,5 +1,5 @@
-"""``skipkernels bench``: decode, the default, times whole decode steps; kernels times each op; serving compares
-policies under load."""
+"""``skipkernels bench``: ``decode``, the default, times decode steps; ``kernels`` times each op; ``serving`` compares
+selection policies under load."""
 
 from __future__ import annotations
 

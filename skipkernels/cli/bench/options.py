@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DeviceOptions:
-    """On what is measured, and how a GPU is used."""
+    """The device, and how a GPU is used."""
 
     threads: opt.Threads = None
     device: opt.Device = "cpu"
@@ -29,7 +29,7 @@ class DeviceOptions:
         return self.threads or default_threads()
 
     def execution(self) -> Execution:
-        """Resolved, so that what is reported is what ran."""
+        """The execution with all defaults resolved, for the report."""
         import torch
 
         from skipkernels.executors.execution import Execution

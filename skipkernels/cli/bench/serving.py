@@ -25,9 +25,11 @@ def serving(
     device_options: DeviceOptions,
     model_options: ModelOptions,
     load_options: LoadOptions,
-    simulated: Annotated[bool, typer.Option("--simulated", help="No real server.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Write rows and settings here; '-' prints them alone.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Picture: what each contender carries and promises.")] = None,
+    simulated: Annotated[bool, typer.Option("--simulated", help="Simulate only, without a real server.")] = False,
+    json: Annotated[
+        Path | None, typer.Option(help="Write rows and settings to this file; '-' prints them, and nothing else.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture: throughput and accuracy of each contender.")] = None,
     frontier: Annotated[Path | None, typer.Option(help="Picture: accuracy over time of every strategy.")] = None,
 ) -> None:
     """Compare policies that choose modalities and skip levels for jobs with deadlines, on the same arrivals."""
@@ -35,7 +37,7 @@ def serving(
     require_picture(plot, frontier)
     from skipkernels.benchmark.serving.bench import decision_rows, run_comparison
     from skipkernels.benchmark.serving.plots import plot_comparison, plot_frontier
-    from skipkernels.benchmark.serving.trial import EmbeddedServer
+    from skipkernels.benchmark.serving.server_run import EmbeddedServer
     from skipkernels.support.report import environment, write_json
 
     execution = device_options.execution()
@@ -114,7 +116,7 @@ def _print_comparison(comparison: Comparison, title: str, max_violations: float)
     results = comparison.results
     required = results[0].overload.required_accuracy
     out.print(f"[bold]{title}[/bold]\nslack {comparison.workload.slack}: jobs require an accuracy of {required:.4f}\n")
-    skipped = [[skip_ratio(trial) for trial in trials] for trials in (comparison.capacity, comparison.overload)]
+    skipped = [[skip_ratio(run) for run in runs] for runs in (comparison.capacity, comparison.overload)]
     _print_load(
         f"at the highest rate with at most {percent(max_violations)} of the jobs late",
         {result.contender: result.capacity for result in results},
@@ -161,13 +163,13 @@ def _print_load(
 
 
 def _print_deviations(comparison: Comparison) -> None:
-    for load, trials in (("at its rate", comparison.capacity), ("overloaded", comparison.overload)):
+    for load, runs in (("at its rate", comparison.capacity), ("overloaded", comparison.overload)):
         title = f"{load}: real over simulated, less 1; of the last two the difference in points"
         shown = table("", "req/s", "mean", "p99", "late", "promise", title=title)
-        for trial in trials:
-            off = trial.deviations
+        for run in runs:
+            off = run.deviations
             shown.add_row(
-                trial.contender.name,
+                run.contender.name,
                 *(f"{off[name]:+.1%}" for name in ("throughput_per_s", "completion_mean_ms", "completion_p99_ms")),
                 *(f"{100 * off[name]:+.1f}" for name in ("violation_ratio", "promised_accuracy")),
             )

@@ -1,4 +1,4 @@
-"""The load of ``bench serving``: when jobs come, what they ask for, and who competes for serving them."""
+"""The load of ``bench serving``: arrivals, requirements of jobs, and the contenders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PANEL = "Load"
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Jobs in the manner of the original's evaluation: sizes of N(1, 6), rounded and at least 1."""
+    """Jobs as in MOSEL's evaluation: sizes drawn from N(1, 6), rounded, at least 1."""
 
     process: Annotated[
         str,
@@ -31,36 +31,44 @@ class LoadOptions:
         ),
     ] = "poisson"
     slack: Annotated[
-        str, typer.Option(help="Points of accuracy that jobs do without; a comparison each.", rich_help_panel=_PANEL)
+        str,
+        typer.Option(
+            help="How far below full accuracy jobs may be answered, like 0.03; one comparison for each value.",
+            rich_help_panel=_PANEL,
+        ),
     ] = "0.03"
     extra_ms: Annotated[
         float,
-        typer.Option(help="A job may take as long as with full modality alone, and this.", rich_help_panel=_PANEL),
+        typer.Option(help="A job's deadline is its time alone with all modalities, plus this.", rich_help_panel=_PANEL),
     ] = 100.0
     overload: Annotated[
         float,
-        typer.Option(min=0.01, help="As a multiple of what full modality can serve at most.", rich_help_panel=_PANEL),
+        typer.Option(
+            min=0.01, help="Overload, as a multiple of the highest rate with all modalities.", rich_help_panel=_PANEL
+        ),
     ] = 2.0
     max_violations: Annotated[
-        float, typer.Option(min=0.0, max=0.99, help="Share of jobs that may be late.", rich_help_panel=_PANEL)
+        float, typer.Option(min=0.0, max=0.99, help="Maximum share of late jobs.", rich_help_panel=_PANEL)
     ] = 0.01
-    policies: Annotated[str, typer.Option(help="Compared, separated by commas.", rich_help_panel=_PANEL)] = (
-        "full,cheapest,random,maximize"
-    )
-    simulated_jobs: Annotated[int, typer.Option(min=2, help="Of each simulation.", rich_help_panel=_PANEL)] = 2000
+    policies: Annotated[
+        str, typer.Option(help="Selection policies to compare, separated by commas.", rich_help_panel=_PANEL)
+    ] = "full,cheapest,random,maximize"
+    simulated_jobs: Annotated[int, typer.Option(min=2, help="Jobs in each simulation.", rich_help_panel=_PANEL)] = 2000
     jobs: Annotated[
-        int, typer.Option(min=2, help="Of each real run at a contender's own rate.", rich_help_panel=_PANEL)
+        int, typer.Option(min=2, help="Jobs in each real run at a contender's own rate.", rich_help_panel=_PANEL)
     ] = 100
     overload_jobs: Annotated[
         int,
         typer.Option(
             min=2,
-            help="Of each real run under overload: the longer it lasts, the longer wait who cannot keep up.",
+            help="Jobs in each real run under overload. The longer it lasts, the longer queues grow.",
             rich_help_panel=_PANEL,
         ),
     ] = 300
-    rounds: Annotated[int, typer.Option(min=1, help="Real runs of every contender.", rich_help_panel=_PANEL)] = 3
-    seed: Annotated[int, typer.Option(help="Of arrivals and sizes.", rich_help_panel=_PANEL)] = 0
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Number of real runs of every contender.", rich_help_panel=_PANEL)
+    ] = 3
+    seed: Annotated[int, typer.Option(help="Seed of arrivals and sizes.", rich_help_panel=_PANEL)] = 0
 
     def __post_init__(self) -> None:
         if self.process not in ("poisson", "bursty") and not Path(self.process).is_file():

@@ -1,4 +1,4 @@
-"""What ``bench serving`` serves: the fusion classifier, trained and profiled once, or a profile alone."""
+"""The model of ``bench serving``: the fusion classifier, trained and profiled once, or only a profile."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from skipkernels.workloads.fusion.model import FusionModel
 
 _PANEL = "Model"
-_VALIDATION_SEED, _HELD_OUT_SEED = 1_000_001, 2_000_003  # draws that no training makes
+_VALIDATION_SEED, _HELD_OUT_SEED = 1_000_001, 2_000_003  # apart from all training seeds
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What is served."""
+    """The model or profile to serve."""
 
     workload: Annotated[
         str,
@@ -36,19 +36,24 @@ class ModelOptions:
     model_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the fusion classifier and its profile. What is missing there is trained or measured.",
+            help="Folder of the fusion classifier and its profile. If they are missing, they are trained and measured.",
             rich_help_panel=_PANEL,
         ),
     ] = None
     train_steps: Annotated[
-        int | None, typer.Option(min=1, help="Of a missing classifier; default: what it needs.", rich_help_panel=_PANEL)
+        int | None,
+        typer.Option(
+            min=1,
+            help="Training steps, if the classifier is missing; default: those of the trainer.",
+            rich_help_panel=_PANEL,
+        ),
     ] = None
     skip_levels: Annotated[
-        str, typer.Option(help="Shares of FFNs to skip, a strategy each with every subset.", rich_help_panel=_PANEL)
+        str, typer.Option(help="Skip ratios; each is a strategy with every modality subset.", rich_help_panel=_PANEL)
     ] = "0,0.2,0.4"
     max_batch_size: Annotated[int, typer.Option(min=1, max=16, rich_help_panel=_PANEL)] = 16
     profile_samples: Annotated[
-        int, typer.Option(min=1, help="Validation clips behind the promises.", rich_help_panel=_PANEL)
+        int, typer.Option(min=1, help="Validation clips for the promised accuracies.", rich_help_panel=_PANEL)
     ] = 1000
     profile_rounds: Annotated[
         int, typer.Option(min=2, help="Timings of each strategy and batch size.", rich_help_panel=_PANEL)
@@ -63,7 +68,7 @@ class ModelOptions:
             )
 
     def fixed_profile(self) -> Profile:
-        """Of a workload without a model."""
+        """The profile of a workload without a model."""
         from skipkernels.modality.profile_file import load_profile
         from skipkernels.workloads.synthetic import tvlt_mosei
 
@@ -107,7 +112,7 @@ class ModelOptions:
         return model, profile
 
     def held_out(self) -> list[Sample]:
-        """What is served: clips that neither training nor profiling has seen."""
+        """Clips that neither training nor profiling has seen."""
         return clips(self.profile_samples, _HELD_OUT_SEED)
 
 

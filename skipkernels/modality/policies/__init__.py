@@ -1,4 +1,4 @@
-"""How the strategies of the waiting jobs are chosen; one policy a file."""
+"""Selection policies: how strategies are chosen for the waiting jobs. One policy per file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from skipkernels.modality.policies.random import Random
 POLICIES: dict[str, type[SelectionPolicy]] = {policy.name: policy for policy in (Full, Cheapest, Random, Maximize)}
 
 
-def get_policy(name: str) -> SelectionPolicy:
+def get_selection_policy(name: str) -> SelectionPolicy:
     """Raises StrategyError for an unknown name."""
     if name not in POLICIES:
         raise StrategyError(f"unknown selection policy {name!r}; known are {', '.join(POLICIES)}")

@@ -1,4 +1,4 @@
-"""What every policy answers."""
+"""The interface of selection policies."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class SelectionPolicy(ABC):
     name: ClassVar[str]
 
     def most(self, demand: Demand) -> Split:
-        """What a job gets when every deadline holds with it."""
-        return demand.menu.best(demand.requests)
+        """What a job gets if all deadlines can be met with it."""
+        return demand.options.best(demand.requests)
 
     def least(self, demand: Demand) -> Split:
         """The cheapest that a job can get."""
@@ -25,7 +25,7 @@ class SelectionPolicy(ABC):
 
     @abstractmethod
     def select(self, demands: Sequence[Demand], prices: Sequence[float], promised: Sequence[float]) -> list[Split]:
-        """One split for each job, so that each job and all before it fit its ``budget_ms`` together.
+        """One split for each job, so that the cumulated cost up to each job is within its ``budget_ms``.
 
         Args:
             demands: in order of their deadlines; all of them fit with ``least``.

@@ -1,13 +1,13 @@
-"""Once a job would be late, it and every job before it take their cheapest split."""
+"""If a job would be late, it and all jobs before it take their cheapest split."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from skipkernels.modality.demand import Demand
-from skipkernels.modality.menu import cost_ms
 from skipkernels.modality.optimiser import Split
 from skipkernels.modality.policies.base import SelectionPolicy
+from skipkernels.modality.strategy_options import cost_ms
 
 
 class Cheapest(SelectionPolicy):

@@ -1,4 +1,4 @@
-"""Modality-agnostic: all modalities for everyone, first deadline first. The baseline."""
+"""The modality-agnostic baseline: every job keeps all modalities; earliest deadline first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Full(SelectionPolicy):
     name = "full"
 
     def most(self, demand: Demand) -> Split:
-        return demand.menu.full(demand.requests, demand.needed_sum)
+        return demand.options.full(demand.requests, demand.needed_sum)
 
     def least(self, demand: Demand) -> Split:
         return self.most(demand)

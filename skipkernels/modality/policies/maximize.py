@@ -1,13 +1,14 @@
-"""The highest mean accuracy with which the queue meets its deadlines.
+"""Maximises the mean accuracy under which the queue meets its deadlines.
 
     maximise  sum over jobs, strategies of promised_i * x_ji
     subject to  sum_i x_ji = B_j  and  sum_i promised_i * x_ji >= needed_j        for each job j
                 sum over jobs up to j of price_i * x_ji <= budget_j               for each job j, by deadline
 
-A multiple-choice knapsack with nested budgets. Its fractional optimum takes the least loss of accuracy per ms saved
-first, deadline by deadline: what is saved for an early one counts for every later one. Whole requests are moved, so the
-result is off by less than one request's step for each deadline that binds. Identical requests move together, which
-keeps 256 of them far below a millisecond where the exact integer program takes seconds.
+A multiple-choice knapsack with nested budgets. Its fractional optimum is greedy: deadline by deadline, it takes the
+steps that lose the least accuracy per ms saved, and time saved for an early deadline is saved for all later ones. Only
+whole requests are moved, so the result misses the optimum by less than one request's step per binding deadline.
+Identical requests move together: 256 of them take far below a millisecond, where the exact integer program takes
+seconds.
 """
 
 from __future__ import annotations

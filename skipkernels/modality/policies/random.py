@@ -1,4 +1,4 @@
-"""Once a job would be late, requests up to it step down at random until none is: what choosing is measured against."""
+"""If a job would be late, random requests up to it step down until it is not: the baseline of informed choice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from skipkernels.modality.policies.descent import Descent
 
 
 class Random(SelectionPolicy):
-    """The draws are seeded: the same queues one after the other get the same choices."""
+    """Seeded: the same sequence of queues gets the same choices."""
 
     name = "random"
 
@@ -26,14 +26,14 @@ class Random(SelectionPolicy):
             descent.enter(demand)
             movable.append(last)
             while descent.used_ms > demand.budget_ms and movable:
-                place = self._random.randrange(len(movable))
-                job = movable[place]
+                index = self._random.randrange(len(movable))
+                job = movable[index]
                 ladder = descent.ladders[job]
                 if ladder.available():
                     descent.used_ms -= ladder.hull.saved_ms[ladder.rung] * demands[job].work
                     ladder.descend(1)
                 else:
-                    movable[place] = movable[-1]
+                    movable[index] = movable[-1]
                     movable.pop()
             if descent.used_ms > demand.budget_ms:
                 descent.land()

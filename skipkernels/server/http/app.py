@@ -33,7 +33,7 @@ def create_app(service: Service) -> FastAPI:
     async def check_key(authorization: str | None = Header(default=None)) -> None:
         service.check_key(authorization)
 
-    # the pages that show the interface load scripts from elsewhere
+    # no interactive documentation: its pages load scripts from other hosts
     app = FastAPI(title="skipkernels", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     guarded = [Depends(check_key)]
 
@@ -44,7 +44,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/v1/models", dependencies=guarded)
     async def models() -> dict[str, Any]:
-        """The served model, and the strategies that it is served with."""
+        """The served model and its strategies."""
         return {"object": "list", "data": [service.model_document()]}
 
     @app.get("/v1/models/{name:path}", dependencies=guarded)
@@ -60,7 +60,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        """200 while requests are taken, else 503."""
+        """200 while requests are accepted, else 503."""
         workers = 0 if service.closing else (await service.backend.status()).workers
         return JSONResponse({"status": "ok" if workers else "unavailable"}, 200 if workers else 503)
 

@@ -1,4 +1,4 @@
-"""What answers the jobs behind a server: this process, or a cluster."""
+"""What runs the jobs of a server: this process, or a cluster."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from skipkernels.modality.runtime import Runtime
 
 @dataclass(frozen=True)
 class Status:
-    """What a backend has done and has to do."""
+    """Counters, queue length and workers of a backend."""
 
     counters: Counters
     waiting_requests: int
@@ -29,7 +29,7 @@ class Backend(Protocol):
 
         Raises:
             JobError: refused.
-            ServiceClosed: too late.
+            ServiceClosed: the shutdown has begun.
             JobFailed, WorkerLost: accepted, but not answered.
         """
         ...
@@ -37,8 +37,8 @@ class Backend(Protocol):
     async def status(self) -> Status: ...
 
     async def close(self, grace_s: float) -> None:
-        """Takes no more jobs, and ends when every accepted one is answered or failed; what waits for longer than
-        ``grace_s`` fails. May be called again to shorten that."""
+        """Accepts no more jobs, and returns when every accepted one is answered or failed. Jobs that still wait after
+        ``grace_s`` fail. May be called again with a shorter ``grace_s``."""
         ...
 
 

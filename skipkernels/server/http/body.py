@@ -7,16 +7,16 @@ import asyncio
 from starlette.requests import Request
 
 from skipkernels.server.http.errors import HttpError
-from skipkernels.server.http.limits import Limits
+from skipkernels.server.http.limits import RequestLimits
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
+async def read_body(request: Request, limits: RequestLimits) -> bytes:
     """
     Raises:
-        HttpError: no JSON (415), too large (413; before it is read where its length is declared), too slow (408).
-        ClientDisconnect: the client is gone.
+        HttpError: not JSON (415), too large (413; before reading if its length is declared), too slow (408).
+        ClientDisconnect: the client has disconnected.
     """
-    # browsers send other types to other hosts without asking: a web page could use a server on loopback
+    # browsers send other content types across origins without a preflight: any web page could use a local server
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise HttpError(415, "unsupported_media_type", f"content-type must be application/json, got {kind or 'none'}")
@@ -37,7 +37,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     return bytes(body)
 
 
-def _too_large(limits: Limits) -> HttpError:
+def _too_large(limits: RequestLimits) -> HttpError:
     return HttpError(
         413,
         "request_too_large",

@@ -1,4 +1,4 @@
-"""Reads one chat completion's request, waits for its answer, and writes it, whole or as a stream."""
+"""Reads the request of one chat completion, waits for its answer, and writes it, whole or as a stream."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from starlette.types import Receive, Scope, Send
 
 from skipkernels.errors import SkipkernelsError
 from skipkernels.server.http.body import read_body
-from skipkernels.server.http.conversion import Asked
+from skipkernels.server.http.conversion import ParsedRequest
 from skipkernels.server.http.documents import DONE, Documents, event
 from skipkernels.server.http.errors import HttpError
-from skipkernels.server.http.exchange import Exchange, completion_of, rest_of
+from skipkernels.server.http.pending_request import PendingRequest, completion_of, rest_of
 from skipkernels.server.http.service import Service
 
 logger = logging.getLogger(__name__)
 
 
 class CompletionResponse(Response):
-    """An answer that is worked out while it is sent: whatever ends it, its place and its job end with it."""
+    """A response that is computed while it is sent. However it ends, its slot is freed and its job ends."""
 
     def __init__(self, service: Service) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class CompletionResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with self._service.place():
+            with self._service.request_slot():
                 body = await read_body(Request(scope, receive), self._service.limits)
                 answering = asyncio.create_task(self._answer(body, send))
                 await _while_connected(answering, receive)
@@ -43,28 +43,28 @@ class CompletionResponse(Response):
             await self._refuse(self._service.error(error), send)
 
     async def _answer(self, body: bytes, send: Send) -> None:
-        asked = await self._service.convert(body)
+        parsed = await self._service.convert(body)
         writer = _Writer(send, self._service.limits.client_timeout_s)
-        async with self._service.exchange(asked) as exchange:
-            if asked.stream:
-                await self._stream(asked, exchange, writer)
+        async with self._service.submit(parsed) as pending:
+            if parsed.stream:
+                await self._stream(parsed, pending, writer)
             else:
-                answer = await exchange.answer()
+                answer = await pending.answer()
                 self._service.metrics.answered(answer)
                 await writer.whole(200, self._service.documents().whole(answer))
 
-    async def _stream(self, asked: Asked, exchange: Exchange, writer: _Writer) -> None:
-        """The status is decided by the first piece of text: what goes wrong before it is an error like any other."""
+    async def _stream(self, parsed: ParsedRequest, pending: PendingRequest, writer: _Writer) -> None:
+        """The HTTP status is sent with the first piece of text, so errors before it get their own status."""
         started = time.perf_counter()
         documents = self._service.documents()
-        text = await exchange.next_piece()
+        text = await pending.next_piece()
         if text is None:
-            await exchange.answer()  # raises what went wrong, if something did
+            await pending.answer()  # raises if the job failed
         self._service.metrics.first_token(time.perf_counter() - started)
         await writer.begin_events()
         await writer.event(documents.first())
         try:
-            await self._stream_rest(asked, exchange, documents, text, writer)
+            await self._stream_rest(parsed, pending, documents, text, writer)
         except SkipkernelsError as error:
             failure = self._service.error(error)
             self._service.metrics.failed(failure.status, failure.code)
@@ -72,19 +72,19 @@ class CompletionResponse(Response):
         await writer.end_events()
 
     async def _stream_rest(
-        self, asked: Asked, exchange: Exchange, documents: Documents, text: str | None, writer: _Writer
+        self, parsed: ParsedRequest, pending: PendingRequest, documents: Documents, text: str | None, writer: _Writer
     ) -> None:
         sent = ""
         while text is not None:
             sent += text
             await writer.event(documents.piece(text))
-            text = await exchange.next_piece()
-        answer = await exchange.answer()
+            text = await pending.next_piece()
+        answer = await pending.answer()
         if rest := rest_of(completion_of(answer)[1], sent):
             await writer.event(documents.piece(rest))
         self._service.metrics.answered(answer)
         await writer.event(documents.last(answer))
-        if asked.include_usage:
+        if parsed.include_usage:
             await writer.event(documents.usage(answer))
 
     async def _refuse(self, error: HttpError, send: Send) -> None:
@@ -97,7 +97,7 @@ class CompletionResponse(Response):
 async def _while_connected(answering: asyncio.Task[None], receive: Receive) -> None:
     """
     Raises:
-        ClientDisconnect: the client left first; ``answering`` was cancelled.
+        ClientDisconnect: the client disconnected before the answer; ``answering`` was cancelled.
     """
     leaving = asyncio.create_task(_disconnected(receive))
     try:
@@ -118,7 +118,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class _Writer:
-    """Sends, and does not wait forever for a client that does not read."""
+    """Sends, with a timeout for clients that do not read."""
 
     def __init__(self, send: Send, timeout_s: float) -> None:
         self._send_message = send

@@ -1,4 +1,4 @@
-"""The JSON of answers: OpenAI's fields, and ``skipkernels`` for what its clients do not know."""
+"""The JSON of answers: OpenAI's fields, and an object ``skipkernels`` for everything else."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from skipkernels.chat.chat import Completion
 from skipkernels.modality.job import JobAnswer
 from skipkernels.modality.profile import Profile
-from skipkernels.server.http.exchange import completion_of
+from skipkernels.server.http.pending_request import completion_of
 
 DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
 class Documents:
-    """All that is written for one request."""
+    """Makes the JSON documents of one request."""
 
     model: str
     fingerprint: str
@@ -43,7 +43,7 @@ class Documents:
         return self._chunk({"content": text}, None)
 
     def last(self, job_answer: JobAnswer) -> dict[str, Any]:
-        """Ends the choice."""
+        """The last chunk of the answer."""
         _, completion = completion_of(job_answer)
         return self._chunk({}, completion.finish_reason) | {"skipkernels": _strategy(job_answer)}
 

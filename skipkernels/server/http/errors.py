@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients know them: a status, and JSON that says what is wrong and with which field."""
+"""Errors in OpenAI's format: an HTTP status, and JSON with the reason and the field."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class HttpError(SkipkernelsError):
 
     @classmethod
     def of_validation(cls, error: ValidationError) -> HttpError:
-        """The first thing that is wrong with a body; what was sent is not repeated, it may be large."""
+        """The first error in a body. The value sent is not repeated, because it may be large."""
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         steps = [str(step) for step in first["loc"]]
         param = ".".join(step for step in steps if not step.startswith("("))  # tags of unions are no fields

@@ -1,4 +1,4 @@
-"""What a client may ask a server to hold."""
+"""Limits on what one client, and all clients together, may send to a server."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
-class Limits:
-    """All are checked before the memory they protect is taken.
+class RequestLimits:
+    """Every limit is checked before the memory that it protects is allocated.
 
     Args:
-        max_body_bytes: of a request, as sent.
-        max_parts: of all messages of a request together; a message of plain text is one.
-        max_image_pixels: of all images of a request together, decoded: three bytes each.
-        max_audio_s: of all recordings of a request together.
-        max_requests: that are read, wait or run at one time.
-        client_timeout_s: for a client to send a whole body, and to take one piece of an answer.
+        max_body_bytes: size of a request body.
+        max_parts: parts in all messages of a request; a message of plain text is one part.
+        max_image_pixels: decoded pixels in all images of a request, three bytes each.
+        max_audio_s: duration of all recordings of a request.
+        max_requests: concurrent requests: being read, waiting or running.
+        client_timeout_s: for sending a whole body, and for reading one piece of an answer.
     """
 
     max_body_bytes: int = 16 << 20

@@ -1,4 +1,4 @@
-"""``/metrics``: what a server has done, for Prometheus, under vLLM's names where it has one for the same thing."""
+"""``/metrics`` for Prometheus. Metrics that vLLM has too bear vLLM's names."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from prometheus_client.registry import Collector
 
 from skipkernels.modality.job import JobAnswer
 from skipkernels.server.http.backend import Status
-from skipkernels.server.http.exchange import completion_of
+from skipkernels.server.http.pending_request import completion_of
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
 class Metrics:
-    """Of one server; several in a process do not see each other."""
+    """The metrics of one server; several servers in a process have separate ones."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -26,14 +26,16 @@ class Metrics:
         counter, histogram = self._counter, self._histogram
         self._succeeded = counter("request_success", "Requests answered.", "finished_reason")
         self._errors = counter("request_errors", "Requests answered with an error.", "status", "code")
-        self._disconnected = counter("request_disconnected", "Requests whose client left before the answer.")
-        self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
-        self._new_tokens = counter("generation_tokens", "New tokens.")
-        self._time_to_first = histogram("time_to_first_token_seconds", "Of streams.", _SECONDS)
+        self._disconnected = counter("request_disconnected", "Requests whose client disconnected before the answer.")
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens.")
+        self._new_tokens = counter("generation_tokens", "Generated tokens.")
+        self._time_to_first = histogram(
+            "time_to_first_token_seconds", "Time to the first token, streamed requests only.", _SECONDS
+        )
         self._end_to_end = histogram("e2e_request_latency_seconds", "From acceptance to the answer.", _SECONDS)
         self._per_token = histogram(
             "request_time_per_output_token_seconds",
-            "End to end over the tokens of the answer.",
+            "End-to-end latency divided by the generated tokens.",
             _TOKEN_SECONDS,
             "strategy",
         )
@@ -81,7 +83,7 @@ class Metrics:
 
 
 class _BackendCollector(Collector):
-    """The scheduler counts by itself, perhaps in another process; this only shows its figures."""
+    """Exports the scheduler's own counters, which may come from another process."""
 
     def __init__(self) -> None:
         self.status: Status | None = None
@@ -90,12 +92,12 @@ class _BackendCollector(Collector):
         if self.status is None:
             return
         counters, waiting = self.status.counters, self.status.waiting_requests
-        # requests of HTTP are jobs of one request each
+        # each HTTP request is a job of one request
         running = counters.accepted - counters.answered - counters.failed - waiting
         for name, text, value in (
             ("num_requests_waiting", "Requests in the queue.", waiting),
-            ("num_requests_running", "Requests in a batch that runs.", max(0, running)),
-            ("num_workers", "Workers that take batches.", self.status.workers),
+            ("num_requests_running", "Requests in running batches.", max(0, running)),
+            ("num_workers", "Workers that can run batches.", self.status.workers),
         ):
             yield GaugeMetricFamily(f"skipkernels:{name}", text, value)
         for name, text, value in (
@@ -106,7 +108,7 @@ class _BackendCollector(Collector):
             ("batches", "Batches started.", counters.batches),
             (
                 "request_retries",
-                "Requests that ran a second time.",
+                "Requests that were retried.",
                 counters.retried_requests,
             ),
         ):

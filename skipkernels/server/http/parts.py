@@ -1,4 +1,4 @@
-"""Images and recordings out of a request's text. Their size is checked in their headers, before they are decoded."""
+"""Decodes images and recordings in requests. Their size is checked in their headers before they are decoded."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 
 from skipkernels.chat.chat import Audio, Image
 from skipkernels.server.http.errors import HttpError
-from skipkernels.server.http.limits import Limits
+from skipkernels.server.http.limits import RequestLimits
 
 _DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-# of WAV, FLAC, OGG and MP3; the library knows many more formats, and each would be open to whoever sends a file
+# of WAV, FLAC, OGG and MP3; the library decodes many more formats, each of them attack surface
 _AUDIO_HEADS = re.compile(rb"RIFF....WAVE|fLaC|OggS|ID3|\xff[\xe0-\xff]", re.DOTALL)
 _MOST_CHANNELS = 8
 _HIGHEST_RATE_HZ = 192_000
@@ -24,9 +24,9 @@ _LOWEST_RATE_HZ = 1_000
 
 
 class PartDecoder:
-    """Decodes the parts of one request, which share its limits."""
+    """Decodes the parts of one request, which share the request's limits."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: RequestLimits) -> None:
         self._limits = limits
         self._pixels_left = limits.max_image_pixels
         self._audio_left_s = limits.max_audio_s
@@ -35,7 +35,7 @@ class PartDecoder:
         """
         Args:
             url: a data URI; nothing is ever fetched.
-            param: where it stands in the request, for errors.
+            param: path of the field in the request, for errors.
         """
         head = _DATA_URI.match(url[:256])
         if head is None or not head["type"].lower().startswith("image/"):
@@ -51,7 +51,7 @@ class PartDecoder:
 
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's own limit is not the one that counts
+                warnings.simplefilter("ignore")  # Pillow warns at a limit of its own; ours is checked below
                 picture = PillowImage.open(io.BytesIO(encoded), formats=_IMAGE_FORMATS)
         except PillowImage.DecompressionBombError as error:
             raise self._too_large(str(error), param) from error
@@ -73,7 +73,7 @@ class PartDecoder:
         """
         Args:
             data: base64 of a file; its format is read from the file itself.
-            param: where it stands in the request, for errors.
+            param: path of the field in the request, for errors.
         """
         import soundfile
 
@@ -85,7 +85,7 @@ class PartDecoder:
                 rate_hz, channels, frames = sound.samplerate, sound.channels, sound.frames
                 self._check_audio(rate_hz, channels, frames, param)
                 samples = sound.read(frames=frames, dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError as error:  # its own text names an object in memory
+        except soundfile.LibsndfileError as error:  # str(error) shows the address of a Python object
             raise _invalid(f"the recording cannot be decoded: {error.error_string}", param) from error
         if not len(samples):
             raise _invalid("the recording holds no samples", param)
@@ -121,7 +121,7 @@ class PartDecoder:
 
 
 class _AudioFile(io.BytesIO):
-    """Stays where it is when a broken file sends its decoder to a place before the beginning."""
+    """Ignores seeks to negative positions, which broken files cause in the decoder."""
 
     def seek(self, offset: int, whence: int = 0) -> int:
         return self.tell() if whence == io.SEEK_SET and offset < 0 else super().seek(offset, whence)

@@ -1,4 +1,4 @@
-"""Chats to profile a model on, from a file: one JSON object in each line, its messages as clients send them."""
+"""Reads chats to profile a model on from a JSON lines file; messages are as clients send them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from skipkernels.errors import RequestError
 from skipkernels.modality.errors import ProfileError
 from skipkernels.server.http.conversion import decode_messages
 from skipkernels.server.http.errors import HttpError
-from skipkernels.server.http.limits import Limits
+from skipkernels.server.http.limits import RequestLimits
 from skipkernels.server.http.schema import MOST_ITEMS, ChatMessage, Strict
 from skipkernels.support.files import read_text
 
@@ -25,7 +25,7 @@ class ChatLine:
     """One line of a file.
 
     Args:
-        where: it stands, for errors.
+        where: file and line, for errors.
         expected: the right answer, where one is given.
     """
 
@@ -39,9 +39,9 @@ class _Line(Strict):
     expected: str | None = None
 
 
-def read_chats(path: str | Path, limits: Limits) -> list[ChatLine]:
-    """Reads a file such as ``{"messages": [{"role": "user", "content": "..."}], "expected": "..."}``. Empty lines do
-    not count. Either every line has the right answer, or none has.
+def read_chats(path: str | Path, limits: RequestLimits) -> list[ChatLine]:
+    """Reads lines such as ``{"messages": [{"role": "user", "content": "..."}], "expected": "..."}``. Empty lines are
+    skipped. Either all lines have ``expected``, the right answer, or none has.
 
     Raises:
         ProfileError: unreadable, no chats, or a line that is not one; the message names the line.
@@ -78,7 +78,7 @@ def samples_of(chats: Sequence[ChatLine], chat_format: ChatFormat) -> list[ChatS
     return samples
 
 
-def _read_line(text: str, where: str, limits: Limits) -> ChatLine:
+def _read_line(text: str, where: str, limits: RequestLimits) -> ChatLine:
     try:
         line = _Line.model_validate_json(text)
         messages = decode_messages(line.messages, limits)

@@ -1,4 +1,4 @@
-"""The body of a chat completion: the part of OpenAI's that means something here. The rest is refused, not ignored."""
+"""The request body of a chat completion: the fields of OpenAI's that are supported. Others are refused, not ignored."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 MOST_ITEMS = 1024
-"""Of an array: bounds what is built before the server's own limit on parts is looked at."""
+"""Items in an array: bounds the objects that are built before ``RequestLimits.max_parts`` is checked."""
 
 Text = Annotated[str, Field(max_length=1 << 22)]
 
@@ -51,7 +51,7 @@ def _tag_of_text(value: object) -> str | None:
     return "(text)" if isinstance(value, str) else "(list)" if isinstance(value, list) else None
 
 
-# tags stand in parentheses, by which errors know them from names of fields
+# tags are in parentheses, so that errors can tell them from field names
 AnyPart = Annotated[
     Annotated[TextPart, Tag("(text)")]
     | Annotated[ImagePart, Tag("(image_url)")]
@@ -86,7 +86,7 @@ class StreamOptions(Strict):
 
 class ChatCompletionRequest(Strict):
     """OpenAI's fields; vLLM's ``top_k``, ``min_p``, ``repetition_penalty``; this project's ``deadline_ms``,
-    ``min_accuracy``. Decoding is greedy unless a temperature is given: that is what accuracies are promised for."""
+    ``min_accuracy``. Decoding is greedy unless a temperature is given; accuracies are promised for greedy decoding."""
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_ITEMS)

@@ -1,4 +1,4 @@
-"""What is served: a model's chats, the backend that answers them, and the limits on both."""
+"""What the routes call: admission, conversion of requests, and the backend that answers them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from skipkernels.errors import SkipkernelsError
 from skipkernels.modality.errors import ServiceClosed
 from skipkernels.modality.profile import Profile
 from skipkernels.server.http.backend import Backend
-from skipkernels.server.http.conversion import Asked, check_model, convert
+from skipkernels.server.http.conversion import ParsedRequest, check_model, convert
 from skipkernels.server.http.documents import Documents, model_document
 from skipkernels.server.http.errors import JOB_FAILED, HttpError
-from skipkernels.server.http.exchange import Exchange
-from skipkernels.server.http.limits import Limits
+from skipkernels.server.http.limits import RequestLimits
 from skipkernels.server.http.metrics import Metrics
+from skipkernels.server.http.pending_request import PendingRequest
 
 
 class Service:
@@ -30,7 +30,7 @@ class Service:
     Args:
         profile: of the served model; its ``model`` is the name that clients ask for.
         chat_format: of that model.
-        api_key: what clients have to send as a bearer token; None: nothing.
+        api_key: the bearer token that clients have to send; None: none.
     """
 
     def __init__(
@@ -39,22 +39,22 @@ class Service:
         chat_format: ChatFormat,
         backend: Backend,
         *,
-        limits: Limits | None = None,
+        limits: RequestLimits | None = None,
         api_key: str | None = None,
     ) -> None:
         self.backend = backend
-        self.limits = limits or Limits()
+        self.limits = limits or RequestLimits()
         self.metrics = Metrics()
         self.profile = profile
         self._format = chat_format
         self._api_key = None if api_key is None else api_key.encode()
         self._created = int(time.time())
-        # one thread: what is decoded beside the event loop is one request's at a time
+        # one thread: requests are decoded one at a time
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="skipkernels-requests")
         self._requests = 0
-        self._exchanges: set[Exchange] = set()
+        self._pending: set[PendingRequest] = set()
         self._closing: asyncio.Task[None] | None = None
-        self._hurried = asyncio.Event()
+        self._grace_ended = asyncio.Event()
 
     async def __aenter__(self) -> Service:
         await self.backend.start()
@@ -71,34 +71,34 @@ class Service:
         return self._closing is not None
 
     async def close(self, grace_s: float) -> None:
-        """Takes no more requests. Those accepted are answered, or fail once ``grace_s`` is over; later calls wait for
-        the first."""
+        """Accepts no more requests. Accepted ones are answered, or fail after ``grace_s``. Later calls wait for the
+        first."""
         if self._closing is None:
             self._closing = asyncio.create_task(self._close(grace_s))
         await asyncio.shield(self._closing)
 
     async def _close(self, grace_s: float) -> None:
         closing = asyncio.create_task(self.backend.close(grace_s))
-        hurried = asyncio.create_task(self._hurried.wait())
-        await asyncio.wait([closing, hurried], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
-        for exchange in self._exchanges:
-            exchange.cut_short()  # batches that run are waited for; let them be short
-        if hurried.done():
+        ended = asyncio.create_task(self._grace_ended.wait())
+        await asyncio.wait([closing, ended], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+        for pending in self._pending:
+            pending.cut_short()  # running batches are waited for, so end them early
+        if ended.done():
             await self.backend.close(0.0)
-        hurried.cancel()
+        ended.cancel()
         await closing
 
-    def hurry(self) -> None:
-        """Ends the grace of a ``close`` that has begun."""
-        self._hurried.set()
+    def end_grace(self) -> None:
+        """Ends the grace period of a ``close`` that has begun."""
+        self._grace_ended.set()
 
     def check_key(self, authorization: str | None) -> None:
         """
         Args:
-            authorization: the header of this name.
+            authorization: the Authorization header.
 
         Raises:
-            HttpError: it does not hold the key.
+            HttpError: it does not contain the key.
         """
         if self._api_key is None:
             return
@@ -108,18 +108,18 @@ class Service:
             raise HttpError(401, "invalid_api_key", "send this server's key as 'Authorization: Bearer <key>'")
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """A place among the requests that are held at one time.
+    def request_slot(self) -> Iterator[None]:
+        """Takes one of the ``max_requests`` slots while the block runs.
 
         Raises:
-            HttpError: all are taken.
+            HttpError: all slots are taken.
             ServiceClosed: the shutdown has begun.
         """
         if self.closing:
             raise ServiceClosed("the service is shutting down")
         if self._requests >= self.limits.max_requests:
             raise HttpError(
-                429, "too_many_requests", f"{self._requests} requests are being answered, no more fit; try again later"
+                429, "too_many_requests", f"{self._requests} requests are being answered, the maximum; try again later"
             )
         self._requests += 1
         try:
@@ -127,22 +127,22 @@ class Service:
         finally:
             self._requests -= 1
 
-    async def convert(self, body: bytes) -> Asked:
-        """Checks and decodes a body, beside the event loop."""
+    async def convert(self, body: bytes) -> ParsedRequest:
+        """Checks and decodes a body, in a thread."""
         arguments = (body, self.profile.model, self._format, self.limits)
         return await asyncio.get_running_loop().run_in_executor(self._thread, convert, *arguments)
 
-    def exchange(self, asked: Asked) -> Exchange:
+    def submit(self, parsed: ParsedRequest) -> PendingRequest:
         """Hands a request to the backend."""
-        exchange = Exchange(self.backend, asked.job, self._exchanges.discard)
-        self._exchanges.add(exchange)
-        return exchange
+        pending = PendingRequest(self.backend, parsed.job, self._pending.discard)
+        self._pending.add(pending)
+        return pending
 
     def error(self, error: SkipkernelsError) -> HttpError:
         """What to answer a request that failed."""
         answer = HttpError.of(error)
         if self.closing and answer.code == JOB_FAILED:
-            return HttpError.of(ServiceClosed(str(error)))  # another server may answer it
+            return HttpError.of(ServiceClosed(str(error)))  # 503, so that the client may try another server
         return answer
 
     def documents(self) -> Documents:

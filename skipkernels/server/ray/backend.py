@@ -18,7 +18,7 @@ from skipkernels.server.ray.events import JobFailure
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
-_STATUS_S = 5.0  # a scheduler that is being started anew does not answer
+_STATUS_S = 5.0  # a scheduler that is being restarted does not answer
 
 
 class RayBackend:
@@ -51,8 +51,8 @@ class RayBackend:
                         assert isinstance(event, JobAnswer)
                         return event
             finally:
-                events.cancel()  # of one that is done: nothing
-        raise WorkerLost("the scheduler ended a request without an answer; ask again")
+                events.cancel()  # no effect if it has ended
+        raise WorkerLost("the scheduler ended a request without an answer; send it again")
 
     async def status(self) -> Status:
         with _losses():
@@ -68,7 +68,7 @@ class RayBackend:
 def _losses() -> Iterator[None]:
     """
     Raises:
-        WorkerLost: where Ray says that the scheduler's process is gone.
+        WorkerLost: Ray reports that the scheduler's process is gone.
     """
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
@@ -76,4 +76,6 @@ def _losses() -> Iterator[None]:
     try:
         yield
     except (RayError, RayServeException, TimeoutError) as error:
-        raise WorkerLost("the scheduler's process was lost, with what it had accepted; ask again") from error
+        raise WorkerLost(
+            "the scheduler's process and all requests it had accepted were lost; send the request again"
+        ) from error

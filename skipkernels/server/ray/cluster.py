@@ -1,4 +1,4 @@
-"""Starts Ray, and on it the model's replicas and the scheduler."""
+"""Starts Ray, and the deployments of the model's replicas and of the scheduler."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from ray import serve
     from ray.serve.handle import DeploymentHandle
 
-_OBJECT_STORE_BYTES = 256 << 20  # for requests and answers; weights never pass through Ray
+_OBJECT_STORE_BYTES = 256 << 20  # for requests and answers only: weights are not sent through Ray
 _HEALTH_S = 1.0
-_UNLIMITED = 1 << 20  # requests in a deployment; the HTTP server has the limits
+_UNLIMITED = 1 << 20  # requests in a deployment; the HTTP server enforces the limits
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ def ray_cluster(address: str | None = None, *, cpus: float | None = None) -> Ite
     """Joins the cluster at ``address``; without one, starts one on this machine that only this machine can reach.
 
     Args:
-        cpus: of the cluster that is started; None: as many as there are.
+        cpus: of the cluster that is started; None: all.
 
     Raises:
-        SkipkernelsError: Ray is not installed, or not to be reached, or does not stay on this machine.
+        SkipkernelsError: Ray is not installed, cannot be reached, or listens beyond this machine.
     """
     if address is None:
         _set_environment()
@@ -80,13 +80,14 @@ def _set_environment() -> None:
     missing = {name for name, value in ENVIRONMENT.items() if os.environ.get(name) != value}
     if missing and sys.modules.get("ray"):
         raise SkipkernelsError(
-            f"Ray was imported before it was told to stay on {LOOPBACK}; import it later, or set {', '.join(missing)}"
+            f"Ray was imported before it was configured to stay on {LOOPBACK}; import it later, or set "
+            f"{', '.join(missing)}"
         )
     os.environ |= ENVIRONMENT
 
 
 class Cluster:
-    """This process's deployments on Ray; whatever else runs there is let be."""
+    """This process's deployments on Ray; others on the cluster are not touched."""
 
     def __init__(self, *, local: bool) -> None:
         self.local = local
@@ -99,7 +100,7 @@ class Cluster:
         """Loads ``count`` copies of a model, each in a process and a deployment of its own.
 
         Args:
-            load: picklable; what it needs is on every machine of the cluster.
+            load: picklable; the files it reads have to be on every machine of the cluster.
 
         Raises:
             DeviceError: they did not start.
@@ -126,17 +127,17 @@ class Cluster:
         replicas: Sequence[DeploymentHandle],
         *,
         restart_s: float = 600.0,
-        policy: str = "maximize",
+        selection: str = "maximize",
         memory_bytes: float | None = None,
         admission: Admission = "accuracy",
     ) -> RayBackend:
         """See ``SchedulerDeployment``."""
-        arguments = (profile, list(replicas), restart_s, policy, memory_bytes, admission)
+        arguments = (profile, list(replicas), restart_s, selection, memory_bytes, admission)
         (scheduler,) = self._start(SchedulerDeployment, [("scheduler", arguments)], {"num_cpus": 0})
         return RayBackend(scheduler)
 
     def close(self) -> None:
-        """Takes this process's deployments off the cluster; one of our own ends as a whole."""
+        """Deletes this process's deployments; a cluster that it started ends as a whole."""
         from ray import serve
 
         while self._names and not self.local:
@@ -167,7 +168,7 @@ class Cluster:
 
     @staticmethod
     def _why(targets: Sequence[serve.RunTarget]) -> str:
-        """The last line of what the first deployment that failed has raised."""
+        """The last line of the error of the first deployment that failed."""
         from ray import serve
 
         applications = serve.status().applications

@@ -1,4 +1,4 @@
-"""What comes back from another process: nothing that could fail to be unpickled there, errors least of all."""
+"""Messages from other processes: plain data only, because exceptions may fail to unpickle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a batch came to."""
+    """The outputs of a batch."""
 
     outputs: tuple[Any, ...]
 

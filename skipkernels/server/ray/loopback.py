@@ -1,7 +1,7 @@
 """Keeps Ray on this machine.
 
-By itself Ray listens on all interfaces, and unpickles what comes in there. What is done about it below is none of Ray's
-public interface; a test looks at every port that is open.
+By default Ray listens on all interfaces, and unpickles whatever it receives there. The settings below are not part of
+Ray's public interface, so a test checks every open port.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 LOOPBACK = "127.0.0.1"
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too, this makes loopback the address of Ray's own servers
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # makes Ray's own servers listen on loopback, on Linux too
 }
 
 
 def on_loopback(kind: type[object]) -> type[object]:
-    """``kind``, whose deployments open their own ports on loopback only: Serve opens one for each after it made the
-    object."""
+    """A subclass of ``kind`` whose deployments listen on loopback only: Serve opens a port for each deployment after it
+    created the object."""
 
     class OnLoopback(kind):  # type: ignore[valid-type, misc]
         def __init__(self, *arguments: object) -> None:

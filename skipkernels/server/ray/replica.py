@@ -1,4 +1,4 @@
-"""One copy of the model in a process of its own."""
+"""A copy of the model in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from skipkernels.server.ray.events import Description, ModelFailure, Outputs, Pi
 
 
 class Replica:
-    """A deployment. The model runs in a thread, so that the process answers while it does.
+    """A deployment. The model runs in a thread, so that the process can answer calls meanwhile.
 
     Args:
         load: makes the model; called in this process.
@@ -45,7 +45,7 @@ class Replica:
         return await asyncio.get_running_loop().run_in_executor(self._thread, measure, self._model)
 
     async def run(self, batch: Sequence[Inputs], strategy: Strategy) -> AsyncIterator[Pieces | Outputs | ModelFailure]:
-        """Runs a batch: its text as it comes, and at the end what it came to."""
+        """Runs a batch: yields its text as it is generated, and at the end its outputs or failure."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[tuple[int, str] | None] = asyncio.Queue()
         senders = self._running = [_Sender(loop, queue, position) for position in range(len(batch))]
@@ -65,13 +65,13 @@ class Replica:
             yield ModelFailure(repr(error))
 
     async def give_up(self, positions: Sequence[int]) -> None:
-        """Nobody waits any more for these answers of the running batch."""
+        """Marks answers of the running batch that nobody waits for any more."""
         for position in positions:
             self._running[position].given_up = True
 
 
 class _Sender:
-    """The progress of one request, on its way out of this process."""
+    """Sends the progress of one request out of this process."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[tuple[int, str] | None], position: int
@@ -82,7 +82,7 @@ class _Sender:
         self.given_up = False
 
     def restart(self) -> None:
-        """Whoever sends a batch here knows that its answers begin."""
+        """Nothing to do: the sender of a batch restarts the progress itself."""
 
     def add(self, text: str) -> None:
         if text:

@@ -13,21 +13,21 @@ from skipkernels.modality.runtime import Runtime
 from skipkernels.modality.scheduler import Admission
 from skipkernels.server.http.backend import Embedded, Status
 from skipkernels.server.http.errors import HttpError
-from skipkernels.server.http.exchange import Exchange
+from skipkernels.server.http.pending_request import PendingRequest
 from skipkernels.server.ray.events import JobFailure
-from skipkernels.server.ray.replica_executor import ReplicaExecutor
+from skipkernels.server.ray.replica_worker import ReplicaWorker
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 
 class SchedulerDeployment:
-    """A deployment with one replica. When its process dies, Ray starts it anew, with an empty queue.
+    """A deployment with one replica. When its process dies, Ray restarts it with an empty queue.
 
     Args:
         replicas: deployments of ``Replica``; each is one worker.
-        restart_s: see ``ReplicaExecutor``.
-        policy, memory_bytes, admission: see ``Scheduler``.
+        restart_s: see ``ReplicaWorker``.
+        selection, memory_bytes, admission: see ``Scheduler``.
     """
 
     def __init__(
@@ -35,23 +35,23 @@ class SchedulerDeployment:
         profile: Profile,
         replicas: Sequence[DeploymentHandle],
         restart_s: float,
-        policy: str,
+        selection: str,
         memory_bytes: float | None,
         admission: Admission,
     ) -> None:
-        self._executors = [ReplicaExecutor(replica, restart_s) for replica in replicas]
-        runtime = Runtime(profile, self._executors, policy, memory_bytes=memory_bytes, admission=admission)
+        self._workers = [ReplicaWorker(replica, restart_s) for replica in replicas]
+        runtime = Runtime(profile, self._workers, selection, memory_bytes=memory_bytes, admission=admission)
         self._embedded = Embedded(runtime)
         self._starting: asyncio.Task[None] | None = None
 
     async def answer(self, job: Job) -> AsyncIterator[str | JobAnswer | JobFailure]:
-        """The text of a job of one request as it comes, and at the end its answer, or why there is none."""
+        """Yields the text of a job of one request as it is generated, and at the end its answer or failure."""
         await self._started()
         try:
-            async with Exchange(self._embedded, job, lambda _: None) as exchange:
-                while (piece := await exchange.next_piece()) is not None:
+            async with PendingRequest(self._embedded, job, lambda _: None) as pending:
+                while (piece := await pending.next_piece()) is not None:
                     yield piece
-                yield await exchange.answer()
+                yield await pending.answer()
         except SkipkernelsError as error:
             failure = HttpError.of(error)
             yield JobFailure(failure.status, failure.code, str(failure))
@@ -64,12 +64,12 @@ class SchedulerDeployment:
         """See ``Backend.close``."""
         closing = asyncio.create_task(self._embedded.close(grace_s))
         await asyncio.wait([closing], timeout=grace_s)
-        for executor in self._executors:
-            executor.abandon()
+        for worker in self._workers:
+            worker.abandon()
         await closing
 
     async def _started(self) -> None:
-        """The runtime's tasks belong to the event loop, which does not run yet in ``__init__``."""
+        """Starts the runtime at the first call: its tasks need the event loop, which does not run in ``__init__``."""
         if self._starting is None:
             self._starting = asyncio.create_task(self._embedded.start())
         await self._starting

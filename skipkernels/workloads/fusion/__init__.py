@@ -1,1 +1,1 @@
-"""A small fusion classifier of sound and video on generated clips, in the place of TVLT on CMU-MOSEI."""
+"""A small fusion classifier of audio and video on generated clips; stands in for TVLT on CMU-MOSEI."""

@@ -1,14 +1,14 @@
-"""Generated clips of sound and video: what the fusion classifier is trained, profiled and served on.
+"""Generated clips of audio and video, on which the fusion classifier is trained, profiled and served.
 
-A clip has segments, and each segment a sentiment, negative or positive. Both modalities hear or see it through noise:
+A clip has segments, and each segment has a sentiment, negative or positive. Both modalities carry noisy evidence of it:
 
     evidence_m = strength_m * (+1 or -1) + noise_m,   noise_m standard normal, correlated between the modalities
 
-Frames carry the evidence in one direction of their features. But only half of a segment's frames are of the one who
-speaks, which another direction tells; the other half carry somebody else's evidence. So a classifier has to find the
-frames of a segment, to tell apart whose they are, and to weigh one modality against the other.
+Frames carry the evidence along one direction in feature space. Only half of a segment's frames show the speaker, which
+a second direction marks; the other half carry evidence of somebody else. So a classifier has to find the frames of a
+segment, select the speaker's, and weigh one modality against the other.
 
-The best that can be done is known, see ``ClipSource.best_accuracy``. The defaults put it near what MOSEL reports of
+The best possible accuracy is known, see ``ClipSource.best_accuracy``. The defaults put it near what MOSEL reports of
 TVLT on CMU-MOSEI: 0.743 with both, 0.723 with audio alone, 0.660 with video alone (arXiv 2310.18481).
 """
 
@@ -27,7 +27,7 @@ FEATURES = 16
 Frames = npt.NDArray[np.float32]
 
 _FRAME_NOISE = 0.2
-_DIRECTIONS_SEED = 7  # of the world, not of a draw from it
+_DIRECTIONS_SEED = 7  # fixed: the same directions for all draws
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class ClipSource:
         return Clips(frames, labels)
 
     def best_accuracy(self, *modalities: str) -> float:
-        """What nobody can be better than, on the mean: evidence is best weighed by the inverse of its covariance, and
-        the sum is right with the probability that a standard normal is below its mean over its deviation."""
+        """The accuracy of the optimal classifier: it weighs evidence by the inverse covariance, and is right with the
+        probability that a standard normal is below mean / deviation of the weighted sum."""
         chosen = [MODALITIES.index(modality) for modality in modalities]
         spoken = [self.frames[modality] / 2 for modality in MODALITIES]
         covariance = np.array([[1.0, self.correlation], [self.correlation, 1.0]])
@@ -94,7 +94,7 @@ class ClipSource:
 
 
 def _directions(modality: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Of the evidence and of the speaker: unit vectors at right angles."""
+    """Orthogonal unit vectors: the directions of the evidence and of the speaker."""
     drawn = np.random.default_rng([_DIRECTIONS_SEED, modality]).standard_normal((FEATURES, 2))
     evidence, speaker = np.linalg.qr(drawn)[0].T
     return evidence, speaker

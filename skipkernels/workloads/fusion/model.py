@@ -21,26 +21,26 @@ from skipkernels.skipping.policy import Policy, SkipPolicy
 from skipkernels.workloads.fusion.clips import MODALITIES, Clips
 from skipkernels.workloads.fusion.network import PLACEHOLDERS, START, FusionNetwork, label_of
 
-SKIP_RULE = SkipPolicy(threshold=0.9, span=3, cold_start=1, cold_end=1, warmup_tokens=1)
-"""What all skip levels share; each holds its own ratio."""
+SKIP_RULE = SkipPolicy(threshold=0.9, span=3, first_dense_layers=1, last_dense_layers=1, warmup_tokens=1)
+"""Parameters of all skip levels; each level holds its own ratio."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a clip's segments are taken for."""
+    """The predicted labels of a clip's segments."""
 
-    labels: tuple[int | None, ...]  # None: the decoded token was no label of that segment
+    labels: tuple[int | None, ...]  # None: the decoded token is not a label of that segment
     skip_ratio: float  # of the FFNs of the decoded labels
 
 
 class FusionModel:
-    """A ``ModalityModel``. Its inputs are frames, f32 [segments, frames, FEATURES]; what a strategy leaves out is not
-    encoded and has no tokens in the prompt.
+    """A ``ModalityModel``. Its inputs are frames, f32 [segments, frames, FEATURES]. Modalities that a strategy leaves
+    out are not encoded and have no tokens in the prompt.
 
     Args:
         network: its decoder's weights are shared with the engine.
-        skip_levels: shares of FFN executions that are held while labels are decoded, each a dimension of strategies
-            with every modality subset; 0 is dense.
+        skip_levels: skip ratios to hold while labels are decoded; each is a strategy with every modality subset; 0 is
+            dense.
         options: of ``Engine.from_pretrained``; its ``max_batch_size`` is the largest batch.
 
     Raises:
@@ -62,7 +62,7 @@ class FusionModel:
         self.fingerprint = f"{self.engine.fingerprint}-{_encoders_hash(network)}-{policies_hash(policies)}"
 
     def run(self, batch: Sequence[Inputs], strategy: Strategy) -> list[Prediction]:
-        """Encodes what ``strategy`` keeps, then decodes the labels of all clips together, greedily."""
+        """Encodes the modalities that ``strategy`` keeps, then decodes the labels of all clips as a batch, greedily."""
         prompts = [self.prompt(inputs, strategy) for inputs in batch]
         segments = self._network.shape.segments
         policy = self._policies[strategy.skip_level]
@@ -77,7 +77,7 @@ class FusionModel:
 
     @torch.inference_mode()
     def prompt(self, inputs: Inputs, strategy: Strategy) -> EmbeddedPrompt:
-        """What the decoder starts from."""
+        """The decoder's input for one request."""
         token_ids: list[int] = []
         embeddings = []
         for modality in MODALITIES:
@@ -91,12 +91,12 @@ class FusionModel:
         return EmbeddedPrompt([*token_ids, START], embedded)
 
     def score(self, output: Prediction, expected: Sequence[int]) -> float:
-        """The share of a clip's segments that are right."""
+        """The share of a clip's segments that are labelled correctly."""
         return float(np.mean([label == right for label, right in zip(output.labels, expected, strict=True)]))
 
 
 def samples_of(clips: Clips) -> list[Sample]:
-    """Each clip with what it should be taken for."""
+    """Each clip with its labels."""
     return [
         Sample({modality: clips.frames[modality][index] for modality in MODALITIES}, tuple(clips.labels[index]))
         for index in range(len(clips))
@@ -108,7 +108,7 @@ def request_of(sample: Sample) -> Request:
 
 
 def _encoders_hash(network: FusionNetwork) -> str:
-    """Eight hex digits over all that is not in the decoder."""
+    """Eight hex digits over all weights outside the decoder."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         if not name.startswith("decoder."):

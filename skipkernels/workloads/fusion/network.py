@@ -1,10 +1,10 @@
-"""The fusion classifier as a module: frames become embeddings, and a Llama writes one label for each segment.
+"""The fusion classifier as a module: frames become embeddings, and a Llama decodes one label per segment.
 
     prompt    [frames of the kept modalities, segment by segment] start
     decoded   (segment 0, its label), (segment 1, its label), ...
 
-A label is a token of its own for each segment. So the decoder always knows which segment is next, and the time of a
-request has a part that its modalities decide, the prompt, and one that the skip level decides, the labels.
+Each segment has label tokens of its own, so the decoder always knows which segment is next. The time of a request has
+two parts: the prompt, which depends on its modalities, and the labels, which depend on the skip level.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class FusionNetwork(nn.Module):
 
     @torch.no_grad()
     def _align(self) -> None:
-        """Initial weights with which a label looks at the frames of its segment: what follows the label before it is
-        embedded like them, and keys begin as queries. Else most of a training would go into finding them."""
+        """Initialises attention so that a label attends to the frames of its segment: the token before it is embedded
+        like these frames, and keys equal queries. Otherwise most of the training would go into learning that."""
         nn.init.normal_(self.segments.weight, std=0.5)
         named = self.segments.weight.repeat_interleave(CLASSES, dim=0)  # the segment of each label
         table, head = self.decoder.model.embed_tokens.weight, self.decoder.lm_head.weight
@@ -97,7 +97,9 @@ class FusionNetwork(nn.Module):
         start = table(torch.full((len(labels), 1), START))
         embeddings = torch.cat([*encoded, start, table(self.label_tokens(labels)[:, :-1])], dim=1)
         position_ids = None if positions is None else positions[None]
-        mask = torch.ones(embeddings.shape[:2])  # without one, transformers takes gaps in positions for new sequences
+        mask = torch.ones(
+            embeddings.shape[:2]
+        )  # without a mask, transformers treats gaps in positions as sequence boundaries
         output = self.decoder(inputs_embeds=embeddings, position_ids=position_ids, attention_mask=mask, use_cache=False)
         return output.logits[:, -labels.shape[1] :]
 

@@ -1,6 +1,6 @@
-"""Trains the fusion classifier from nothing: ``python -m skipkernels.workloads.fusion.train --out DIR``.
+"""Trains the fusion classifier from scratch: ``python -m skipkernels.workloads.fusion.train --out DIR``.
 
-Some minutes on one core. The weights are the same to the bit for the same seed, library versions and processor.
+Takes some minutes on one core. Weights are bitwise reproducible for the same seed, library versions and processor.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from skipkernels.workloads.fusion.trainer import Schedule, train
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the trained classifier.")],
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = Schedule().steps,
-    seed: Annotated[int, typer.Option(help="Of the weights and of the clips.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and clips.")] = 0,
     intermediate: Annotated[
-        int, typer.Option(min=1, help="Width of the FFNs: the wider, the more of a label's time can be skipped.")
+        int,
+        typer.Option(
+            min=1, help="Width of the FFNs. The wider, the larger the share of decoding time that can be skipped."
+        ),
     ] = FusionShape.intermediate,
 ) -> None:
     """Train the fusion classifier and write it to OUT."""

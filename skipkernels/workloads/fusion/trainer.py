@@ -1,5 +1,5 @@
-"""Trains the fusion classifier: on every modality subset in turn, from plain evidence to faint, and mostly on a few
-frames of each segment, which is what makes it a matter of minutes."""
+"""Trains the fusion classifier on every modality subset in turn. A curriculum from strong to weak evidence, mostly on a
+few frames per segment, keeps it to minutes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from skipkernels.workloads.fusion.clips import MODALITIES, Clips, ClipSource
 from skipkernels.workloads.fusion.network import FusionNetwork, FusionShape
 
 SUBSETS = (("audio", "video"), ("audio",), ("video",))
-_BEGIN = 4.0  # times the source's strength of the evidence, with which training begins
+_BEGIN = 4.0  # factor on the strength of the evidence when training begins
 _FEW = 2  # frames of a segment and modality
 _CLIPPED = 1.0  # norm of the gradient
 
@@ -30,10 +30,10 @@ class Schedule:
         steps: one batch of clips and one modality subset each.
         clips: in a batch.
         learning_rate: after ``warmup`` steps, and up to half of them all; then it falls linearly.
-        faint_from: share of the steps after which the evidence is as faint as the source's.
+        faint_from: share of the steps after which the evidence is as weak as the source's.
         whole_from: share of the steps after which clips have all of their frames.
-        dropped_ffns: share of the labels for which an FFN, but the first and the last, does not run: what skipping
-            will do. As LayerSkip's layer dropout (arXiv 2404.16710), for FFNs.
+        dropped_ffns: share of the labels for which an FFN is dropped, except the first and the last FFN: prepares for
+            skipping. Like LayerSkip's layer dropout (arXiv 2404.16710), for FFNs.
     """
 
     steps: int = 480
@@ -65,7 +65,7 @@ def train(
 ) -> FusionNetwork:
     """
     Args:
-        shape: fields of ``FusionShape`` beside those that the source decides.
+        shape: fields of ``FusionShape`` that the source does not determine.
         after_step: called with the loss of each step.
     """
     torch.manual_seed(seed)
@@ -99,7 +99,7 @@ def _loss(network: FusionNetwork, clips: Clips, subset: tuple[str, ...], positio
 def _positions(
     source: ClipSource, subset: tuple[str, ...], taken: Mapping[str, int], rng: np.random.Generator
 ) -> torch.Tensor:
-    """Of the sequence's tokens: where they would be if the frames that were taken were some of a whole clip's."""
+    """Position of each token, as if the frames that were drawn were a sample of a whole clip's."""
     positions: list[int] = []
     begin = 0
     for modality in subset:
@@ -112,7 +112,7 @@ def _positions(
 
 @contextmanager
 def _dropping_ffns(network: FusionNetwork, share: float) -> Iterator[None]:
-    """FFNs between the first and the last do not run for ``share`` of the labels."""
+    """Drops FFNs between the first and the last for ``share`` of the labels."""
 
     def drop(ffn: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         kept = torch.ones(output.shape[:2])

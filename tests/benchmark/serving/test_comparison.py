@@ -63,7 +63,7 @@ def test_the_found_rate_is_the_highest() -> None:
 
 
 def test_a_workload_that_cannot_be_met_is_an_error() -> None:
-    with pytest.raises(JobError, match="the load does not decide it"):
+    with pytest.raises(JobError, match="this does not depend on the rate"):
         compare(
             contenders(two_speeds(spread=3.0), ["full"]),
             Workload(extra_ms=-5.0, slack=0.0),

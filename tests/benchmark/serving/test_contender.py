@@ -19,7 +19,7 @@ def test_where_strategies_have_two_dimensions_each_competes_alone() -> None:
         "modalities only": ["audio+video@0", "audio@0"],
         "skipping only": ["audio+video@0", "audio+video@0.2"],
     }
-    assert [contender.policy for contender in listed.values()] == ["full", "maximize", "maximize", "maximize"]
+    assert [contender.selection for contender in listed.values()] == ["full", "maximize", "maximize", "maximize"]
     everything = {contender.profile.full({"audio", "video"}).strategy for contender in listed.values()}
     assert {strategy.name for strategy in everything} == {"audio+video@0"}
 

@@ -16,7 +16,7 @@ from skipkernels.modality.profiler import Sample, measure_profile
 from skipkernels.modality.runtime import Runtime
 from skipkernels.modality.simulator import simulate
 from skipkernels.modality.strategy import Inputs, Strategy, all_strategies
-from skipkernels.modality.thread_executor import ThreadExecutor
+from skipkernels.modality.thread_worker import ThreadWorker
 from skipkernels.workloads.arrivals import poisson
 from skipkernels.workloads.workload import Workload
 
@@ -50,7 +50,7 @@ def test_simulation_and_runtime_agree(policy: str, requests_per_s: float) -> Non
 
     async def served() -> tuple[float, Summary]:
         """What the runtime adds to a batch when nothing else waits, and the run."""
-        async with Runtime(profile, [ThreadExecutor(Sleeper())], policy) as runtime:
+        async with Runtime(profile, [ThreadWorker(Sleeper())], policy) as runtime:
             alone = [await runtime.submit(Job(arrivals[0].job.requests[:1])) for _ in range(30)]
             overhead_ms = median(answer.time_ms for answer in alone) - profile.strategies[0].median_ms(1)
             return overhead_ms, summarise(await replay(arrivals, runtime.submit))

@@ -16,7 +16,7 @@ from skipkernels.chat.multimodal.families import family_of
 from skipkernels.chat.multimodal.multimodal_format import MultimodalFormat
 from skipkernels.chat.text_format import work_of
 from skipkernels.errors import RequestError
-from skipkernels.server.http.limits import Limits
+from skipkernels.server.http.limits import RequestLimits
 from skipkernels.server.http.parts import PartDecoder
 from tests.chat.multimodal.chats import RATE_HZ, chat_of, picture, recording, stock_inputs
 from tests.multimodal import MULTIMODAL, tiny_multimodal
@@ -78,7 +78,7 @@ def test_recordings_come_at_any_rate() -> None:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_files_go_all_the_way(kind: str) -> None:
     """Bytes as clients send them, decoded, through the processor and the encoders."""
-    decoder = PartDecoder(Limits())
+    decoder = PartDecoder(RequestLimits())
     image = decoder.image(f"data:image/{kind.lower()};base64,{base64_of(image_file(31, 17, kind))}", "image")
     audio = decoder.audio(base64_of(wav_file(0.4, 8000, channels=2)), "audio")
     inputs = format_of("qwen2.5 omni").request(asked("Describe ", image, audio)).inputs
@@ -109,8 +109,12 @@ def test_room_and_work_are_those_of_the_whole_chat() -> None:
         ("llava", (" ", picture()), "the messages hold no text"),
         ("llava", ("Hear ", recording()), "this model does not take audio; it takes text, image"),
         ("qwen2 audio", ("See ", picture()), "this model does not take image; it takes text, audio"),
-        ("llava", ("a <|IMAGE|> b",), r"the text holds '<\|IMAGE\|>', by which this model knows a medium; remove it"),
-        ("qwen2.5 omni", ("<|audio_bos|>",), r"the text holds '<\|audio_bos\|>'"),
+        (
+            "llava",
+            ("a <|IMAGE|> b",),
+            r"the text contains '<\|IMAGE\|>', which this model reserves for images or audio; remove it",
+        ),
+        ("qwen2.5 omni", ("<|audio_bos|>",), r"the text contains '<\|audio_bos\|>'"),
         ("qwen2.5 omni", ("Long ", recording(1.01)), r"lasts 1\.01 s, this model hears 0\.1 to 1 s; cut it to that"),
         ("qwen2 audio", ("Short ", recording(0.09)), r"lasts 0\.09 s"),
         ("llava", ("Thin ", picture(1, 201)), "1 x 201 pixels is too long and thin"),

@@ -20,7 +20,9 @@ from tests.models import tiny_module
 from tests.multimodal import MULTIMODAL, tiny_multimodal
 from tests.tolerances import assert_close
 
-SKIPPING = SkipPolicy(threshold=0.9, span=1, cold_start=0, cold_end=0, warmup_tokens=2, target_ratio=0.2)
+SKIPPING = SkipPolicy(
+    threshold=0.9, span=1, first_dense_layers=0, last_dense_layers=0, warmup_tokens=2, target_ratio=0.2
+)
 POLICIES: dict[float, Policy] = {0.0: DensePolicy(), 0.2: SKIPPING}
 STRATEGIES = [
     (family, Strategy(("text", *kept)))
@@ -205,7 +207,7 @@ def test_the_fingerprint_tells_weights_and_policies_apart(fresh: tuple[PreTraine
     [
         ({0.0: SKIPPING}, "only level 0 skips nothing"),
         ({0.5: DensePolicy()}, "only level 0 skips nothing"),
-        ({0.2: dataclasses.replace(SKIPPING, cold_end=9)}, "leave nothing to skip"),
+        ({0.2: dataclasses.replace(SKIPPING, last_dense_layers=9)}, "leave nothing to skip"),
     ],
 )
 def test_policies_that_cannot_be_leave_the_module_whole(

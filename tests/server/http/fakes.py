@@ -14,10 +14,10 @@ from skipkernels.modality.job import Request
 from skipkernels.modality.profile import Profile
 from skipkernels.modality.runtime import Runtime
 from skipkernels.modality.strategy import Inputs, Strategy, all_strategies
-from skipkernels.modality.thread_executor import ThreadExecutor
+from skipkernels.modality.thread_worker import ThreadWorker
 from skipkernels.server.http.app import create_app
 from skipkernels.server.http.backend import Embedded
-from skipkernels.server.http.limits import Limits
+from skipkernels.server.http.limits import RequestLimits
 from skipkernels.server.http.service import Service
 from tests.modality.profiles import entry
 
@@ -121,10 +121,10 @@ class EchoModel:
         )
 
 
-def echo_service(model: EchoModel | None = None, limits: Limits | None = None, **options: Any) -> Service:
+def echo_service(model: EchoModel | None = None, limits: RequestLimits | None = None, **options: Any) -> Service:
     """Options of ``Runtime``, and ``api_key``."""
     api_key = options.pop("api_key", None)
-    runtime = Runtime(PROFILE, [ThreadExecutor(model or EchoModel())], **options)
+    runtime = Runtime(PROFILE, [ThreadWorker(model or EchoModel())], **options)
     return Service(PROFILE, EchoFormat(), Embedded(runtime), limits=limits, api_key=api_key)
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 import httpx
 import pytest
 
-from skipkernels.server.http.limits import Limits
+from skipkernels.server.http.limits import RequestLimits
 from tests.server.http.fakes import COMPLETIONS, EchoModel, body, client_of, echo_service
 from tests.server.http.malformed import KEY, malformed
 
@@ -28,7 +28,7 @@ async def send(client: httpx.AsyncClient, seed: int) -> int:
 
 async def fuzz(seeds: range) -> Counter[int]:
     model = EchoModel()
-    service = echo_service(model, api_key=KEY, limits=Limits(max_requests=1, max_body_bytes=1 << 20))
+    service = echo_service(model, api_key=KEY, limits=RequestLimits(max_requests=1, max_body_bytes=1 << 20))
     async with client_of(service) as client:
         statuses = Counter([await send(client, seed) for seed in seeds])
         assert not model.batches, "a malformed request reached the model"

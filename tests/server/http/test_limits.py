@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from skipkernels.server.http.app import create_app
-from skipkernels.server.http.limits import Limits
+from skipkernels.server.http.limits import RequestLimits
 from tests.server.http.fakes import COMPLETIONS, EchoModel, body, client_of, echo_service
 from tests.server.http.media import text_part
 
@@ -33,7 +33,7 @@ class Upload:
 
 def upload(content: Upload, headers: dict[str, str], **limits: Any) -> httpx.Response:
     async def exchange() -> httpx.Response:
-        async with client_of(echo_service(limits=Limits(**limits))) as client:
+        async with client_of(echo_service(limits=RequestLimits(**limits))) as client:
             return await client.post(COMPLETIONS, content=content, headers=JSON | headers)
 
     return asyncio.run(exchange())
@@ -72,7 +72,7 @@ def test_parts_of_all_messages_count(parts: int, status: int) -> None:
     ]
 
     async def exchange() -> httpx.Response:
-        async with client_of(echo_service(limits=Limits(max_parts=6))) as client:
+        async with client_of(echo_service(limits=RequestLimits(max_parts=6))) as client:
             return await client.post(COMPLETIONS, json=body(messages=messages))
 
     assert asyncio.run(exchange()).status_code == status
@@ -90,7 +90,7 @@ def test_more_messages_than_could_ever_pass_are_not_built() -> None:
 
 def test_no_more_requests_are_held_than_allowed() -> None:
     async def exchange() -> tuple[list[int], int]:
-        service = echo_service(EchoModel(word_s=0.05), limits=Limits(max_requests=3))
+        service = echo_service(EchoModel(word_s=0.05), limits=RequestLimits(max_requests=3))
         async with client_of(service) as client:
             first = await asyncio.gather(*(client.post(COMPLETIONS, json=body()) for _ in range(8)))
             later = await client.post(COMPLETIONS, json=body())
@@ -104,7 +104,7 @@ def test_no_more_requests_are_held_than_allowed() -> None:
 def test_a_client_that_reads_nothing_is_given_up() -> None:
     """Its answer waits in ``send``, as behind a full socket."""
     model = EchoModel(word_s=0.01)
-    service = echo_service(model, limits=Limits(client_timeout_s=0.2))
+    service = echo_service(model, limits=RequestLimits(client_timeout_s=0.2))
     content = json.dumps(body(" ".join(["word"] * 500), stream=True)).encode()
     sent: list[Any] = []
 
@@ -133,4 +133,4 @@ def test_a_client_that_reads_nothing_is_given_up() -> None:
 @pytest.mark.parametrize("value", [0, -1, float("nan")])
 def test_a_limit_is_positive(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field} must be positive"):
-        Limits(**{field: value})
+        RequestLimits(**{field: value})

@@ -8,7 +8,7 @@ from collections import Counter
 import httpx
 import pytest
 
-from skipkernels.server.http.limits import Limits
+from skipkernels.server.http.limits import RequestLimits
 from skipkernels.server.http.service import Service
 from tests.server.http.fakes import COMPLETIONS, EchoModel, body, echo_service
 from tests.server.http.running import running
@@ -59,7 +59,7 @@ async def settled(service: Service) -> None:
 
 def test_no_request_is_lost_under_load() -> None:
     model = EchoModel(WORD_S)
-    service = echo_service(model, limits=Limits(max_requests=CLIENTS))
+    service = echo_service(model, limits=RequestLimits(max_requests=CLIENTS))
     threads = threading.active_count()
 
     async def load(url: str) -> Counter[str]:
@@ -86,7 +86,7 @@ def test_no_request_is_lost_under_load() -> None:
 def test_a_worker_does_not_work_for_clients_that_left() -> None:
     """Sixteen answers of a hundred words would take 10 s; whoever leaves after the first word frees the worker."""
     model = EchoModel(word_s=0.05)
-    service = echo_service(model, limits=Limits(max_requests=100))
+    service = echo_service(model, limits=RequestLimits(max_requests=100))
 
     async def load(url: str) -> float:
         loop = asyncio.get_running_loop()

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from skipkernels.server.http.errors import HttpError
-from skipkernels.server.http.limits import Limits
+from skipkernels.server.http.limits import RequestLimits
 from skipkernels.server.http.parts import PartDecoder
 from tests.server.http.media import base64_of, image_file, wav_file
 
-SMALL = Limits(max_image_pixels=100, max_audio_s=1.0)
+SMALL = RequestLimits(max_image_pixels=100, max_audio_s=1.0)
 
 
 def uri(data: bytes, kind: str = "image/png") -> str:

@@ -12,7 +12,7 @@ from skipkernels.chat.text_format import PROFILED_NEW_TOKENS
 from skipkernels.errors import RequestError
 from skipkernels.modality.errors import ProfileError
 from skipkernels.modality.job import Request
-from skipkernels.server.http.limits import Limits
+from skipkernels.server.http.limits import RequestLimits
 from skipkernels.server.http.samples import read_chats, samples_of
 from tests.server.http.fakes import EchoFormat
 from tests.server.http.media import audio_part, image_part, text_part
@@ -30,7 +30,7 @@ def write(folder: Path, *lines: str) -> Path:
 
 def test_chats_are_those_of_clients(tmp_path: Path) -> None:
     path = write(tmp_path, line(), "", line([text_part("Look: "), image_part()]))
-    plain, with_image = read_chats(path, Limits())
+    plain, with_image = read_chats(path, RequestLimits())
     assert (plain.where, with_image.where) == (f"{path}, line 1", f"{path}, line 3")
     assert plain.expected is None
     assert plain.chat.max_new_tokens == PROFILED_NEW_TOKENS
@@ -42,7 +42,7 @@ def test_chats_are_those_of_clients(tmp_path: Path) -> None:
 
 def test_right_answers_are_kept(tmp_path: Path) -> None:
     parts = [text_part("Both: "), image_part(), audio_part()]
-    chats = read_chats(write(tmp_path, line(parts, expected="yes"), line(parts, expected="")), Limits())
+    chats = read_chats(write(tmp_path, line(parts, expected="yes"), line(parts, expected="")), RequestLimits())
     assert [sample.expected for sample in samples_of(chats, EchoFormat())] == ["yes", ""]
 
 
@@ -68,19 +68,19 @@ def test_right_answers_are_kept(tmp_path: Path) -> None:
 )
 def test_a_wrong_line_is_named(tmp_path: Path, lines: list[str], message: str) -> None:
     with pytest.raises(ProfileError, match=message):
-        read_chats(write(tmp_path, *lines), Limits(max_parts=4))
+        read_chats(write(tmp_path, *lines), RequestLimits(max_parts=4))
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match=r"none\.jsonl: cannot be read"):
-        read_chats(tmp_path / "none.jsonl", Limits())
+        read_chats(tmp_path / "none.jsonl", RequestLimits())
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(ProfileError, match=r"bytes\.jsonl: is not UTF-8 text"):
-        read_chats(tmp_path / "bytes.jsonl", Limits())
+        read_chats(tmp_path / "bytes.jsonl", RequestLimits())
 
 
 def test_a_chat_that_lacks_a_modality_is_named(tmp_path: Path) -> None:
-    chats = read_chats(write(tmp_path, line([text_part("Look: "), image_part()])), Limits())
+    chats = read_chats(write(tmp_path, line([text_part("Look: "), image_part()])), RequestLimits())
     with pytest.raises(ProfileError, match=r"line 1: holds no audio; .* audio, image, text"):
         samples_of(chats, EchoFormat())
 
@@ -91,6 +91,6 @@ def test_a_chat_that_the_model_refuses_is_named(tmp_path: Path) -> None:
             raise RequestError("too long")
 
     parts = [text_part("Both: "), image_part(), audio_part()]
-    chats = read_chats(write(tmp_path, line(parts), line(parts)), Limits())
+    chats = read_chats(write(tmp_path, line(parts), line(parts)), RequestLimits())
     with pytest.raises(ProfileError, match="line 1: too long"):
         samples_of(chats, Refusing())

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from skipkernels.server.http.limits import Limits
+from skipkernels.server.http.limits import RequestLimits
 from tests.server.http.fakes import COMPLETIONS, EchoModel, body, echo_service
 from tests.server.http.malformed import KEY, malformed
 from tests.server.http.running import Running, running
@@ -20,7 +20,7 @@ HEAD = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    limits = Limits(max_requests=4, max_body_bytes=1 << 20, client_timeout_s=60.0)
+    limits = RequestLimits(max_requests=4, max_body_bytes=1 << 20, client_timeout_s=60.0)
     with running(echo_service(EchoModel(), api_key=KEY, limits=limits)) as server:
         yield server
         with httpx.Client(base_url=server.url, headers=HEADERS) as client:

@@ -1,0 +1,102 @@
+"""Summarisation: ROUGE-1, -2 and -L (Lin 2004) of generated summaries against those of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skipkernels.calibration.passages import Passage
+from skipkernels.engine import Engine
+from skipkernels.errors import RequestError, SkipkernelsError
+from skipkernels.evaluation.estimate import Item, Metric
+from skipkernels.evaluation.jsonl import digest, read_jsonl
+from skipkernels.evaluation.task import Outcome
+from skipkernels.methods.method import Method, OnItem, ignore
+from skipkernels.methods.work import Work
+
+_ROUGE = {
+    name: Metric(shown, "share", higher_is_better=True)
+    for name, shown in (("rouge1", "ROUGE-1"), ("rouge2", "ROUGE-2"), ("rougeL", "ROUGE-L"))
+}
+_PROMPT = "{article}\n\nTL;DR:"  # works for models without instruction tuning (GPT-2's report)
+_STOP = ["\n\n"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    article: str
+    summary: str
+
+
+class Summarization:
+    """F-measures with Porter's stemmer; a summary ends at an empty line."""
+
+    name = "summarization"
+    metrics = tuple(_ROUGE.values())
+
+    def __init__(
+        self,
+        engine: Engine,
+        path: Path,
+        alike: Sequence[Passage],
+        *,
+        limit: int | None = None,
+        max_new_tokens: int = 128,
+    ) -> None:
+        pairs = read_pairs(path)
+        self._scorer = _rouge_scorer()  # raises now, not after the work, if the package is missing
+        if engine.tokenizer is None:
+            raise RequestError("the task 'summarization' needs a tokenizer, and this model was loaded without one")
+        self._pairs = pairs[:limit]
+        self._max_new_tokens = max_new_tokens
+        self._prompts = [engine.encode(_PROMPT.format(article=pair.article)) for pair in self._pairs]
+        room = engine.max_seq_len - max_new_tokens + 1
+        for number, prompt in enumerate(self._prompts, start=1):
+            if len(prompt) > room:
+                raise RequestError(
+                    f"{path}: article {number} has {len(prompt)} tokens with its prompt, and {max_new_tokens} new ones "
+                    f"leave room for {room} in max_seq_len={engine.max_seq_len}; shorten it"
+                )
+        self.alike = alike
+
+    @property
+    def total(self) -> int:
+        return len(self._pairs)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {
+            "pairs": self.total,
+            "digest": digest("".join(pair.article + pair.summary for pair in self._pairs)),
+            "max_new_tokens": self._max_new_tokens,
+        }
+
+    def run(self, method: Method, label: str, on_item: OnItem = ignore) -> Outcome:
+        answers = method.generate(self._prompts, max_new_tokens=self._max_new_tokens, stop=_STOP, on_item=on_item)
+        items: dict[str, list[Item]] = {metric.name: [] for metric in self.metrics}
+        for answer, pair in zip(answers, self._pairs, strict=True):
+            scores = self._scorer.score(pair.summary, answer.text)
+            for name, metric in _ROUGE.items():
+                items[metric.name].append((float(scores[name].fmeasure), 1.0))
+        return Outcome(items, sum((answer.work for answer in answers), Work()))
+
+
+def read_pairs(path: Path) -> Sequence[Pair]:
+    """The pairs of a file: one object per line with ``article`` and ``summary``.
+
+    Raises:
+        RequestError: see ``read_jsonl``.
+    """
+    return [Pair(row["article"], row["summary"]) for row in read_jsonl(path, {"article": str, "summary": str})]
+
+
+def _rouge_scorer() -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise SkipkernelsError(
+            "ROUGE needs rouge-score, which is not installed; `pip install skipkernels[eval]` brings it"
+        ) from error
+    return RougeScorer(list(_ROUGE), use_stemmer=True)
