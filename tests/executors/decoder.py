@@ -11,7 +11,8 @@ from skipkernels.executors import Executor
 from skipkernels.executors.cpu import CpuExecutor
 from skipkernels.executors.reference import ReferenceExecutor
 from skipkernels.model.config import ModelConfig
-from skipkernels.model.weights import ModelWeights, fill_rope, pack_module, shares_embeddings
+from skipkernels.model.module_check import shares_embeddings
+from skipkernels.model.weights import ModelWeights, fill_rope, pack_module
 from skipkernels.program import Program, build_program
 from skipkernels.program.state import LAYOUTS, DecodeState
 from skipkernels.skipping.policy import Policy
