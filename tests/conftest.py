@@ -1,5 +1,6 @@
 """What every test runs under."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from tests.models import byte_tokenizer
+from tests.models import byte_tokenizer, release_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 SERIAL = ("tests/server/", "tests/benchmark/", "tests/cli/test_serve.py", "tests/modality/test_runtime.py")
@@ -31,6 +32,12 @@ settings.register_profile(
 settings.load_profile("skipkernels")
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it brings
+
+
+@pytest.fixture(autouse=True)
+def rows_are_released() -> Iterator[None]:
+    yield
+    release_rows()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Tiny models of every supported family, with weights on which a mistake shows."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -147,10 +148,12 @@ def _byte_alphabet() -> list[str]:
 
 
 def own_rows(engine: Engine) -> OwnRows:
-    """The rows of an engine that serves one test only, for good."""
-    context = engine.loop.own_rows()
-    _KEPT.append(context)
-    return context.__enter__()
+    """The rows of an engine that serves one test only, until the test ends."""
+    return _rows_by_hand.enter_context(engine.loop.own_rows())
 
 
-_KEPT: list[Any] = []
+def release_rows() -> None:
+    _rows_by_hand.close()
+
+
+_rows_by_hand = ExitStack()
