@@ -440,8 +440,8 @@ class _Loaded:
 def _from_checkpoint(model: str | Path, wanted: _Wanted, tokenizer: PreTrainedTokenizerBase | None) -> _Loaded:
     folder = resolve_checkpoint(model)
     hf_config = load_config(folder)
+    config = ModelConfig.from_hf(hf_config)  # an unknown family is named before its weights are looked for
     shards = Shards(folder)
-    config = ModelConfig.from_hf(hf_config)
     config = replace(config, tie_word_embeddings=shards.head_is_tied(config))
     dtype, length = wanted.check(config, wanted.dtype or resolve_dtype(hf_config.dtype or "fp32"))
     weights = load_checkpoint(shards, config, dtype, length, wanted.device)

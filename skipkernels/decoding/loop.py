@@ -90,6 +90,7 @@ class DecodeLoop:
             RequestError: one of them could not be served even if it were alone, or the engine is closed; none is
                 queued.
         """
+        self._turns.check_process()  # what was in flight before a fork goes; this request stays
         if self._closed:
             raise RequestError("the engine is closed; load another one")
         handles = [Handle(self, request, self._tokenizer) for request in requests]

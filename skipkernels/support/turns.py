@@ -27,10 +27,14 @@ class Turns:
 
     @contextmanager
     def take(self) -> Iterator[None]:
-        if os.getpid() != self._process:
-            self._arrive_in_child()
+        self.check_process()
         with self._lock, torch.inference_mode(False), torch.no_grad():
             yield
+
+    def check_process(self) -> None:
+        """Notices a fork, before anything is done in the child."""
+        if os.getpid() != self._process:
+            self._arrive_in_child()
 
     def _arrive_in_child(self) -> None:
         """After a fork neither a thread that held the lock is here nor torch's, for which it would wait for ever."""
