@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from skipkernels.engine import _check_memory
+from skipkernels.decoding.cache_size import check_memory
 from skipkernels.errors import DeviceError
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.support import CudaSupport
@@ -72,10 +72,10 @@ def test_without_a_gpu_every_part_says_why() -> None:
 
 def test_a_model_that_does_not_fit_is_refused_with_both_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig.from_hf(tiny_config())
-    needed = config.weight_bytes(torch.float32) + config.cache_bytes(4, 100, torch.float32)
+    needed = config.weight_bytes(torch.float32) + config.cache_bytes(1, 100, torch.float32)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed - 1, 10 * needed))
-    with pytest.raises(DeviceError, match=r"the model needs .* GiB .* cache for 4 rows of 100 positions.* free of"):
-        _check_memory(config, torch.float32, 100, 4, "cuda")
+    with pytest.raises(DeviceError, match=r"the model needs .* GiB .* cache for a sequence of 100 positions.* free of"):
+        check_memory(config, torch.float32, 100, "cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed, 10 * needed))
-    _check_memory(config, torch.float32, 100, 4, "cuda")
-    _check_memory(config, torch.float32, 1 << 40, 16, "cpu")
+    check_memory(config, torch.float32, 100, "cuda")
+    check_memory(config, torch.float32, 1 << 40, "cpu")
