@@ -91,13 +91,27 @@ inline void for_runs(const PagedCache& where, const T* cache, int64_t kv_head, i
     }
 }
 
+// What is fetched into the second-level cache while scores are computed: a position's lines every few steps. Many at
+// once the processor drops.
+struct Coming {
+    const char* const* positions;
+    int64_t left, bytes, interval, wait;
+    void step() {
+        if (left == 0 || --wait > 0) return;
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(*positions + i, 0, 2);
+        ++positions, --left;
+        wait = interval;
+    }
+};
+
 // scores[g][0 .. V vectors) = scaling <query g, keys>, keys (head_dim, kBlock)
 template <int G, int V>
-void score_block(const Query* queries, const float* keys, int64_t d, float scaling, int64_t at) {
+void score_block(const Query* queries, const float* keys, int64_t d, float scaling, int64_t at, Coming coming) {
     Vec sum[G][V];
     for (int g = 0; g < G; ++g)
         for (int v = 0; v < V; ++v) sum[g][v] = splat(0.0f);
     for (int64_t j = 0; j < d; ++j) {
+        coming.step();
         Vec key[V];
         for (int v = 0; v < V; ++v) key[v] = load(keys + j * kBlock + v * Vec::width);
         for (int g = 0; g < G; ++g) {
@@ -111,15 +125,15 @@ void score_block(const Query* queries, const float* keys, int64_t d, float scali
 
 template <int G, int... V>
 void score_vectors(int vectors, std::integer_sequence<int, V...>, const Query* queries, const float* keys, int64_t d,
-                   float scaling, int64_t at) {
-    ((vectors == V + 1 ? score_block<G, V + 1>(queries, keys, d, scaling, at) : void()), ...);
+                   float scaling, int64_t at, const Coming& coming) {
+    ((vectors == V + 1 ? score_block<G, V + 1>(queries, keys, d, scaling, at, coming) : void()), ...);
 }
 
 template <int... G>
 void score_queries(int count, std::integer_sequence<int, G...>, int vectors, const Query* queries, const float* keys,
-                   int64_t d, float scaling, int64_t at) {
+                   int64_t d, float scaling, int64_t at, const Coming& coming) {
     constexpr std::make_integer_sequence<int, kVectorTile> tiles{};
-    ((count == G + 1 ? score_vectors<G + 1>(vectors, tiles, queries, keys, d, scaling, at) : void()), ...);
+    ((count == G + 1 ? score_vectors<G + 1>(vectors, tiles, queries, keys, d, scaling, at, coming) : void()), ...);
 }
 
 int64_t rounded_down(int64_t n) { return n / Vec::width * Vec::width; }
@@ -157,12 +171,21 @@ struct Values {
     PagedCache where;
     const T* cache;
     int64_t kv_head, split_begin;
+    const T* keys;            // of the next split, to be fetched meanwhile; null: none
+    int64_t split_size, end;  // end of what may be fetched
+
+    // The keys `split_size` positions behind n neighbours from p on.
+    const char* coming(int64_t p, int64_t n) const {
+        if (!keys || p + split_size + n > end) return nullptr;
+        return reinterpret_cast<const char*>(keys + where.offset(kv_head, p + split_size));
+    }
 };
 
 // out[g][0 .. C vectors) += sum over n neighbouring positions of weights[g][first + p] values[p]; a last vector that is
 // not Whole has `left` columns. One loop: around two, GCC 12 keeps sums in memory.
 template <class T, int G, int C, bool Whole>
-void add_columns(const Query* queries, const T* values, int64_t first, int64_t n, int64_t d, int64_t column, int left) {
+void add_columns(const Query* queries, const T* values, int64_t first, int64_t n, int64_t d, int64_t column, int left,
+                 const char* coming) {
     auto load_columns = [left](const auto* p) {
         if constexpr (Whole) {
             return load(p);
@@ -177,7 +200,11 @@ void add_columns(const Query* queries, const T* values, int64_t first, int64_t n
         weights[g] = queries[g].scores + first;
         for (int c = 0; c < C; ++c) sum[g][c] = load_columns(out(g, c));
     }
+    const int64_t bytes = d * static_cast<int64_t>(sizeof(T));
     for (int64_t p = 0; p < n; ++p) {
+        if (coming) {
+            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(coming + p * bytes + i, 0, 2);
+        }
         Vec value[C];
         for (int c = 0; c < C; ++c) value[c] = load_columns(values + p * d + column + c * Vec::width);
         for (int g = 0; g < G; ++g) {
@@ -201,12 +228,13 @@ template <class T, int G>
 void add_values(const Query* queries, const Values<T>& v, const Range& range) {
     const int64_t d = v.where.head_dim, base = v.split_begin;
     for_runs(v.where, v.cache, v.kv_head, base + range.begin, base + range.end, [&](const T* at, int64_t p, int64_t n) {
+        const char* coming = v.coming(p, n);
         int64_t j = 0;
-        for (; j + kBlock <= d; j += kBlock)
-            add_columns<T, G, kVectorTile, true>(queries, at, p - base, n, d, j, Vec::width);
-        for (; j + Vec::width <= d; j += Vec::width)
-            add_columns<T, G, 1, true>(queries, at, p - base, n, d, j, Vec::width);
-        if (j < d) add_columns<T, G, 1, false>(queries, at, p - base, n, d, j, static_cast<int>(d - j));
+        for (; j + kBlock <= d; j += kBlock, coming = nullptr)
+            add_columns<T, G, kVectorTile, true>(queries, at, p - base, n, d, j, Vec::width, coming);
+        for (; j + Vec::width <= d; j += Vec::width, coming = nullptr)
+            add_columns<T, G, 1, true>(queries, at, p - base, n, d, j, Vec::width, coming);
+        if (j < d) add_columns<T, G, 1, false>(queries, at, p - base, n, d, j, static_cast<int>(d - j), coming);
     });
 }
 
@@ -276,10 +304,10 @@ struct Split {
     PagedCache where;
     const T *k_cache, *v_cache;
     int64_t kv_head, begin;  // its first position
+    int64_t end;             // of what the tile attends to, in this split or a later one
 
-    // Reads a byte of every cache line of `range`. Blocks lie anywhere in memory, and the processor's own prefetches
-    // end with a page; these loads are many in flight at once, where those of the computation wait for each other.
-    // Software prefetches did not help: the processor drops them when it has too many.
+    // Reads a byte of every cache line of `range`: many loads in flight at once, where those of the computation wait
+    // for each other. Blocks lie anywhere in memory, and the processor's own prefetches end with a page.
     void fetch(const T* cache, const Range& range) const {
         for_runs(where, cache, kv_head, begin + range.begin, begin + range.end, [&](const T* p, int64_t, int64_t n) {
             const auto* bytes = reinterpret_cast<const volatile char*>(p);
@@ -291,8 +319,7 @@ struct Split {
 
 // keys[j][lane] = key of position at + lane of the split, for `block` of them; zeros in the other lanes
 template <class T>
-void transpose_keys(const Split<T>& split, const Range& block, int64_t at, int vectors, float* keys) {
-    const T* rows[kBlock] = {};
+void transpose_keys(const Split<T>& split, const Range& block, int64_t at, int vectors, const T** rows, float* keys) {
     for_runs(split.where, split.k_cache, split.kv_head, split.begin + block.begin, split.begin + block.end,
              [&](const T* p, int64_t first, int64_t n) {
                  for (int64_t i = 0; i < n; ++i) rows[first - split.begin - at + i] = p + i * split.where.head_dim;
@@ -308,15 +335,23 @@ void weigh(const DecodeAttention& op, const Scratch& s, int count, const Split<T
     constexpr std::make_integer_sequence<int, kQueryTile> tiles{};
     const Query* queries = s.attention.queries;
     float* keys = s.attention.keys;
-    split.fetch(split.k_cache, all);
+    split.fetch(split.k_cache, all);  // the first split of several: those after it were fetched by the one before
     // whole vectors count from the split's first position, so a position's lane is the same for every row
     for (int64_t at = rounded_down(all.begin); at < all.end; at += kBlock) {
         const Range block{larger(at, all.begin), smaller(at + kBlock, all.end)};
         const int vectors = static_cast<int>((block.end - at + Vec::width - 1) / Vec::width);
-        transpose_keys(split, block, at, vectors, keys);
+        const T* rows[kBlock] = {};
+        transpose_keys(split, block, at, vectors, rows, keys);
+        const char* values[kBlock];  // of the same positions
+        const int64_t n = block.end - block.begin, bytes = op.head_dim * static_cast<int64_t>(sizeof(T));
+        for (int64_t i = 0; i < n; ++i) {
+            values[i] = reinterpret_cast<const char*>(split.v_cache + (rows[block.begin - at + i] - split.k_cache));
+        }
+        const int64_t interval = larger<int64_t>(1, op.head_dim / kBlock);
         for (int q = 0; q < count; q += kQueryTile) {
+            const Coming coming{values, q == 0 ? n : 0, bytes, interval, 1};
             score_queries(smaller(kQueryTile, count - q), tiles, vectors, queries + q, keys, op.head_dim, op.scaling,
-                          at);
+                          at, coming);
         }
     }
     for (int q = 0; q < count; ++q) exponentials(queries[q]);
@@ -327,11 +362,12 @@ template <class T>
 void add_up(const DecodeAttention& op, const Scratch& s, int count, const Split<T>& split, const Range& all) {
     constexpr std::make_integer_sequence<int, kQueryTile> tiles{};
     const Query* queries = s.attention.queries;
-    const Values<T> values{split.where, split.v_cache, split.kv_head, split.begin};
-    split.fetch(split.v_cache, all);
+    Values<T> values{split.where,   split.v_cache,    split.kv_head, split.begin,
+                     split.k_cache, op.kv_split_size, split.end};
     for (int q = 0; q < count; ++q) fill(queries[q].partials, 2, op.head_dim + 2, 0.0f);
     for (int64_t at = rounded_down(all.begin); at < all.end; at += kBlock) {
         for (int q = 0; q < count; q += kQueryTile) {
+            values.keys = q == 0 ? split.k_cache : nullptr;
             add_values_of(smaller(kQueryTile, count - q), tiles, queries + q, values, {at, at + kBlock});
         }
     }
@@ -346,8 +382,12 @@ void attend_split(const DecodeAttention& op, const Scratch& s, int begin, int en
     for (int q = 1; q < count; ++q) {
         all = {smaller(all.begin, queries[q].range.begin), larger(all.end, queries[q].range.end)};
     }
-    const Split<T> place{PagedCache(op, op.row_sequence[s.rows[begin]]), static_cast<const T*>(op.k_cache),
-                         static_cast<const T*>(op.v_cache), kv_head, split * op.kv_split_size};
+    const Split<T> place{PagedCache(op, op.row_sequence[s.rows[begin]]),
+                         static_cast<const T*>(op.k_cache),
+                         static_cast<const T*>(op.v_cache),
+                         kv_head,
+                         split * op.kv_split_size,
+                         attended_by_tile(op, s, begin, end).end};
     weigh(op, s, count, place, all);
     add_up(op, s, count, place, all);
 }
