@@ -163,6 +163,12 @@ inline Vec load_first(const T* p, int n) {
     return load(buffer);
 }
 
+#if defined(SKIPKERNELS_ISA_AVX512)
+inline Vec load_first(const float* p, int n) {
+    return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)};
+}
+#endif
+
 // The same, for n up to the whole width.
 template <class T>
 inline Vec load_some(const T* p, int n) {
@@ -172,9 +178,13 @@ inline Vec load_some(const T* p, int n) {
 // Stores the first n (<= width) elements.
 inline void store_some(float* p, Vec a, int n) {
     if (n == Vec::width) return store(p, a);
+#if defined(SKIPKERNELS_ISA_AVX512)
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), a.v);
+#else
     alignas(64) float buffer[Vec::width];
     store(buffer, a);
     for (int i = 0; i < n; ++i) p[i] = buffer[i];
+#endif
 }
 
 // e^x to 2 ulp over the finite range: 2^n e^r with |r| <= ln2 / 2 and a Taylor polynomial of degree 7 (error 3e-9).
