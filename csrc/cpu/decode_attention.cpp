@@ -91,27 +91,27 @@ inline void for_runs(const PagedCache& where, const T* cache, int64_t kv_head, i
     }
 }
 
-// out[j][lane] = key of position at + lane of the split, for `block` of them; zeros in the other lanes
-template <class T>
-void transpose_keys(const PagedCache& where, const T* cache, int64_t kv_head, int64_t split_begin, const Range& block,
-                    int64_t at, int vectors, float* out) {
-    const T* rows[kBlock] = {};
-    for_runs(where, cache, kv_head, split_begin + block.begin, split_begin + block.end,
-             [&](const T* keys, int64_t first, int64_t n) {
-                 for (int64_t i = 0; i < n; ++i) rows[first - split_begin - at + i] = keys + i * where.head_dim;
-             });
-    for (int v = 0; v < vectors; ++v) {
-        transpose(rows + v * Vec::width, where.head_dim, out + v * Vec::width, kBlock);
+// What is fetched into the second-level cache while scores are computed: a position's lines every few steps. Many at
+// once the processor drops.
+struct Coming {
+    const char* const* positions;
+    int64_t left, bytes, interval, wait;
+    void step() {
+        if (left == 0 || --wait > 0) return;
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(*positions + i, 0, 2);
+        ++positions, --left;
+        wait = interval;
     }
-}
+};
 
 // scores[g][0 .. V vectors) = scaling <query g, keys>, keys (head_dim, kBlock)
 template <int G, int V>
-void score_block(const Query* queries, const float* keys, int64_t d, float scaling, int64_t at) {
+void score_block(const Query* queries, const float* keys, int64_t d, float scaling, int64_t at, Coming coming) {
     Vec sum[G][V];
     for (int g = 0; g < G; ++g)
         for (int v = 0; v < V; ++v) sum[g][v] = splat(0.0f);
     for (int64_t j = 0; j < d; ++j) {
+        coming.step();
         Vec key[V];
         for (int v = 0; v < V; ++v) key[v] = load(keys + j * kBlock + v * Vec::width);
         for (int g = 0; g < G; ++g) {
@@ -125,15 +125,15 @@ void score_block(const Query* queries, const float* keys, int64_t d, float scali
 
 template <int G, int... V>
 void score_vectors(int vectors, std::integer_sequence<int, V...>, const Query* queries, const float* keys, int64_t d,
-                   float scaling, int64_t at) {
-    ((vectors == V + 1 ? score_block<G, V + 1>(queries, keys, d, scaling, at) : void()), ...);
+                   float scaling, int64_t at, const Coming& coming) {
+    ((vectors == V + 1 ? score_block<G, V + 1>(queries, keys, d, scaling, at, coming) : void()), ...);
 }
 
 template <int... G>
 void score_queries(int count, std::integer_sequence<int, G...>, int vectors, const Query* queries, const float* keys,
-                   int64_t d, float scaling, int64_t at) {
+                   int64_t d, float scaling, int64_t at, const Coming& coming) {
     constexpr std::make_integer_sequence<int, kVectorTile> tiles{};
-    ((count == G + 1 ? score_vectors<G + 1>(vectors, tiles, queries, keys, d, scaling, at) : void()), ...);
+    ((count == G + 1 ? score_vectors<G + 1>(vectors, tiles, queries, keys, d, scaling, at, coming) : void()), ...);
 }
 
 int64_t rounded_down(int64_t n) { return n / Vec::width * Vec::width; }
@@ -171,65 +171,97 @@ struct Values {
     PagedCache where;
     const T* cache;
     int64_t kv_head, split_begin;
+    const T* keys;            // of the next split, to be fetched meanwhile; null: none
+    int64_t split_size, end;  // end of what may be fetched
+
+    // The keys `split_size` positions behind n neighbours from p on.
+    const char* coming(int64_t p, int64_t n) const {
+        if (!keys || p + split_size + n > end) return nullptr;
+        return reinterpret_cast<const char*>(keys + where.offset(kv_head, p + split_size));
+    }
 };
 
-// out[g][0 .. C vectors) += sum over positions of weights[g][p] values[p]; the last vector may be cut to `left` columns
-template <class T, int G, int C>
-void add_columns(const Query* queries, const Values<T>& values, const Range& range, int64_t column, int left) {
-    Vec sum[G][C];
+// out[g][0 .. C vectors) += sum over n neighbouring positions of weights[g][first + p] values[p]; a last vector that is
+// not Whole has `left` columns. One loop: around two, GCC 12 keeps sums in memory.
+template <class T, int G, int C, bool Whole>
+void add_columns(const Query* queries, const T* values, int64_t first, int64_t n, int64_t d, int64_t column, int left,
+                 const char* coming) {
+    auto load_columns = [left](const auto* p) {
+        if constexpr (Whole) {
+            return load(p);
+        } else {
+            return load_first(p, left);
+        }
+    };
     auto out = [&](int g, int c) { return queries[g].partials + 2 + column + c * Vec::width; };
-    for (int g = 0; g < G; ++g)
-        for (int c = 0; c < C; ++c) sum[g][c] = load_some(out(g, c), left);
-    const int64_t d = values.where.head_dim, begin = values.split_begin + range.begin;
-    for_runs(values.where, values.cache, values.kv_head, begin, values.split_begin + range.end,
-             [&](const T* at, int64_t first, int64_t n) {
-                 const int64_t from = first - values.split_begin;
-                 for (int64_t p = 0; p < n; ++p) {
-                     Vec value[C];
-                     for (int c = 0; c < C; ++c) value[c] = load_some(at + p * d + column + c * Vec::width, left);
-                     for (int g = 0; g < G; ++g) {
-                         const Vec weight = splat(queries[g].scores[from + p]);
-                         for (int c = 0; c < C; ++c) sum[g][c] = fma(weight, value[c], sum[g][c]);
-                     }
-                 }
-             });
-    for (int g = 0; g < G; ++g)
-        for (int c = 0; c < C; ++c) store_some(out(g, c), sum[g][c], left);
+    const float* weights[G];
+    Vec sum[G][C];
+    for (int g = 0; g < G; ++g) {
+        weights[g] = queries[g].scores + first;
+        for (int c = 0; c < C; ++c) sum[g][c] = load_columns(out(g, c));
+    }
+    const int64_t bytes = d * static_cast<int64_t>(sizeof(T));
+    for (int64_t p = 0; p < n; ++p) {
+        if (coming) {
+            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(coming + p * bytes + i, 0, 2);
+        }
+        Vec value[C];
+        for (int c = 0; c < C; ++c) value[c] = load_columns(values + p * d + column + c * Vec::width);
+        for (int g = 0; g < G; ++g) {
+            const Vec weight = splat(weights[g][p]);
+            for (int c = 0; c < C; ++c) sum[g][c] = fma(weight, value[c], sum[g][c]);
+        }
+    }
+    for (int g = 0; g < G; ++g) {
+        for (int c = 0; c < C; ++c) {
+            if constexpr (Whole) {
+                store(out(g, c), sum[g][c]);
+            } else {
+                store_some(out(g, c), sum[g][c], left);
+            }
+        }
+    }
 }
 
 // outputs += sum over `range` of weights times values, for G queries
 template <class T, int G>
-void add_values(const Query* queries, const Values<T>& values, const Range& range) {
-    if (range.begin >= range.end) return;
-    const int64_t d = values.where.head_dim;
-    int64_t j = 0;
-    for (; j + kBlock <= d; j += kBlock) add_columns<T, G, kVectorTile>(queries, values, range, j, Vec::width);
-    for (; j + Vec::width <= d; j += Vec::width) add_columns<T, G, 1>(queries, values, range, j, Vec::width);
-    if (j < d) add_columns<T, G, 1>(queries, values, range, j, static_cast<int>(d - j));
+void add_values(const Query* queries, const Values<T>& v, const Range& range) {
+    const int64_t d = v.where.head_dim, base = v.split_begin;
+    for_runs(v.where, v.cache, v.kv_head, base + range.begin, base + range.end, [&](const T* at, int64_t p, int64_t n) {
+        const char* coming = v.coming(p, n);
+        int64_t j = 0;
+        for (; j + kBlock <= d; j += kBlock, coming = nullptr)
+            add_columns<T, G, kVectorTile, true>(queries, at, p - base, n, d, j, Vec::width, coming);
+        for (; j + Vec::width <= d; j += Vec::width, coming = nullptr)
+            add_columns<T, G, 1, true>(queries, at, p - base, n, d, j, Vec::width, coming);
+        if (j < d) add_columns<T, G, 1, false>(queries, at, p - base, n, d, j, static_cast<int>(d - j), coming);
+    });
 }
 
-// Positions that all G queries attend to are walked once; those at the ends, by each query alone.
+Range common(const Range& a, const Range& b) { return {larger(a.begin, b.begin), smaller(a.end, b.end)}; }
+
+// Of the positions in `block`, those that all G queries attend to are walked once; those at the ends, by each alone.
 template <class T, int G>
-void add_values_of_tile(const Query* queries, const Values<T>& values) {
-    Range common = queries[0].range;
-    for (int g = 1; g < G; ++g) {
-        common = {larger(common.begin, queries[g].range.begin), smaller(common.end, queries[g].range.end)};
-    }
-    if (common.begin >= common.end) common = {queries[0].range.end, queries[0].range.end};
+void add_values_of_tile(const Query* queries, const Values<T>& values, const Range& block) {
+    Range own[G], shared = block;
     for (int g = 0; g < G; ++g) {
-        const Range& own = queries[g].range;
-        add_values<T, 1>(queries + g, values, {own.begin, smaller(own.end, common.begin)});
+        own[g] = common(block, queries[g].range);
+        shared = common(shared, own[g]);
     }
-    add_values<T, G>(queries, values, common);
+    if (shared.begin >= shared.end) shared = {block.end, block.end};
     for (int g = 0; g < G; ++g) {
-        const Range& own = queries[g].range;
-        add_values<T, 1>(queries + g, values, {larger(own.begin, common.end), own.end});
+        add_values<T, 1>(queries + g, values, {own[g].begin, smaller(own[g].end, shared.begin)});
+    }
+    add_values<T, G>(queries, values, shared);
+    for (int g = 0; g < G; ++g) {
+        add_values<T, 1>(queries + g, values, {larger(own[g].begin, shared.end), own[g].end});
     }
 }
 
 template <class T, int... G>
-void add_values_of(int count, std::integer_sequence<int, G...>, const Query* queries, const Values<T>& values) {
-    ((count == G + 1 ? add_values_of_tile<T, G + 1>(queries, values) : void()), ...);
+void add_values_of(int count, std::integer_sequence<int, G...>, const Query* queries, const Values<T>& values,
+                   const Range& block) {
+    ((count == G + 1 ? add_values_of_tile<T, G + 1>(queries, values, block) : void()), ...);
 }
 
 // partials (num_splits, head_dim + 2): max, sum, output -> out (head_dim)
@@ -266,36 +298,98 @@ int find_queries(const DecodeAttention& op, const Scratch& s, int begin, int end
     return count;
 }
 
+// Where one task reads.
 template <class T>
-void attend_split(const DecodeAttention& op, const Scratch& s, int begin, int end, int64_t kv_head, int64_t split) {
-    const int count = find_queries(op, s, begin, end, kv_head, split);
+struct Split {
+    PagedCache where;
+    const T *k_cache, *v_cache;
+    int64_t kv_head, begin;  // its first position
+    int64_t end;             // of what the tile attends to, in this split or a later one
+
+    // Reads a byte of every cache line of `range`: many loads in flight at once, where those of the computation wait
+    // for each other. Blocks lie anywhere in memory, and the processor's own prefetches end with a page.
+    void fetch(const T* cache, const Range& range) const {
+        for_runs(where, cache, kv_head, begin + range.begin, begin + range.end, [&](const T* p, int64_t, int64_t n) {
+            const auto* bytes = reinterpret_cast<const volatile char*>(p);
+            const auto size = static_cast<int64_t>(sizeof(T)) * n * where.head_dim;
+            for (int64_t i = 0; i < size; i += 64) (void)bytes[i];
+        });
+    }
+};
+
+// keys[j][lane] = key of position at + lane of the split, for `block` of them; zeros in the other lanes
+template <class T>
+void transpose_keys(const Split<T>& split, const Range& block, int64_t at, int vectors, const T** rows, float* keys) {
+    for_runs(split.where, split.k_cache, split.kv_head, split.begin + block.begin, split.begin + block.end,
+             [&](const T* p, int64_t first, int64_t n) {
+                 for (int64_t i = 0; i < n; ++i) rows[first - split.begin - at + i] = p + i * split.where.head_dim;
+             });
+    for (int v = 0; v < vectors; ++v) {
+        transpose(rows + v * Vec::width, split.where.head_dim, keys + v * Vec::width, kBlock);
+    }
+}
+
+// The queries' exponentials over the positions `all` of the split.
+template <class T>
+void weigh(const DecodeAttention& op, const Scratch& s, int count, const Split<T>& split, const Range& all) {
+    constexpr std::make_integer_sequence<int, kQueryTile> tiles{};
     const Query* queries = s.attention.queries;
     float* keys = s.attention.keys;
-    if (count == 0) return;
-    const PagedCache where(op, op.row_sequence[s.rows[begin]]);
-    const int64_t d = op.head_dim, split_begin = split * op.kv_split_size;
-    Range all = queries[0].range;
-    for (int q = 1; q < count; ++q) {
-        all = {smaller(all.begin, queries[q].range.begin), larger(all.end, queries[q].range.end)};
-    }
-    constexpr std::make_integer_sequence<int, kQueryTile> tiles{};
+    split.fetch(split.k_cache, all);  // the first split of several: those after it were fetched by the one before
     // whole vectors count from the split's first position, so a position's lane is the same for every row
     for (int64_t at = rounded_down(all.begin); at < all.end; at += kBlock) {
         const Range block{larger(at, all.begin), smaller(at + kBlock, all.end)};
         const int vectors = static_cast<int>((block.end - at + Vec::width - 1) / Vec::width);
-        transpose_keys(where, static_cast<const T*>(op.k_cache), kv_head, split_begin, block, at, vectors, keys);
+        const T* rows[kBlock] = {};
+        transpose_keys(split, block, at, vectors, rows, keys);
+        const char* values[kBlock];  // of the same positions
+        const int64_t n = block.end - block.begin, bytes = op.head_dim * static_cast<int64_t>(sizeof(T));
+        for (int64_t i = 0; i < n; ++i) {
+            values[i] = reinterpret_cast<const char*>(split.v_cache + (rows[block.begin - at + i] - split.k_cache));
+        }
+        const int64_t interval = larger<int64_t>(1, op.head_dim / kBlock);
         for (int q = 0; q < count; q += kQueryTile) {
-            score_queries(smaller(kQueryTile, count - q), tiles, vectors, queries + q, keys, d, op.scaling, at);
+            const Coming coming{values, q == 0 ? n : 0, bytes, interval, 1};
+            score_queries(smaller(kQueryTile, count - q), tiles, vectors, queries + q, keys, op.head_dim, op.scaling,
+                          at, coming);
         }
     }
-    const Values<T> values{where, static_cast<const T*>(op.v_cache), kv_head, split_begin};
-    for (int q = 0; q < count; ++q) {
-        exponentials(queries[q]);
-        fill(queries[q].partials, 2, d + 2, 0.0f);
+    for (int q = 0; q < count; ++q) exponentials(queries[q]);
+}
+
+// The queries' outputs, of those weights.
+template <class T>
+void add_up(const DecodeAttention& op, const Scratch& s, int count, const Split<T>& split, const Range& all) {
+    constexpr std::make_integer_sequence<int, kQueryTile> tiles{};
+    const Query* queries = s.attention.queries;
+    Values<T> values{split.where,   split.v_cache,    split.kv_head, split.begin,
+                     split.k_cache, op.kv_split_size, split.end};
+    for (int q = 0; q < count; ++q) fill(queries[q].partials, 2, op.head_dim + 2, 0.0f);
+    for (int64_t at = rounded_down(all.begin); at < all.end; at += kBlock) {
+        for (int q = 0; q < count; q += kQueryTile) {
+            values.keys = q == 0 ? split.k_cache : nullptr;
+            add_values_of(smaller(kQueryTile, count - q), tiles, queries + q, values, {at, at + kBlock});
+        }
     }
-    for (int q = 0; q < count; q += kQueryTile) {
-        add_values_of(smaller(kQueryTile, count - q), tiles, queries + q, values);
+}
+
+template <class T>
+void attend_split(const DecodeAttention& op, const Scratch& s, int begin, int end, int64_t kv_head, int64_t split) {
+    const int count = find_queries(op, s, begin, end, kv_head, split);
+    if (count == 0) return;
+    const Query* queries = s.attention.queries;
+    Range all = queries[0].range;
+    for (int q = 1; q < count; ++q) {
+        all = {smaller(all.begin, queries[q].range.begin), larger(all.end, queries[q].range.end)};
     }
+    const Split<T> place{PagedCache(op, op.row_sequence[s.rows[begin]]),
+                         static_cast<const T*>(op.k_cache),
+                         static_cast<const T*>(op.v_cache),
+                         kv_head,
+                         split * op.kv_split_size,
+                         attended_by_tile(op, s, begin, end).end};
+    weigh(op, s, count, place, all);
+    add_up(op, s, count, place, all);
 }
 
 void merge_rows(const DecodeAttention& op, const Scratch& s, int begin, int end, int64_t kv_head) {

@@ -54,16 +54,42 @@ inline void transpose_square(Vec* v) {
 #endif
 }
 
-// rows (width pointers to `columns` elements, null for zeros) -> out[column * stride + row]
+// rows (width pointers to columns [begin, end), null for zeros) -> out[column * stride + row]
 template <class T>
-inline void transpose(const T* const* rows, int64_t columns, float* out, int64_t stride) {
-    for (int64_t j = 0; j < columns; j += Vec::width) {
-        const int count = static_cast<int>(columns - j < Vec::width ? columns - j : Vec::width);
+inline void transpose_columns(const T* const* rows, int64_t begin, int64_t end, float* out, int64_t stride) {
+    for (int64_t j = begin; j < end; j += Vec::width) {
+        const int count = static_cast<int>(end - j < Vec::width ? end - j : Vec::width);
         Vec square[Vec::width];
         for (int i = 0; i < Vec::width; ++i) square[i] = rows[i] ? load_some(rows[i] + j, count) : splat(0.0f);
         transpose_square(square);
         for (int i = 0; i < count; ++i) store(out + (j + i) * stride, square[i]);
     }
 }
+
+template <class T>
+inline void transpose(const T* const* rows, int64_t columns, float* out, int64_t stride) {
+    transpose_columns(rows, 0, columns, out, stride);
+}
+
+#if defined(SKIPKERNELS_ISA_AVX512) || defined(SKIPKERNELS_ISA_AVX2)
+// bf16 moves two columns at a time, as one number of 32 bits: half the shuffles, and both are fp32 by a shift or a
+// mask.
+inline void transpose(const bf16* const* rows, int64_t columns, float* out, int64_t stride) {
+    constexpr int64_t kPairs = 2 * Vec::width;
+    const int64_t whole = columns / kPairs * kPairs;
+    for (int64_t j = 0; j < whole; j += kPairs) {
+        Vec square[Vec::width];
+        for (int i = 0; i < Vec::width; ++i) {
+            square[i] = rows[i] ? load(reinterpret_cast<const float*>(rows[i] + j)) : splat(0.0f);
+        }
+        transpose_square(square);
+        for (int i = 0; i < Vec::width; ++i) {
+            store(out + (j + 2 * i) * stride, low_bf16(square[i]));
+            store(out + (j + 2 * i + 1) * stride, high_bf16(square[i]));
+        }
+    }
+    transpose_columns(rows, whole, columns, out, stride);
+}
+#endif
 
 }  // namespace skipkernels::SKIPKERNELS_ISA

@@ -29,6 +29,11 @@ inline Vec load(const bf16* p) {
 }
 inline Vec load(const fp16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+// each 32 bits as two bf16: the one at the lower address, and the other
+inline Vec low_bf16(Vec a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 16))}; }
+inline Vec high_bf16(Vec a) {
+    return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(-65536)))};
+}
 inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -57,6 +62,11 @@ inline Vec load(const bf16* p) {
 }
 inline Vec load(const fp16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+// each 32 bits as two bf16: the one at the lower address, and the other
+inline Vec low_bf16(Vec a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 16))}; }
+inline Vec high_bf16(Vec a) {
+    return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(-65536)))};
+}
 inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
@@ -153,6 +163,12 @@ inline Vec load_first(const T* p, int n) {
     return load(buffer);
 }
 
+#if defined(SKIPKERNELS_ISA_AVX512)
+inline Vec load_first(const float* p, int n) {
+    return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)};
+}
+#endif
+
 // The same, for n up to the whole width.
 template <class T>
 inline Vec load_some(const T* p, int n) {
@@ -160,11 +176,15 @@ inline Vec load_some(const T* p, int n) {
 }
 
 // Stores the first n (<= width) elements.
-inline void store_some(float* p, const Vec& a, int n) {
+inline void store_some(float* p, Vec a, int n) {
     if (n == Vec::width) return store(p, a);
+#if defined(SKIPKERNELS_ISA_AVX512)
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), a.v);
+#else
     alignas(64) float buffer[Vec::width];
     store(buffer, a);
     for (int i = 0; i < n; ++i) p[i] = buffer[i];
+#endif
 }
 
 // e^x to 2 ulp over the finite range: 2^n e^r with |r| <= ln2 / 2 and a Taylor polynomial of degree 7 (error 3e-9).
