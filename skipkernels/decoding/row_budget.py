@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-SLOWDOWN = 3.0
+SLOWDOWN = 2.5
 """A step with prompt rows may take so many times a step without, where answers are streaming."""
 _LEAST = 16
 """Fewer rows hardly make a step shorter: the matrix kernels take rows by tiles, and read every weight once anyway."""
