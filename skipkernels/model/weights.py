@@ -78,32 +78,8 @@ class ModelWeights:
 
 def expected_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face's parameter names of the model and their shapes."""
-    hidden, head_dim = config.hidden_size, config.head_dim
-    q_size, kv_size = config.attention_size, config.num_key_value_heads * head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for index in range(config.num_hidden_layers):
-        prefix = f"model.layers.{index}."
-        attention = prefix + "self_attn."
-        shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        for name, size in (("q_proj", q_size), ("k_proj", kv_size), ("v_proj", kv_size)):
-            shapes[f"{attention}{name}.weight"] = (size, hidden)
-            if config.qkv_bias:
-                shapes[f"{attention}{name}.bias"] = (size,)
-        if config.qk_norm:
-            shapes[attention + "q_norm.weight"] = shapes[attention + "k_norm.weight"] = (head_dim,)
-        shapes[attention + "o_proj.weight"] = (hidden, q_size)
-        if config.o_proj_bias:
-            shapes[attention + "o_proj.bias"] = (hidden,)
-        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        shapes[prefix + "mlp.gate_proj.weight"] = shapes[prefix + "mlp.up_proj.weight"] = (
-            config.intermediate_size,
-            hidden,
-        )
-        shapes[prefix + "mlp.down_proj.weight"] = (hidden, config.intermediate_size)
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
+    shapes_only = allocate_weights(config, torch.float32, 1, "meta")
+    return {name: tuple(view.shape) for name, view in parameter_views(config, shapes_only).items()}
 
 
 def allocate_weights(
