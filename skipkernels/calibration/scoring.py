@@ -67,9 +67,10 @@ def score(
     policy = policy or engine.policy
     plan, executor = policy.plan(engine.config.num_hidden_layers), engine.executor_for(policy)
     scores: list[Score] = []
-    for start in range(0, len(passages), engine.max_batch_size):
-        group = passages[start : start + engine.max_batch_size]
+    while len(scores) < len(passages):
+        start = len(scores)
         with engine.loop.own_rows() as own:
+            group = passages[start : start + own.num_slots]
             for slot, passage in enumerate(group):
                 own.begin(slot, passage.token_ids[: passage.prompt_tokens], plan)
                 own.state.max_new_tokens[slot] = passage.decoded_tokens

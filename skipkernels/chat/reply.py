@@ -39,9 +39,12 @@ def complete(engine: Engine, policy: Policy, batch: Sequence[Inputs], prompts: S
         _Reply(row, prompt, progress_of(inputs), engine.tokenizer, eos)
         for row, prompt, inputs in zip(decoding.rows, asked, batch, strict=True)
     ]
-    for _ in decoding.steps():
-        for reply in replies:
-            reply.take()
+    try:
+        for _ in decoding.steps():
+            for reply in replies:
+                reply.take()
+    finally:
+        decoding.end()
     return [reply.completion() for reply in replies]
 
 
@@ -81,8 +84,7 @@ class _Reply:
             self._stop()
 
     def _stop(self) -> None:
-        if self._row.running:
-            self._row.stop()
+        self._row.stop(ended_ok=True)
 
     def completion(self) -> Completion:
         self._progress.add(self._text.flush())

@@ -44,8 +44,7 @@ class Decoding:
     def end(self) -> None:
         """Cancels what still runs."""
         for row in self.rows:
-            if row.running:
-                row.cancel()
+            row.cancel(ended_ok=True)
 
     def results(self) -> list[Generation]:
         self._loop.finish(self.rows)

@@ -29,9 +29,9 @@ class Driver(Protocol):
         """Returns once the handles have ended."""
         ...
 
-    def cancel(self, handle: Handle) -> None: ...
+    def cancel(self, handle: Handle, *, ended_ok: bool = False) -> None: ...
 
-    def stop(self, handle: Handle) -> None: ...
+    def stop(self, handle: Handle, *, ended_ok: bool = False) -> None: ...
 
 
 class Handle:
@@ -81,8 +81,7 @@ class Handle:
                 if self._generation:
                     return
         finally:
-            if self.running:
-                self.cancel()
+            self.cancel(ended_ok=True)
 
     def result(self) -> Generation:
         """Waits for the whole answer.
@@ -96,21 +95,21 @@ class Handle:
         assert self._generation is not None
         return self._generation
 
-    def cancel(self) -> None:
+    def cancel(self, *, ended_ok: bool = False) -> None:
         """Ends the request between two steps and frees all it holds.
 
         Raises:
-            RequestError: it has ended already.
+            RequestError: it has ended already, and that is not ``ended_ok``.
         """
-        self._driver.cancel(self)
+        self._driver.cancel(self, ended_ok=ended_ok)
 
-    def stop(self) -> None:
+    def stop(self, *, ended_ok: bool = False) -> None:
         """Ends the answer where it is; ``result()`` is what was generated.
 
         Raises:
-            RequestError: it has ended already.
+            RequestError: it has ended already, and that is not ``ended_ok``.
         """
-        self._driver.stop(self)
+        self._driver.stop(self, ended_ok=ended_ok)
 
     @property
     def running(self) -> bool:

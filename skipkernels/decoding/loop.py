@@ -6,10 +6,11 @@ submit(request) -> handle -> row scheduler -> rows of the state -> step (program
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -82,6 +83,8 @@ class DecodeLoop:
         self._flight: _Flight | None = None
         self._running: Executor | None = None  # what is inside a long call now
         self._closed = False
+        self._count = threading.Lock()
+        self._wanted = 0  # callers that want to come between two steps
 
     def submit_all(self, requests: Sequence[Request]) -> list[Handle]:
         """Queues requests. Does not wait, not even for the step that runs now.
@@ -126,6 +129,7 @@ class DecodeLoop:
     def advance(self, handle: Handle) -> None:
         """Returns once ``handle`` has a chunk that nobody has taken, or has ended; runs steps until then."""
         while True:
+            self._let_others()
             with self._turns.take():
                 handle.read()
                 if handle.has_news:
@@ -135,43 +139,69 @@ class DecodeLoop:
     def finish(self, handles: Collection[Handle]) -> None:
         """Returns once ``handles`` have ended; runs steps until then, as many in one call as nobody else waits for."""
         while any(handle.running for handle in handles):
+            self._let_others()
             with self._turns.take():
                 if any(handle.running for handle in handles):
                     alone = not self._inbox and all(handle in handles for handle in self._handles.values())
                     self.step(None if alone else STEPS_AT_ONCE)
 
-    def cancel(self, handle: Handle) -> None:
+    def cancel(self, handle: Handle, *, ended_ok: bool = False) -> None:
         """Ends a request between two steps and frees all it holds.
 
         Raises:
-            RequestError: it has ended already.
+            RequestError: it has ended already, and that is not ``ended_ok``.
         """
-        if running := self._running:
-            running.interrupt()
-        with self._turns.take():
+        with self._between_steps():
             if not handle.running:
+                if ended_ok:
+                    return
                 raise RequestError("this request has ended already; it cannot be cancelled")
             self._drop(handle)
             handle.fail(RequestError("this request was cancelled"))
             if self._flight is not None and self._must_plan(self._flight):
                 self._land()  # the device is not to go on for nobody
 
-    def stop(self, handle: Handle) -> None:
+    def stop(self, handle: Handle, *, ended_ok: bool = False) -> None:
         """Ends a request where it is: what was generated is its answer.
 
         Raises:
-            RequestError: it has ended already.
+            RequestError: it has ended already, and that is not ``ended_ok``.
         """
-        if running := self._running:
-            running.interrupt()
-        with self._turns.take():
+        with self._between_steps():
             if not handle.running:
+                if ended_ok:
+                    return
                 raise RequestError("this request has ended already; it cannot be stopped")
             handle.end()
             self._land()
             if handle.running:  # it was not decoding
                 self._drop(handle)
                 handle.finish()
+
+    @contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        """A turn that does not wait for more than the step that runs now."""
+        with self._count:
+            self._wanted += 1
+        try:
+            if running := self._running:
+                running.interrupt()
+            with self._turns.take():
+                try:
+                    yield
+                except RequestError:  # refused, with nothing done
+                    raise
+                except BaseException:
+                    self._crash()
+                    raise
+        finally:
+            with self._count:
+                self._wanted -= 1
+
+    def _let_others(self) -> None:
+        """Called without the turn: whoever wants to come between two steps comes first."""
+        if self._wanted:
+            time.sleep(1e-4)
 
     def _drop(self, handle: Handle) -> None:
         """Takes a request out, wherever it is."""
@@ -180,7 +210,7 @@ class DecodeLoop:
             return
         sequence = self._handles.pop(handle.sequence).sequence
         slot = sequence.slot
-        if slot is not None:
+        if slot is not None and sequence.decoding:  # before that the slot knows nothing of this sequence
             self.state.end_sequence(slot)
             handle.runs.save(self.state, slot, len(handle.token_ids))
         self.scheduler.cancel(sequence)
@@ -189,8 +219,9 @@ class DecodeLoop:
         """Cancels what is in flight; nothing can be submitted from then on."""
         self._closed = True
         with self._turns.take():
+            self._land()
             for handle in [*self._inbox, *self._handles.values()]:
-                self.cancel(handle)
+                self.cancel(handle, ended_ok=True)
 
     def forget_prefixes(self) -> None:
         """Empties the prefix index: the next prompts are computed whole."""
@@ -227,9 +258,10 @@ class DecodeLoop:
 
     def _take_inbox(self) -> None:
         while self._inbox:
-            handle = self._inbox.popleft()
+            handle = self._inbox[0]
             self.scheduler.add(handle.sequence)
             self._handles[handle.sequence] = handle
+            self._inbox.popleft()
 
     def _plan(self, wish: int | None) -> _Flight:
         streamed = any(handle.streamed for handle in self._handles.values())
@@ -292,7 +324,7 @@ class DecodeLoop:
             next_s = next(flight.seconds, None)
             seconds = [] if next_s is None else [next_s]
         else:
-            seconds = executor.run(1 if self._inbox else flight.step.max_steps)
+            seconds = executor.run(1 if self._inbox or self._wanted else flight.step.max_steps)
         if flight.done == 0:
             first_s = prefill_s + (seconds[0] if seconds else 0.0)
             self._budget.measured(flight.step.num_prompt_rows, len(flight.step.decode_rows), first_s)
@@ -327,9 +359,9 @@ class DecodeLoop:
             new = state.token_ids[row.slot, begin : begin + generated - had].tolist()
             times = seconds[: len(new)]
             times += [seconds[-1] if seconds else 0.0] * (len(new) - len(times))
-            handle.take(new, times)
             if status == ENDED:
                 handle.end()
+            handle.take(new, times)
             if handle.ended:
                 state.end_sequence(row.slot)
                 self._finish(handle, row.slot)
@@ -340,7 +372,7 @@ class DecodeLoop:
 
     def _land(self) -> None:
         """Ends the flight: the device comes to rest, and the scheduler learns what was decoded."""
-        flight, self._flight, self._running = self._flight, None, None
+        flight, self._running = self._flight, None
         if flight is None:
             return
         if flight.seconds is not None:
@@ -358,24 +390,32 @@ class DecodeLoop:
                 if handle.running:
                     self.state.end_sequence(row.slot)
                     self._finish(handle, row.slot)
-        for sequence in self.scheduler.commit(flight.step, generated, ended):
+        finished = self.scheduler.commit(flight.step, generated, ended)
+        self._flight = None
+        for sequence in finished:
             del self._handles[sequence]
 
     def _crash(self) -> None:
         """A step failed: nobody knows what it has written. Its sequences keep the tokens that were handed out and are
         computed again."""
         flight, self._flight, self._running = self._flight, None, None
-        if flight is None:
+        if flight is None:  # planning was broken off; no step ran
+            self.scheduler.reset()
+            self._quiet()
             return
         self.state.settle()
+        with suppress(Exception):  # the steps that did end, if that is not what failed
+            self._hand_out(flight, [])
         for row in flight.step.decode_rows:
             handle = self._handles.get(row.sequence)
             if handle is None:
                 continue
             row.sequence.tokens += handle.token_ids[row.sequence.num_generated :]
-            if handle.ended:
+            if handle.ended or row.sequence.num_tokens >= row.sequence.max_tokens:
                 self.scheduler.cancel(row.sequence)
                 del self._handles[row.sequence]
+                if handle.running:
+                    handle.fail(RequestError("the end of this answer could not be made; ask again"))
             elif not row.starts or len(handle.token_ids) > flight.handed[row.slot]:
                 # a slot that was just set up, or was about to be, knows nothing new
                 handle.runs.save(self.state, row.slot, len(handle.token_ids))

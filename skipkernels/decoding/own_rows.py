@@ -10,22 +10,24 @@ from skipkernels.decoding.prompt_rows import PromptRows
 from skipkernels.decoding.run_record import RunRecord
 from skipkernels.decoding.sequence import Sequence as TokenSequence
 from skipkernels.decoding.step import PromptChunk
+from skipkernels.errors import RequestError
 from skipkernels.executors import Executor
 from skipkernels.program.state import DecodeState
 from skipkernels.skipping.policy import GatePlan
 
 
 class OwnRows:
-    """Every slot has blocks of its own for ``max_seq_len`` positions, as far as the cache goes."""
+    """The first ``num_slots`` slots have blocks of their own for ``max_seq_len`` positions: as many as the cache has room
+    for."""
 
     def __init__(self, state: DecodeState, prompt_rows: PromptRows, dense: Executor) -> None:
         self.state = state
         self._prompt_rows = prompt_rows
         self._dense = dense
         per_slot = state.block_table.shape[1]
-        for slot in range(state.num_sequences):
-            first = min(slot * per_slot, state.num_blocks)
-            state.set_blocks(slot, range(first, min(first + per_slot, state.num_blocks)))
+        self.num_slots = min(state.num_sequences, state.num_blocks // per_slot)
+        for slot in range(self.num_slots):
+            state.set_blocks(slot, range(slot * per_slot, (slot + 1) * per_slot))
 
     def begin(self, slot: int, token_ids: Sequence[int], plan: GatePlan | None = None) -> None:
         """Caches all tokens but the last. From ``start`` on the slot decodes, greedily and without an end."""
@@ -43,6 +45,11 @@ class OwnRows:
 
     def _begin(self, slot: int, token_ids: torch.Tensor, plan: GatePlan | None) -> None:
         state = self.state
+        if slot >= self.num_slots:
+            raise RequestError(
+                f"the cache has room for {self.num_slots} rows at max_seq_len={state.max_seq_len}, row {slot} was wanted; "
+                "load the engine with a larger cache_bytes or a smaller max_seq_len"
+            )
         state.begin_sequence(slot, token_ids)
         state.set_policy(slot, plan)
         state.temperature[slot] = 0.0

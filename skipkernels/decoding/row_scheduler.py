@@ -159,7 +159,8 @@ class RowScheduler:
         for row in step.decode_rows:
             sequence = row.sequence
             if sequence.status is Status.RUNNING:
-                self._append(sequence, generated[row.slot])
+                if generated[row.slot] or row.slot not in ended:  # one that ended may have got nothing in this step
+                    self._append(sequence, generated[row.slot])
                 if row.slot in ended or sequence.num_tokens == sequence.max_tokens:
                     finished.append(sequence)
         for sequence in self._running:
@@ -174,8 +175,15 @@ class RowScheduler:
         """The step failed and nobody knows what it has written: every running sequence goes back to the queue and is
         recomputed. No token is lost; blocks in the prefix index were complete before the step."""
         self._end_step(step)
+        self.reset()
+
+    def reset(self) -> None:
+        """As ``abandon``, also where planning itself was broken off."""
+        self._planned = None
         while self._running:
             self._preempt_last()
+        self._tables.take_copies()
+        self._tables.take_changed()
 
     def _make_room(self) -> list[tuple[int, Sequence]]:
         """A block to write to for every decoding sequence, by arrival. Returns (slot, sequence) of those preempted."""

@@ -174,6 +174,7 @@ class GraphExecutor:
                     yield now - started
                     started = now
             finally:  # whatever the end is, the device has come to rest
+                self._interrupted = False
                 self._runtime.synchronize(stream)
         except DeviceError:
             raise

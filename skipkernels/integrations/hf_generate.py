@@ -112,21 +112,26 @@ def hf_generate(
             eos_token_ids=eos,
             policy=skip_policy,
         )
-        if skip_streamer is not None:
-            skip_streamer.put(input_ids.cpu())
-        if others or skip_streamer is not None:  # somebody wants to see every token
-            done = torch.zeros(batch_size, dtype=torch.bool)
-            for _ in decoding.steps():
-                if skip_streamer is not None:
-                    skip_streamer.put(torch.tensor(decoding.rows[0].token_ids[-1:]))
-                if others:
-                    sequences = _sequences(input_ids, decoding, pad)
-                    done |= others(cast(torch.LongTensor, sequences), cast(torch.FloatTensor, None)).cpu()
-                    _end(decoding, done, together=not pads)
-        else:
-            decoding.step(max_length)
-        if skip_streamer is not None:
-            skip_streamer.end()
+        try:
+            if skip_streamer is not None:
+                skip_streamer.put(input_ids.cpu())
+            if others or skip_streamer is not None:  # somebody wants to see every token
+                done, sent = torch.zeros(batch_size, dtype=torch.bool), 0
+                for _ in decoding.steps():
+                    if skip_streamer is not None:
+                        for token in decoding.rows[0].token_ids[sent:]:  # a device may be some tokens ahead
+                            skip_streamer.put(torch.tensor([token]))
+                            sent += 1
+                    if others:
+                        sequences = _sequences(input_ids, decoding, pad)
+                        done |= others(cast(torch.LongTensor, sequences), cast(torch.FloatTensor, None)).cpu()
+                        _end(decoding, done, together=not pads)
+            else:
+                decoding.step(max_length)
+            if skip_streamer is not None:
+                skip_streamer.end()
+        finally:
+            decoding.end()
         sequences = _sequences(input_ids, decoding, pad)
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, sequences))
@@ -259,7 +264,7 @@ def _end(decoding: Decoding, done: torch.Tensor, *, together: bool) -> None:
         return
     for row, row_done in zip(decoding.rows, done.tolist(), strict=True):
         if row_done and row.running:
-            row.stop()
+            row.stop(ended_ok=True)
 
 
 def _turns_of(model: PreTrainedModel) -> Turns:
