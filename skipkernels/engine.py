@@ -174,6 +174,7 @@ class Engine:
             cache_bytes=cache_bytes,
             execution=execution,
         )
+        engine.loop.weights_may_change = isinstance(model, PreTrainedModel)
         # a folder's own tokenizer has no say in where answers end, as in transformers
         engine.default_eos_token_ids = default_eos_token_ids(tokenizer, loaded.generation_config)
         return engine
@@ -191,6 +192,7 @@ class Engine:
             execution=self.execution,
         )
         other.default_eos_token_ids = self.default_eos_token_ids
+        other.loop.weights_may_change = self.loop.weights_may_change
         return other
 
     @property
@@ -345,6 +347,8 @@ class Engine:
             sampling = default_sampling(self.generation_config)
         if isinstance(sampling, SamplingParams):
             sampling = [sampling] * len(listed)
+        if not isinstance(sampling, Sequence) or not all(isinstance(one, SamplingParams) for one in sampling):
+            raise RequestError(f"sampling must be SamplingParams, or a list of them, got {sampling!r}")
         if len(sampling) != len(listed):
             raise RequestError(f"{len(sampling)} sampling parameters for {len(listed)} prompts")
         eos = self.default_eos_token_ids if eos_token_ids is None else checked_eos(eos_token_ids)

@@ -83,6 +83,8 @@ class DecodeLoop:
         self._flight: _Flight | None = None
         self._running: Executor | None = None  # what is inside a long call now
         self._closed = False
+        self.weights_may_change = False
+        """The weights are a module's own, which its owner may change in place: nothing is kept between requests."""
         self._count = threading.Lock()
         self._wanted = 0  # callers that want to come between two steps
 
@@ -99,6 +101,8 @@ class DecodeLoop:
         handles = [Handle(self, request, self._tokenizer) for request in requests]
         for handle in handles:
             self.scheduler.check(handle.sequence)
+        if self.weights_may_change and self.idle:
+            self.forget_prefixes()
         self._inbox.extend(handles)
         if running := self._running:
             running.interrupt()

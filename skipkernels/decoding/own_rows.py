@@ -17,8 +17,7 @@ from skipkernels.skipping.policy import GatePlan
 
 
 class OwnRows:
-    """The first ``num_slots`` slots have blocks of their own for ``max_seq_len`` positions: as many as the cache has room
-    for."""
+    """The first ``num_slots`` slots have blocks of their own for ``max_seq_len`` positions; more do not fit."""
 
     def __init__(self, state: DecodeState, prompt_rows: PromptRows, dense: Executor) -> None:
         self.state = state
@@ -47,8 +46,8 @@ class OwnRows:
         state = self.state
         if slot >= self.num_slots:
             raise RequestError(
-                f"the cache has room for {self.num_slots} rows at max_seq_len={state.max_seq_len}, row {slot} was wanted; "
-                "load the engine with a larger cache_bytes or a smaller max_seq_len"
+                f"the cache has room for {self.num_slots} rows at max_seq_len={state.max_seq_len}, row {slot} was "
+                "wanted; load the engine with a larger cache_bytes or a smaller max_seq_len"
             )
         state.begin_sequence(slot, token_ids)
         state.set_policy(slot, plan)

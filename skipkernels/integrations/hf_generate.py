@@ -245,6 +245,8 @@ def _unpadded(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[list[i
     if mask.shape != input_ids.shape:
         raise RequestError(f"attention_mask has shape {tuple(mask.shape)}, expected {tuple(input_ids.shape)}")
     kept = mask.bool()
+    if not bool((mask == kept).all()):
+        raise RequestError("attention_mask must hold zeros and ones only")
     if bool((kept[:, 1:] < kept[:, :-1]).any()) or not bool(kept[:, -1:].all()):
         raise RequestError("padding must stand on the left; set tokenizer.padding_side='left'")
     return [ids[keep].tolist() for ids, keep in zip(input_ids, kept, strict=True)]

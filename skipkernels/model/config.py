@@ -87,6 +87,8 @@ class ModelConfig:
                 "(dense decoders with a gated SiLU FFN)"
             )
         refuse_quantised(config)
+        if getattr(config, "is_causal", True) is False:
+            raise ModelError(f"{family}: is_causal=False is not supported; a decoder attends to earlier tokens only")
         activation = config.hidden_act
         if activation not in ("silu", "swish"):
             raise ModelError(f"{family}: hidden_act={activation!r} is not supported; supported is 'silu'")

@@ -139,6 +139,7 @@ def _expected_attributes(part: torch.nn.Module, config: ModelConfig) -> dict[str
     if kind.endswith("Attention"):
         return {
             "scaling": config.head_dim**-0.5,
+            "is_causal": True,
             "head_dim": config.head_dim,
             "num_key_value_groups": config.num_attention_heads // config.num_key_value_heads,
         }

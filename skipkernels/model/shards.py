@@ -113,6 +113,11 @@ class Shards:
                     f"{shard}: tensor {own_name!r} means nothing to this model; a quantised checkpoint, an adapter or "
                     "another architecture than config.json says cannot be read"
                 )
+            if f"model.{name}" in shapes:
+                raise ModelError(
+                    f"{shard}: tensor {own_name!r} stands there twice, with and without the prefix 'model.'; "
+                    "remove the wrong one"
+                )
             left_out.append(own_name)
         if left_out:
             logger.warning("%s: left out %d tensors, such as %s", self._path, len(left_out), left_out[0])

@@ -16,7 +16,7 @@ from skipkernels.decoding.handle import Handle
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
 from skipkernels.skipping.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy, SkipPolicy
-from tests.models import random_prompt, tiny_engine, tiny_module
+from tests.models import random_prompt, stock_tokens, tiny_engine, tiny_module
 
 MODULE = tiny_module("mistral with a sliding window", num_hidden_layers=4)
 BLOCK_BYTES = 4 * 2 * 2 * 32 * 10 * 4  # layers, keys and values, heads, positions, head_dim, fp32
@@ -34,7 +34,9 @@ POLICIES: list[Policy] = [
 def engine_of(monkeypatch: pytest.MonkeyPatch | None = None, prompt_rows: int = 240, **options: Any) -> Engine:
     if monkeypatch is not None:
         monkeypatch.setattr("skipkernels.engine.PROMPT_ROWS", prompt_rows)
-    return tiny_engine(module=MODULE, max_seq_len=256, **options)
+    engine = tiny_engine(module=MODULE, max_seq_len=256, **options)
+    engine.loop.weights_may_change = False  # nobody changes them here
+    return engine
 
 
 @dataclass(frozen=True)
@@ -279,9 +281,9 @@ def test_a_short_answer_does_not_wait_for_a_long_one() -> None:
 
 def test_a_long_call_ends_when_somebody_comes() -> None:
     """A thread decodes thousands of tokens in one call of native code; a second one gets its turn between two steps."""
-    module = tiny_module(max_position_embeddings=1 << 16)
-    engine = tiny_engine(module=module, max_batch_size=2, max_seq_len=1 << 14)
-    tokens = 16000
+    module = tiny_module(max_position_embeddings=1 << 18)
+    engine = tiny_engine(module=module, max_batch_size=2, max_seq_len=1 << 17)
+    tokens = 100_000
     background = engine.submit([1, 2, 3], max_new_tokens=tokens, eos_token_ids=())
 
     def wait() -> None:
@@ -327,6 +329,17 @@ def test_a_closed_engine_takes_nothing() -> None:
         handle.result()
     with pytest.raises(RequestError, match="the engine is closed"):
         engine.generate([1, 2])
+
+
+def test_a_module_changed_in_place_is_followed() -> None:
+    """Keys and values of the old weights are not found again, whatever was changed and however."""
+    module = tiny_module()
+    engine, prompt = tiny_engine(module=module), LONG[:70]
+    before = engine.generate(prompt, max_new_tokens=10)[0].token_ids
+    module.model.layers[0].self_attn.v_proj.weight.data.mul_(-1.5)
+    expected = stock_tokens(module, prompt, 10)
+    assert expected != before
+    assert engine.generate(prompt, max_new_tokens=10)[0].token_ids == expected
 
 
 def test_rows_by_hand_need_an_idle_engine() -> None:

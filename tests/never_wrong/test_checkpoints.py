@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from skipkernels.engine import Engine
 from skipkernels.errors import DeviceError, ModelError, RequestError
 from skipkernels.skipping.policy import SkipPolicy
 from skipkernels.skipping.policy_file import load_policy, save_policy
@@ -440,3 +441,18 @@ def test_an_old_policy_file_loads_for_its_own_model_only(tmp_path: Path) -> None
     assert load_policy(tmp_path / "old.json", fingerprint=engine.fingerprint) == policy
     with pytest.raises(ValueError, match="was calibrated for"):
         load_policy(tmp_path / "old.json", fingerprint=tiny_engine(module=tiny_module(seed=1)).fingerprint)
+
+
+def test_a_tensor_with_and_without_its_prefix_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    name = "layers.0.mlp.down_proj.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name: -tensors["model." + name]}))
+    with pytest.raises(ModelError, match="stands there twice"):
+        Engine.from_pretrained(folder)
+
+
+def test_a_decoder_that_looks_ahead_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    edit_json(folder, is_causal=False)
+    with pytest.raises(ModelError, match="is_causal=False is not supported"):
+        Engine.from_pretrained(folder)
