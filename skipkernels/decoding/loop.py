@@ -87,6 +87,7 @@ class DecodeLoop:
         """The weights are a module's own, which its owner may change in place: nothing is kept between requests."""
         self._count = threading.Lock()
         self._wanted = 0  # callers that want to come between two steps
+        self._waiting = 0  # callers that wait for a turn
 
     def submit_all(self, requests: Sequence[Request]) -> list[Handle]:
         """Queues requests. Does not wait, not even for the step that runs now.
@@ -133,8 +134,7 @@ class DecodeLoop:
     def advance(self, handle: Handle) -> None:
         """Returns once ``handle`` has a chunk that nobody has taken, or has ended; runs steps until then."""
         while True:
-            self._let_others()
-            with self._turns.take():
+            with self._turn():
                 handle.read()
                 if handle.has_news:
                     return
@@ -143,8 +143,7 @@ class DecodeLoop:
     def finish(self, handles: Collection[Handle]) -> None:
         """Returns once ``handles`` have ended; runs steps until then, as many in one call as nobody else waits for."""
         while any(handle.running for handle in handles):
-            self._let_others()
-            with self._turns.take():
+            with self._turn():
                 if any(handle.running for handle in handles):
                     alone = not self._inbox and all(handle in handles for handle in self._handles.values())
                     self.step(None if alone else STEPS_AT_ONCE)
@@ -190,7 +189,7 @@ class DecodeLoop:
         try:
             if running := self._running:
                 running.interrupt()
-            with self._turns.take():
+            with self._turn():
                 try:
                     yield
                 except RequestError:  # refused, with nothing done
@@ -202,10 +201,25 @@ class DecodeLoop:
             with self._count:
                 self._wanted -= 1
 
-    def _let_others(self) -> None:
-        """Called without the turn: whoever wants to come between two steps comes first."""
-        if self._wanted:
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """A turn for one of several threads. The lock itself is not fair: who gives it back could take it again at
+        once, for ever. So whoever comes sees who waits, and lets them go first."""
+        if self._waiting:
             time.sleep(1e-4)
+        with self._count:
+            self._waiting += 1
+        waits = True
+        try:
+            with self._turns.take():
+                with self._count:
+                    self._waiting -= 1
+                waits = False
+                yield
+        finally:
+            if waits:
+                with self._count:
+                    self._waiting -= 1
 
     def _drop(self, handle: Handle) -> None:
         """Takes a request out, wherever it is."""
