@@ -48,7 +48,7 @@ def test_the_fusion_workload_runs_on_a_real_server(tiny_clips: None, tmp_path: P
     options = (
         f"--model-dir {tmp_path / 'model'} --train-steps 3 --skip-levels 0,0.2 --profile-samples 10 --profile-rounds 2 "
         f"--max-batch-size 2 --jobs 4 --overload-jobs 5 --rounds 2 --slack 0.5 {FAST} "
-        "--extra-ms 20"  # 60 jobs at once take longer than that on any machine
+        "--simulated-jobs 200 --extra-ms 40"  # so many jobs at once take longer than that on any machine
     )
     result = bench(*options.split(), "--json", str(out), "--plot", str(picture), "--frontier", str(frontier))
     assert result.exit_code == 0, result.output
