@@ -184,6 +184,7 @@ class DecodeLoop:
     @contextmanager
     def _between_steps(self) -> Iterator[None]:
         """A turn that does not wait for more than the step that runs now."""
+        self._turns.check_process()  # before anything is counted: a fork starts the counts anew
         with self._count:
             self._wanted += 1
         try:
@@ -205,6 +206,7 @@ class DecodeLoop:
     def _turn(self) -> Iterator[None]:
         """A turn for one of several threads. The lock itself is not fair: who gives it back could take it again at
         once, for ever. So whoever comes sees who waits, and lets them go first."""
+        self._turns.check_process()
         if self._waiting:
             time.sleep(1e-4)
         with self._count:
@@ -265,7 +267,8 @@ class DecodeLoop:
                 self.state.block_table.fill_(-1)
 
     def _arrive_in_child(self) -> None:
-        """After a fork: what was in flight is the parent's."""
+        """After a fork: what was in flight, and who waited for it, is the parent's."""
+        self._count, self._wanted, self._waiting = threading.Lock(), 0, 0
         self._crash()
         for handle in [*self._inbox, *self._handles.values()]:
             self._drop(handle)
