@@ -273,15 +273,14 @@ class Engine:
         policy: Policy | None = None,
     ) -> Iterator[StreamChunk]:
         """Generates for one prompt and yields each token as it comes; arguments as in ``generate``."""
-        decoding = self.begin(
-            [single_prompt(prompt)],
+        yield from self.submit(
+            prompt,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             stop=stop,
             eos_token_ids=eos_token_ids,
             policy=policy,
         )
-        yield from decoding.rows[0]
 
     def submit(
         self,
