@@ -45,15 +45,15 @@ WeightDtype parse_dtype(const std::string& name) {
 }
 
 // One op's struct is filled through its field table, so bindings and program.h cannot drift apart.
-Instruction make_instruction(const std::string& op, const std::string& dtype, uintptr_t when, int64_t num_rows,
+Instruction make_instruction(const std::string& op, const std::string& dtype, uintptr_t row_mask, int64_t num_rows,
                              const py::dict& operands) {
     const OpInfo& info = find_op(op);
     check(num_rows >= 1, op, ": num_rows must be at least 1, got ", num_rows);
-    check(when != 0, op, ": when is a null pointer");
+    check(row_mask != 0, op, ": row_mask is a null pointer");
     Instruction ins{};
     ins.op = info.op;
     ins.weight_dtype = parse_dtype(dtype);
-    ins.when = reinterpret_cast<const int32_t*>(when);
+    ins.row_mask = reinterpret_cast<const int32_t*>(row_mask);
     ins.num_rows = num_rows;
     char* base = reinterpret_cast<char*>(&ins.embed);  // every member of the union starts here
     check(operands.size() == info.num_fields, op, " takes ", info.num_fields, " operands, got ", operands.size());
@@ -177,7 +177,7 @@ PYBIND11_MODULE(_C, m) {
         py::call_guard<py::gil_scoped_release>(), "Seconds of each of `repeats` full reads of `bytes` of memory.");
 
     py::class_<Instruction>(m, "Instruction")
-        .def(py::init(&make_instruction), py::arg("op"), py::arg("dtype"), py::arg("when"), py::arg("num_rows"),
+        .def(py::init(&make_instruction), py::arg("op"), py::arg("dtype"), py::arg("row_mask"), py::arg("num_rows"),
              py::arg("operands"));
 
     py::class_<cpu::Executor>(m, "CpuExecutor")

@@ -120,11 +120,11 @@ SKIPKERNELS_OPS(SKIPKERNELS_STRUCT)
 enum class OpCode : int32_t { SKIPKERNELS_OPS(SKIPKERNELS_ENUMERATOR) };
 #undef SKIPKERNELS_ENUMERATOR
 
-// One instruction of the recorded program. A row is touched where when[row] is non-zero; num_rows is the length of when.
+// One instruction of the recorded program. A row is touched where row_mask[row] is non-zero; num_rows is the length of row_mask.
 struct Instruction {
   OpCode op;
   WeightDtype weight_dtype;
-  const int32_t* when;
+  const int32_t* row_mask;
   int64_t num_rows;
   union {
 #define SKIPKERNELS_UNION_MEMBER(op, Struct, FIELDS) Struct op;

@@ -61,7 +61,7 @@ size_t packed_columns(const Instruction& ins) {
 
 // What a scratch must hold for the instructions it has seen. All but rows and arrivals in floats.
 struct Needs {
-    size_t rows = 0, own_x = 0, shared_x = 0, panel = 0, head = 0;
+    size_t rows = 0, own_x = 0, shared_x = 0, panel = 0, op_scratch = 0;
     size_t arrivals = 0, queries = 0, scores_stride = 0, keys = 0;  // of attention
 
     void add(const Instruction& ins) {
@@ -72,7 +72,8 @@ struct Needs {
             panel = std::max(panel, num_rows * kPanelRows);
             if (num_rows > kFewRows) shared_x = std::max(shared_x, num_rows * columns);
         }
-        if (ins.op == OpCode::qkv_rope_append) head = std::max(head, num_rows * ins.qkv_rope_append.head_dim);
+        if (ins.op == OpCode::qkv_rope_append)
+            op_scratch = std::max(op_scratch, num_rows * ins.qkv_rope_append.head_dim);
         if (ins.op == OpCode::decode_attention) {
             const DecodeAttention& op = ins.decode_attention;
             const size_t group = op.num_attention_heads / op.num_key_value_heads;
@@ -139,7 +140,8 @@ Executor::Executor(std::vector<Instruction> program, const int32_t* active, int6
     constexpr size_t kAccumulators = kPanelRows * kMaxTile * kMaxVecWidth;
     for (int thread = 0; thread < num_threads; ++thread) {
         size_t floats = 0;
-        for (size_t part : {needs.own_x, kAccumulators, needs.panel, needs.panel, needs.head, scores, needs.keys}) {
+        for (size_t part :
+             {needs.own_x, kAccumulators, needs.panel, needs.panel, needs.op_scratch, scores, needs.keys}) {
             floats += Cutter::rounded(part);
         }
         memory_.push_back(allocate_floats(floats));
@@ -150,7 +152,7 @@ Executor::Executor(std::vector<Instruction> program, const int32_t* active, int6
         scratch.accumulators = cutter.take(kAccumulators);
         scratch.panel = cutter.take(needs.panel);
         scratch.second_panel = cutter.take(needs.panel);
-        scratch.head = cutter.take(needs.head);
+        scratch.op_scratch = cutter.take(needs.op_scratch);
         scratch.rows = rows_.data();
         AttentionScratch& attention = scratch.attention;
         attention.tiles = &tiles_;
@@ -200,7 +202,7 @@ void Executor::run_instruction(int64_t index) {
 
 void Executor::replay(Loop& loop) {
     loop.step_started = Clock::now();
-    if (find_work(loop)) pool_.run([&](int thread) { help(loop, thread); });
+    if (publish_next(loop)) pool_.run([&](int thread) { worker_loop(loop, thread); });
 }
 
 void Executor::find_rows(const Instruction& ins) {
@@ -209,10 +211,10 @@ void Executor::find_rows(const Instruction& ins) {
     for (int64_t begin = 0; begin < ins.num_rows; begin += kAtOnce) {
         const int64_t end = std::min(begin + kAtOnce, ins.num_rows);
         int32_t any = 0;
-        for (int64_t row = begin; row < end; ++row) any |= ins.when[row];
+        for (int64_t row = begin; row < end; ++row) any |= ins.row_mask[row];
         if (!any) continue;
         for (int64_t row = begin; row < end; ++row) {
-            if (ins.when[row]) rows_[count++] = static_cast<int>(row);
+            if (ins.row_mask[row]) rows_[count++] = static_cast<int>(row);
         }
     }
     num_rows_.store(count, std::memory_order_relaxed);
@@ -233,7 +235,7 @@ void Executor::publish(int64_t tasks) {
 // Walks on to the next instruction that is worth sharing and publishes it; false at the end of the replay. On the way
 // it passes over what no row wants (a skipped FFN costs this check), runs short instructions itself, and ends steps.
 // Nobody else holds a task here, so nobody else uses any scratch.
-bool Executor::find_work(Loop& loop) {
+bool Executor::publish_next(Loop& loop) {
     for (;; ++loop.at, loop.packed = false) {
         if (loop.at == loop.end) {
             if (loop.keep_going) loop.step_seconds.push_back(seconds_since(loop.step_started));
@@ -271,7 +273,7 @@ bool Executor::find_work(Loop& loop) {
 
 // Takes tasks until the replay is finished. No thread waits for one that has not taken any: on a busy machine, whoever
 // has a processor does the work.
-void Executor::help(Loop& loop, int thread) {
+void Executor::worker_loop(Loop& loop, int thread) {
     Scratch& scratch = scratch_[thread];
     uint64_t prepared_round = 0;  // rounds start at 1
     Backoff backoff;
@@ -310,7 +312,7 @@ void Executor::help(Loop& loop, int thread) {
                 if (profiling_) seconds_[loop.at] += seconds_since(loop.instruction_started);
                 ++loop.at;
             }
-            find_work(loop);
+            publish_next(loop);
         }
     }
 }

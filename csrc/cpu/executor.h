@@ -41,8 +41,8 @@ class Executor {
     struct Loop;
 
     void replay(Loop& loop);
-    bool find_work(Loop& loop);
-    void help(Loop& loop, int thread);
+    bool publish_next(Loop& loop);
+    void worker_loop(Loop& loop, int thread);
     const Kernel& kernel(const Instruction& ins) const { return kernels_.kernels[static_cast<size_t>(ins.op)]; }
     bool any_active() const;
     void find_rows(const Instruction& ins);

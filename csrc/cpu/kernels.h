@@ -54,8 +54,8 @@ struct Scratch {
     float* accumulators;  // [kPanelRows][kMaxTile][kMaxVecWidth], the panel between two blocks of k
     float* panel;         // [num_rows][kPanelRows], a panel's results
     float* second_panel;  // another, for ops that combine two
-    float* head;          // (num_rows, head_dim), a head's outputs
-    const int* rows;      // the rows with when != 0, one list for all threads
+    float* op_scratch;    // what an op wants for itself; qkv_rope_append: (num_rows, head_dim), a head's outputs
+    const int* rows;      // the rows with row_mask != 0, one list for all threads
     int num_rows;
     AttentionScratch attention;
 };

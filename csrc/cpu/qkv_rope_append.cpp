@@ -75,11 +75,11 @@ void qkv_rope_append_run(const Instruction& ins, int64_t begin, int64_t end, Scr
                 for (int i = 0; i < s.num_rows; ++i) {
                     for (int r = 0; r < height; ++r) {
                         const float bias = op.qkv_bias ? op.qkv_bias[head * d + first + r] : 0.0f;
-                        s.head[i * d + first + r] = s.panel[i * cpu::kPanelRows + r] + bias;
+                        s.op_scratch[i * d + first + r] = s.panel[i * cpu::kPanelRows + r] + bias;
                     }
                 }
             });
-            for (int i = 0; i < s.num_rows; ++i) store_head<T>(op, head, s.rows[i], s.head + i * d);
+            for (int i = 0; i < s.num_rows; ++i) store_head<T>(op, head, s.rows[i], s.op_scratch + i * d);
         }
     });
 }

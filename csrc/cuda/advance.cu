@@ -61,13 +61,13 @@ __device__ void end_decode_row(const Advance& op, int64_t row) {
 }
 
 __global__ void __launch_bounds__(kThreads)
-    advance_kernel(const __grid_constant__ Advance op, const int32_t* when, Stamps stamps) {
+    advance_kernel(const __grid_constant__ Advance op, const int32_t* row_mask, Stamps stamps) {
     Clock clock(stamps);
     ptx::grid_dependency_wait();
     clock.waited();
     ptx::grid_dependency_launch();
     const int64_t row = blockIdx.x;
-    if (!when[row]) return;
+    if (!row_mask[row]) return;
     if (row < op.num_sequences) {
         end_decode_row(op, row);
     } else {
@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t launch_advance(const Step& step, const LaunchContext& context) {
     const Advance& op = step.ins.advance;
-    return launch_kernel(context, advance_kernel, static_cast<unsigned>(op.num_rows), kThreads, 0, op, step.ins.when,
-                         context.stamps);
+    return launch_kernel(context, advance_kernel, static_cast<unsigned>(op.num_rows), kThreads, 0, op,
+                         step.ins.row_mask, context.stamps);
 }
 
 }  // namespace skipkernels::cuda

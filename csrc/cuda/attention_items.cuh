@@ -47,13 +47,13 @@ struct AttentionItems {
     int num_rows;
 
     // By one warp. A row that is not wanted has no runs. Returns whether there is a prompt row.
-    __device__ bool cut(const DecodeAttention& op, const int32_t* when) const {
+    __device__ bool cut(const DecodeAttention& op, const int32_t* row_mask) const {
         const int lane = static_cast<int>(threadIdx.x) % 32;
         int runs_before = 0;
         bool has_prompt = false;
         for (int first = 0; first < num_rows; first += 32) {
             const int index = first + lane;
-            const bool wanted = index < num_rows && ptx::load_relaxed(when + index) != 0;
+            const bool wanted = index < num_rows && ptx::load_relaxed(row_mask + index) != 0;
             AttentionRow row{};
             if (wanted) {
                 row.end = ptx::load_relaxed(op.row_position + index) + 1;

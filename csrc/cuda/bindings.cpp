@@ -97,8 +97,8 @@ void bind(py::module_& m) {
         .def("begin", &Graph::begin)
         .def(
             "begin_if",
-            [](Graph& self, uintptr_t when, int64_t batch_size) { self.begin_if(as_flags(when), batch_size); },
-            py::arg("when"), py::arg("batch_size"))
+            [](Graph& self, uintptr_t row_mask, int64_t batch_size) { self.begin_if(as_flags(row_mask), batch_size); },
+            py::arg("row_mask"), py::arg("batch_size"))
         .def(
             "begin_while",
             [](Graph& self, uintptr_t active, int64_t batch_size) { self.begin_while(as_flags(active), batch_size); },

@@ -10,8 +10,8 @@ __device__ bool any(const int32_t* flags, int64_t count) {
     return found;
 }
 
-__global__ void if_any(cudaGraphConditionalHandle handle, const int32_t* when, int64_t batch_size) {
-    cudaGraphSetConditional(handle, any(when, batch_size));
+__global__ void if_any(cudaGraphConditionalHandle handle, const int32_t* row_mask, int64_t batch_size) {
+    cudaGraphSetConditional(handle, any(row_mask, batch_size));
 }
 
 __global__ void while_any(cudaGraphConditionalHandle handle, const int32_t* active, int64_t batch_size,
@@ -36,10 +36,10 @@ cudaError_t set_carveout_of_conditions(int carveout) {
     return cudaFuncSetAttribute(while_any, cudaFuncAttributePreferredSharedMemoryCarveout, carveout);
 }
 
-cudaError_t launch_if_any(cudaGraphConditionalHandle handle, const int32_t* when, int64_t batch_size,
+cudaError_t launch_if_any(cudaGraphConditionalHandle handle, const int32_t* row_mask, int64_t batch_size,
                           cudaStream_t stream) {
     const cudaLaunchConfig_t config = one_thread(stream);
-    return cudaLaunchKernelEx(&config, if_any, handle, when, batch_size);
+    return cudaLaunchKernelEx(&config, if_any, handle, row_mask, batch_size);
 }
 
 cudaError_t launch_while_any(cudaGraphConditionalHandle handle, const int32_t* active, int64_t batch_size,

@@ -12,8 +12,8 @@ namespace skipkernels::cuda {
 // another kernel runs there.
 cudaError_t set_carveout_of_conditions(int carveout);
 
-// handle = any of when[batch_size]
-cudaError_t launch_if_any(cudaGraphConditionalHandle handle, const int32_t* when, int64_t batch_size,
+// handle = any of row_mask[batch_size]
+cudaError_t launch_if_any(cudaGraphConditionalHandle handle, const int32_t* row_mask, int64_t batch_size,
                           cudaStream_t stream);
 
 // *steps_left -= 1; handle = *steps_left > 0 and any of active[batch_size]

@@ -30,7 +30,7 @@ constexpr int kStagedBytes = 256;  // head_dim in bytes up to which splits are c
 template <class T, int V, int kHeads, bool kStaged>
 __global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
     decode_attention_kernel(const __grid_constant__ DecodeAttention op, const __grid_constant__ PagedCache cache,
-                            const int32_t* when, bool flags_are_settled, bool prefetches_early,
+                            const int32_t* row_mask, bool flags_are_settled, bool prefetches_early,
                             const __grid_constant__ Prefetch next, int* arrivals, Stamps stamps) {
     Clock clock(stamps);
     const Attention<T, V, kHeads, kStaged> attention(op, cache);
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
     const int block = static_cast<int>(blockIdx.x), grid = static_cast<int>(gridDim.x);
     if (!flags_are_settled) ptx::grid_dependency_wait();
     if (thread < 32) {
-        const bool has_prompt = attention.items.cut(op, when);
+        const bool has_prompt = attention.items.cut(op, row_mask);
         if (lane == 0) shared.has_prompt = has_prompt;
     }
     __syncthreads();
@@ -119,8 +119,8 @@ cudaError_t launch_attention(const Step& step, const LaunchContext& context) {
     const int64_t grid = step.prefetch.max_bytes ? blocks : std::min(most_items, blocks);
     return launch_kernel(context, decode_attention_kernel<T, V, kHeads, kStaged>, static_cast<unsigned>(grid),
                          kAttentionThreads, attention_shared_bytes<T, kHeads, kStaged>(op.head_dim, op.num_rows), op,
-                         PagedCache(op), step.ins.when, step.flags_are_settled, step.prefetches_early, step.prefetch,
-                         step.arrivals, context.stamps);
+                         PagedCache(op), step.ins.row_mask, step.flags_are_settled, step.prefetches_early,
+                         step.prefetch, step.arrivals, context.stamps);
 }
 
 // The kernel for a group of query heads; larger groups take several items.

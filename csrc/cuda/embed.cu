@@ -13,13 +13,13 @@ constexpr int kThreads = 256, kChannelsOfThread = 4;
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    embed_kernel(const __grid_constant__ Embed op, const int32_t* when, Stamps stamps) {
+    embed_kernel(const __grid_constant__ Embed op, const int32_t* row_mask, Stamps stamps) {
     Clock clock(stamps);
     ptx::grid_dependency_wait();
     clock.waited();
     ptx::grid_dependency_launch();
     const int64_t row = blockIdx.y;
-    if (!when[row]) return;
+    if (!row_mask[row]) return;
     const int64_t token = op.input_ids[row], prompt_row = row - (op.num_rows - op.num_prompt_rows);
     const T* weights = static_cast<const T*>(op.embed_tokens);
     float* to = op.hidden_states + row * op.hidden_size;
@@ -40,7 +40,7 @@ cudaError_t launch_embed(const Step& step, const LaunchContext& context) {
     const dim3 grid(static_cast<unsigned>(ceil_div(op.hidden_size, kThreads * kChannelsOfThread)),
                     static_cast<unsigned>(op.num_rows));
     return with_weight_type(step.ins.weight_dtype, [&](auto type) {
-        return launch_kernel(context, embed_kernel<decltype(type)>, grid, kThreads, 0, op, step.ins.when,
+        return launch_kernel(context, embed_kernel<decltype(type)>, grid, kThreads, 0, op, step.ins.row_mask,
                              context.stamps);
     });
 }

@@ -40,12 +40,12 @@ void Graph::begin() {
     });
 }
 
-void Graph::begin_if(const int32_t* when, int64_t batch_size) {
+void Graph::begin_if(const int32_t* row_mask, int64_t batch_size) {
     guarded([&] {
         cudaGraphConditionalHandle handle{};
         check(cudaGraphConditionalHandleCreate(&handle, capture_point(stream()).graph, 0, cudaGraphCondAssignDefault),
               "cudaGraphConditionalHandleCreate");
-        check(launch_if_any(handle, when, batch_size, stream()), "if_any");
+        check(launch_if_any(handle, row_mask, batch_size, stream()), "if_any");
         open_body(cudaGraphCondTypeIf, handle, {nullptr, handle, nullptr, 0});
     });
 }

@@ -20,8 +20,8 @@ class Graph {
     // Starts the capture. What is launched on stream() until finish() becomes part of the graph. A call that fails
     // gives the capture up: the graph is then empty, its streams are gone, and begin() may be called again.
     void begin();
-    // What follows, up to end_body(), runs where any of when[batch_size] is non-zero at that point.
-    void begin_if(const int32_t* when, int64_t batch_size);
+    // What follows, up to end_body(), runs where any of row_mask[batch_size] is non-zero at that point.
+    void begin_if(const int32_t* row_mask, int64_t batch_size);
     // What follows runs until no entry of active[batch_size] is non-zero, at least once and at most set_steps() times.
     void begin_while(const int32_t* active, int64_t batch_size);
     void end_body();

@@ -33,7 +33,7 @@ void check_blocks(const char* name, const Op& op) {
 bool may_write_flags(const Instruction& ins, const Instruction& reader) {
     if (ins.op == OpCode::advance) return true;
     return ins.op == OpCode::skip_gate &&
-           reader.when == ins.skip_gate.run_ffn + ins.skip_gate.layer * ins.skip_gate.num_rows;
+           reader.row_mask == ins.skip_gate.run_ffn + ins.skip_gate.layer * ins.skip_gate.num_rows;
 }
 
 int64_t num_arrivals(const Instruction& ins) {

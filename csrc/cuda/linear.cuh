@@ -27,7 +27,7 @@
 //   (index, row, r, value, early)  takes y. Called by whole warps: lanes 0..15 and lanes 16..31 each hold the 16 values
 //                                of a tile for one batch row, or row = -1 and nothing
 //   kFinishesTiles, finish_tile(index, rows)   called by all threads behind a tile
-//   kHasExtraBlock, extra_block(when)   what a block beside those of the tiles does, if it is launched
+//   kHasExtraBlock, extra_block(row_mask)   what a block beside those of the tiles does, if it is launched
 #pragma once
 
 #include "common.cuh"
@@ -43,8 +43,8 @@ constexpr int kRunRows = kTileRows / 2;
 constexpr int kCopies = 16;
 constexpr size_t kRingBytes = kCopies * kLinearThreads * sizeof(uint4);
 
-// Up to kRowsOfPass of the rows whose `when` is set, which a pass over the weights takes together. In shared memory:
-// all registers are needed elsewhere.
+// Up to kRowsOfPass of the rows whose `row_mask` is set, which a pass over the weights takes together. In shared
+// memory: all registers are needed elsewhere.
 struct alignas(16) Rows {
     int row[kRowsOfPass];  // in order, -1 behind the last
     int found;
@@ -52,14 +52,14 @@ struct alignas(16) Rows {
     int flag;  // for the epilogue
 
     // Those from `first` on. By one warp.
-    __device__ void find(const int32_t* when, int num_rows, int first) {
+    __device__ void find(const int32_t* row_mask, int num_rows, int first) {
         const int lane = static_cast<int>(threadIdx.x) % 32;
         if (lane < kRowsOfPass) row[lane] = -1;
         __syncwarp();
         int next = first, taken = 0;
         while (next < num_rows && taken < kRowsOfPass) {
             const int own = next + lane;
-            const bool wanted = own < num_rows && ptx::load_relaxed(when + own) != 0;
+            const bool wanted = own < num_rows && ptx::load_relaxed(row_mask + own) != 0;
             const uint32_t set = __ballot_sync(kAllLanes, wanted);
             const int number = taken + __popc(set & ((uint32_t{1} << lane) - 1));
             if (wanted && number < kRowsOfPass) row[number] = own;
@@ -99,7 +99,7 @@ struct Linear {
     const float* x;     // (num_rows, k)
     const float* norm;  // (k), the weight of an rms_norm of x; not looked at unless Epilogue::kNormed
     float eps;
-    const int32_t* when;
+    const int32_t* row_mask;
     bool when_is_settled;
     int num_rows;
     int k;

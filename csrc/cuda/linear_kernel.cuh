@@ -29,14 +29,14 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
         if (static_cast<int>(blockIdx.x) == in.blocks) {
             ptx::grid_dependency_wait();
             ptx::grid_dependency_launch();
-            epilogue.extra_block(in.when);
+            epilogue.extra_block(in.row_mask);
             return;
         }
     }
     if (!in.when_is_settled) ptx::grid_dependency_wait();
     Rows& rows = rows_of_pass();
     for (int first = 0; first < in.num_rows;) {
-        if (threadIdx.x < 32) rows.find(in.when, in.num_rows, first);
+        if (threadIdx.x < 32) rows.find(in.row_mask, in.num_rows, first);
         __syncthreads();
         if (rows.count() == 0) {
             if (in.triggers_early) ptx::grid_dependency_launch();
@@ -72,7 +72,7 @@ Linear<T> make_linear(const Step& step, const void* w, const float* x, int64_t k
             x,
             norm,
             eps,
-            step.ins.when,
+            step.ins.row_mask,
             step.flags_are_settled,
             static_cast<int>(step.ins.num_rows),
             static_cast<int>(k),

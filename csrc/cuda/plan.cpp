@@ -31,7 +31,7 @@ Prefetch prefetch_of_attention(const std::vector<Instruction>& program, size_t i
     if (const Instruction* ins = find_next(program, index, OpCode::o_proj_add)) plan.always = o_proj_weights(*ins);
     if (const Instruction* ins = find_next(program, index, OpCode::gate_up_silu)) {
         const GateUpSilu& op = ins->gate_up_silu;
-        plan.run_ffn = ins->when;
+        plan.run_ffn = ins->row_mask;
         plan.num_rows = ins->num_rows;
         plan.if_run = {op.gate_up_proj, op.gate_up_size * op.hidden_size * weight_size(*ins)};
     }
@@ -86,7 +86,7 @@ std::vector<Step> plan_steps(const std::vector<Instruction>& program, const Opti
         step.touches_settled = options.touch_settled;
         const bool qkv_follows = i + 1 < program.size() && program[i + 1].op == OpCode::qkv_rope_append;
         step.is_taken_along = options.gate_beside_qkv && step.ins.op == OpCode::skip_gate && qkv_follows &&
-                              program[i + 1].when == step.ins.when;
+                              program[i + 1].row_mask == step.ins.row_mask;
         step.takes_gate_along = i > 0 && steps.back().is_taken_along;
         if (step.takes_gate_along) step.gate = program[i - 1].skip_gate;
         if (step.ins.op == OpCode::decode_attention) {

@@ -58,9 +58,9 @@ struct RopeAppend {
     __device__ int64_t channel(int index, int r) const {
         return (r < kRunRows ? tile(index).first[0] : tile(index).first[1]) + r % kRunRows;
     }
-    __device__ void extra_block(const int32_t* when) const {
+    __device__ void extra_block(const int32_t* row_mask) const {
         static_assert(kLinearThreads == kGateThreads && kRingBytes >= gate_shared_bytes(kMostRows));
-        decide_apart(gate, when);
+        decide_apart(gate, row_mask);
     }
     __device__ void touch(int index, int row, int r) const {
         if (!tile(index).has(r)) return;

@@ -19,8 +19,8 @@ namespace {
 constexpr int kTokensOfBlock = 4096;
 
 __global__ void __launch_bounds__(kSampleThreads)
-    sample_kernel(const __grid_constant__ Sample op, const int32_t* when, int* arrivals, Winners* of_blocks, int blocks,
-                  const __grid_constant__ Prefetch next, Stamps stamps) {
+    sample_kernel(const __grid_constant__ Sample op, const int32_t* row_mask, int* arrivals, Winners* of_blocks,
+                  int blocks, const __grid_constant__ Prefetch next, Stamps stamps) {
     Clock clock(stamps);
     ptx::grid_dependency_wait();
     clock.waited();
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kSampleThreads)
             prefetch(next, int64_t{idle} * kSampleThreads + thread, int64_t{gridDim.x - blocks} * kSampleThreads);
         return;
     }
-    if (!when[row]) return;
+    if (!row_mask[row]) return;
     const RowScores scores(op, row);
     const bool draws_here = scores.draws && !scores.truncates;
     Winners winners;
@@ -80,7 +80,7 @@ cudaError_t launch_sample(const Step& step, const LaunchContext& context) {
     const Sample& op = step.ins.sample;
     const int blocks = static_cast<int>(blocks_of_row(op)), idle = step.prefetch.max_bytes ? context.num_sms : 0;
     const dim3 grid(static_cast<unsigned>(blocks + idle), static_cast<unsigned>(op.num_sequences));
-    return launch_kernel(context, sample_kernel, grid, kSampleThreads, sizeof(SampleShared), op, step.ins.when,
+    return launch_kernel(context, sample_kernel, grid, kSampleThreads, sizeof(SampleShared), op, step.ins.row_mask,
                          step.arrivals, reinterpret_cast<Winners*>(step.scratch), blocks, step.prefetch,
                          context.stamps);
 }

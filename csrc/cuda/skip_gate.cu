@@ -8,12 +8,12 @@ namespace skipkernels::cuda {
 namespace {
 
 __global__ void __launch_bounds__(kGateThreads)
-    skip_gate_kernel(const __grid_constant__ SkipGate op, const int32_t* when, Stamps stamps) {
+    skip_gate_kernel(const __grid_constant__ SkipGate op, const int32_t* row_mask, Stamps stamps) {
     Clock clock(stamps);
     ptx::grid_dependency_launch();
     ptx::grid_dependency_wait();
     clock.waited();
-    decide(op, when);
+    decide(op, row_mask);
 }
 
 }  // namespace
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kGateThreads)
 cudaError_t launch_skip_gate(const Step& step, const LaunchContext& context) {
     const SkipGate& op = step.ins.skip_gate;
     return launch_kernel(context, skip_gate_kernel, 1, kGateThreads, gate_shared_bytes(op.num_sequences), op,
-                         step.ins.when, context.stamps);
+                         step.ins.row_mask, context.stamps);
 }
 
 }  // namespace skipkernels::cuda

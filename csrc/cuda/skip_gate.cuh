@@ -115,14 +115,14 @@ __device__ __forceinline__ void gate_by_draw(const SkipGate& op, int sequence, b
 }
 
 // By a block of kGateThreads with gate_shared_bytes() of shared memory, behind grid_dependency_wait().
-__device__ __forceinline__ void decide(const SkipGate& op, const int32_t* when) {
+__device__ __forceinline__ void decide(const SkipGate& op, const int32_t* row_mask) {
     auto& shared = *reinterpret_cast<GateShared*>(ptx::shared_memory());
     const int sequences = static_cast<int>(op.num_sequences), thread = static_cast<int>(threadIdx.x);
     for (int first = 0; first < sequences; first += kSequencesOfTurn) {
         const int own = first + thread;
         const bool takes_part = thread < kSequencesOfTurn && own < sequences;
         auto mode = GateMode::dense;
-        if (takes_part && when[own] && op.gated[op.layer * sequences + own]) {
+        if (takes_part && row_mask[own] && op.gated[op.layer * sequences + own]) {
             mode = static_cast<GateMode>(op.gate_mode[own]);
         }
         const bool measures = mode == GateMode::similarity && op.run_ffn[(op.layer - 1) * op.num_rows + own];
@@ -148,8 +148,8 @@ __device__ __forceinline__ void decide(const SkipGate& op, const int32_t* when) 
 }
 
 // The same for kernels that take a gate along, and have not a register to spare.
-__device__ __attribute__((noinline)) inline void decide_apart(const SkipGate& op, const int32_t* when) {
-    decide(op, when);
+__device__ __attribute__((noinline)) inline void decide_apart(const SkipGate& op, const int32_t* row_mask) {
+    decide(op, row_mask);
 }
 
 }  // namespace skipkernels::cuda

@@ -17,7 +17,7 @@ from skipkernels.program.table import Instruction
 def torch_counterpart(ins: Instruction) -> Callable[[], object] | None:
     """A call that does with torch what ``ins`` spends its time on, for the rows that are active; None where torch has
     nothing."""
-    t, rows = ins.tensors, ins.when.nonzero()[:, 0]
+    t, rows = ins.tensors, ins.row_mask.nonzero()[:, 0]
     matrix = {"qkv_rope_append": "qkv_proj", "gate_up_silu": "gate_up_proj"}.get(ins.op)
     if matrix is None and ins.op in ("o_proj_add", "down_proj_add", "lm_head"):
         matrix = ins.op.removesuffix("_add")
@@ -44,10 +44,12 @@ def torch_counterpart(ins: Instruction) -> Callable[[], object] | None:
 
 def bytes_of(ins: Instruction) -> int:
     """Bytes that ``ins`` must move at least: its matrix or its share of the cache, once for all rows."""
-    t, s, rows = ins.tensors, ins.sizes, int((ins.when != 0).sum())
+    t, s, rows = ins.tensors, ins.sizes, int((ins.row_mask != 0).sum())
     if ins.op == "decode_attention":
         window = int(ins.scalars["sliding_window"])
-        positions = sum(min(length + 1, window or length + 1) for length in t["row_position"][ins.when != 0].tolist())
+        positions = sum(
+            min(length + 1, window or length + 1) for length in t["row_position"][ins.row_mask != 0].tolist()
+        )
         return 2 * positions * s["num_key_value_heads"] * s["head_dim"] * t["k_cache"].element_size()
     for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"):
         if name in t:

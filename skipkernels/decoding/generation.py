@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _SMALLEST = 1e-30
 """Divisors of logits below it are taken for 0: quotients would not fit fp32."""
 
-FinishReason = Literal["eos", "length", "stop"]
+FinishReason = Literal["stop", "length"]
+"""stop: an end-of-sequence token or a stop string; length: max_new_tokens is reached (OpenAI's names)."""
 
 
 @dataclass(frozen=True)

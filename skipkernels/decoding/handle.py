@@ -170,9 +170,8 @@ class Handle:
 
     def _result(self) -> Generation:
         stopped = self._text is not None and self._text.stopped
-        reason: FinishReason = "stop" if stopped else "length"
-        if not stopped and self.token_ids and self.token_ids[-1] in self.request.eos_token_ids:
-            reason = "eos"
+        ended = bool(self.token_ids) and self.token_ids[-1] in self.request.eos_token_ids
+        reason: FinishReason = "stop" if stopped or ended else "length"
         run_map, similarity_map = self.runs.run_map, self.runs.similarity_map
         return Generation(
             token_ids=list(self.token_ids),

@@ -143,7 +143,7 @@ class GraphExecutor:
 
     def _capture_step(self, graph: Graph) -> None:
         behind_kernel = False  # conditional nodes take and give full dependencies
-        neighbours = groupby(range(len(self.program)), key=lambda index: self.program[index].when.data_ptr())
+        neighbours = groupby(range(len(self.program)), key=lambda index: self.program[index].row_mask.data_ptr())
         for flag, indices in neighbours:
             conditional = self.execution.conditional == "if_node" and flag != self.state.active.data_ptr()
             if not conditional:
@@ -152,7 +152,7 @@ class GraphExecutor:
                     behind_kernel = behind_kernel or launched
                 continue
             body = list(indices)
-            with graph.if_any(self.program[body[0]].when):
+            with graph.if_any(self.program[body[0]].row_mask):
                 for index in body:
                     self._launcher.launch_in_step(index, graph.stream, self.overlaps and index != body[0])
             behind_kernel = False

@@ -25,4 +25,4 @@ def _native_instruction(ins: Instruction, dtype: str, native: ModuleType) -> Any
     # a size only an absent operand has is zero, and not looked at
     operands.update({symbol: ins.sizes.get(symbol, 0) for symbol in OPS[ins.op].symbols})
     operands.update(ins.scalars)
-    return native.Instruction(ins.op, dtype, ins.when.data_ptr(), ins.when.numel(), operands)
+    return native.Instruction(ins.op, dtype, ins.row_mask.data_ptr(), ins.row_mask.numel(), operands)

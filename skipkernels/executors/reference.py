@@ -47,5 +47,5 @@ class ReferenceExecutor:
     def run_instruction(self, index: int) -> None:
         """Runs one instruction of the program, for tests that compare buffers after each."""
         ins = self.program[index]
-        if bool(ins.when.any()):
+        if bool(ins.row_mask.any()):
             REFERENCE[ins.op](ins)

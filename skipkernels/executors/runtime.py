@@ -44,8 +44,8 @@ class Graph(Protocol):
 
     def capture(self) -> AbstractContextManager[None]: ...
 
-    def if_any(self, when: torch.Tensor) -> AbstractContextManager[None]:
-        """What is launched in it runs where any of ``when`` (i32 [batch]) is non-zero."""
+    def if_any(self, row_mask: torch.Tensor) -> AbstractContextManager[None]:
+        """What is launched in it runs where any of ``row_mask`` (i32 [batch]) is non-zero."""
         ...
 
     def while_any(self, active: torch.Tensor) -> AbstractContextManager[None]:
@@ -164,8 +164,8 @@ class NativeGraph:
             raise
 
     @contextmanager
-    def if_any(self, when: torch.Tensor) -> Iterator[None]:
-        self._graph.begin_if(when.data_ptr(), when.numel())
+    def if_any(self, row_mask: torch.Tensor) -> Iterator[None]:
+        self._graph.begin_if(row_mask.data_ptr(), row_mask.numel())
         yield
         self._graph.end_body()
 
@@ -204,8 +204,8 @@ class TorchGraph:
             yield
 
     @contextmanager
-    def if_any(self, when: torch.Tensor) -> Iterator[None]:
-        self._graph.begin_capture_to_if_node(when.any())
+    def if_any(self, row_mask: torch.Tensor) -> Iterator[None]:
+        self._graph.begin_capture_to_if_node(row_mask.any())
         yield
         self._graph.end_capture_to_conditional_node()
 

@@ -22,8 +22,8 @@ def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState
     s, eps = state, config.rms_norm_eps
     program: list[Instruction] = []
 
-    def record(op: str, when: torch.Tensor = s.active, **operands: torch.Tensor | int | float | None) -> None:
-        program.append(instruction(op, when=when, **operands))
+    def record(op: str, row_mask: torch.Tensor = s.active, **operands: torch.Tensor | int | float | None) -> None:
+        program.append(instruction(op, row_mask=row_mask, **operands))
 
     record(
         "embed",
@@ -38,7 +38,7 @@ def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState
         if gated:
             record(
                 "skip_gate",
-                when=s.decode_rows,
+                row_mask=s.decode_rows,
                 run_ffn=s.run_ffn,
                 skip_remaining=s.skip_remaining,
                 similarity=s.similarity,
@@ -102,7 +102,7 @@ def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState
         )
         record(
             "gate_up_silu",
-            when=s.run_ffn[index],
+            row_mask=s.run_ffn[index],
             hidden_states=s.hidden_states,
             post_attention_layernorm=layer.post_attention_layernorm,
             gate_up_proj=layer.gate_up_proj,
@@ -111,7 +111,7 @@ def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState
         )
         record(
             "down_proj_add",
-            when=s.run_ffn[index],
+            row_mask=s.run_ffn[index],
             intermediate=s.intermediate,
             down_proj=layer.down_proj,
             hidden_states=s.hidden_states,
@@ -120,7 +120,7 @@ def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState
         )
     record(
         "lm_head",
-        when=s.decode_rows,
+        row_mask=s.decode_rows,
         hidden_states=s.hidden_states,
         norm=weights.norm,
         lm_head=weights.lm_head,
@@ -129,7 +129,7 @@ def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState
     )
     record(
         "sample",
-        when=s.decode_rows,
+        row_mask=s.decode_rows,
         logits=s.logits,
         seen=s.seen,
         num_generated=s.num_generated,

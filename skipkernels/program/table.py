@@ -9,7 +9,7 @@ one per program.
 
 A *row* is one token of one sequence. The first ``num_sequences`` rows are decode rows: row i is the newest token of
 sequence i, the one whose logits are wanted. The rows after them are prompt rows: tokens whose keys and values are to be
-cached. A row whose ``when`` flag is zero is neither read nor written.
+cached. A row whose ``row_mask`` flag is zero is neither read nor written.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _t(spec: str, access: str = "in", optional: bool = False, on_host: bool = Fa
 @dataclass(frozen=True)
 class Op:
     """One instruction kind. ``scalars`` maps a field to ``int`` or ``float``; ``relations`` hold between sizes;
-    ``rows`` is the size of ``when``: ``num_rows``, or ``num_sequences`` where only decode rows take part."""
+    ``rows`` is the size of ``row_mask``: ``num_rows``, or ``num_sequences`` where only decode rows take part."""
 
     name: str
     doc: str
@@ -310,23 +310,23 @@ OPS: dict[str, Op] = {
 class Instruction:
     """One step of the recorded program: an op, its operands, and the flag that predicates it, per row.
 
-    ``sizes`` follows from the tensors. ``when`` is int32 [num_rows] or [num_sequences] (``Op.rows``) on the program's
-    device; a row runs where it is non-zero.
+    ``sizes`` follows from the tensors. ``row_mask`` is int32 [num_rows] or [num_sequences] (``Op.rows``) on the
+    program's device; a row runs where it is non-zero.
     """
 
     op: str
     tensors: dict[str, Any]  # torch.Tensor, or None for an absent optional operand
     scalars: dict[str, int | float]
     sizes: dict[str, int]
-    when: torch.Tensor
+    row_mask: torch.Tensor
 
     @property
     def rows(self) -> list[int]:
         """The rows this instruction acts on now."""
-        return [int(row) for row in self.when.nonzero()[:, 0]]
+        return [int(row) for row in self.row_mask.nonzero()[:, 0]]
 
 
-def instruction(op_name: str, *, when: torch.Tensor, **operands: torch.Tensor | int | float | None) -> Instruction:
+def instruction(op_name: str, *, row_mask: torch.Tensor, **operands: torch.Tensor | int | float | None) -> Instruction:
     """Builds a validated instruction: dtypes, symbolic shapes, contiguity, one device.
 
     Raises:
@@ -358,14 +358,15 @@ def instruction(op_name: str, *, when: torch.Tensor, **operands: torch.Tensor | 
             raise ValueError(f"{op_name}: {name} has shape {tuple(tensor.shape)}, expected ({', '.join(spec.shape)})")
         if not tensor.is_contiguous():
             raise ValueError(f"{op_name}: {name} is not contiguous (strides {tensor.stride()})")
-        device = "cpu" if spec.on_host else when.device
+        device = "cpu" if spec.on_host else row_mask.device
         if tensor.device != torch.device(device):
             raise ValueError(f"{op_name}: {name} is on {tensor.device}, expected {device}")
         for symbol, size in zip(spec.shape, tensor.shape, strict=True):
             if sizes.setdefault(symbol, size) != size:
                 raise ValueError(f"{op_name}: {name} has {symbol}={size}, expected {sizes[symbol]}")
-    if when.dtype != torch.int32 or tuple(when.shape) != (sizes[op.rows],):
-        raise ValueError(f"{op_name}: when must be int32 [{sizes[op.rows]}], got {when.dtype} {list(when.shape)}")
+    if row_mask.dtype != torch.int32 or tuple(row_mask.shape) != (sizes[op.rows],):
+        got = f"{row_mask.dtype} {list(row_mask.shape)}"
+        raise ValueError(f"{op_name}: row_mask must be int32 [{sizes[op.rows]}], got {got}")
     for text, holds in op.relations:
         if not holds(sizes):
             raise ValueError(f"{op_name}: sizes {sizes} break the relation: {text}")
@@ -374,4 +375,4 @@ def instruction(op_name: str, *, when: torch.Tensor, **operands: torch.Tensor | 
         if name not in operands:
             raise ValueError(f"{op_name}: operand {name} is missing")
         scalars[name] = kind(operands[name])
-    return Instruction(op_name, tensors, scalars, sizes, when)
+    return Instruction(op_name, tensors, scalars, sizes, row_mask)

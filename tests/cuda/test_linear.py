@@ -70,7 +70,7 @@ def test_tensor_cores_keep_the_accuracy_of_floats(dtype: torch.dtype, scale: flo
     hidden = torch.zeros(rows, channels)
     ins = instruction(
         "down_proj_add",
-        when=torch.ones(rows, dtype=torch.int32),
+        row_mask=torch.ones(rows, dtype=torch.int32),
         intermediate=x,
         down_proj=weights,
         hidden_states=hidden,

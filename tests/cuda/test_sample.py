@@ -33,7 +33,7 @@ def sample_instruction(logits: torch.Tensor, **settings: Any) -> Instruction:
     }
     for name, value in settings.items():
         operands[name] = value if isinstance(value, torch.Tensor) else operands[name].clone().fill_(value)
-    return instruction("sample", when=torch.ones(rows, dtype=torch.int32), **operands)
+    return instruction("sample", row_mask=torch.ones(rows, dtype=torch.int32), **operands)
 
 
 def compare(logits: torch.Tensor, schedule: int = 0, **settings: Any) -> list[int]:

@@ -54,7 +54,7 @@ def test_any_of_the_eos_tokens_ends_a_generation(engine: Engine, tokens: list[in
     first = tokens.index(tokens[at])
     (answer,) = engine.generate(PROMPT, max_new_tokens=30, eos_token_ids=[258, tokens[at], 258])
     assert answer.token_ids == tokens[: first + 1]
-    assert answer.finish_reason == "eos"
+    assert answer.finish_reason == "stop"
     assert answer.text == engine.tokenizer.decode(tokens[:first], skip_special_tokens=True)
 
 
@@ -63,7 +63,7 @@ def test_eos_tokens_default_to_the_models_own(tokenizer: PreTrainedTokenizerBase
     module.generation_config = GenerationConfig(eos_token_id=[258, tokens[4]])
     engine = tiny_engine(module=module, tokenizer=tokenizer)
     assert engine.default_eos_token_ids == (258, tokens[4])
-    assert engine.generate(PROMPT)[0].finish_reason == "eos"
+    assert engine.generate(PROMPT)[0].finish_reason == "stop"
     assert tiny_engine(module=tiny_module(), tokenizer=tokenizer).default_eos_token_ids == (EOS,)
     assert tiny_engine(module=tiny_module()).default_eos_token_ids == ()
 

@@ -282,7 +282,7 @@ def _assert_other_rows_untouched(
     ins: Instruction, before: dict[str, torch.Tensor], state: DecodeState, written: dict[str, str]
 ) -> None:
     # advance writes the flags it is predicated by
-    acted_on = (before["active"] if ins.op == "advance" else ins.when) != 0
+    acted_on = (before["active"] if ins.op == "advance" else ins.row_mask) != 0
     for name in written:
         now, then = getattr(state, name), before[name]
         if name.endswith("_cache"):

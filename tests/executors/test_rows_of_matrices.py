@@ -19,26 +19,26 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 class Rows:
     """As much of a state as one instruction over ``rows`` needs."""
 
-    def __init__(self, when: torch.Tensor, dtype: torch.dtype) -> None:
-        self.active = when
+    def __init__(self, row_mask: torch.Tensor, dtype: torch.dtype) -> None:
+        self.active = row_mask
         self.k_cache = torch.zeros(1, dtype=dtype)
-        self.num_rows = self.num_sequences = when.numel()
+        self.num_rows = self.num_sequences = row_mask.numel()
 
 
 def run(ins: Instruction, dtype: torch.dtype, isa: str, num_threads: int = 2) -> None:
-    state: DecodeState = Rows(ins.when, dtype)  # type: ignore[assignment]
+    state: DecodeState = Rows(ins.row_mask, dtype)  # type: ignore[assignment]
     CpuExecutor((ins,), state, num_threads=num_threads, isa=isa).run_instruction(0)
 
 
 def gate_up(x: torch.Tensor, weights: torch.Tensor, isa: str, rows: list[int] | None = None) -> torch.Tensor:
     """intermediate [rows, intermediate] of x [rows, hidden], for the rows of the list (None: all)."""
-    when = torch.zeros(len(x), dtype=torch.int32)
-    when[slice(None) if rows is None else rows] = 1
+    row_mask = torch.zeros(len(x), dtype=torch.int32)
+    row_mask[slice(None) if rows is None else rows] = 1
     out = torch.zeros(len(x), weights.shape[0] // 2)
     operands = {"hidden_states": guarded(x), "gate_up_proj": guarded(weights), "intermediate": out}
     norm = torch.linspace(0.5, 1.5, x.shape[1])
     run(
-        instruction("gate_up_silu", when=when, post_attention_layernorm=norm, rms_norm_eps=1e-5, **operands),
+        instruction("gate_up_silu", row_mask=row_mask, post_attention_layernorm=norm, rms_norm_eps=1e-5, **operands),
         weights.dtype,
         isa,
     )
@@ -85,10 +85,10 @@ def test_bf16_dot_products_are_those_of_rounded_activations(rows: int, intermedi
     x = torch.randn(rows, intermediate, generator=generator)
     down_proj = (torch.randn(50, intermediate, generator=generator) / intermediate**0.5).bfloat16()
     hidden_states = torch.zeros(rows, 50)
-    when = torch.ones(rows, dtype=torch.int32)
+    row_mask = torch.ones(rows, dtype=torch.int32)
     operands = {"intermediate": guarded(x), "down_proj": guarded(down_proj), "hidden_states": hidden_states}
     run(
-        instruction("down_proj_add", when=when, similarity_partials=None, rows_per_partial=24, **operands),
+        instruction("down_proj_add", row_mask=row_mask, similarity_partials=None, rows_per_partial=24, **operands),
         torch.bfloat16,
         "avx512_bf16",
     )

@@ -11,5 +11,5 @@ from skipkernels.program.table import Instruction
 
 
 def run_natively(ins: Instruction, dtype: torch.dtype = torch.float32) -> None:
-    state = SimpleNamespace(active=ins.when, k_cache=torch.zeros(1, dtype=dtype), num_rows=ins.when.numel())
+    state = SimpleNamespace(active=ins.row_mask, k_cache=torch.zeros(1, dtype=dtype), num_rows=ins.row_mask.numel())
     CpuExecutor((ins,), cast(DecodeState, state), num_threads=1).run_instruction(0)

@@ -41,7 +41,7 @@ def ending(**changes: Any) -> Instruction:
     }
     for name, value in changes.items():
         tensors[name] = torch.tensor(value, dtype=tensors[name].dtype)
-    return instruction("advance", when=tensors["active"], block_size=BLOCK_SIZE, **tensors)
+    return instruction("advance", row_mask=tensors["active"], block_size=BLOCK_SIZE, **tensors)
 
 
 @RUNS

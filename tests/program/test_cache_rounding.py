@@ -40,7 +40,7 @@ def test_the_cache_holds_what_torch_rounds_to(dtype: torch.dtype) -> None:
     cache = torch.zeros(2, 1, 16, HEAD_DIM, dtype=dtype)
     ins = instruction(
         "qkv_rope_append",
-        when=torch.ones(1, dtype=torch.int32),
+        row_mask=torch.ones(1, dtype=torch.int32),
         hidden_states=torch.ones(1, 1),
         input_layernorm=torch.ones(1),
         qkv_proj=torch.zeros(3 * HEAD_DIM, 1, dtype=dtype),

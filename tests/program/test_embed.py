@@ -14,13 +14,13 @@ Run = Callable[[Instruction], None]
 HIDDEN = 5
 
 
-def embedding(input_ids: list[int], when: list[int], prompt_rows: int) -> Instruction:
+def embedding(input_ids: list[int], row_mask: list[int], prompt_rows: int) -> Instruction:
     """Channel c of token n is 100 n + c, that of prompt row n's embedding -100 n - c - 1; a hidden state is -7."""
     channels = torch.arange(HIDDEN)
     return instruction(
         "embed",
-        when=torch.tensor(when, dtype=torch.int32),
-        hidden_states=torch.full((len(when), HIDDEN), -7.0),
+        row_mask=torch.tensor(row_mask, dtype=torch.int32),
+        hidden_states=torch.full((len(row_mask), HIDDEN), -7.0),
         embed_tokens=torch.arange(4)[:, None] * 100.0 + channels,
         input_ids=torch.tensor(input_ids, dtype=torch.int32),
         prompt_embeddings=-1.0 - (torch.arange(prompt_rows)[:, None] * 100.0 + channels),

@@ -77,7 +77,7 @@ def append(run: Run, rows: Rows, table: torch.Tensor, num_blocks: int) -> tuple[
     cache = torch.full((num_blocks, KV_HEADS, POSITIONS // table.shape[1], HEAD_DIM), float("nan"))
     ins = instruction(
         "qkv_rope_append",
-        when=torch.ones(len(rows.sequences), dtype=torch.int32),
+        row_mask=torch.ones(len(rows.sequences), dtype=torch.int32),
         # a row's own: that of its sequence and position
         hidden_states=random(rows.num_sequences, POSITIONS, hidden, seed=1)[rows.sequences, rows.positions],
         input_layernorm=random(hidden, seed=2),
@@ -136,7 +136,7 @@ def attend(
     num_rows = len(rows.sequences)
     ins = instruction(
         "decode_attention",
-        when=torch.ones(num_rows, dtype=torch.int32),
+        row_mask=torch.ones(num_rows, dtype=torch.int32),
         query=queries,
         k_cache=caches[0],
         v_cache=caches[1],

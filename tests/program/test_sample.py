@@ -70,7 +70,7 @@ def sample_instruction(logits: torch.Tensor, **settings: Any) -> Instruction:
     }
     for name, value in settings.items():
         operands[name] = operands[name].clone().fill_(value)
-    return instruction("sample", when=torch.ones(rows, dtype=torch.int32), **operands)
+    return instruction("sample", row_mask=torch.ones(rows, dtype=torch.int32), **operands)
 
 
 def test_draws_follow_the_softmax_distribution() -> None:

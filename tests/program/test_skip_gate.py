@@ -18,7 +18,7 @@ PROMPT_ROWS = 2
 MODES = ("dense", *GATE_MODES)
 DEFAULTS: dict[str, Any] = {
     "num_generated": WARMUP,
-    "when": 1,
+    "row_mask": 1,
     "ran": 1,  # the FFN before the gate
     "skip_remaining": 0,
     "mode": "similarity",
@@ -62,7 +62,7 @@ def gate(similarities: list[float], layer: int = 1, **settings: Any) -> Instruct
     thresholds[layer - 1] = torch.tensor(values["threshold"])
     return instruction(
         "skip_gate",
-        when=i32("when"),
+        row_mask=i32("row_mask"),
         run_ffn=run_ffn,
         skip_remaining=i32("skip_remaining"),
         similarity=torch.full((LAYERS, sequences), math.nan),
@@ -131,7 +131,7 @@ def test_a_row_in_its_warm_up_runs_but_is_measured(run: Any) -> None:
 
 @gates
 def test_a_finished_row_is_left_alone(run: Any) -> None:
-    ins = gate([0.9, 0.9], when=[0, 1])
+    ins = gate([0.9, 0.9], row_mask=[0, 1])
     run(ins)
     assert runs(ins) == [1, 0]
     assert ins.tensors["similarity"][0].isnan().tolist() == [True, False]
@@ -201,14 +201,14 @@ HIGH, LOW = 0.9, 0.1
     [
         ("all", [HIGH, HIGH, HIGH], {}, [0, 0, 0]),
         ("all", [HIGH, LOW, HIGH], {}, [1, 1, 1]),
-        ("all", [HIGH, LOW, HIGH], {"when": [1, 0, 1]}, [0, 1, 0]),  # a finished row has no vote
+        ("all", [HIGH, LOW, HIGH], {"row_mask": [1, 0, 1]}, [0, 1, 0]),  # a finished row has no vote
         ("all", [HIGH, HIGH, HIGH], {"num_generated": [9, 9, WARMUP - 1]}, [1, 1, 1]),  # a row in its warm-up vetoes
-        ("all", [HIGH, HIGH], {"num_generated": [9, 0], "when": [1, 0]}, [0, 1]),  # not once it is finished
+        ("all", [HIGH, HIGH], {"num_generated": [9, 0], "row_mask": [1, 0]}, [0, 1]),  # not once it is finished
         ("majority", [HIGH, HIGH, LOW], {}, [0, 0, 0]),
         ("majority", [HIGH, LOW, LOW], {}, [1, 1, 1]),
         ("majority", [HIGH, LOW], {}, [1, 1]),  # half is no majority
         ("majority", [HIGH, HIGH, LOW, LOW], {}, [1, 1, 1, 1]),
-        ("majority", [HIGH, HIGH, LOW, LOW], {"when": [1, 1, 1, 0]}, [0, 0, 0, 1]),
+        ("majority", [HIGH, HIGH, LOW, LOW], {"row_mask": [1, 1, 1, 0]}, [0, 0, 0, 1]),
         ("majority", [HIGH, HIGH, HIGH], {"num_generated": [9, 9, WARMUP - 1]}, [1, 1, 1]),
         ("majority", [HIGH], {}, [0]),
         # of those that decide together, each has its own threshold, and its own warm-up
@@ -326,7 +326,7 @@ def test_the_scale_of_a_held_ratio_moves_at_the_first_gated_layer_only(run: Any)
 
 @gates
 def test_a_fixed_gate_skips_every_row_past_its_warm_up(run: Any) -> None:
-    ins = gate([LOW] * 4, mode="fixed", num_generated=[0, WARMUP - 1, WARMUP, 99], when=[1, 1, 1, 1])
+    ins = gate([LOW] * 4, mode="fixed", num_generated=[0, WARMUP - 1, WARMUP, 99], row_mask=[1, 1, 1, 1])
     run(ins)
     assert runs(ins) == [1, 1, 0, 0]
     assert ins.tensors["similarity"].isnan().all()
@@ -373,7 +373,7 @@ SIDE_BY_SIDE: list[tuple[float, dict[str, Any], int]] = [
     (0.6, {"mode": "random", "probability": 0.0}, 1),
     (0.6, {"mode": "random", "probability": 0.5, "seed": 7}, 1),  # it draws 0.58
     (0.6, {"mode": "random", "probability": 0.5, "seed": -8, "num_generated": 6}, 0),  # it draws 0.11
-    (0.6, {"when": 0}, 1),
+    (0.6, {"row_mask": 0}, 1),
 ]
 
 
@@ -391,7 +391,7 @@ def test_every_sequence_has_its_own_policy(run: Any) -> None:
     run(ins)
     assert runs(ins) == [expected for _, _, expected in SIDE_BY_SIDE]
     measured = [
-        settings.get("mode", "similarity") == "similarity" and not {"gated", "ran", "when"} & settings.keys()
+        settings.get("mode", "similarity") == "similarity" and not {"gated", "ran", "row_mask"} & settings.keys()
         for _, settings, _ in SIDE_BY_SIDE
     ]
     assert (~ins.tensors["similarity"][0].isnan()).tolist() == measured

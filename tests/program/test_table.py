@@ -38,7 +38,7 @@ def test_python_and_native_code_have_the_same_limits() -> None:
 def operands() -> dict[str, Any]:
     """A valid o_proj_add."""
     return {
-        "when": torch.ones(2, dtype=torch.int32),
+        "row_mask": torch.ones(2, dtype=torch.int32),
         "attn_output": torch.zeros(2, 3, 4),
         "o_proj": torch.zeros(5, 12),
         "o_proj_bias": None,
@@ -55,7 +55,7 @@ def test_a_valid_instruction_knows_its_sizes() -> None:
         "hidden_size": 5,
         "attention_size": 12,
     }
-    ins.when[0] = 0
+    ins.row_mask[0] = 0
     assert ins.rows == [1]
 
 
@@ -73,8 +73,8 @@ def test_a_valid_instruction_knows_its_sizes() -> None:
         ({"hidden_states": torch.zeros(3, 5)}, "hidden_states has num_rows=3, expected 2"),
         ({"o_proj_bias": torch.zeros(6)}, "o_proj_bias has hidden_size=6, expected 5"),
         ({"o_proj": torch.zeros(5, 13)}, "break the relation: attention_size = num_attention_heads head_dim"),
-        ({"when": torch.ones(2)}, r"when must be int32 \[2\], got torch.float32 \[2\]"),
-        ({"when": torch.ones(3, dtype=torch.int32)}, r"when must be int32 \[2\]"),
+        ({"row_mask": torch.ones(2)}, r"row_mask must be int32 \[2\], got torch.float32 \[2\]"),
+        ({"row_mask": torch.ones(3, dtype=torch.int32)}, r"row_mask must be int32 \[2\]"),
     ],
 )
 def test_a_wrong_operand_is_named(change: dict[str, Any], message: str) -> None:
@@ -90,13 +90,13 @@ def test_a_missing_scalar_is_named() -> None:
         "logits": torch.zeros(1, 3),
     }
     with pytest.raises(ValueError, match="lm_head: operand rms_norm_eps is missing"):
-        instruction("lm_head", when=torch.ones(1, dtype=torch.int32), **tensors)
+        instruction("lm_head", row_mask=torch.ones(1, dtype=torch.int32), **tensors)
 
 
 def lm_head(num_rows: int, num_sequences: int, flags: int) -> Instruction:
     return instruction(
         "lm_head",
-        when=torch.ones(flags, dtype=torch.int32),
+        row_mask=torch.ones(flags, dtype=torch.int32),
         hidden_states=torch.zeros(num_rows, 4),
         norm=torch.zeros(4),
         lm_head=torch.zeros(3, 4),
@@ -107,7 +107,7 @@ def lm_head(num_rows: int, num_sequences: int, flags: int) -> Instruction:
 
 def test_prompt_rows_take_no_part_in_what_is_done_for_sequences() -> None:
     assert lm_head(num_rows=5, num_sequences=2, flags=2).rows == [0, 1]
-    with pytest.raises(ValueError, match=r"lm_head: when must be int32 \[2\], got torch.int32 \[5\]"):
+    with pytest.raises(ValueError, match=r"lm_head: row_mask must be int32 \[2\], got torch.int32 \[5\]"):
         lm_head(num_rows=5, num_sequences=2, flags=5)
     of_sequences = [name for name, op in OPS.items() if op.rows == "num_sequences"]
     assert of_sequences == ["skip_gate", "lm_head", "sample"]
@@ -117,7 +117,7 @@ def test_weights_of_one_instruction_share_a_dtype() -> None:
     with pytest.raises(ValueError, match=r"k_cache has dtype torch.float16, expected torch.float32 as its fellows"):
         instruction(
             "qkv_rope_append",
-            when=torch.ones(1, dtype=torch.int32),
+            row_mask=torch.ones(1, dtype=torch.int32),
             hidden_states=torch.zeros(1, 4),
             input_layernorm=torch.zeros(4),
             qkv_proj=torch.zeros(6, 4),
@@ -139,13 +139,13 @@ def test_weights_of_one_instruction_share_a_dtype() -> None:
         ({"op": "no_such_op"}, "unknown op 'no_such_op'"),
         ({"dtype": "fp8"}, "unknown weight dtype 'fp8'; use fp32, bf16 or fp16"),
         ({"num_rows": 0}, "num_rows must be at least 1, got 0"),
-        ({"when": 0}, "when is a null pointer"),
+        ({"row_mask": 0}, "row_mask is a null pointer"),
         ({"operands": {}}, "embed takes 8 operands, got 0"),
     ],
 )
 def test_native_instructions_are_checked_too(change: dict[str, Any], message: str) -> None:
     names = _C.instruction_set()["embed"]
-    valid = {"op": "embed", "dtype": "fp32", "when": 1, "num_rows": 1, "operands": dict.fromkeys(names, 1)}
+    valid = {"op": "embed", "dtype": "fp32", "row_mask": 1, "num_rows": 1, "operands": dict.fromkeys(names, 1)}
     _C.Instruction(**valid)
     with pytest.raises(ValueError, match=message):
         _C.Instruction(**{**valid, **change})

@@ -1,7 +1,7 @@
 """The Triton kernels of the decode program: one module per op, readable, portable, and in need of no compiler.
 
 Launching one neither allocates nor waits, so a whole program can be captured in a CUDA graph once every kernel has run
-(its first launch compiles it); with all ``when`` flags zero such a run leaves no trace. Kernels go to the current
+(its first launch compiles it); with all ``row_mask`` flags zero such a run leaves no trace. Kernels go to the current
 device and stream.
 """
 

@@ -43,7 +43,7 @@ def advance_kernel(
     run_map,
     similarity_map,
     progress,
-    when,
+    row_mask,
     num_rows,
     num_sequences,
     block_size,
@@ -56,7 +56,7 @@ def advance_kernel(
     BLOCK_LAYERS: tl.constexpr,
 ):
     row = tl.program_id(0)
-    if tl.load(when + row) == 0:
+    if tl.load(row_mask + row) == 0:
         return
     layers = tl.arange(0, BLOCK_LAYERS)
     inside = layers < num_hidden_layers

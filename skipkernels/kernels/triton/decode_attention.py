@@ -37,7 +37,7 @@ def attend_split_kernel(
     row_sequence,
     row_position,
     attn_partials,
-    when,
+    row_mask,
     block_size,
     blocks_per_sequence,
     num_splits,
@@ -52,7 +52,7 @@ def attend_split_kernel(
     BLOCK_DIM: tl.constexpr,
 ):
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if tl.load(when + row) == 0:
+    if tl.load(row_mask + row) == 0:
         return
     begin, end, first_split, splits = attended(row_position, row, sliding_window, kv_split_size)
     if split >= splits:
@@ -95,7 +95,7 @@ def merge_splits_kernel(
     row_position,
     attn_partials,
     attn_output,
-    when,
+    row_mask,
     num_splits,
     sliding_window: tl.constexpr,
     kv_split_size: tl.constexpr,
@@ -105,7 +105,7 @@ def merge_splits_kernel(
     BLOCK_DIM: tl.constexpr,
 ):
     head, row = tl.program_id(0), tl.program_id(1)
-    if tl.load(when + row) == 0:
+    if tl.load(row_mask + row) == 0:
         return
     _, _, _, splits = attended(row_position, row, sliding_window, kv_split_size)
     channels = tl.arange(0, BLOCK_DIM)

@@ -36,7 +36,7 @@ def down_proj_add_kernel(
     down_proj,
     hidden_states,
     similarity_partials,
-    when,
+    row_mask,
     num_rows,
     num_sequences,
     hidden_size: tl.constexpr,
@@ -47,7 +47,7 @@ def down_proj_add_kernel(
     LANES: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    rows, wanted, any_wanted = wanted_rows(when, num_rows, BLOCK_ROWS)
+    rows, wanted, any_wanted = wanted_rows(row_mask, num_rows, BLOCK_ROWS)
     if not any_wanted:
         return
     index = tl.arange(0, PARTIALS * LANES)

@@ -17,14 +17,14 @@ def embed_kernel(
     embed_tokens,
     input_ids,
     prompt_embeddings,
-    when,
+    row_mask,
     num_rows,
     num_prompt_rows,
     hidden_size: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    if tl.load(when + row) == 0:
+    if tl.load(row_mask + row) == 0:
         return
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channels < hidden_size

@@ -17,7 +17,7 @@ def gate_up_silu_kernel(
     post_attention_layernorm,
     gate_up_proj,
     intermediate,
-    when,
+    row_mask,
     num_rows,
     rms_norm_eps,
     hidden_size: tl.constexpr,
@@ -26,7 +26,7 @@ def gate_up_silu_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    rows, wanted, any_wanted = wanted_rows(when, num_rows, BLOCK_ROWS)
+    rows, wanted, any_wanted = wanted_rows(row_mask, num_rows, BLOCK_ROWS)
     if not any_wanted:
         return
     # gate and up rows alternate, so that one tile holds both of a channel

@@ -28,11 +28,11 @@ class Launch:
         num_warps: int = 4,
         fuse_multiply_add: bool = True,
     ) -> Launch:
-        """Binds a kernel's parameters by name: to ``blocks``, or to the instruction's operands, sizes and ``when``.
+        """Binds a kernel's parameters by name: to ``blocks``, or to the instruction's operands, sizes and ``row_mask``.
 
         ``fuse_multiply_add=False`` rounds every operation, for arithmetic that must give the reference's bits.
         """
-        operands = {**ins.sizes, **ins.tensors, **ins.scalars, "when": ins.when, **blocks}
+        operands = {**ins.sizes, **ins.tensors, **ins.scalars, "row_mask": ins.row_mask, **blocks}
         arguments = {name: operands[name] for name in kernel.arg_names}
         return cls(kernel, grid, arguments, {"num_warps": num_warps, "enable_fp_fusion": fuse_multiply_add})
 

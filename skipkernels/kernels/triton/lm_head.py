@@ -17,7 +17,7 @@ def lm_head_kernel(
     norm,
     lm_head,
     logits,
-    when,
+    row_mask,
     num_sequences,
     rms_norm_eps,
     hidden_size: tl.constexpr,
@@ -26,7 +26,7 @@ def lm_head_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    rows, wanted, any_wanted = wanted_rows(when, num_sequences, BLOCK_ROWS)
+    rows, wanted, any_wanted = wanted_rows(row_mask, num_sequences, BLOCK_ROWS)
     if not any_wanted:
         return
     tokens = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)

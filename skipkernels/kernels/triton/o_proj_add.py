@@ -17,7 +17,7 @@ def o_proj_add_kernel(
     o_proj,
     o_proj_bias,
     hidden_states,
-    when,
+    row_mask,
     num_rows,
     hidden_size: tl.constexpr,
     attention_size: tl.constexpr,
@@ -25,7 +25,7 @@ def o_proj_add_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    rows, wanted, any_wanted = wanted_rows(when, num_rows, BLOCK_ROWS)
+    rows, wanted, any_wanted = wanted_rows(row_mask, num_rows, BLOCK_ROWS)
     if not any_wanted:
         return
     channels = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)

@@ -72,7 +72,7 @@ def qkv_rope_append_kernel(
     block_table,
     row_sequence,
     row_position,
-    when,
+    row_mask,
     num_rows,
     num_sequences,
     block_size,
@@ -86,7 +86,7 @@ def qkv_rope_append_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    rows, wanted, any_wanted = wanted_rows(when, num_rows, BLOCK_ROWS)
+    rows, wanted, any_wanted = wanted_rows(row_mask, num_rows, BLOCK_ROWS)
     if not any_wanted:
         return
     # a program has one head; channels i and i + head_dim / 2, which are rotated together, alternate

@@ -10,10 +10,10 @@ LARGEST_TILE = 16
 
 
 @triton.jit
-def wanted_rows(when, num_rows, BLOCK_ROWS: tl.constexpr):
+def wanted_rows(row_mask, num_rows, BLOCK_ROWS: tl.constexpr):
     """The rows [BLOCK_ROWS] of this program's tile, which of them are wanted, and whether any is."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    wanted = tl.load(when + rows, mask=rows < num_rows, other=0) != 0
+    wanted = tl.load(row_mask + rows, mask=rows < num_rows, other=0) != 0
     return rows, wanted, tl.max(wanted.to(tl.int32), axis=0) != 0
 
 

@@ -118,12 +118,12 @@ def sample_kernel(
     repetition_penalty,
     seed,
     next_token,
-    when,
+    row_mask,
     vocab_size: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     index = tl.program_id(0)
-    if tl.load(when + index) == 0:
+    if tl.load(row_mask + index) == 0:
         return
     at = index.to(tl.int64) * vocab_size
     heat = tl.load(temperature + index)

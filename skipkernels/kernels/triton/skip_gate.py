@@ -101,7 +101,7 @@ def skip_gate_kernel(
     gate_seed,
     target_ratio,
     ramp_tokens,
-    when,
+    row_mask,
     num_rows,
     num_sequences,
     layer,
@@ -110,7 +110,7 @@ def skip_gate_kernel(
     BLOCK_SEQUENCES: tl.constexpr,
     PARTIALS_TOGETHER: tl.constexpr,
 ):
-    sequences, wanted, _ = wanted_rows(when, num_sequences, BLOCK_SEQUENCES)
+    sequences, wanted, _ = wanted_rows(row_mask, num_sequences, BLOCK_SEQUENCES)
     mode = tl.load(gate_mode + sequences, mask=wanted, other=DENSE)
     wanted &= mode != DENSE
     wanted &= tl.load(gated + layer * num_sequences + sequences, mask=wanted, other=0) != 0

@@ -24,23 +24,23 @@ namespace cuda_host {
 extern const int kRuntimeVersion;
 
 // What tests may set, with its default: an H200, but with few multiprocessors.
-#define CUDA_HOST_SETTINGS(SETTING)                                                                          \
-    SETTING(device_count, 1)                                                                                 \
-    SETTING(driver_version, kRuntimeVersion) /* 0: no driver */                                              \
-    SETTING(compute_major, 9)                                                                                \
-    SETTING(compute_minor, 0)                                                                                \
-    SETTING(sm_count, 4)                                                                                     \
-    SETTING(total_memory, int64_t{1} << 30)                                                                  \
-    SETTING(free_memory, int64_t{1} << 30) /* before the first allocation */                                 \
-    SETTING(l2_bytes, 60 << 20)                                                                              \
-    SETTING(shared_bytes_per_block, 48 << 10)                                                                \
-    SETTING(shared_bytes_per_block_optin, 227 << 10)                                                         \
-    SETTING(shared_bytes_per_sm, 228 << 10)                                                                  \
-    SETTING(threads_per_sm, 2048)                                                                            \
-    SETTING(blocks_per_sm, 32)                                                                               \
-    SETTING(while_limit, 100000)       /* iterations of a WHILE node that count as endless */                \
-    SETTING(not_ready_queries, 0)      /* how often cudaEventQuery answers "not ready" at first */           \
-    SETTING(asynchronous, 0)           /* 1: what is put into a stream is done when somebody waits for it */ \
+#define CUDA_HOST_SETTINGS(SETTING)                                                                              \
+    SETTING(device_count, 1)                                                                                     \
+    SETTING(driver_version, kRuntimeVersion) /* 0: no driver */                                                  \
+    SETTING(compute_major, 9)                                                                                    \
+    SETTING(compute_minor, 0)                                                                                    \
+    SETTING(sm_count, 4)                                                                                         \
+    SETTING(total_memory, int64_t{1} << 30)                                                                      \
+    SETTING(free_memory, int64_t{1} << 30) /* before the first allocation */                                     \
+    SETTING(l2_bytes, 60 << 20)                                                                                  \
+    SETTING(shared_bytes_per_block, 48 << 10)                                                                    \
+    SETTING(shared_bytes_per_block_optin, 227 << 10)                                                             \
+    SETTING(shared_bytes_per_sm, 228 << 10)                                                                      \
+    SETTING(threads_per_sm, 2048)                                                                                \
+    SETTING(blocks_per_sm, 32)                                                                                   \
+    SETTING(while_limit, 100000)       /* iterations of a WHILE node that count as endless */                    \
+    SETTING(not_ready_queries, 0)      /* how often cudaEventQuery answers "not ready" at first */               \
+    SETTING(asynchronous, 0)           /* 1: what is put into a stream is done row_mask somebody waits for it */ \
     SETTING(programmatic_in_bodies, 1) /* 0: a body with programmatic edges is not instantiated */
 
 struct Settings {

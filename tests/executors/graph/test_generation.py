@@ -50,7 +50,7 @@ def test_rows_end_when_they_are_done(gpu_engine: GpuEngine, device: FakeDevice, 
     eos = expected[5]
     (answer,) = engine.generate(PROMPTS[:1], eos_token_ids=[eos])
     assert answer.token_ids == expected[: expected.index(eos) + 1]
-    assert answer.finish_reason == "eos"
+    assert answer.finish_reason == "stop"
     steps = device.controls.kernels.count("advance_kernel") or sum(
         "advance" in name for name in device.controls.kernels
     )

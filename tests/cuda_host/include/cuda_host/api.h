@@ -30,7 +30,7 @@
     ERROR(cudaErrorLaunchFailure, 719, "unspecified launch failure")                                              \
     ERROR(cudaErrorCooperativeLaunchTooLarge, 720, "too many blocks in cooperative launch")                       \
     ERROR(cudaErrorNotSupported, 801, "operation not supported")                                                  \
-    ERROR(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing")             \
+    ERROR(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted row_mask stream is capturing")         \
     ERROR(cudaErrorStreamCaptureInvalidated, 901, "operation failed due to a previous error during capture")      \
     ERROR(cudaErrorStreamCaptureMerge, 902, "operation would result in a merge of separate capture sequences")    \
     ERROR(cudaErrorStreamCaptureUnmatched, 903, "capture was not ended in the same stream as it began")           \

@@ -38,7 +38,7 @@ def step(**changes: Any) -> Instruction:
     }
     for name, value in changes.items():
         tensors[name] = torch.tensor(value, dtype=tensors[name].dtype)
-    return instruction("advance", when=tensors["active"], block_size=BLOCK_SIZE, **tensors)
+    return instruction("advance", row_mask=tensors["active"], block_size=BLOCK_SIZE, **tensors)
 
 
 @pytest.mark.parametrize(

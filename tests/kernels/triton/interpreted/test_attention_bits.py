@@ -28,7 +28,7 @@ def attention(block_size: int, active: list[int], sliding_window: int) -> Instru
         caches.append(cache)
     return instruction(
         "decode_attention",
-        when=torch.tensor([int(row in active) for row in range(len(ROWS))], dtype=torch.int32),
+        row_mask=torch.tensor([int(row in active) for row in range(len(ROWS))], dtype=torch.int32),
         query=query,
         k_cache=caches[0],
         v_cache=caches[1],

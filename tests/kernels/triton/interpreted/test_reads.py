@@ -59,7 +59,7 @@ def test_every_weight_is_read_once_for_a_tile_of_rows(
 @pytest.mark.parametrize("op", MATRICES)
 def test_a_tile_without_active_rows_reads_no_weight(op: str, addresses: list[np.ndarray]) -> None:
     instructions, _ = program(20, idle_rows=0)
-    instructions[op].when[:16] = 0
+    instructions[op].row_mask[:16] = 0
     TRITON[op](instructions[op])
     assert (reads_of(instructions[op].tensors[MATRICES[op]], addresses) == 1).all()
 
@@ -68,9 +68,9 @@ def test_a_tile_without_active_rows_reads_no_weight(op: str, addresses: list[np.
 @pytest.mark.parametrize("rows", [1, 3])
 def test_where_no_row_is_wanted_nothing_is_read_but_the_flags(op: str, rows: int, addresses: list[np.ndarray]) -> None:
     instructions, _ = program(rows, idle_rows=0)
-    instructions[op].when.zero_()
+    instructions[op].row_mask.zero_()
     TRITON[op](instructions[op])
-    flags = reads_of(instructions[op].when, addresses)
+    flags = reads_of(instructions[op].row_mask, addresses)
     assert flags.all()
     assert flags.sum() == sum(len(read) for read in addresses)
 

@@ -44,7 +44,7 @@ def build(settings: dict[str, Any], rows: int) -> Instruction:
     per_row = {name: torch.full((rows,), values[name]) for name in ("temperature", "top_p", "min_p")}
     return instruction(
         "sample",
-        when=torch.tensor([1] * (rows - 1) + [0], dtype=torch.int32),
+        row_mask=torch.tensor([1] * (rows - 1) + [0], dtype=torch.int32),
         logits=logits,
         seen=(torch.rand(rows, vocab, generator=generator) < 0.3).to(torch.uint8),
         num_generated=torch.randint(100, (rows,), generator=generator, dtype=torch.int32),
@@ -89,7 +89,7 @@ def test_top_p_cuts_equal_scores_in_the_order_of_their_ids() -> None:
     """Half of two equal scores is the first: its weight is all that is before the second."""
     actual, expected = (sample_instruction(torch.zeros(2), top_p=0.5) for _ in range(2))
     for ins in (actual, expected):
-        ins.when[5:] = 0
+        ins.row_mask[5:] = 0
         ins.tensors["top_p"][4] = 0.51
     TRITON["sample"](actual)
     sample(expected)
@@ -103,7 +103,7 @@ def test_zeros_of_either_sign_are_equal(sign: float) -> None:
     for changes in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.5}):
         actual, expected = (sample_instruction(logits, **changes) for _ in range(2))
         for ins in (actual, expected):
-            ins.when[2:] = 0
+            ins.row_mask[2:] = 0
         TRITON["sample"](actual)
         sample(expected)
         assert actual.tensors["next_token"].tolist() == expected.tensors["next_token"].tolist()

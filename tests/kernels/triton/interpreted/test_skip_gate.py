@@ -38,7 +38,7 @@ def any_gate(sequences: int, layers: int, partials: int, layer: int, seed: int) 
     holds = (rule == 0) & (integers(2, sequences) == 0)
     return instruction(
         "skip_gate",
-        when=integers(4, sequences).clamp(max=1),
+        row_mask=integers(4, sequences).clamp(max=1),
         run_ffn=integers(4, layers, sequences + PROMPT_ROWS).clamp(max=1),
         skip_remaining=integers(3, sequences),
         similarity=torch.full((layers, sequences), math.nan),
@@ -73,7 +73,7 @@ def plain_gate(similarities: list[float], **changes: Any) -> Instruction:
     for name, value in {**plain, **changes}.items():
         ins.tensors[name].copy_(torch.as_tensor(value))
     ins.tensors["similarity_partials"][:, :, 0] = similarity
-    ins.when.fill_(1)
+    ins.row_mask.fill_(1)
     return ins
 
 
