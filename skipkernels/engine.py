@@ -220,7 +220,10 @@ class Engine:
         """What ``Handle.set_plan`` takes: the policy as the gate reads it; None: nothing is skipped."""
         if not isinstance(policy, Policy):
             raise PolicyError(f"a policy is wanted, got a {type(policy).__name__}; load_policy reads one from a file")
-        return policy.plan(self.config.num_hidden_layers)
+        plan = policy.plan(self.config.num_hidden_layers)
+        if plan is not None and plan.neurons is not None:
+            raise PolicyError("no executor has the instructions that leave out neurons yet")
+        return plan
 
     def _executor(self, gated: bool) -> Executor:
         if gated not in self._executors:
