@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from skipkernels.integrations.hf_generate import hf_generate as hf_generate
     from skipkernels.skipping.policy import DensePolicy as DensePolicy
     from skipkernels.skipping.policy import FixedPolicy as FixedPolicy
+    from skipkernels.skipping.policy import NeuronPolicy as NeuronPolicy
     from skipkernels.skipping.policy import RandomPolicy as RandomPolicy
     from skipkernels.skipping.policy import SkipPolicy as SkipPolicy
     from skipkernels.skipping.policy import TimingPolicy as TimingPolicy
@@ -34,6 +35,7 @@ _HOMES = {
     "hf_generate": "integrations.hf_generate",
     "DensePolicy": "skipping.policy",
     "FixedPolicy": "skipping.policy",
+    "NeuronPolicy": "skipping.policy",
     "RandomPolicy": "skipping.policy",
     "SkipPolicy": "skipping.policy",
     "TimingPolicy": "skipping.policy",

@@ -45,7 +45,7 @@ class ResultsFile:
         if path is not None and path.exists():
             if not resume:
                 raise RequestError(f"{path}: exists already; give --resume to continue it, or another name")
-            before = read_document(path, "results file", FORMAT, VERSION, RequestError)
+            before = read_document(path, "results file", FORMAT, (VERSION,), RequestError)
             _check_settings(path, before["settings"], settings)
             self.document["memory"], self.document["cells"] = before["memory"], before["cells"]
             settings["tasks"] = before["settings"]["tasks"] | settings["tasks"]

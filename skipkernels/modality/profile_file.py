@@ -25,7 +25,7 @@ def load_profile(path: str | Path, *, model: ModalityModel | None = None) -> Pro
     Raises:
         ProfileError: unreadable, another format or version, or another model's.
     """
-    document = read_document(path, "serving profile", FORMAT, VERSION, ProfileError)
+    document = read_document(path, "serving profile", FORMAT, (VERSION,), ProfileError)
     try:
         profile = _from_document(document)
         if model is not None:

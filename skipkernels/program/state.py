@@ -264,9 +264,10 @@ class DecodeState:
 
     def set_policy(self, slot: int, plan: GatePlan | None) -> None:
         """The skip policy of ``slot``; None never skips."""
-        self.gate_mode[slot] = 0 if plan is None else 1 + GATE_MODES.index(plan.mode)
+        blocks = plan is not None and bool(plan.gated_layers)
+        self.gate_mode[slot] = 1 + GATE_MODES.index(plan.mode) if plan and blocks else 0
         self.gated[:, slot] = 0
-        if plan is None:
+        if plan is None or not blocks:
             return
         self.gated[list(plan.gated_layers), slot] = 1
         self.first_gated[slot] = plan.gated_layers[0]

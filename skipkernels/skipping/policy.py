@@ -1,17 +1,19 @@
-"""Which FFN blocks a token may skip: FFN-SkipLLM's rule (EMNLP 2024, arXiv 2404.03865) and the baselines beside it.
+"""What of an FFN a token may leave out: whole blocks by FFN-SkipLLM's rule (EMNLP 2024, arXiv 2404.03865), single
+neurons (``neuron_rule``), both, and the baselines beside them.
 
-A policy is pure data. ``plan(num_layers)`` lowers it to the parameters of the ``skip_gate`` instructions; nothing
-here knows of tensors or devices.
+A policy is pure data. ``plan(num_layers)`` lowers it to the parameters of the program's instructions; nothing here
+knows of tensors or devices.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import ClassVar, Literal
 
 from skipkernels.errors import PolicyError
+from skipkernels.skipping.neuron_rule import NeuronPlan, NeuronRule
 from skipkernels.skipping.old_names import with_old_names
 
 BatchRule = Literal["per_row", "all", "majority"]
@@ -25,9 +27,10 @@ UNLIMITED_SPAN = 1 << 30  # more layers than any model has: a skip ends at the l
 
 @dataclass(frozen=True)
 class GatePlan:
-    """The ``skip_gate`` instructions of one program.
+    """What a policy asks of the instructions of one program.
 
-    ``gated_layers`` are the layers whose FFN may be skipped; a gate stands in front of each. In mode ``similarity`` a
+    ``gated_layers`` are the layers whose FFN may be skipped; a gate stands in front of each; none: the policy has no
+    rule for blocks. ``neurons`` is the rule for neurons, where there is one. In mode ``similarity`` a
     gate tests the similarity that ``down_proj_add`` measured across the layer before it (``tested_layers``).
     ``thresholds[layer]`` is compared with the similarity of that layer.
     """
@@ -42,6 +45,7 @@ class GatePlan:
     seed: int = 0
     target_ratio: float = 0.0
     ramp_tokens: int = 0
+    neurons: NeuronPlan | None = None
 
     @property
     def tested_layers(self) -> tuple[int, ...]:
@@ -83,8 +87,9 @@ class DensePolicy(Policy):
 
 @with_old_names
 @dataclass(frozen=True)
-class SkipPolicy(Policy):
-    """FFN-SkipLLM: skip the next FFNs of a token once one FFN changes the residual stream too little.
+class SkipPolicy(NeuronRule, Policy):
+    """FFN-SkipLLM: skip the next FFNs of a token once one FFN changes the residual stream too little. With thresholds
+    for neurons, the FFNs that run leave out neurons.
 
     Args:
         threshold: cosine similarity of the residual stream before and after an FFN, in [-1, 1], from which on the
@@ -101,7 +106,10 @@ class SkipPolicy(Policy):
         target_ratio: hold the running skip ratio of every row, skipped FFNs over layers x generated tokens, at this
             value: a controller in the gate moves the row's threshold, starting from the one given. It makes up for
             the warm-up within the first ``ramp_tokens`` tokens. From then on the ratio stays within
-            (1 / 2 + target_ratio) / tokens of the target, whatever the similarities are. Only with ``per_row``.
+            (1 / 2 + target_ratio) / tokens of the target, whatever the similarities are. Only with ``per_row``. With
+            thresholds for neurons it is the share of FFN bytes not read that is held, skipped FFNs included, and by a
+            factor on the thresholds for neurons; see ``NeuronPolicy``.
+        gate_thresholds, product_thresholds: see ``NeuronRule``.
     """
 
     kind: ClassVar[str] = "similarity"
@@ -123,11 +131,11 @@ class SkipPolicy(Policy):
                 f"span must be at least 1 layer (or None for 'up to the last dense layers'), got {self.span!r}"
             )
         _check_counts(self, "first_dense_layers", "last_dense_layers", "warmup_tokens")
+        self.check_neuron_rule()
         if self.batch_rule not in BATCH_RULES:
             raise PolicyError(f"batch_rule must be one of {', '.join(BATCH_RULES)}, got {self.batch_rule!r}")
         if self.target_ratio is not None:
-            if not 0.0 < self.target_ratio < 1.0:
-                raise PolicyError(f"target_ratio must lie between 0 and 1, got {self.target_ratio}")
+            _check_target(self.target_ratio)
             if self.batch_rule != "per_row":
                 raise PolicyError(
                     f"target_ratio holds the ratio of each row, which batch_rule {self.batch_rule!r} gives up; "
@@ -143,8 +151,7 @@ class SkipPolicy(Policy):
         """Generated tokens after which ``target_ratio`` holds with the warm-up included: 64, or more if skipping at
         the highest possible ratio takes longer to make up for the warm-up."""
         assert self.target_ratio is not None
-        warmup, reachable = max(1, self.warmup_tokens), self.reachable_ratio(num_layers)
-        return max(RAMP_TOKENS, math.ceil(warmup * reachable / (reachable - self.target_ratio)))
+        return _ramp_tokens(self.warmup_tokens, self.reachable_ratio(num_layers), self.target_ratio)
 
     def plan(self, num_layers: int) -> GatePlan:
         gated = range(self.first_dense_layers + 1, num_layers - self.last_dense_layers)
@@ -157,7 +164,8 @@ class SkipPolicy(Policy):
             raise PolicyError(
                 f"layer_thresholds has {len(self.layer_thresholds)} entries, the model {num_layers} layers"
             )
-        if self.target_ratio is not None and self.target_ratio >= self.reachable_ratio(num_layers):
+        held = None if self.has_neuron_rule else self.target_ratio  # by the gates; else by the neurons
+        if held is not None and held >= self.reachable_ratio(num_layers):
             raise PolicyError(
                 f"target_ratio {self.target_ratio} cannot be held: first_dense_layers={self.first_dense_layers}, "
                 f"last_dense_layers={self.last_dense_layers} and span={self.span} let less than "
@@ -170,8 +178,9 @@ class SkipPolicy(Policy):
             span=UNLIMITED_SPAN if self.span is None else self.span,
             warmup_tokens=self.warmup_tokens,
             batch_rule=self.batch_rule,
-            target_ratio=self.target_ratio or 0.0,
-            ramp_tokens=self.ramp_tokens(num_layers) if self.target_ratio is not None else 0,
+            target_ratio=held or 0.0,
+            ramp_tokens=0 if held is None else self.ramp_tokens(num_layers),
+            neurons=_neuron_plan(self, num_layers, self.target_ratio, self.warmup_tokens),
         )
 
     @property
@@ -179,12 +188,53 @@ class SkipPolicy(Policy):
         span = "all" if self.span is None else self.span
         threshold = "per layer" if self.layer_thresholds else f"{self.threshold:.4f}"
         rule = f"similarity >= {threshold}" if self.target_ratio is None else f"ratio held at {self.target_ratio:.1%}"
-        return f"{rule}, span {span}, dense {self.first_dense_layers}+{self.last_dense_layers}"
+        neurons = ", neurons below thresholds per layer" if self.has_neuron_rule else ""
+        return f"{rule}, span {span}, dense {self.first_dense_layers}+{self.last_dense_layers}{neurons}"
 
 
 @dataclass(frozen=True)
-class FixedPolicy(Policy):
-    """Baseline: the FFNs of a fixed set of layers are skipped for every token after the warm-up."""
+class NeuronPolicy(NeuronRule, Policy):
+    """Every FFN runs, and leaves out the neurons of a token that matter least to it.
+
+    Args:
+        gate_thresholds, product_thresholds: see ``NeuronRule``; at least one of them is needed.
+        warmup_tokens: how many generated tokens of a row keep every neuron; the first one always does.
+        target_ratio: hold the running share of FFN bytes not read, over layers x generated tokens, at this value: a
+            controller moves a factor on all thresholds of the row, starting from 1. It makes up for the warm-up within
+            the first 64 tokens, or as many as it takes.
+    """
+
+    kind: ClassVar[str] = "neurons"
+    warmup_tokens: int = 25
+    target_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        self.check_neuron_rule()
+        if not self.has_neuron_rule:
+            raise PolicyError("a policy of neurons needs gate_thresholds or product_thresholds, one per layer")
+        _check_counts(self, "warmup_tokens")
+        if self.target_ratio is not None:
+            _check_target(self.target_ratio)
+
+    def plan(self, num_layers: int) -> GatePlan:
+        return GatePlan(
+            mode="similarity",
+            gated_layers=(),
+            warmup_tokens=self.warmup_tokens,
+            neurons=_neuron_plan(self, num_layers, self.target_ratio, self.warmup_tokens),
+        )
+
+    @property
+    def label(self) -> str:
+        held = "" if self.target_ratio is None else f", {self.target_ratio:.1%} of the FFN bytes held"
+        grains = [name for name in ("gate", "product") if any(getattr(self, f"{name}_thresholds"))]
+        return f"neurons below {' and '.join(grains) or 'zero'} thresholds per layer{held}"
+
+
+@dataclass(frozen=True)
+class FixedPolicy(NeuronRule, Policy):
+    """Baseline: the FFNs of a fixed set of layers are skipped for every token after the warm-up. With thresholds for
+    neurons (``NeuronRule``), those of the other layers leave out neurons."""
 
     kind: ClassVar[str] = "fixed"
     layers: tuple[int, ...]
@@ -196,14 +246,16 @@ class FixedPolicy(Policy):
                 raise PolicyError(f"layers must be layer numbers, got {layer!r}")
         object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
         _check_counts(self, "warmup_tokens")
+        self.check_neuron_rule()
 
     def plan(self, num_layers: int) -> GatePlan | None:
         outside = [layer for layer in self.layers if not 0 <= layer < num_layers]
         if outside:
             raise PolicyError(f"fixed layer {outside[0]} is outside 0..{num_layers - 1}")
-        if not self.layers:
+        neurons = _neuron_plan(self, num_layers, None, self.warmup_tokens)
+        if not self.layers and neurons is None:
             return None
-        return GatePlan(mode="fixed", gated_layers=self.layers, warmup_tokens=self.warmup_tokens)
+        return GatePlan(mode="fixed", gated_layers=self.layers, warmup_tokens=self.warmup_tokens, neurons=neurons)
 
     @property
     def label(self) -> str:
@@ -213,7 +265,8 @@ class FixedPolicy(Policy):
                 runs[-1].append(layer)
             else:
                 runs.append([layer])
-        return f"fixed layers {','.join(str(r[0]) if len(r) == 1 else f'{r[0]}-{r[-1]}' for r in runs)}"
+        neurons = ", neurons below thresholds per layer" if self.has_neuron_rule else ""
+        return f"fixed layers {','.join(str(r[0]) if len(r) == 1 else f'{r[0]}-{r[-1]}' for r in runs)}{neurons}"
 
 
 @with_old_names
@@ -308,8 +361,33 @@ def _check_counts(policy: Policy, *names: str) -> None:
             raise PolicyError(f"{name} must not be negative, got {value}")
 
 
+def _check_target(ratio: float) -> None:
+    if not 0.0 < ratio < 1.0:
+        raise PolicyError(f"target_ratio must lie between 0 and 1, got {ratio}")
+
+
+def _ramp_tokens(warmup_tokens: int, reachable: float, target_ratio: float) -> int:
+    return max(RAMP_TOKENS, math.ceil(max(1, warmup_tokens) * reachable / (reachable - target_ratio)))
+
+
+def _neuron_plan(
+    rule: NeuronRule, num_layers: int, target_ratio: float | None, warmup_tokens: int
+) -> NeuronPlan | None:
+    plan = rule.neuron_plan(num_layers)
+    if plan is None or target_ratio is None:
+        return plan
+    reachable = rule.reachable_neuron_ratio(num_layers)
+    if target_ratio >= reachable:
+        raise PolicyError(
+            f"target_ratio {target_ratio} cannot be held: the thresholds that are not 0 can leave out less than "
+            f"{reachable:.3f} of the FFN bytes of {num_layers} layers, gate_proj being read in full"
+        )
+    ramp = _ramp_tokens(warmup_tokens, reachable, target_ratio)
+    return replace(plan, target_ratio=target_ratio, ramp_tokens=ramp)
+
+
 _KINDS: dict[str, type[Policy]] = {
-    policy.kind: policy for policy in (DensePolicy, SkipPolicy, FixedPolicy, RandomPolicy, TimingPolicy)
+    policy.kind: policy for policy in (DensePolicy, SkipPolicy, NeuronPolicy, FixedPolicy, RandomPolicy, TimingPolicy)
 }
 
 

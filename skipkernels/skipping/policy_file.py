@@ -12,7 +12,8 @@ from skipkernels.skipping.policy import Policy, policy_from_dict
 from skipkernels.support.files import read_document
 
 FORMAT = "skipkernels.skip_policy"
-VERSION = 1
+VERSION = 2
+"""2: policies may hold thresholds for neurons; files of version 1 hold none and are read."""
 
 
 def save_policy(path: str | Path, policy: Policy, *, fingerprint: str, measured: dict[str, Any]) -> None:
@@ -51,4 +52,4 @@ def load_policy(path: str | Path, *, fingerprint: str | None = None) -> Policy:
 
 def read_policy_file(path: str | Path) -> dict[str, Any]:
     """The whole document, checked for format and version only."""
-    return read_document(path, "policy file", FORMAT, VERSION, PolicyError)
+    return read_document(path, "policy file", FORMAT, (1, VERSION), PolicyError)

@@ -20,9 +20,9 @@ def read_text(path: str | Path, refuse: type[SkipkernelsError] = RequestError) -
 
 
 def read_document(
-    path: str | Path, what: str, file_format: str, version: int, refuse: type[SkipkernelsError]
+    path: str | Path, what: str, file_format: str, versions: tuple[int, ...], refuse: type[SkipkernelsError]
 ) -> dict[str, Any]:
-    """A JSON object that names its format and version, both checked; ``what`` it should be stands in the errors.
+    """A JSON object that names its format and one of ``versions``; ``what`` it should be stands in the errors.
 
     Raises:
         SkipkernelsError: as ``refuse``: unreadable, no JSON, another format or version.
@@ -35,6 +35,7 @@ def read_document(
         raise refuse(f"{path}: is not JSON ({error})") from error
     if not isinstance(document, dict) or document.get("format") != file_format:
         raise refuse(f"{path}: is not a {what} (its format is not {file_format!r})")
-    if document.get("version") != version:
-        raise refuse(f"{path}: has version {document.get('version')}, this release reads version {version}")
+    if document.get("version") not in versions:
+        known = " and ".join(map(str, versions))
+        raise refuse(f"{path}: has version {document.get('version')}, this release reads version {known}")
     return document

@@ -123,7 +123,7 @@ def test_a_long_set_of_layers_has_a_short_label() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "unknown policy kind None; known are dense, similarity, fixed, random, timing"),
+        ({}, "unknown policy kind None; known are dense, similarity, neurons, fixed, random, timing"),
         ({"kind": "magic"}, "unknown policy kind 'magic'"),
         ({"kind": ["dense"]}, "unknown policy kind"),
         ({"kind": "similarity", "treshold": 0.5}, "treshold"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from skipkernels.errors import PolicyError
-from skipkernels.skipping.policy import SkipPolicy
+from skipkernels.skipping.policy import FixedPolicy, NeuronPolicy, Policy, SkipPolicy
 from skipkernels.skipping.policy_file import load_policy, read_policy_file, save_policy
 from tests.models import random_prompt, tiny_engine, tiny_module
 
@@ -35,6 +35,24 @@ def test_a_file_of_an_earlier_release_is_read(path: Path) -> None:
     old = {"cold_start": policy.pop("first_dense_layers"), "cold_end": policy.pop("last_dense_layers")}
     assert load_policy(change(path, policy=policy | old)) == POLICY
     assert load_policy(change(path, policy=policy | {"cold_start": 2})).first_dense_layers == 2
+
+
+def test_a_file_of_version_1_is_read(path: Path) -> None:
+    assert json.loads(path.read_text())["version"] == 2
+    assert load_policy(change(path, version=1)) == POLICY
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        NeuronPolicy(gate_thresholds=(0.1, 0.0), product_thresholds=(1e-3, 2.5), warmup_tokens=3, target_ratio=0.3),
+        SkipPolicy(threshold=0.5, product_thresholds=(0.25, 1 / 3)),
+        FixedPolicy(layers=(1,), gate_thresholds=(0.0, 0.125)),
+    ],
+)
+def test_thresholds_for_neurons_survive_their_file(tmp_path: Path, policy: Policy) -> None:
+    save_policy(tmp_path / "p.json", policy, fingerprint="abc", measured={})
+    assert load_policy(tmp_path / "p.json", fingerprint="abc") == policy
 
 
 def test_an_engine_takes_the_file_of_its_model(tmp_path: Path) -> None:
@@ -73,12 +91,15 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"version": 2}, "has version 2, this release reads version 1"),
+        ({"version": 3}, "has version 3, this release reads version 1 and 2"),
         ({"version": None}, "has version None"),
         ({"format": "other"}, "is not a policy file"),
         ({"policy": None}, "holds no 'policy' object"),
         ({"policy": {"kind": "magic"}}, "unknown policy kind 'magic'"),
         ({"policy": {"kind": "similarity", "treshold": 0.5}}, "treshold"),
+        ({"policy": {"kind": "neurons", "gate_thresholds": [0.1, -0.1]}}, r"gate_thresholds\[1\] must be .* got -0.1"),
+        ({"policy": {"kind": "neurons", "gate_thresholds": [0.1, None]}}, r"gate_thresholds\[1\] must be .* got None"),
+        ({"policy": {"kind": "neurons", "layers": [1]}}, "layers"),
         ({"policy": {"kind": "similarity", "threshold": 7}}, r"\[-1, 1\], got 7"),
     ],
 )

@@ -1,0 +1,85 @@
+"""The fine grain of skipping: thresholds below which single neurons of an FFN are left out.
+
+For one token at layer l with thresholds a_l, b_l (0 keeps all), n = rms_norm(h):
+
+    g = act(gate_proj n)                          every neuron: a third of the FFN's bytes is always read
+    kept_up = {j : |g_j| >= a_l}                  CATS, arXiv 2404.08763
+    m_j = g_j * (up_proj_j . n), j in kept_up
+    kept_down = {j in kept_up : |m_j| >= b_l}     TEAL, arXiv 2408.14690
+    f = sum over kept_down of m_j * down_proj[:, j]
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+
+from skipkernels.errors import PolicyError
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronRule:
+    """What a policy holds beside its rule for whole FFNs.
+
+    Args:
+        gate_thresholds: one per layer; a neuron whose activated gate is smaller in magnitude is left out of up_proj and
+            down_proj. Empty: all 0.
+        product_thresholds: one per layer; a neuron whose product of gate and up is smaller is left out of down_proj.
+            Empty: all 0. Both empty: the policy has no rule for neurons.
+    """
+
+    gate_thresholds: tuple[float, ...] = ()
+    product_thresholds: tuple[float, ...] = ()
+
+    @property
+    def has_neuron_rule(self) -> bool:
+        return bool(self.gate_thresholds or self.product_thresholds)
+
+    def check_neuron_rule(self) -> None:
+        """
+        Raises:
+            PolicyError: a threshold is no finite number of at least 0, or the two lists differ in length.
+        """
+        for name in ("gate_thresholds", "product_thresholds"):
+            for layer, value in enumerate(getattr(self, name)):
+                if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) < math.inf:
+                    raise PolicyError(f"{name}[{layer}] must be a finite number of at least 0, got {value!r}")
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        gate, product = len(self.gate_thresholds), len(self.product_thresholds)
+        if gate and product and gate != product:
+            raise PolicyError(f"gate_thresholds has {gate} entries, product_thresholds {product}; give one per layer")
+
+    def neuron_plan(self, num_layers: int, target_ratio: float = 0.0, ramp_tokens: int = 0) -> NeuronPlan | None:
+        """The thresholds of every layer; None: no rule for neurons.
+
+        Raises:
+            PolicyError: they are those of a model of another depth.
+        """
+        for name in ("gate_thresholds", "product_thresholds"):
+            values = getattr(self, name)
+            if values and len(values) != num_layers:
+                raise PolicyError(f"{name} has {len(values)} entries, the model {num_layers} layers")
+        if not self.has_neuron_rule:
+            return None
+        zeros = (0.0,) * num_layers
+        return NeuronPlan(self.gate_thresholds or zeros, self.product_thresholds or zeros, target_ratio, ramp_tokens)
+
+    def reachable_neuron_ratio(self, num_layers: int) -> float:
+        """The share of FFN bytes that is not read when every threshold that is not 0 leaves out all it can: a gate
+        threshold two thirds of its layer, a product threshold alone one third."""
+        gates = self.gate_thresholds or (0.0,) * num_layers
+        products = self.product_thresholds or (0.0,) * num_layers
+        thirds = sum(2 if gate else 1 if product else 0 for gate, product in zip(gates, products, strict=True))
+        return thirds / (3 * num_layers)
+
+
+@dataclass(frozen=True)
+class NeuronPlan:
+    """Thresholds of every layer, and the share of FFN bytes a row's factor on them holds from ``ramp_tokens`` generated
+    tokens on (0: the factor stays 1)."""
+
+    gate_thresholds: tuple[float, ...]
+    product_thresholds: tuple[float, ...]
+    target_ratio: float = 0.0
+    ramp_tokens: int = 0
