@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,7 +79,7 @@ class Engine:
         _check_batch_size(max_batch_size)
         self.execution = (execution or Execution()).resolved()
         refuse_while_capturing(self.execution.device)
-        if weights.embed_tokens.is_cuda != self.execution.on_gpu:
+        if (weights.embed_tokens.device.type == "cuda") != self.execution.on_gpu:
             raise DeviceError(f"the weights are on {weights.embed_tokens.device}, not on {self.execution.device}")
         self.config = config
         self.weights = weights
@@ -213,9 +214,10 @@ class Engine:
         Raises:
             PolicyError: it is no policy, or one that is impossible on a model of this depth.
         """
-        return self._executor(self._plan(policy) is not None)
+        return self._executor(self.plan_of(policy) is not None)
 
-    def _plan(self, policy: Policy) -> GatePlan | None:
+    def plan_of(self, policy: Policy) -> GatePlan | None:
+        """What ``Handle.set_plan`` takes: the policy as the gate reads it; None: nothing is skipped."""
         if not isinstance(policy, Policy):
             raise PolicyError(f"a policy is wanted, got a {type(policy).__name__}; load_policy reads one from a file")
         plan = policy.plan(self.config.num_hidden_layers)
@@ -294,9 +296,11 @@ class Engine:
         stop: Sequence[str] = (),
         eos_token_ids: Sequence[int] | int | None = None,
         policy: Policy | None = None,
+        deadline: float = math.inf,
     ) -> Handle:
         """Queues one prompt and returns at once; arguments as in ``generate``. The handle gives its chunks as they come
-        (iterate), the whole answer (``result()``), and ends it (``cancel()``).
+        (iterate), the whole answer (``result()``), and ends it (``cancel()``). Of prompts that wait for their turn in a
+        step, the one with the earliest ``deadline`` comes first; any clock will do.
 
         Raises:
             RequestError: nothing was queued; the message says what to change.
@@ -308,6 +312,7 @@ class Engine:
             stop=stop,
             eos_token_ids=eos_token_ids,
             policy=policy,
+            deadline=deadline,
         )
         return decoding.rows[0]
 
@@ -329,6 +334,7 @@ class Engine:
         stop: Sequence[str] = (),
         eos_token_ids: Sequence[int] | int | None = None,
         policy: Policy | None = None,
+        deadline: float = math.inf,
     ) -> Decoding:
         """Checks a whole request, then submits its prompts together; none is when a check fails.
 
@@ -362,7 +368,7 @@ class Engine:
         for given in embedded:
             if given is not None:
                 given.check(self.config, self.weights.embed_tokens, self.max_seq_len)
-        plan = self._plan(self.policy if policy is None else policy)
+        plan = self.plan_of(self.policy if policy is None else policy)
         requests = [
             Request(
                 token_ids=tuple(tokens),
@@ -372,6 +378,7 @@ class Engine:
                 eos_token_ids=tuple(eos),
                 max_new_tokens=max_new_tokens,
                 embedded=given,
+                deadline=deadline,
             )
             for tokens, param, given in zip(token_ids, sampling, embedded, strict=True)
         ]

@@ -110,8 +110,8 @@ def _loader(
 @contextmanager
 def _here(load: ChatModelLoader, scheduling: SchedulingOptions, chats: Chats) -> Iterator[Served]:
     """The model in this process, beside the server."""
+    from skipkernels.chat.engine_worker import EngineModel, EngineWorker
     from skipkernels.modality.runtime import Runtime
-    from skipkernels.modality.thread_worker import ThreadWorker
     from skipkernels.server.http.backend import Embedded
 
     with err.status(f"loading {load.name} ..."):
@@ -122,7 +122,9 @@ def _here(load: ChatModelLoader, scheduling: SchedulingOptions, chats: Chats) ->
             return measure(model, progress=report)
 
     profile = _profile(model, scheduling, chats, run, resumable=True)
-    runtime = Runtime(profile, [ThreadWorker(model)], scheduling.selection, **scheduling.runtime_options)
+    runtime = Runtime(
+        profile, [EngineWorker(cast("EngineModel", model))], scheduling.selection, **scheduling.runtime_options
+    )
     yield Served(profile, model.format, Embedded(runtime))
 
 

@@ -29,6 +29,7 @@ from skipkernels.decoding.step import DecodeRow, Step
 from skipkernels.errors import RequestError
 from skipkernels.executors import Executor
 from skipkernels.program.state import ENDED, MAX_EOS, WAITS_FOR_BLOCK, DecodeState
+from skipkernels.skipping.policy import GatePlan
 from skipkernels.support.turns import Turns
 
 if TYPE_CHECKING:
@@ -181,6 +182,19 @@ class DecodeLoop:
                 self._drop(handle)
                 handle.finish()
 
+    def set_plan(self, handle: Handle, plan: GatePlan | None) -> None:
+        """Another skip policy from the next step on; None: no FFN is skipped. Nothing where the answer has ended."""
+        with self._between_steps():
+            if not handle.running or plan == handle.plan:
+                return
+            self._land()  # the program without gates may be in flight
+            handle.plan = plan
+            # blocks that are filled from now on were written under two policies
+            handle.sequence.policy_identity = handle.request.own_identity
+            slot = handle.sequence.slot
+            if slot is not None and handle.sequence.decoding:
+                self.state.set_policy(slot, plan)
+
     @contextmanager
     def _between_steps(self) -> Iterator[None]:
         """A turn that does not wait for more than the step that runs now."""
@@ -325,7 +339,7 @@ class DecodeLoop:
         tokens = torch.tensor(row.sequence.tokens, dtype=torch.int32)
         state.begin_sequence(slot, tokens, row.sequence.num_generated)
         handle.runs.restore(state, slot)
-        state.set_policy(slot, request.plan)
+        state.set_policy(slot, handle.plan)
         for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"):
             getattr(state, name)[slot] = getattr(request.sampling, name)
         state.max_new_tokens[slot] = row.sequence.max_tokens - row.sequence.num_prompt_tokens
