@@ -238,19 +238,12 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def gate_up_act(ins: Instruction) -> None:
-    t, activate = ins.tensors, _ACTIVATIONS[ACTIVATIONS[int(ins.scalars["activation"])]]
-    for row in ins.rows:
-        x = rms_norm(t["hidden_states"][row], t["post_attention_layernorm"], float(ins.scalars["rms_norm_eps"]))
-        gate, up = F.linear(x, t["gate_up_proj"].float()).chunk(2)
-        t["intermediate"][row] = activate(gate) * up
-
-
-def gate_up_act(ins: Instruction) -> None:
     t, gate_up_proj = ins.tensors, linear(ins, "gate_up_proj")
+    activate = _ACTIVATIONS[ACTIVATIONS[int(ins.scalars["activation"])]]
     for row in ins.rows:
         x = rms_norm(t["hidden_states"][row], t["post_attention_layernorm"], float(ins.scalars["rms_norm_eps"]))
         gate, up = gate_up_proj(x).chunk(2)
-        t["intermediate"][row] = F.silu(gate) * up
+        t["intermediate"][row] = activate(gate) * up
 
 
 def down_proj_add(ins: Instruction) -> None:
