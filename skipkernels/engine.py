@@ -79,7 +79,7 @@ class Engine:
         _check_batch_size(max_batch_size)
         self.execution = (execution or Execution()).resolved()
         refuse_while_capturing(self.execution.device)
-        if weights.embed_tokens.is_cuda != self.execution.on_gpu:
+        if (weights.embed_tokens.device.type == "cuda") != self.execution.on_gpu:
             raise DeviceError(f"the weights are on {weights.embed_tokens.device}, not on {self.execution.device}")
         self.config = config
         self.weights = weights

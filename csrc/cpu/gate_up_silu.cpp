@@ -10,14 +10,15 @@ int64_t gate_up_silu_tasks(const Instruction& ins, const Scratch&) {
 
 void gate_up_silu_pack(const Instruction& ins, int begin, int end, Scratch& s) {
     const GateUpSilu& op = ins.gate_up_silu;
-    pack_rms_norm(ins, op.hidden_states, op.hidden_size, op.post_attention_layernorm, op.rms_norm_eps, begin, end, s);
+    pack_rms_norm(op.gate_up_proj, op.hidden_states, op.hidden_size, op.post_attention_layernorm, op.rms_norm_eps,
+                  begin, end, s);
 }
 
 void gate_up_silu_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
     const GateUpSilu& op = ins.gate_up_silu;
     const int64_t k = op.hidden_size;
-    with_weight_type(ins.weight_dtype, [&](auto type) {
-        const auto* gate = static_cast<const decltype(type)*>(op.gate_up_proj);
+    with_float_type(op.gate_up_proj.format, [&](auto type) {
+        const auto* gate = static_cast<const decltype(type)*>(op.gate_up_proj.data);
         const auto* up = gate + op.intermediate_size * k;
         for (int64_t panel = begin; panel < end; ++panel) {
             const int64_t first = panel * cpu::kPanelRows, left = op.intermediate_size - first;

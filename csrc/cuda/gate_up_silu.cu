@@ -32,8 +32,8 @@ struct SiluGateUp {
 
 cudaError_t launch_gate_up_silu(const Step& step, const LaunchContext& context) {
     const GateUpSilu& op = step.ins.gate_up_silu;
-    return with_weight_type(step.ins.weight_dtype, [&](auto type) {
-        const auto in = make_linear<decltype(type)>(step, op.gate_up_proj, op.hidden_states, op.hidden_size,
+    return with_float_type(op.gate_up_proj.format, [&](auto type) {
+        const auto in = make_linear<decltype(type)>(step, op.gate_up_proj.data, op.hidden_states, op.hidden_size,
                                                     ceil_div(op.intermediate_size, kRunRows),
                                                     op.post_attention_layernorm, op.rms_norm_eps);
         return launch_linear(in, SiluGateUp{op}, context);

@@ -7,23 +7,26 @@ import torch
 from skipkernels.model.config import ModelConfig
 from skipkernels.model.weights import ModelWeights
 from skipkernels.program.state import DecodeState
-from skipkernels.program.table import Instruction, instruction
+from skipkernels.program.table import Instruction, Operand, instruction
 
 Program = tuple[Instruction, ...]
 
 
-def build_program(config: ModelConfig, weights: ModelWeights, state: DecodeState, *, gated: bool = False) -> Program:
+def build_program(
+    config: ModelConfig, weights: ModelWeights, state: DecodeState, *, gated: bool = False, activations: str = "int8"
+) -> Program:
     """Records one step of every active row over the buffers of ``state``.
 
     Args:
         gated: with gates that skip FFNs by each sequence's own policy (``DecodeState.set_policy``). Without them the
             step is dense, reads no policy and measures nothing.
+        activations: what quantised matrices are multiplied with, ``int8`` or ``fp32`` (``program.table``).
     """
     s, eps = state, config.rms_norm_eps
     program: list[Instruction] = []
 
-    def record(op: str, row_mask: torch.Tensor = s.active, **operands: torch.Tensor | int | float | None) -> None:
-        program.append(instruction(op, row_mask=row_mask, **operands))
+    def record(op: str, row_mask: torch.Tensor = s.active, **operands: Operand) -> None:
+        program.append(instruction(op, row_mask=row_mask, activations=activations, **operands))
 
     record(
         "embed",
