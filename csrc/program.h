@@ -44,6 +44,7 @@ enum Adjusts : int32_t { kAdjustsBias = 1, kAdjustsCounts = 2, kAdjustsMask = 4 
 
 enum class GateMode : int32_t { dense = 0, similarity = 1, fixed = 2, random = 3 };
 enum class BatchRule : int32_t { per_row = 0, all = 1, majority = 2 };
+enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
 
 // clang-format off
 #define SKIPKERNELS_EMBED(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                                    \
@@ -87,11 +88,11 @@ enum class BatchRule : int32_t { per_row = 0, all = 1, majority = 2 };
   TENSOR(float, hidden_states)                                                                                         \
   SIZE(num_rows) SIZE(num_attention_heads) SIZE(head_dim) SIZE(hidden_size) SIZE(attention_size)
 
-#define SKIPKERNELS_GATE_UP_SILU(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                             \
+#define SKIPKERNELS_GATE_UP_ACT(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                             \
   TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) MATRIX(gate_up_proj)    \
   TENSOR(float, intermediate)                                                                                          \
-  SIZE(num_rows) SIZE(hidden_size) SIZE(gate_up_size) SIZE(intermediate_size)                                        \
-  FLOAT(rms_norm_eps)
+  SIZE(num_rows) SIZE(hidden_size) SIZE(gate_up_size) SIZE(intermediate_size)                                          \
+  FLOAT(rms_norm_eps) INT(activation)
 
 #define SKIPKERNELS_DOWN_PROJ_ADD(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                            \
   TENSOR(const float, intermediate) MATRIX(down_proj) TENSOR(float, hidden_states)                         \
@@ -130,7 +131,7 @@ enum class BatchRule : int32_t { per_row = 0, all = 1, majority = 2 };
   OP(qkv_rope_append, QkvRopeAppend, SKIPKERNELS_QKV_ROPE_APPEND)                                                      \
   OP(decode_attention, DecodeAttention, SKIPKERNELS_DECODE_ATTENTION)                                                  \
   OP(o_proj_add, OProjAdd, SKIPKERNELS_O_PROJ_ADD)                                                                     \
-  OP(gate_up_silu, GateUpSilu, SKIPKERNELS_GATE_UP_SILU)                                                               \
+  OP(gate_up_act, GateUpAct, SKIPKERNELS_GATE_UP_ACT)                                                               \
   OP(down_proj_add, DownProjAdd, SKIPKERNELS_DOWN_PROJ_ADD)                                                            \
   OP(lm_head, LmHead, SKIPKERNELS_LM_HEAD)                                                                             \
   OP(sample, Sample, SKIPKERNELS_SAMPLE)                                                                               \

@@ -4,7 +4,7 @@
 // this processor cannot run.
 #include "decode_attention.cpp"
 #include "down_proj_add.cpp"
-#include "gate_up_silu.cpp"
+#include "gate_up_act.cpp"
 #include "lm_head.cpp"
 #include "o_proj_add.cpp"
 #include "qkv_rope_append.cpp"

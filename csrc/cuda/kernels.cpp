@@ -94,9 +94,9 @@ void check(const Instruction& ins) {
             check_size("o_proj_add", "hidden_size", ins.o_proj_add.hidden_size);
             check_size("o_proj_add", "attention_size", ins.o_proj_add.attention_size);
             break;
-        case OpCode::gate_up_silu:
-            check_size("gate_up_silu", "hidden_size", ins.gate_up_silu.hidden_size);
-            check_size("gate_up_silu", "gate_up_size", ins.gate_up_silu.gate_up_size);
+        case OpCode::gate_up_act:
+            check_size("gate_up_act", "hidden_size", ins.gate_up_act.hidden_size);
+            check_size("gate_up_act", "gate_up_size", ins.gate_up_act.gate_up_size);
             break;
         case OpCode::down_proj_add: {
             const DownProjAdd& op = ins.down_proj_add;

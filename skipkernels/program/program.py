@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from skipkernels.model.config import ModelConfig
+from skipkernels.model.config import ACTIVATIONS, ModelConfig
 from skipkernels.model.weights import ModelWeights
 from skipkernels.program.state import DecodeState
 from skipkernels.program.table import Instruction, Operand, instruction
@@ -104,13 +104,14 @@ def build_program(
             hidden_states=s.hidden_states,
         )
         record(
-            "gate_up_silu",
+            "gate_up_act",
             row_mask=s.run_ffn[index],
             hidden_states=s.hidden_states,
             post_attention_layernorm=layer.post_attention_layernorm,
             gate_up_proj=layer.gate_up_proj,
             intermediate=s.intermediate,
             rms_norm_eps=eps,
+            activation=ACTIVATIONS.index(config.activation),
         )
         record(
             "down_proj_add",

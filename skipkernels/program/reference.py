@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from skipkernels.model.config import ACTIVATIONS
 from skipkernels.model.matrix import dequantized, weight_rows
 from skipkernels.program.philox import GATE_STREAM, SAMPLE_STREAM, philox_uniform
 from skipkernels.program.state import (
@@ -237,12 +239,19 @@ def o_proj_add(ins: Instruction) -> None:
         t["hidden_states"][row] += o_proj(t["attn_output"][row].flatten())
 
 
-def gate_up_silu(ins: Instruction) -> None:
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def gate_up_act(ins: Instruction) -> None:
     t, gate_up_proj = ins.tensors, linear(ins, "gate_up_proj")
+    activate = _ACTIVATIONS[ACTIVATIONS[int(ins.scalars["activation"])]]
     for row in ins.rows:
         x = rms_norm(t["hidden_states"][row], t["post_attention_layernorm"], float(ins.scalars["rms_norm_eps"]))
         gate, up = gate_up_proj(x).chunk(2)
-        t["intermediate"][row] = F.silu(gate) * up
+        t["intermediate"][row] = activate(gate) * up
 
 
 def down_proj_add(ins: Instruction) -> None:

@@ -215,15 +215,17 @@ OPS: dict[str, Op] = {
             ),
         ),
         Op(
-            "gate_up_silu",
-            "intermediate = silu(gate_proj(x)) * up_proj(x) of x = rms_norm(hidden_states); gate rows before up rows.",
+            "gate_up_act",
+            """intermediate = act(gate_proj(x)) * up_proj(x) of x = rms_norm(hidden_states); gate rows before up rows.
+            ``activation`` numbers ``model.config.ACTIVATIONS``: 0 silu, 1 gelu_tanh (GELU by tanh).
+            """,
             {
                 "hidden_states": _t("f32 num_rows hidden_size"),
                 "post_attention_layernorm": _t("f32 hidden_size"),
                 "gate_up_proj": _t("matrix gate_up_size hidden_size"),
                 "intermediate": _t("f32 num_rows intermediate_size", "out"),
             },
-            {"rms_norm_eps": float},
+            {"rms_norm_eps": float, "activation": int},
             (("gate_up_size = 2 intermediate_size", lambda s: s["gate_up_size"] == 2 * s["intermediate_size"]),),
         ),
         Op(

@@ -57,6 +57,7 @@ class Case:
     seed: int
     prompt_rows: tuple[int, ...] = ()  # of every sequence: the positions right before its decode row
     idle_rows: int = 1  # prompt rows of no sequence
+    activation: str = "silu"
     multi_axis: bool = False  # prompt rows rotate by three positions
     num_layers: int = 4
     layout: Layout = LAYOUTS["cpu"]
@@ -85,6 +86,7 @@ class Case:
             qkv_bias=self.qkv_bias,
             o_proj_bias=self.o_proj_bias,
             qk_norm=self.qk_norm,
+            activation=self.activation,
             # the first layers slide, the last attends to all
             sliding_windows=(self.sliding_window,) * (self.num_layers - 1) + (None,),
             rope_parameters=self._rope_parameters(),
@@ -206,7 +208,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-MATRIX_OPS = ("qkv_rope_append", "o_proj_add", "gate_up_silu", "down_proj_add", "lm_head")
+MATRIX_OPS = ("qkv_rope_append", "o_proj_add", "gate_up_act", "down_proj_add", "lm_head")
 
 
 def compare_instruction(
