@@ -115,9 +115,8 @@ void record_logprobs(const Sample& op, int row) {
     if (count == 0) return;
     std::vector<int32_t> likeliest(op.vocab_size);
     std::iota(likeliest.begin(), likeliest.end(), 0);
-    std::partial_sort(likeliest.begin(), likeliest.begin() + count, likeliest.end(), [&](int32_t a, int32_t b) {
-        return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
-    });
+    std::partial_sort(likeliest.begin(), likeliest.begin() + count, likeliest.end(),
+                      [&](int32_t a, int32_t b) { return logits[a] > logits[b] || (logits[a] == logits[b] && a < b); });
     for (int64_t i = 0; i < count; ++i) {
         op.top_tokens[at * op.num_top_kept + i] = likeliest[i];
         logprobs[1 + i] = static_cast<float>(logits[likeliest[i]] - log_total);

@@ -95,8 +95,8 @@ struct RowScores {
                 score = __fsub_rn(__fsub_rn(score, much), presence);
             }
         }
-        const bool allowed = !(adjusts & kAdjustsMask) ||
-                             (static_cast<uint32_t>(token_mask[token / 32]) >> (token % 32) & 1);
+        const bool allowed =
+            !(adjusts & kAdjustsMask) || (static_cast<uint32_t>(token_mask[token / 32]) >> (token % 32) & 1);
         if (!allowed) score = -INFINITY;
         return draws ? score / temperature : score;
     }

@@ -18,7 +18,8 @@ from skipkernels.program.state import ADJUSTS_MASK as _ADJUSTS_MASK
 from skipkernels.program.table import Instruction
 
 BLOCK = 1024
-WARPS = 16
+WARPS = 8
+"""With 16, a thread has 128 registers at most, and an H100's compiler wants more."""
 DIGIT_BITS = tl.constexpr(2)
 NUM_DIGITS = tl.constexpr(16)  # of 32 bits
 ADJUSTS_BIAS = tl.constexpr(_ADJUSTS_BIAS)
@@ -133,9 +134,32 @@ def likeliest_below(rank, logits, vocab_size: tl.constexpr, BLOCK: tl.constexpr)
     return tl.max(ranks, axis=0)
 
 
-@triton.jit
-def record_logprobs(token, count, logits, logprobs, top_tokens, vocab_size: tl.constexpr, BLOCK: tl.constexpr):
-    """Log softmax of the model's own logits: of the token, then of the likeliest, each found by a pass of its own."""
+@triton.jit(do_not_specialize=["max_seq_len"])
+def logprobs_kernel(
+    logits,
+    num_generated,
+    num_logprobs,
+    next_token,
+    logprobs,
+    top_tokens,
+    row_mask,
+    max_seq_len,
+    vocab_size: tl.constexpr,
+    num_logprobs_kept: tl.constexpr,
+    num_top_kept: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Log softmax of the model's own logits: of the token, then of the likeliest, each found by a pass of its own. A
+    kernel of its own, because the two together need more registers than there are."""
+    index = tl.program_id(0)
+    count = tl.load(num_logprobs + index)
+    if (tl.load(row_mask + index) == 0) | (count == 0):
+        return
+    logits += index.to(tl.int64) * vocab_size
+    step = index.to(tl.int64) * max_seq_len + tl.load(num_generated + index)
+    logprobs += step * num_logprobs_kept
+    top_tokens += step * num_top_kept
+    token = tl.load(next_token + index)
     rank = likeliest_below(tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64), logits, vocab_size, BLOCK)
     top = ranked_score(rank)
     weights = tl.zeros([BLOCK], tl.float64)
@@ -166,16 +190,10 @@ def sample_kernel(
     presence_penalty,
     token_mask,
     seed,
-    num_logprobs,
     next_token,
-    logprobs,
-    top_tokens,
     row_mask,
-    max_seq_len,
     vocab_size: tl.constexpr,
     mask_words: tl.constexpr,
-    num_logprobs_kept: tl.constexpr,
-    num_top_kept: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     index = tl.program_id(0)
@@ -201,16 +219,12 @@ def sample_kernel(
             tl.load(seed + index), tl.load(num_generated + index), vocab_size, BLOCK,
         )  # fmt: skip
     tl.store(next_token + index, token)
-    count = tl.load(num_logprobs + index)
-    if count > 0:
-        step = index.to(tl.int64) * max_seq_len + tl.load(num_generated + index)
-        record_logprobs(
-            token, count, logits + at, logprobs + step * num_logprobs_kept, top_tokens + step * num_top_kept,
-            vocab_size, BLOCK,
-        )  # fmt: skip
 
 
 def sample(ins: Instruction) -> tuple[Launch, ...]:
     block = min(BLOCK, max(4, triton.next_power_of_2(ins.sizes["vocab_size"])))
     grid = (ins.sizes["num_sequences"],)
-    return (Launch.of(sample_kernel, ins, grid, {"BLOCK": block}, num_warps=WARPS, fuse_multiply_add=False),)
+    return tuple(
+        Launch.of(kernel, ins, grid, {"BLOCK": block}, num_warps=WARPS, fuse_multiply_add=False)
+        for kernel in (sample_kernel, logprobs_kernel)
+    )
