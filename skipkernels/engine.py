@@ -371,6 +371,8 @@ class Engine:
         for given in embedded:
             if given is not None:
                 given.check(self.config, self.weights.embed_tokens, self.max_seq_len)
+        for param in sampling:
+            self._check_bias(param)
         plan = self.plan_of(self.policy if policy is None else policy)
         requests = [
             Request(
@@ -386,6 +388,11 @@ class Engine:
             for tokens, param, given in zip(token_ids, sampling, embedded, strict=True)
         ]
         return Decoding(self.loop, self.loop.submit_all(requests))
+
+    def _check_bias(self, sampling: SamplingParams) -> None:
+        for token, _ in sampling.logit_bias:
+            if not 0 <= token < self.config.vocab_size:
+                raise RequestError(f"logit_bias: token {token} is outside the vocabulary of {self.config.vocab_size}")
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text with the tokenizer's special tokens, a chat through its template."""
