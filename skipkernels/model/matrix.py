@@ -88,6 +88,9 @@ class Matrix:
     def parts(self) -> tuple[Matrix, ...]:
         return (self,)
 
+    def to(self, device: torch.device | str) -> Matrix:
+        return Matrix(self.format, self.rows, self.columns, self.data.to(device), layout=self.layout)
+
     def dequantize(self) -> torch.Tensor:
         """The weights, f32 [rows, columns]: bit for bit what the ``gguf`` package makes of them."""
         return self.dequantize_rows(torch.arange(self.rows))

@@ -102,19 +102,29 @@ def expected_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(view.shape) for name, view in parameter_views(config, shapes_only).items()}
 
 
+def empty_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """A matrix with nothing in it yet; on a CPU on huge pages, where the system grants them."""
+    from skipkernels import _C
+
+    tensor = torch.empty(rows, columns, dtype=dtype, device=device)
+    if tensor.device.type == "cpu":
+        # 2 MB pages: a decode streams gigabytes, and 4 KB pages cost it a TLB miss every other row
+        _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
 def allocate_weights(
-    config: ModelConfig, dtype: torch.dtype, max_seq_len: int, device: torch.device | str = "cpu"
+    config: ModelConfig,
+    dtype: torch.dtype,
+    max_seq_len: int,
+    device: torch.device | str = "cpu",
+    *,
+    vectors_only: bool = False,
 ) -> ModelWeights:
-    """Packed weights with nothing in them yet; on a CPU on huge pages, where the system grants them."""
+    """Packed weights with nothing in them yet. With ``vectors_only`` matrices have their shapes and no memory."""
 
-    def matrix(*shape: int) -> torch.Tensor:
-        from skipkernels import _C
-
-        tensor = torch.empty(shape, dtype=dtype, device=device)
-        if tensor.device.type == "cpu":
-            # 2 MB pages: a decode streams gigabytes, and 4 KB pages cost it a TLB miss every other row
-            _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
-        return tensor
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return empty_matrix(rows, columns, dtype, "meta" if vectors_only else device)
 
     def vector(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
@@ -183,16 +193,25 @@ def parameter_views(config: ModelConfig, weights: ModelWeights) -> dict[str, tor
     return views
 
 
-def fill_rope(weights: ModelWeights, hf_config: PreTrainedConfig, module: PreTrainedModel | None = None) -> None:
+def fill_rope(
+    weights: ModelWeights,
+    hf_config: PreTrainedConfig,
+    module: PreTrainedModel | None = None,
+    frequency_factors: torch.Tensor | None = None,
+) -> None:
     """Rotary tables by transformers' own embedding, which knows every scaling rule; with the frequencies of a loaded
-    ``module``, which was perhaps cast to another dtype as a whole."""
-    cos, sin = rope_tables(hf_config, len(weights.rope_cos), module)
+    ``module``, which was perhaps cast to another dtype as a whole, or divided by ``frequency_factors``
+    [head_dim / 2], which a GGUF file holds."""
+    cos, sin = rope_tables(hf_config, len(weights.rope_cos), module, frequency_factors)
     weights.rope_cos.copy_(cos)
     weights.rope_sin.copy_(sin)
 
 
 def rope_tables(
-    hf_config: PreTrainedConfig, positions: int, module: PreTrainedModel | None = None
+    hf_config: PreTrainedConfig,
+    positions: int,
+    module: PreTrainedModel | None = None,
+    frequency_factors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines [positions, head_dim / 2], fp32."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -204,6 +223,8 @@ def rope_tables(
                 own = module.get_decoder().rotary_emb
                 rotary.inv_freq = own.inv_freq.detach().cpu().clone()
                 rotary.attention_scaling = own.attention_scaling
+            if frequency_factors is not None:
+                rotary.register_buffer("inv_freq", cast(torch.Tensor, rotary.inv_freq) / frequency_factors)
             cos, sin = rotary(torch.empty(1, dtype=torch.float32), torch.arange(positions)[None])
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise ModelError(f"rotary parameters {hf_config.rope_parameters} cannot be used ({error})") from error
