@@ -28,6 +28,7 @@ from skipkernels.decoding.sequence import Sequence as TokenSequence
 from skipkernels.decoding.step import DecodeRow, Step
 from skipkernels.errors import RequestError
 from skipkernels.executors import Executor
+from skipkernels.program.program import Variant
 from skipkernels.program.state import ENDED, MAX_EOS, WAITS_FOR_BLOCK, DecodeState
 from skipkernels.support.turns import Turns
 
@@ -62,10 +63,10 @@ class DecodeLoop:
         self,
         state: DecodeState,
         prompt_rows: PromptRows,
-        executor: Callable[[bool], Executor],
+        executor: Callable[[Variant], Executor],
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
-        """``executor(gated)`` gives the executor of the program with gates, or of the dense one."""
+        """``executor(variant)`` gives the executor of a variant of the program."""
         self._turns = Turns(on_gpu=state.active.is_cuda, on_fork=self._arrive_in_child)
         self.state = state
         block_bytes = state.cache_bytes() // state.num_blocks
@@ -261,7 +262,7 @@ class DecodeLoop:
             self.index.clear()
             self._quiet()
             try:
-                yield OwnRows(self.state, self._prompt_rows, self._executor(False))
+                yield OwnRows(self.state, self._prompt_rows, self._executor(Variant()))
             finally:
                 self._quiet()
                 self.state.block_table.fill_(-1)
@@ -313,7 +314,10 @@ class DecodeLoop:
             elif int(state.progress[row.slot, 1]) == WAITS_FOR_BLOCK:
                 state.start_decoding(row.slot)
         self._prompt_rows.place([(chunk, self._handles[chunk.sequence].runs) for chunk in step.chunks])
-        executor = self._executor(any(row.sequence.policy_identity for row in step.decode_rows))
+        sequences = [row.sequence for row in step.decode_rows]
+        # tokens that were generated with neurons left out are computed again so
+        sequences += [chunk.sequence for chunk in step.chunks if chunk.end > chunk.sequence.num_prompt_tokens]
+        executor = self._executor(Variant.for_plans(self._handles[sequence].request.plan for sequence in sequences))
         if flight.streamed:
             flight.seconds = executor.steps(step.max_steps)
         self._running = executor
