@@ -9,6 +9,7 @@
 #include <set>
 #include <string>
 #include <thread>
+#include <tuple>
 
 #include "checks.h"
 #include "cpu/bandwidth.h"
@@ -37,11 +38,32 @@ const OpInfo& find_op(const std::string& name) {
     fail("unknown op '", name, "'");
 }
 
-WeightDtype parse_dtype(const std::string& name) {
-    if (name == "fp32") return WeightDtype::fp32;
-    if (name == "bf16") return WeightDtype::bf16;
-    if (name == "fp16") return WeightDtype::fp16;
-    fail("unknown weight dtype '", name, "'; use fp32, bf16 or fp16");
+Format parse_dtype(const std::string& name) {
+    if (name == "fp32") return Format::f32;
+    if (name == "bf16") return Format::bf16;
+    if (name == "fp16") return Format::f16;
+    fail("unknown cache dtype '", name, "'; use fp32, bf16 or fp16");
+}
+
+Format parse_format(const std::string& name) {
+    for (size_t i = 0; i < std::size(kFormatNames); ++i) {
+        if (name == kFormatNames[i]) return static_cast<Format>(i);
+    }
+    fail("unknown matrix format '", name, "'");
+}
+
+using Parts = std::vector<std::tuple<uintptr_t, std::string, int64_t>>;  // address, format, rows
+
+Matrix make_matrix(const Parts& parts) {
+    check(!parts.empty() && parts.size() <= Matrix::kMaxParts, "a matrix has 1 to ", Matrix::kMaxParts, " parts, got ",
+          parts.size());
+    Matrix matrix{};
+    for (const auto& [address, format, rows] : parts) {
+        matrix.parts[matrix.num_parts++] = {reinterpret_cast<const void*>(address), parse_format(format), rows};
+    }
+    matrix.data = matrix.parts[0].data;
+    matrix.format = matrix.parts[0].format;
+    return matrix;
 }
 
 // One op's struct is filled through its field table, so bindings and program.h cannot drift apart.
@@ -52,7 +74,7 @@ Instruction make_instruction(const std::string& op, const std::string& dtype, ui
     check(row_mask != 0, op, ": row_mask is a null pointer");
     Instruction ins{};
     ins.op = info.op;
-    ins.weight_dtype = parse_dtype(dtype);
+    ins.cache_dtype = parse_dtype(dtype);
     ins.row_mask = reinterpret_cast<const int32_t*>(row_mask);
     ins.num_rows = num_rows;
     char* base = reinterpret_cast<char*>(&ins.embed);  // every member of the union starts here
@@ -66,6 +88,11 @@ Instruction make_instruction(const std::string& op, const std::string& dtype, ui
             case FieldKind::tensor: {
                 const auto address = value.cast<uintptr_t>();
                 std::memcpy(at, &address, sizeof address);
+                break;
+            }
+            case FieldKind::matrix: {
+                const Matrix matrix = make_matrix(value.cast<Parts>());
+                std::memcpy(at, &matrix, sizeof matrix);
                 break;
             }
             case FieldKind::size:
@@ -85,7 +112,7 @@ Instruction make_instruction(const std::string& op, const std::string& dtype, ui
 }
 
 py::dict instruction_set() {
-    static constexpr const char* kKinds[] = {"tensor", "size", "int", "float"};
+    static constexpr const char* kKinds[] = {"tensor", "matrix", "size", "int", "float"};
     py::dict ops;
     for (const OpInfo& info : kInstructionSet) {
         py::dict fields;
@@ -162,7 +189,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("build_note") = SKIPKERNELS_BUILD_NOTE;
     m.attr("rows_per_partial") = cpu::kPanelRows;
     m.def("instruction_set", &instruction_set,
-          "The ops of program.h: {op: {field: 'tensor' | 'size' | 'int' | 'float'}}.");
+          "The ops of program.h: {op: {field: 'tensor' | 'matrix' | 'size' | 'int' | 'float'}}.");
     m.def("usable_isas", &cpu::usable_isas, "CPU instruction sets usable here, widest first.");
     m.def("advise_huge_pages",
           [](uintptr_t data, size_t bytes) { cpu::advise_huge_pages(reinterpret_cast<void*>(data), bytes); });

@@ -1,11 +1,12 @@
 // The instruction set: one plain struct per op, declared once. Every executor (CPU, CUDA) reads these structs, and
 // Python learns their fields from here (bindings.cpp), so there is no second list of names or numbers to keep.
 //
-// FIELDS lists an op's operands in three kinds:
+// FIELDS lists an op's operands in four kinds:
 //   TENSOR(type, name)  pointer to a contiguous buffer; shapes stand in skipkernels/program/table.py
+//   MATRIX(name)        a weight matrix, in a format of its own
 //   SIZE(name)          a length in elements, taken from the tensors' shapes
 //   INT(name) / FLOAT(name)  a parameter
-// Pointers named const void* / void* hold weights or cache entries in the instruction's weight_dtype.
+// Pointers named const void* / void* hold cache entries in the instruction's cache_dtype.
 #pragma once
 
 #include <array>
@@ -15,17 +16,40 @@
 
 namespace skipkernels {
 
-enum class WeightDtype : int32_t { fp32 = 0, bf16 = 1, fp16 = 2 };
+// How numbers lie in memory. Block formats are GGUF's, in the order the executor wants (csrc/cpu/blocks.h).
+enum class Format : int32_t { f32, bf16, f16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k };
+inline constexpr std::string_view kFormatNames[] = {"f32",  "bf16", "f16",  "q8_0", "q4_0", "q4_1",
+                                                    "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"};
+constexpr bool is_float(Format format) { return format <= Format::f16; }
+
+// Rows of a matrix that share a format.
+struct MatrixPart {
+    const void* data;
+    Format format;
+    int64_t rows;
+};
+
+// A matrix of weights. One of floats has one part; one of blocks may be a stack, since a GGUF may hold v_proj in
+// another format than q_proj. `data` and `format` are those of the first part.
+struct Matrix {
+    static constexpr int kMaxParts = 3;
+    const void* data;
+    Format format;
+    int32_t num_parts;
+    MatrixPart parts[kMaxParts];
+};
+
 enum class GateMode : int32_t { dense = 0, similarity = 1, fixed = 2, random = 3 };
 enum class BatchRule : int32_t { per_row = 0, all = 1, majority = 2 };
+enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
 
 // clang-format off
-#define SKIPKERNELS_EMBED(TENSOR, SIZE, INT, FLOAT)                                                                    \
-  TENSOR(float, hidden_states) TENSOR(const void, embed_tokens) TENSOR(const int32_t, input_ids)                       \
+#define SKIPKERNELS_EMBED(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                                    \
+  TENSOR(float, hidden_states) MATRIX(embed_tokens) TENSOR(const int32_t, input_ids)                       \
   TENSOR(const float, prompt_embeddings)                                                                               \
   SIZE(num_rows) SIZE(hidden_size) SIZE(vocab_size) SIZE(num_prompt_rows)
 
-#define SKIPKERNELS_SKIP_GATE(TENSOR, SIZE, INT, FLOAT)                                                                \
+#define SKIPKERNELS_SKIP_GATE(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                                \
   TENSOR(int32_t, run_ffn) TENSOR(int32_t, skip_remaining) TENSOR(float, similarity)                                   \
   TENSOR(const float, similarity_partials) TENSOR(const int32_t, num_generated)                                        \
   TENSOR(int32_t, skipped) TENSOR(float, threshold_scale)                                                              \
@@ -36,15 +60,15 @@ enum class BatchRule : int32_t { per_row = 0, all = 1, majority = 2 };
   SIZE(num_hidden_layers) SIZE(num_rows) SIZE(num_sequences) SIZE(num_partials) SIZE(three)                            \
   INT(layer)
 
-#define SKIPKERNELS_NEURON_GATE(TENSOR, SIZE, INT, FLOAT)                                                              \
+#define SKIPKERNELS_NEURON_GATE(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                      \
   TENSOR(float, neuron_scale) TENSOR(const int32_t, num_generated) TENSOR(const int32_t, warmup_tokens)                \
   TENSOR(const int32_t, ramp_tokens) TENSOR(const float, neuron_target_ratio) TENSOR(float, threshold_scale)           \
   TENSOR(const int32_t, skipped) TENSOR(const int64_t, left_out) TENSOR(float, scale_map)                              \
   SIZE(num_rows) SIZE(num_sequences) SIZE(max_seq_len)                                                                 \
   INT(num_hidden_layers) INT(intermediate_size)
 
-#define SKIPKERNELS_QKV_ROPE_APPEND(TENSOR, SIZE, INT, FLOAT)                                                          \
-  TENSOR(const float, hidden_states) TENSOR(const float, input_layernorm) TENSOR(const void, qkv_proj)                 \
+#define SKIPKERNELS_QKV_ROPE_APPEND(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                          \
+  TENSOR(const float, hidden_states) TENSOR(const float, input_layernorm) MATRIX(qkv_proj)                 \
   TENSOR(const float, qkv_bias) TENSOR(const float, q_norm) TENSOR(const float, k_norm)                                \
   TENSOR(const float, rope_cos) TENSOR(const float, rope_sin)                                                          \
   TENSOR(const int32_t, position_axes) TENSOR(const int32_t, prompt_positions)                                         \
@@ -55,7 +79,7 @@ enum class BatchRule : int32_t { per_row = 0, all = 1, majority = 2 };
   SIZE(block_size) SIZE(num_sequences) SIZE(blocks_per_sequence)                                                       \
   FLOAT(rms_norm_eps)
 
-#define SKIPKERNELS_DECODE_ATTENTION(TENSOR, SIZE, INT, FLOAT)                                                         \
+#define SKIPKERNELS_DECODE_ATTENTION(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                         \
   TENSOR(const float, query) TENSOR(const void, k_cache) TENSOR(const void, v_cache)                                   \
   TENSOR(const int32_t, block_table) TENSOR(const int32_t, row_sequence) TENSOR(const int32_t, row_position)           \
   TENSOR(float, attn_partials) TENSOR(float, attn_output)                                                              \
@@ -63,30 +87,30 @@ enum class BatchRule : int32_t { per_row = 0, all = 1, majority = 2 };
   SIZE(num_sequences) SIZE(blocks_per_sequence) SIZE(num_splits) SIZE(partial_size)                                    \
   FLOAT(scaling) INT(sliding_window) INT(kv_split_size)
 
-#define SKIPKERNELS_O_PROJ_ADD(TENSOR, SIZE, INT, FLOAT)                                                               \
-  TENSOR(const float, attn_output) TENSOR(const void, o_proj) TENSOR(const float, o_proj_bias)                         \
+#define SKIPKERNELS_O_PROJ_ADD(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                               \
+  TENSOR(const float, attn_output) MATRIX(o_proj) TENSOR(const float, o_proj_bias)                         \
   TENSOR(float, hidden_states)                                                                                         \
   SIZE(num_rows) SIZE(num_attention_heads) SIZE(head_dim) SIZE(hidden_size) SIZE(attention_size)
 
-#define SKIPKERNELS_GATE_UP_SILU(TENSOR, SIZE, INT, FLOAT)                                                             \
-  TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) TENSOR(const void, gate_up_proj)    \
+#define SKIPKERNELS_GATE_UP_ACT(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                             \
+  TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) MATRIX(gate_up_proj)    \
   TENSOR(float, intermediate)                                                                                          \
-  SIZE(num_rows) SIZE(hidden_size) SIZE(gate_up_size) SIZE(intermediate_size)                                        \
-  FLOAT(rms_norm_eps)
+  SIZE(num_rows) SIZE(hidden_size) SIZE(gate_up_size) SIZE(intermediate_size)                                          \
+  FLOAT(rms_norm_eps) INT(activation)
 
-#define SKIPKERNELS_DOWN_PROJ_ADD(TENSOR, SIZE, INT, FLOAT)                                                            \
-  TENSOR(const float, intermediate) TENSOR(const void, down_proj) TENSOR(float, hidden_states)                         \
+#define SKIPKERNELS_DOWN_PROJ_ADD(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                            \
+  TENSOR(const float, intermediate) MATRIX(down_proj) TENSOR(float, hidden_states)                         \
   TENSOR(float, similarity_partials)                                                                                   \
   SIZE(num_rows) SIZE(intermediate_size) SIZE(hidden_size) SIZE(num_partials) SIZE(num_sequences) SIZE(three)                            \
   INT(rows_per_partial)
 
-#define SKIPKERNELS_GATE_PROJ_ACT(TENSOR, SIZE, INT, FLOAT)                                                            \
-  TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) TENSOR(const void, gate_proj)       \
+#define SKIPKERNELS_GATE_PROJ_ACT(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                    \
+  TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) MATRIX(gate_proj)                  \
   TENSOR(float, intermediate)                                                                                          \
   SIZE(num_rows) SIZE(hidden_size) SIZE(intermediate_size)                                                             \
-  FLOAT(rms_norm_eps)
+  FLOAT(rms_norm_eps) INT(activation)
 
-#define SKIPKERNELS_SELECT_NEURONS(TENSOR, SIZE, INT, FLOAT)                                                           \
+#define SKIPKERNELS_SELECT_NEURONS(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                   \
   TENSOR(float, intermediate) TENSOR(const float, neuron_threshold) TENSOR(const int32_t, row_sequence)                \
   TENSOR(const float, neuron_scale) TENSOR(const int32_t, num_generated)                                               \
   TENSOR(int32_t, neurons) TENSOR(int32_t, num_neurons) TENSOR(int64_t, left_out) TENSOR(int32_t, kept_map)            \
@@ -94,31 +118,31 @@ enum class BatchRule : int32_t { per_row = 0, all = 1, majority = 2 };
   SIZE(two)                                                                                                            \
   INT(layer) INT(stage)
 
-#define SKIPKERNELS_UP_PROJ_MUL(TENSOR, SIZE, INT, FLOAT)                                                              \
-  TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) TENSOR(const void, up_proj)         \
+#define SKIPKERNELS_UP_PROJ_MUL(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                      \
+  TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) MATRIX(up_proj)                    \
   TENSOR(const int32_t, neurons) TENSOR(const int32_t, num_neurons) TENSOR(float, intermediate)                        \
   SIZE(num_rows) SIZE(hidden_size) SIZE(intermediate_size) SIZE(one)                                                   \
   FLOAT(rms_norm_eps)
 
-#define SKIPKERNELS_DOWN_PROJ_NEURONS_ADD(TENSOR, SIZE, INT, FLOAT)                                                    \
+#define SKIPKERNELS_DOWN_PROJ_NEURONS_ADD(TENSOR, MATRIX, SIZE, INT, FLOAT)                                            \
   TENSOR(const float, intermediate) TENSOR(const int32_t, neurons) TENSOR(const int32_t, num_neurons)                  \
-  TENSOR(const void, down_proj) TENSOR(float, hidden_states) TENSOR(float, similarity_partials)                        \
+  MATRIX(down_proj) TENSOR(float, hidden_states) TENSOR(float, similarity_partials)                                    \
   SIZE(num_rows) SIZE(intermediate_size) SIZE(one) SIZE(hidden_size) SIZE(num_partials) SIZE(num_sequences)            \
   SIZE(three)                                                                                                          \
   INT(rows_per_partial) INT(neuron_chunk)
 
-#define SKIPKERNELS_LM_HEAD(TENSOR, SIZE, INT, FLOAT)                                                                  \
-  TENSOR(const float, hidden_states) TENSOR(const float, norm) TENSOR(const void, lm_head) TENSOR(float, logits)       \
+#define SKIPKERNELS_LM_HEAD(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                                  \
+  TENSOR(const float, hidden_states) TENSOR(const float, norm) MATRIX(lm_head) TENSOR(float, logits)       \
   SIZE(num_rows) SIZE(hidden_size) SIZE(vocab_size) SIZE(num_sequences)                                                \
   FLOAT(rms_norm_eps)
 
-#define SKIPKERNELS_SAMPLE(TENSOR, SIZE, INT, FLOAT)                                                                   \
+#define SKIPKERNELS_SAMPLE(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                                   \
   TENSOR(const float, logits) TENSOR(const uint8_t, seen) TENSOR(const int32_t, num_generated)                         \
   TENSOR(const float, temperature) TENSOR(const int32_t, top_k) TENSOR(const float, top_p) TENSOR(const float, min_p)  \
   TENSOR(const float, repetition_penalty) TENSOR(const int64_t, seed) TENSOR(int32_t, next_token)                      \
   SIZE(num_sequences) SIZE(vocab_size)
 
-#define SKIPKERNELS_ADVANCE(TENSOR, SIZE, INT, FLOAT)                                                                  \
+#define SKIPKERNELS_ADVANCE(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                                  \
   TENSOR(const int32_t, next_token) TENSOR(const int32_t, eos_token_ids) TENSOR(const int32_t, max_new_tokens)         \
   TENSOR(const int32_t, block_table)                                                                                   \
   TENSOR(int32_t, input_ids) TENSOR(int32_t, token_ids) TENSOR(uint8_t, seen) TENSOR(int32_t, row_position)            \
@@ -136,7 +160,7 @@ enum class BatchRule : int32_t { per_row = 0, all = 1, majority = 2 };
   OP(qkv_rope_append, QkvRopeAppend, SKIPKERNELS_QKV_ROPE_APPEND)                                                      \
   OP(decode_attention, DecodeAttention, SKIPKERNELS_DECODE_ATTENTION)                                                  \
   OP(o_proj_add, OProjAdd, SKIPKERNELS_O_PROJ_ADD)                                                                     \
-  OP(gate_up_silu, GateUpSilu, SKIPKERNELS_GATE_UP_SILU)                                                               \
+  OP(gate_up_act, GateUpAct, SKIPKERNELS_GATE_UP_ACT)                                                               \
   OP(down_proj_add, DownProjAdd, SKIPKERNELS_DOWN_PROJ_ADD)                                                            \
   OP(gate_proj_act, GateProjAct, SKIPKERNELS_GATE_PROJ_ACT)                                                            \
   OP(select_neurons, SelectNeurons, SKIPKERNELS_SELECT_NEURONS)                                                        \
@@ -147,11 +171,13 @@ enum class BatchRule : int32_t { per_row = 0, all = 1, majority = 2 };
   OP(advance, Advance, SKIPKERNELS_ADVANCE)
 
 #define SKIPKERNELS_POINTER_MEMBER(type, name) type* name;
+#define SKIPKERNELS_MATRIX_MEMBER(name) Matrix name;
 #define SKIPKERNELS_INT_MEMBER(name) int64_t name;
 #define SKIPKERNELS_FLOAT_MEMBER(name) float name;
 #define SKIPKERNELS_STRUCT(op, Struct, FIELDS)                                                                         \
   struct Struct {                                                                                                      \
-    FIELDS(SKIPKERNELS_POINTER_MEMBER, SKIPKERNELS_INT_MEMBER, SKIPKERNELS_INT_MEMBER, SKIPKERNELS_FLOAT_MEMBER)        \
+    FIELDS(SKIPKERNELS_POINTER_MEMBER, SKIPKERNELS_MATRIX_MEMBER, SKIPKERNELS_INT_MEMBER, SKIPKERNELS_INT_MEMBER,      \
+           SKIPKERNELS_FLOAT_MEMBER)                                                                                   \
   };
 SKIPKERNELS_OPS(SKIPKERNELS_STRUCT)
 
@@ -162,7 +188,7 @@ enum class OpCode : int32_t { SKIPKERNELS_OPS(SKIPKERNELS_ENUMERATOR) };
 // One instruction of the recorded program. A row is touched where row_mask[row] is non-zero; num_rows is the length of row_mask.
 struct Instruction {
   OpCode op;
-  WeightDtype weight_dtype;
+  Format cache_dtype;
   const int32_t* row_mask;
   int64_t num_rows;
   union {
@@ -173,7 +199,7 @@ struct Instruction {
 };
 
 // Reflection over the structs, for the bindings.
-enum class FieldKind { tensor, size, integer, real };
+enum class FieldKind { tensor, matrix, size, integer, real };
 
 struct Field {
   std::string_view name;
@@ -190,14 +216,15 @@ struct OpInfo {
 
 namespace detail {
 #define SKIPKERNELS_TENSOR_FIELD(type, name) Field{#name, FieldKind::tensor, offsetof(Self, name)},
+#define SKIPKERNELS_MATRIX_FIELD(name) Field{#name, FieldKind::matrix, offsetof(Self, name)},
 #define SKIPKERNELS_SIZE_FIELD(name) Field{#name, FieldKind::size, offsetof(Self, name)},
 #define SKIPKERNELS_INT_FIELD(name) Field{#name, FieldKind::integer, offsetof(Self, name)},
 #define SKIPKERNELS_FLOAT_FIELD(name) Field{#name, FieldKind::real, offsetof(Self, name)},
 #define SKIPKERNELS_FIELD_TABLE(op, Struct, FIELDS)                                                                    \
   struct Struct##Fields {                                                                                              \
     using Self = Struct;                                                                                               \
-    static constexpr Field table[] = {FIELDS(SKIPKERNELS_TENSOR_FIELD, SKIPKERNELS_SIZE_FIELD, SKIPKERNELS_INT_FIELD,  \
-                                             SKIPKERNELS_FLOAT_FIELD)};                                                \
+    static constexpr Field table[] = {FIELDS(SKIPKERNELS_TENSOR_FIELD, SKIPKERNELS_MATRIX_FIELD, SKIPKERNELS_SIZE_FIELD,\
+                                             SKIPKERNELS_INT_FIELD, SKIPKERNELS_FLOAT_FIELD)};                         \
   };
 SKIPKERNELS_OPS(SKIPKERNELS_FIELD_TABLE)
 }  // namespace detail
@@ -212,10 +239,12 @@ inline constexpr OpInfo kInstructionSet[] = {SKIPKERNELS_OPS(SKIPKERNELS_OP_INFO
 #undef SKIPKERNELS_FLOAT_FIELD
 #undef SKIPKERNELS_INT_FIELD
 #undef SKIPKERNELS_SIZE_FIELD
+#undef SKIPKERNELS_MATRIX_FIELD
 #undef SKIPKERNELS_TENSOR_FIELD
 #undef SKIPKERNELS_STRUCT
 #undef SKIPKERNELS_FLOAT_MEMBER
 #undef SKIPKERNELS_INT_MEMBER
+#undef SKIPKERNELS_MATRIX_MEMBER
 #undef SKIPKERNELS_POINTER_MEMBER
 
 }  // namespace skipkernels

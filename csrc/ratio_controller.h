@@ -63,7 +63,7 @@ struct RatioController {
 // Holds one sequence's share of FFN bytes not read: the arithmetic of neuron_gate with neuron_target_ratio, whose
 // definition is NeuronController in skipkernels/program/reference.py. Units as above.
 struct NeuronController {
-    static constexpr float kGain = 0.125f, kSteer = 2.0f;
+    static constexpr float kGain = 0.25f, kSteer = 2.0f;
 
     float behind;  // in tokens
 

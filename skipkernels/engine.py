@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,8 +79,10 @@ class Engine:
         _check_batch_size(max_batch_size)
         self.execution = (execution or Execution()).resolved()
         refuse_while_capturing(self.execution.device)
-        if weights.embed_tokens.is_cuda != self.execution.on_gpu:
+        if (weights.embed_tokens.device.type == "cuda") != self.execution.on_gpu:
             raise DeviceError(f"the weights are on {weights.embed_tokens.device}, not on {self.execution.device}")
+        if weights.neuron_rows and self.execution.on_gpu:
+            raise DeviceError("neurons can be left out on device 'cpu' only: there are no GPU kernels for it yet")
         self.config = config
         self.weights = weights
         self.tokenizer = tokenizer
@@ -219,9 +222,10 @@ class Engine:
         Raises:
             PolicyError: it is no policy, or one that is impossible on this model as it was loaded.
         """
-        return self._executor(Variant.for_plans([self._plan(policy)]))
+        return self._executor(Variant.for_plans([self.plan_of(policy)]))
 
-    def _plan(self, policy: Policy) -> GatePlan | None:
+    def plan_of(self, policy: Policy) -> GatePlan | None:
+        """What ``Handle.set_plan`` takes: the policy as the gate reads it; None: nothing is skipped."""
         if not isinstance(policy, Policy):
             raise PolicyError(f"a policy is wanted, got a {type(policy).__name__}; load_policy reads one from a file")
         plan = policy.plan(self.config.num_hidden_layers)
@@ -300,9 +304,11 @@ class Engine:
         stop: Sequence[str] = (),
         eos_token_ids: Sequence[int] | int | None = None,
         policy: Policy | None = None,
+        deadline: float = math.inf,
     ) -> Handle:
         """Queues one prompt and returns at once; arguments as in ``generate``. The handle gives its chunks as they come
-        (iterate), the whole answer (``result()``), and ends it (``cancel()``).
+        (iterate), the whole answer (``result()``), and ends it (``cancel()``). Of prompts that wait for their turn in a
+        step, the one with the earliest ``deadline`` comes first; any clock will do.
 
         Raises:
             RequestError: nothing was queued; the message says what to change.
@@ -314,6 +320,7 @@ class Engine:
             stop=stop,
             eos_token_ids=eos_token_ids,
             policy=policy,
+            deadline=deadline,
         )
         return decoding.rows[0]
 
@@ -335,6 +342,7 @@ class Engine:
         stop: Sequence[str] = (),
         eos_token_ids: Sequence[int] | int | None = None,
         policy: Policy | None = None,
+        deadline: float = math.inf,
     ) -> Decoding:
         """Checks a whole request, then submits its prompts together; none is when a check fails.
 
@@ -368,7 +376,7 @@ class Engine:
         for given in embedded:
             if given is not None:
                 given.check(self.config, self.weights.embed_tokens, self.max_seq_len)
-        plan = self._plan(self.policy if policy is None else policy)
+        plan = self.plan_of(self.policy if policy is None else policy)
         requests = [
             Request(
                 token_ids=tuple(tokens),
@@ -378,6 +386,7 @@ class Engine:
                 eos_token_ids=tuple(eos),
                 max_new_tokens=max_new_tokens,
                 embedded=given,
+                deadline=deadline,
             )
             for tokens, param, given in zip(token_ids, sampling, embedded, strict=True)
         ]

@@ -415,7 +415,7 @@ constexpr auto decode_attention_pack = static_cast<decltype(cpu::Kernel::pack)>(
 void decode_attention_run(const Instruction& ins, int64_t first, int64_t last, Scratch& s) {
     const DecodeAttention& op = ins.decode_attention;
     const int64_t most_splits = s.attention.tiles->most_splits;
-    with_weight_type(ins.weight_dtype, [&](auto type) {
+    with_float_type(ins.cache_dtype, [&](auto type) {
         for (int64_t task = first; task < last; ++task) {
             const int64_t tile = task / most_splits / op.num_key_value_heads;
             const int64_t kv_head = task / most_splits % op.num_key_value_heads, split = task % most_splits;

@@ -11,13 +11,14 @@ int64_t down_proj_add_tasks(const Instruction& ins, const Scratch&) {
 }
 
 void down_proj_add_pack(const Instruction& ins, int begin, int end, Scratch& s) {
-    pack_rows(ins, ins.down_proj_add.intermediate, ins.down_proj_add.intermediate_size, begin, end, s);
+    const DownProjAdd& op = ins.down_proj_add;
+    pack_rows(op.down_proj, op.intermediate, op.intermediate_size, begin, end, s);
 }
 
 void down_proj_add_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
     const DownProjAdd& op = ins.down_proj_add;
-    with_weight_type(ins.weight_dtype, [&](auto type) {
-        const auto* w = static_cast<const decltype(type)*>(op.down_proj);
+    with_float_type(op.down_proj.format, [&](auto type) {
+        const auto* w = static_cast<const decltype(type)*>(op.down_proj.data);
         for_panels(w, op.hidden_size, op.intermediate_size, begin, end, s, [&](int64_t first, int height) {
             for (int i = 0; i < s.num_rows; ++i) {
                 const int row = s.rows[i];

@@ -41,7 +41,7 @@ void down_proj_neurons_add_pack(const Instruction& ins, int begin, int end, Scra
     const DownProjNeuronsAdd& op = ins.down_proj_neurons_add;
     const int64_t size = op.intermediate_size;
     const Tiles tiles(s.num_rows);
-    with_weight_type(ins.weight_dtype, [&](auto type) {
+    with_float_type(op.down_proj.format, [&](auto type) {
         using M = Multiply<decltype(type)>;
         for (int i = tiles.begin(begin); i < tiles.begin(end); ++i) {
             const float* from = op.intermediate + s.rows[i] * size;
@@ -151,7 +151,7 @@ static void add_chunks(const DownProjNeuronsAdd& op, const Scratch& s) {
 
 template <class T>
 static void run_chunks(const DownProjNeuronsAdd& op, int64_t begin, int64_t end, Scratch& s) {
-    const auto* w = static_cast<const T*>(op.down_proj);
+    const auto* w = static_cast<const T*>(op.down_proj.data);
     const int32_t* list_end = op.neurons ? op.neurons + *op.num_neurons : nullptr;
     const int64_t stride = padded_hidden(op), size = op.intermediate_size;
     const int64_t x_stride = packed_row<T>(s, size, 1) - packed_row<T>(s, size, 0);
@@ -222,7 +222,7 @@ template <class T>
 static void run_panels(const DownProjNeuronsAdd& op, int64_t begin, int64_t end, Scratch& s) {
     using U = Unit<T>;
     using Many = ManyRows<T>;
-    const auto* w = static_cast<const T*>(op.down_proj);
+    const auto* w = static_cast<const T*>(op.down_proj.data);
     const int32_t* list_end = op.neurons ? op.neurons + *op.num_neurons : nullptr;
     const int64_t size = op.intermediate_size, chunks = num_chunks(op);
     const int64_t x_stride = packed_row<T>(s, size, 1) - packed_row<T>(s, size, 0);
@@ -266,7 +266,7 @@ static void run_panels(const DownProjNeuronsAdd& op, int64_t begin, int64_t end,
 
 void down_proj_neurons_add_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
     const DownProjNeuronsAdd& op = ins.down_proj_neurons_add;
-    with_weight_type(ins.weight_dtype, [&](auto type) {
+    with_float_type(op.down_proj.format, [&](auto type) {
         if (s.num_rows <= cpu::kFewRows) {
             run_chunks<decltype(type)>(op, begin, end, s);
         } else {

@@ -9,7 +9,7 @@ int64_t embed_tasks(const Instruction&, const Scratch&) { return 1; }
 
 void embed_run(const Instruction& ins, int64_t, int64_t, Scratch& s) {
     const Embed& op = ins.embed;
-    with_weight_type(ins.weight_dtype, [&](auto type) {
+    with_float_type(op.embed_tokens.format, [&](auto type) {
         using T = decltype(type);
         for (int i = 0; i < s.num_rows; ++i) {
             const int row = s.rows[i];
@@ -19,7 +19,7 @@ void embed_run(const Instruction& ins, int64_t, int64_t, Scratch& s) {
                 std::memcpy(to, op.prompt_embeddings + prompt_row * op.hidden_size, op.hidden_size * sizeof(float));
                 continue;
             }
-            const T* from = static_cast<const T*>(op.embed_tokens) + op.input_ids[row] * op.hidden_size;
+            const T* from = static_cast<const T*>(op.embed_tokens.data) + op.input_ids[row] * op.hidden_size;
             for (int64_t j = 0; j < op.hidden_size; ++j) to[j] = to_float(from[j]);
         }
     });

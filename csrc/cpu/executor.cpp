@@ -48,8 +48,8 @@ size_t packed_columns(const Instruction& ins) {
             return padded(ins.qkv_rope_append.hidden_size);
         case OpCode::o_proj_add:
             return padded(ins.o_proj_add.attention_size);
-        case OpCode::gate_up_silu:
-            return padded(ins.gate_up_silu.hidden_size);
+        case OpCode::gate_up_act:
+            return padded(ins.gate_up_act.hidden_size);
         case OpCode::down_proj_add:
             return padded(ins.down_proj_add.intermediate_size);
         case OpCode::gate_proj_act:

@@ -1,4 +1,5 @@
-// intermediate (rows, intermediate) = silu(gate @ x), x = rms_norm(hidden_states).
+// intermediate (rows, intermediate) = act(gate @ x), x = rms_norm(hidden_states).
+#include "activation.h"
 #include "linear.h"
 
 namespace skipkernels::SKIPKERNELS_ISA {
@@ -9,21 +10,22 @@ int64_t gate_proj_act_tasks(const Instruction& ins, const Scratch&) {
 
 void gate_proj_act_pack(const Instruction& ins, int begin, int end, Scratch& s) {
     const GateProjAct& op = ins.gate_proj_act;
-    pack_rms_norm(ins, op.hidden_states, op.hidden_size, op.post_attention_layernorm, op.rms_norm_eps, begin, end, s);
+    pack_rms_norm(op.gate_proj, op.hidden_states, op.hidden_size, op.post_attention_layernorm, op.rms_norm_eps, begin,
+                  end, s);
 }
 
 void gate_proj_act_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
     const GateProjAct& op = ins.gate_proj_act;
-    with_weight_type(ins.weight_dtype, [&](auto type) {
-        const auto* w = static_cast<const decltype(type)*>(op.gate_proj);
+    const auto activation = static_cast<Activation>(op.activation);
+    with_float_type(op.gate_proj.format, [&](auto type) {
+        const auto* w = static_cast<const decltype(type)*>(op.gate_proj.data);
         for_panels(w, op.intermediate_size, op.hidden_size, begin, end, s, [&](int64_t first, int height) {
             for (int i = 0; i < s.num_rows; ++i) {
                 float* out = op.intermediate + s.rows[i] * op.intermediate_size + first;
                 const float* gate = s.panel + i * cpu::kPanelRows;
                 for (int r = 0; r < height; r += Vec::width) {
                     const int n = height - r < Vec::width ? height - r : Vec::width;
-                    const Vec x = load_some(gate + r, n);
-                    store_some(out + r, x / (splat(1.0f) + exp(splat(0.0f) - x)), n);
+                    store_some(out + r, activated(activation, load_some(gate + r, n)), n);
                 }
             }
         });

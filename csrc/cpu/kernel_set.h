@@ -6,7 +6,7 @@
 #include "down_proj_add.cpp"
 #include "down_proj_neurons_add.cpp"
 #include "gate_proj_act.cpp"
-#include "gate_up_silu.cpp"
+#include "gate_up_act.cpp"
 #include "lm_head.cpp"
 #include "o_proj_add.cpp"
 #include "qkv_rope_append.cpp"

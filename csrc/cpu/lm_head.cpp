@@ -7,13 +7,13 @@ int64_t lm_head_tasks(const Instruction& ins, const Scratch&) { return num_panel
 
 void lm_head_pack(const Instruction& ins, int begin, int end, Scratch& s) {
     const LmHead& op = ins.lm_head;
-    pack_rms_norm(ins, op.hidden_states, op.hidden_size, op.norm, op.rms_norm_eps, begin, end, s);
+    pack_rms_norm(op.lm_head, op.hidden_states, op.hidden_size, op.norm, op.rms_norm_eps, begin, end, s);
 }
 
 void lm_head_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
     const LmHead& op = ins.lm_head;
-    with_weight_type(ins.weight_dtype, [&](auto type) {
-        const auto* w = static_cast<const decltype(type)*>(op.lm_head);
+    with_float_type(op.lm_head.format, [&](auto type) {
+        const auto* w = static_cast<const decltype(type)*>(op.lm_head.data);
         for_panels(w, op.vocab_size, op.hidden_size, begin, end, s, [&](int64_t first, int height) {
             for (int i = 0; i < s.num_rows; ++i) {
                 std::memcpy(op.logits + s.rows[i] * op.vocab_size + first, s.panel + i * cpu::kPanelRows,

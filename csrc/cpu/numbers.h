@@ -63,15 +63,18 @@ static inline void store_as(fp16* to, float value) {
     to->bits = static_cast<uint16_t>(sign | half);
 }
 
+// f with a value of a float format's type; nothing for a format of blocks.
 template <class F>
-static inline void with_weight_type(WeightDtype dtype, F f) {
-    switch (dtype) {
-        case WeightDtype::fp32:
+static inline void with_float_type(Format format, F f) {
+    switch (format) {
+        case Format::f32:
             return f(float{});
-        case WeightDtype::bf16:
+        case Format::bf16:
             return f(bf16{});
-        case WeightDtype::fp16:
+        case Format::f16:
             return f(fp16{});
+        default:
+            return;
     }
 }
 

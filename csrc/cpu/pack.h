@@ -46,8 +46,8 @@ inline void pack_tiles(const float* source, int64_t k, const float* norm, Scale 
     }
 }
 
-inline void pack_rows(const Instruction& ins, const float* source, int64_t k, int begin, int end, Scratch& s) {
-    with_weight_type(ins.weight_dtype, [&](auto type) {
+inline void pack_rows(const Matrix& w, const float* source, int64_t k, int begin, int end, Scratch& s) {
+    with_float_type(w.format, [&](auto type) {
         pack_tiles<decltype(type)>(source, k, nullptr, [](const float*) { return 1.0f; }, begin, end, s);
     });
 }
@@ -62,9 +62,9 @@ inline float rms_scale(const float* x, int64_t n, float eps) {
     return 1.0f / std::sqrt(total / static_cast<float>(n) + eps);
 }
 
-inline void pack_rms_norm(const Instruction& ins, const float* source, int64_t k, const float* norm, float eps,
-                          int begin, int end, Scratch& s) {
-    with_weight_type(ins.weight_dtype, [&](auto type) {
+inline void pack_rms_norm(const Matrix& w, const float* source, int64_t k, const float* norm, float eps, int begin,
+                          int end, Scratch& s) {
+    with_float_type(w.format, [&](auto type) {
         auto scale = [=](const float* row) { return rms_scale(row, k, eps); };
         pack_tiles<decltype(type)>(source, k, norm, scale, begin, end, s);
     });

@@ -11,7 +11,7 @@ int64_t qkv_rope_append_tasks(const Instruction& ins, const Scratch&) {
 
 void qkv_rope_append_pack(const Instruction& ins, int begin, int end, Scratch& s) {
     const QkvRopeAppend& op = ins.qkv_rope_append;
-    pack_rms_norm(ins, op.hidden_states, op.hidden_size, op.input_layernorm, op.rms_norm_eps, begin, end, s);
+    pack_rms_norm(op.qkv_proj, op.hidden_states, op.hidden_size, op.input_layernorm, op.rms_norm_eps, begin, end, s);
 }
 
 // x (head_dim) in place: pairs (i, i + half) rotated by the angles at one position
@@ -64,13 +64,23 @@ static void store_head(const QkvRopeAppend& op, int64_t head, int row, float* x)
     for (int64_t i = 0; i < d; ++i) store_as(at + i, x[i]);
 }
 
+// op_scratch (rows, head_dim), the outputs of one head -> query or a cache
+static void store_heads(const Instruction& ins, int64_t head, const Scratch& s) {
+    const QkvRopeAppend& op = ins.qkv_rope_append;
+    with_float_type(ins.cache_dtype, [&](auto type) {
+        for (int i = 0; i < s.num_rows; ++i) {
+            store_head<decltype(type)>(op, head, s.rows[i], s.op_scratch + i * op.head_dim);
+        }
+    });
+}
+
 void qkv_rope_append_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
     const QkvRopeAppend& op = ins.qkv_rope_append;
     const int64_t k = op.hidden_size, d = op.head_dim;
-    with_weight_type(ins.weight_dtype, [&](auto type) {
+    with_float_type(op.qkv_proj.format, [&](auto type) {
         using T = decltype(type);
         for (int64_t head = begin; head < end; ++head) {
-            const T* w = static_cast<const T*>(op.qkv_proj) + head * d * k;
+            const T* w = static_cast<const T*>(op.qkv_proj.data) + head * d * k;
             for_panels(w, d, k, 0, num_panels(d), s, [&](int64_t first, int height) {
                 for (int i = 0; i < s.num_rows; ++i) {
                     for (int r = 0; r < height; ++r) {
@@ -79,7 +89,7 @@ void qkv_rope_append_run(const Instruction& ins, int64_t begin, int64_t end, Scr
                     }
                 }
             });
-            for (int i = 0; i < s.num_rows; ++i) store_head<T>(op, head, s.rows[i], s.op_scratch + i * d);
+            store_heads(ins, head, s);
         }
     });
 }

@@ -11,7 +11,8 @@ int64_t up_proj_mul_tasks(const Instruction& ins, const Scratch&) { return num_p
 
 void up_proj_mul_pack(const Instruction& ins, int begin, int end, Scratch& s) {
     const UpProjMul& op = ins.up_proj_mul;
-    pack_rms_norm(ins, op.hidden_states, op.hidden_size, op.post_attention_layernorm, op.rms_norm_eps, begin, end, s);
+    pack_rms_norm(op.up_proj, op.hidden_states, op.hidden_size, op.post_attention_layernorm, op.rms_norm_eps, begin,
+                  end, s);
 }
 
 // out (N, kPanelRows) = w[R] (k) * x; rows `ahead`, which the next call takes, are fetched meanwhile
@@ -81,8 +82,8 @@ void up_proj_mul_run(const Instruction& ins, int64_t begin, int64_t end, Scratch
     const UpProjMul& op = ins.up_proj_mul;
     const int64_t k = op.hidden_size;
     const int32_t* list_end = op.neurons + *op.num_neurons;
-    with_weight_type(ins.weight_dtype, [&](auto type) {
-        const auto* up = static_cast<const decltype(type)*>(op.up_proj);
+    with_float_type(op.up_proj.format, [&](auto type) {
+        const auto* up = static_cast<const decltype(type)*>(op.up_proj.data);
         for (int64_t panel = begin; panel < end; ++panel) {
             const int32_t* list = op.neurons + panel * cpu::kPanelRows;
             if (list >= list_end) return;  // none is listed

@@ -89,18 +89,19 @@ class Clock {
     Stamps stamps_;
 };
 
-// f with a value of the weights' type.
+// f with a value of a float format's type.
 template <class F>
-cudaError_t with_weight_type(WeightDtype dtype, F f) {
-    switch (dtype) {
-        case WeightDtype::fp32:
+cudaError_t with_float_type(Format format, F f) {
+    switch (format) {
+        case Format::f32:
             return f(float{});
-        case WeightDtype::bf16:
+        case Format::bf16:
             return f(bf16{});
-        case WeightDtype::fp16:
+        case Format::f16:
             return f(fp16{});
+        default:
+            return cudaErrorInvalidValue;
     }
-    return cudaErrorInvalidValue;
 }
 
 constexpr size_t kSharedBytesOfAll = 48 * 1024;  // a kernel must ask for the right to use more

@@ -140,7 +140,7 @@ cudaError_t launch_for_group(int64_t group, const Step& step, const LaunchContex
 cudaError_t launch_decode_attention(const Step& step, const LaunchContext& context) {
     const DecodeAttention& op = step.ins.decode_attention;
     const int64_t group = op.num_attention_heads / op.num_key_value_heads;
-    return with_weight_type(step.ins.weight_dtype, [&](auto type) {
+    return with_float_type(step.ins.cache_dtype, [&](auto type) {
         using T = decltype(type);
         constexpr int V = kVector<T>;
         const bool vectors = op.head_dim % V == 0 && is_aligned(op.k_cache) && is_aligned(op.v_cache);

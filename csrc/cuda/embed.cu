@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t row = blockIdx.y;
     if (!row_mask[row]) return;
     const int64_t token = op.input_ids[row], prompt_row = row - (op.num_rows - op.num_prompt_rows);
-    const T* weights = static_cast<const T*>(op.embed_tokens);
+    const T* weights = static_cast<const T*>(op.embed_tokens.data);
     float* to = op.hidden_states + row * op.hidden_size;
     const int64_t first = int64_t{blockIdx.x} * kThreads * kChannelsOfThread + threadIdx.x;
 #pragma unroll
@@ -39,7 +39,7 @@ cudaError_t launch_embed(const Step& step, const LaunchContext& context) {
     const Embed& op = step.ins.embed;
     const dim3 grid(static_cast<unsigned>(ceil_div(op.hidden_size, kThreads * kChannelsOfThread)),
                     static_cast<unsigned>(op.num_rows));
-    return with_weight_type(step.ins.weight_dtype, [&](auto type) {
+    return with_float_type(op.embed_tokens.format, [&](auto type) {
         return launch_kernel(context, embed_kernel<decltype(type)>, grid, kThreads, 0, op, step.ins.row_mask,
                              context.stamps);
     });

@@ -27,8 +27,8 @@ struct StoreLogits {
 
 cudaError_t launch_lm_head(const Step& step, const LaunchContext& context) {
     const LmHead& op = step.ins.lm_head;
-    return with_weight_type(step.ins.weight_dtype, [&](auto type) {
-        const auto in = make_linear<decltype(type)>(step, op.lm_head, op.hidden_states, op.hidden_size,
+    return with_float_type(op.lm_head.format, [&](auto type) {
+        const auto in = make_linear<decltype(type)>(step, op.lm_head.data, op.hidden_states, op.hidden_size,
                                                     ceil_div(op.vocab_size, kTileRows), op.norm, op.rms_norm_eps);
         return launch_linear(in, StoreLogits{op}, context);
     });

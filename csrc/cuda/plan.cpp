@@ -6,7 +6,10 @@ namespace skipkernels::cuda {
 
 namespace {
 
-int64_t weight_size(const Instruction& ins) { return ins.weight_dtype == WeightDtype::fp32 ? 4 : 2; }
+WeightRange range_of(const Matrix& matrix, int64_t columns) {
+    const MatrixPart& part = matrix.parts[0];
+    return {part.data, part.rows * columns * (part.format == Format::f32 ? 4 : 2)};
+}
 
 const Instruction* find_next(const std::vector<Instruction>& program, size_t from, OpCode op) {
     for (size_t i = from; i < program.size(); ++i) {
@@ -17,11 +20,11 @@ const Instruction* find_next(const std::vector<Instruction>& program, size_t fro
 
 WeightRange qkv_weights(const Instruction& ins) {
     const QkvRopeAppend& op = ins.qkv_rope_append;
-    return {op.qkv_proj, op.qkv_size * op.hidden_size * weight_size(ins)};
+    return range_of(op.qkv_proj, op.hidden_size);
 }
 WeightRange o_proj_weights(const Instruction& ins) {
     const OProjAdd& op = ins.o_proj_add;
-    return {op.o_proj, op.hidden_size * op.attention_size * weight_size(ins)};
+    return range_of(op.o_proj, op.attention_size);
 }
 
 // What the attention at `index` may bring into the cache for those after it: o_proj, which always runs, then this
@@ -29,17 +32,17 @@ WeightRange o_proj_weights(const Instruction& ins) {
 Prefetch prefetch_of_attention(const std::vector<Instruction>& program, size_t index) {
     Prefetch plan{};
     if (const Instruction* ins = find_next(program, index, OpCode::o_proj_add)) plan.always = o_proj_weights(*ins);
-    if (const Instruction* ins = find_next(program, index, OpCode::gate_up_silu)) {
-        const GateUpSilu& op = ins->gate_up_silu;
+    if (const Instruction* ins = find_next(program, index, OpCode::gate_up_act)) {
+        const GateUpAct& op = ins->gate_up_act;
         plan.run_ffn = ins->row_mask;
         plan.num_rows = ins->num_rows;
-        plan.if_run = {op.gate_up_proj, op.gate_up_size * op.hidden_size * weight_size(*ins)};
+        plan.if_run = range_of(op.gate_up_proj, op.hidden_size);
     }
     if (const Instruction* ins = find_next(program, index, OpCode::qkv_rope_append)) {
         plan.otherwise = qkv_weights(*ins);
     } else if ((ins = find_next(program, index, OpCode::lm_head))) {
         const LmHead& op = ins->lm_head;
-        plan.otherwise = {op.lm_head, op.vocab_size * op.hidden_size * weight_size(*ins)};
+        plan.otherwise = range_of(op.lm_head, op.hidden_size);
     }
     return plan;
 }
@@ -53,7 +56,7 @@ Prefetch prefetch_of_sample(const std::vector<Instruction>& program) {
 }
 
 bool is_linear(OpCode op) {
-    return op == OpCode::qkv_rope_append || op == OpCode::o_proj_add || op == OpCode::gate_up_silu ||
+    return op == OpCode::qkv_rope_append || op == OpCode::o_proj_add || op == OpCode::gate_up_act ||
            op == OpCode::down_proj_add || op == OpCode::lm_head;
 }
 

@@ -156,11 +156,11 @@ struct RopeAppend {
 
 cudaError_t launch_qkv_rope_append(const Step& step, const LaunchContext& context) {
     const QkvRopeAppend& op = step.ins.qkv_rope_append;
-    return with_weight_type(step.ins.weight_dtype, [&](auto type) {
+    return with_float_type(step.ins.cache_dtype, [&](auto type) {
         using T = decltype(type);
         const int64_t tiles = op.qkv_size / op.head_dim * ceil_div(op.half_head_dim, kRunRows);
-        const auto in = make_linear<T>(step, op.qkv_proj, op.hidden_states, op.hidden_size, tiles, op.input_layernorm,
-                                       op.rms_norm_eps);
+        const auto in = make_linear<T>(step, op.qkv_proj.data, op.hidden_states, op.hidden_size, tiles,
+                                       op.input_layernorm, op.rms_norm_eps);
         if (!op.q_norm && !op.k_norm) return launch_linear(in, RopeAppend<T, false>(step), context);
         return launch_linear(in, RopeAppend<T, true>(step), context);
     });

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from skipkernels.chat.chat import ChatFormat, Completion
 from skipkernels.chat.reply import complete
 from skipkernels.chat.text_format import TextFormat
-from skipkernels.engine import Engine
+from skipkernels.engine import Engine, Prompt
 from skipkernels.errors import PolicyError, RequestError
 from skipkernels.modality.strategy import Inputs, Strategy
 from skipkernels.skipping.policy import DensePolicy, Policy
 
 Metric = Callable[[str, str], float]
 """(text, expected text) -> score in [0, 1]."""
-_TIMED_PROMPT, _TIMED_STEPS, _ROUNDS = 256, 16, 5
+_TIMED_PROMPT, _TIMED_STEPS, _ROUNDS = 256, 16, 3
 
 
 def exact_match(text: str, expected: str) -> float:
@@ -59,8 +59,15 @@ class TextModel:
 
     def run(self, batch: Sequence[Inputs], strategy: Strategy) -> list[Completion]:
         """Decodes the prompts together; each row ends at its own limit, stop string or end of sequence."""
-        prompts = [inputs["text"].token_ids for inputs in batch]
-        return complete(self.engine, self._policies[strategy], batch, prompts)
+        prompts = [self.prompt(inputs, strategy) for inputs in batch]
+        return complete(self.engine, self.policy(strategy), batch, prompts)
+
+    def prompt(self, inputs: Inputs, strategy: Strategy) -> Prompt:
+        """What the engine decodes from."""
+        return inputs["text"].token_ids
+
+    def policy(self, strategy: Strategy) -> Policy:
+        return self._policies[strategy]
 
     def score(self, output: Completion, expected: str) -> float:
         return self._metric(output.text, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -79,7 +80,7 @@ def demo(
 
 def _introduce(screen: Console, engine: Engine, policy: SkipPolicy) -> None:
     config = engine.config
-    parameters = sum(tensor.numel() for _, tensor in engine.weights.tensors())
+    parameters = sum(math.prod(tensor.shape) for _, tensor in engine.weights.tensors())
     screen.print(
         f"A Llama of {config.num_hidden_layers} layers and {parameters / 1e6:.1f} million parameters in "
         f"{engine.dtype}, trained on Python's documentation and a thousand facts."

@@ -13,6 +13,7 @@ from skipkernels.decoding.run_record import RunRecord
 from skipkernels.decoding.sequence import Sequence as TokenSequence
 from skipkernels.errors import RequestError
 from skipkernels.model.text import TextStream
+from skipkernels.skipping.policy import GatePlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,8 @@ class Driver(Protocol):
 
     def cancel(self, handle: Handle, *, ended_ok: bool = False) -> None: ...
 
+    def set_plan(self, handle: Handle, plan: GatePlan | None) -> None: ...
+
     def stop(self, handle: Handle, *, ended_ok: bool = False) -> None: ...
 
 
@@ -48,7 +51,9 @@ class Handle:
             max_new_tokens=request.max_new_tokens,
             policy_identity=request.policy_identity,
             embedded=request.embedded,
+            deadline=request.deadline,
         )
+        self.plan = request.plan  # the skip policy now: ``set_policy`` changes it
         self.token_ids: list[int] = []  # generated so far
         self.seconds: list[float] = []  # one entry for each
         self.runs = RunRecord()
@@ -111,6 +116,10 @@ class Handle:
         """
         self._driver.stop(self, ended_ok=ended_ok)
 
+    def set_plan(self, plan: GatePlan | None) -> None:
+        """Another skip policy for the tokens still to come; nothing where the answer has ended."""
+        self._driver.set_plan(self, plan)
+
     @property
     def running(self) -> bool:
         """Whether more is to come."""
@@ -152,6 +161,21 @@ class Handle:
                 self._ended = True
                 return
 
+    def take_chunks(self) -> list[StreamChunk]:
+        """The chunks that have come since the last call, without waiting. For whoever runs the steps: the last one
+        carries the ``generation``.
+
+        Raises:
+            RequestError: the request was cancelled.
+        """
+        if self.running:
+            self.read()
+        if self._error:
+            raise self._error
+        chunks = list(self._chunks)
+        self._chunks.clear()
+        return chunks
+
     def end(self) -> None:
         """No further token is taken."""
         self._ended = True
@@ -180,7 +204,7 @@ class Handle:
             prompt_tokens=self.prompt_tokens,
             skip_map=run_map.numpy() == 0,
             similarity_map=similarity_map.numpy().copy(),
-            unread_map=self.runs.unread_map(self.request.plan).numpy(),
+            unread_map=self.runs.unread_map.numpy(),
             time_to_first_token_s=self._first_token_s,
             seconds_per_token=list(self.seconds),
         )

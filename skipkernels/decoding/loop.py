@@ -30,6 +30,7 @@ from skipkernels.errors import RequestError
 from skipkernels.executors import Executor
 from skipkernels.program.program import Variant
 from skipkernels.program.state import ENDED, MAX_EOS, WAITS_FOR_BLOCK, DecodeState
+from skipkernels.skipping.policy import GatePlan
 from skipkernels.support.turns import Turns
 
 if TYPE_CHECKING:
@@ -182,6 +183,19 @@ class DecodeLoop:
                 self._drop(handle)
                 handle.finish()
 
+    def set_plan(self, handle: Handle, plan: GatePlan | None) -> None:
+        """Another skip policy from the next step on; None: no FFN is skipped. Nothing where the answer has ended."""
+        with self._between_steps():
+            if not handle.running or plan == handle.plan:
+                return
+            self._land()  # the program without gates may be in flight
+            handle.plan = plan
+            # blocks that are filled from now on were written under two policies
+            handle.sequence.policy_identity = handle.request.own_identity
+            slot = handle.sequence.slot
+            if slot is not None and handle.sequence.decoding:
+                self.state.set_policy(slot, plan)
+
     @contextmanager
     def _between_steps(self) -> Iterator[None]:
         """A turn that does not wait for more than the step that runs now."""
@@ -317,7 +331,8 @@ class DecodeLoop:
         sequences = [row.sequence for row in step.decode_rows]
         # tokens that were generated with neurons left out are computed again so
         sequences += [chunk.sequence for chunk in step.chunks if chunk.end > chunk.sequence.num_prompt_tokens]
-        executor = self._executor(Variant.for_plans(self._handles[sequence].request.plan for sequence in sequences))
+        handles = [self._handles[sequence] for sequence in sequences]
+        executor = self._executor(Variant.for_plans(plan for one in handles for plan in (one.plan, one.request.plan)))
         if flight.streamed:
             flight.seconds = executor.steps(step.max_steps)
         self._running = executor
@@ -329,7 +344,7 @@ class DecodeLoop:
         tokens = torch.tensor(row.sequence.tokens, dtype=torch.int32)
         state.begin_sequence(slot, tokens, row.sequence.num_generated)
         handle.runs.restore(state, slot)
-        state.set_policy(slot, request.plan)
+        state.set_policy(slot, handle.plan)
         for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"):
             getattr(state, name)[slot] = getattr(request.sampling, name)
         state.max_new_tokens[slot] = row.sequence.max_tokens - row.sequence.num_prompt_tokens

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from skipkernels.model.config import ModelConfig
+from skipkernels.model.matrix import as_tensor, weight_rows
 from skipkernels.model.prompt import EmbeddedPrompt, shifted
 from skipkernels.model.weights import LayerWeights, ModelWeights
 from skipkernels.program.reference import apply_rope
@@ -55,7 +56,7 @@ def prefill(
     for offset in range(0, ids.numel(), CHUNK):
         end = min(offset + CHUNK, ids.numel())
         first, last = start + offset, start + end
-        hidden = weights.embed_tokens[ids[offset:end]]
+        hidden = weight_rows(weights.embed_tokens, ids[offset:end]).to(weights.dtype)
         if embedded:
             hidden = embedded.embeddings[first:last].to(hidden)
         rope = _rope(config, weights, first, last, axes)
@@ -115,7 +116,8 @@ def _attention(
     heads, kv_heads, end = config.num_attention_heads, config.num_key_value_heads, start + hidden.shape[0]
     x = _rms_norm(hidden, layer.input_layernorm, eps)
     bias = None if layer.qkv_bias is None else layer.qkv_bias.to(dtype)
-    qkv = F.linear(x, layer.qkv_proj, bias).view(-1, heads + 2 * kv_heads, config.head_dim).transpose(0, 1)
+    qkv = F.linear(x, as_tensor(layer.qkv_proj, hidden.dtype), bias)
+    qkv = qkv.view(-1, heads + 2 * kv_heads, config.head_dim).transpose(0, 1)
     query, key, value = qkv.split([heads, kv_heads, kv_heads])
     if layer.q_norm is not None and layer.k_norm is not None:
         query, key = _rms_norm(query, layer.q_norm, eps), _rms_norm(key, layer.k_norm, eps)
@@ -130,7 +132,8 @@ def _attention(
         apply_rope(query, *rope)[None], keys[None], values[None], attn_mask=mask, enable_gqa=heads != kv_heads
     )
     o_bias = None if layer.o_proj_bias is None else layer.o_proj_bias.to(dtype)
-    return F.linear(attended[0].transpose(0, 1).reshape(len(hidden), -1), layer.o_proj, o_bias)
+    attended = attended[0].transpose(0, 1).reshape(len(hidden), -1)
+    return F.linear(attended, as_tensor(layer.o_proj, hidden.dtype), o_bias)
 
 
 def _rope(
@@ -154,14 +157,14 @@ def _ffn(
     """The FFN branch of a layer for [tokens, hidden], without the residual. ``thresholds`` [tokens, 1] of gates and of
     products: neurons below them are left out."""
     x = _rms_norm(hidden, layer.post_attention_layernorm, config.rms_norm_eps)
-    gate, up = F.linear(x, layer.gate_up_proj).chunk(2, dim=-1)
+    gate, up = F.linear(x, as_tensor(layer.gate_up_proj, hidden.dtype)).chunk(2, dim=-1)
     gate = F.silu(gate)
     if thresholds is not None:
         gate = gate.where(gate.abs() >= thresholds[0], 0)
     products = gate * up
     if thresholds is not None:
         products = products.where(products.abs() >= thresholds[1], 0)
-    return F.linear(products, layer.down_proj)
+    return F.linear(products, as_tensor(layer.down_proj, hidden.dtype))
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

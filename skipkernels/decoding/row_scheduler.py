@@ -7,8 +7,9 @@ answer they could give; when blocks run out, the last-admitted sequence gives it
 (PagedAttention: Kwon et al., SOSP 2023, arXiv 2309.06180).
 
 Why no sequence starves: sequences are admitted in the order of arrival; the last one admitted is preempted first and
-goes back to the head of the queue. So the oldest sequence that has not ended always runs, is first in line for prompt
-rows and is never preempted: each step takes it ``prompt_rows`` prompt tokens or one new token further.
+goes back to the head of the queue. So the oldest sequence that has not ended always runs and is never preempted. Prompt
+rows go to the earliest deadline first, but a share of them always to the oldest: each step takes it at least
+``prompt_rows // OLDEST_SHARE`` prompt tokens or one new token further.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from skipkernels.decoding.prefix_index import PrefixIndex
 from skipkernels.decoding.sequence import Sequence, Status
 from skipkernels.decoding.step import DecodeRow, PromptChunk, Step
 from skipkernels.errors import RequestError
+
+OLDEST_SHARE = 4
+"""The oldest prompt gets one in so many prompt rows, whoever has a deadline."""
 
 
 class RowScheduler:
@@ -214,17 +218,24 @@ class RowScheduler:
         return min(self._watermark, sum(self._tables.growth(sequence) for sequence in (*self._running, newcomer)))
 
     def _fill_rows(self) -> tuple[list[PromptChunk], list[DecodeRow]]:
-        """Prompt rows by arrival while there are any, and a decode row for each sequence whose prompt needs no more."""
+        """Prompt rows by deadline while there are any; a decode row for each sequence whose prompt needs no more."""
         chunks: list[PromptChunk] = []
         decode_rows: list[DecodeRow] = []
+        prompts = [sequence for sequence in self._running if not sequence.decoding]
+        granted: dict[Sequence, int] = {}
         free_rows = self.prompt_rows
+        kept = max(1, free_rows // OLDEST_SHARE)
+        for sequence in sorted(prompts, key=lambda sequence: sequence.deadline):
+            if free_rows:
+                self._tables.adopt_filled(sequence)
+            oldest = prompts[0]
+            reserve = 0 if oldest in granted or sequence is oldest else min(kept, oldest.num_prompt_rows)
+            granted[sequence] = rows = min(sequence.num_prompt_rows, max(0, free_rows - reserve))
+            free_rows -= rows
         for sequence in self._running:
             assert sequence.slot is not None
-            if free_rows and not sequence.decoding:
-                self._tables.adopt_filled(sequence)
             start, missing = sequence.num_cached, sequence.num_prompt_rows
-            rows = min(missing, free_rows)
-            free_rows -= rows
+            rows = granted.get(sequence, 0)
             if rows:
                 chunks.append(PromptChunk(sequence.slot, sequence, start, start + rows))
             if rows == missing:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from skipkernels.program.state import DecodeState, unread_share
-from skipkernels.skipping.policy import GatePlan
 
 
 class RunRecord:
@@ -46,7 +45,7 @@ class RunRecord:
         state.skipped[slot] = self._skipped
         state.threshold_scale[slot] = self._threshold_scale
 
-    def unread_map(self, plan: GatePlan | None) -> torch.Tensor:
-        """The share of each FFN's bytes that was not read, f32 [tokens, layers], generated under ``plan``."""
-        kept = self.kept_map if plan and plan.neurons else None
-        return unread_share(self.run_map, kept, self._intermediate_size)
+    @property
+    def unread_map(self) -> torch.Tensor:
+        """The share of each FFN's bytes that was not read, f32 [tokens, layers]."""
+        return unread_share(self.run_map, self.scale_map, self.kept_map, self._intermediate_size)

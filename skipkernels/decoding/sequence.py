@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from enum import StrEnum
 
@@ -34,6 +35,7 @@ class Sequence:
             with equal tokens, prompt lengths and identities must get equal keys and values: a policy that looks at the
             other rows of a step needs an identity of its own for each sequence.
         embedded: an embedded prompt, opaque. Its tokens do not say what its positions hold, so it is never shared.
+        deadline: of prompts that wait for rows, the earliest comes first.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Sequence:
         max_new_tokens: int | None = None,
         policy_identity: str | None = None,
         embedded: object | None = None,
+        deadline: float = math.inf,
     ) -> None:
         self.tokens = list(prompt_tokens)
         if not self.tokens:
@@ -53,6 +56,7 @@ class Sequence:
         self.max_new_tokens = max_new_tokens
         self.policy_identity = policy_identity
         self.embedded = embedded
+        self.deadline = deadline
         # the scheduler's
         self.status = Status.WAITING
         self.arrival: int | None = None  # its place in the order of submission, once it was added

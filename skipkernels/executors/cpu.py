@@ -6,6 +6,7 @@ from collections.abc import Generator
 
 from skipkernels import _C
 from skipkernels.errors import DeviceError
+from skipkernels.executors.formats import require_formats
 from skipkernels.executors.native import native_program
 from skipkernels.program import Program
 from skipkernels.program.state import DecodeState
@@ -22,6 +23,7 @@ class CpuExecutor:
     ) -> None:
         if state.active.device.type != "cpu":
             raise DeviceError(f"the cpu executor needs buffers on the cpu, got {state.active.device}")
+        require_formats(program, "cpu")
         self.program = program  # keeps the tensors alive whose addresses the native program holds
         self.state = state
         try:

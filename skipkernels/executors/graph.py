@@ -9,6 +9,7 @@ from itertools import groupby
 
 from skipkernels.errors import DeviceError
 from skipkernels.executors.execution import Execution
+from skipkernels.executors.formats import require_cache_dtype, require_formats
 from skipkernels.executors.runtime import CudaRuntime, Graph
 from skipkernels.program import Program
 from skipkernels.program.state import DECODING, DecodeState
@@ -37,6 +38,8 @@ class GraphExecutor:
         Raises:
             DeviceError: the kernels cannot run this program, or its capture failed; nothing is left behind.
         """
+        require_formats(program, "graph")
+        require_cache_dtype(program, "graph", state)
         self.program = program
         self.state = state
         self.execution = execution

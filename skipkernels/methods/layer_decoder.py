@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from skipkernels.model.config import ModelConfig
+from skipkernels.model.matrix import dequantized, float_tensor, weight_rows
 from skipkernels.model.weights import LayerWeights, ModelWeights
 from skipkernels.program.reference import apply_rope, rms_norm
 
@@ -58,7 +59,7 @@ class LayerDecoder:
         self.max_seq_len = max_seq_len
         self._embed_tokens = weights.embed_tokens
         self._layers = [_in_fp32(layer) for layer in weights.layers]
-        self._norm, self._lm_head = weights.norm, weights.lm_head.float()
+        self._norm, self._lm_head = weights.norm, dequantized(weights.lm_head)
         self._rope_cos, self._rope_sin = weights.rope_cos, weights.rope_sin
         shape = (config.num_hidden_layers, config.num_key_value_heads, max_seq_len, config.head_dim)
         self._k_cache = torch.zeros(shape, dtype=weights.dtype, device=self._device)
@@ -97,7 +98,7 @@ class LayerDecoder:
     def _read_chunk(
         self, tokens: torch.Tensor, rule: LayerRule, steps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = self._embed_tokens[tokens].float()
+        hidden = weight_rows(self._embed_tokens, tokens).float()
         ran = torch.ones_like(tokens, dtype=torch.bool)
         maps = []
         for index, layer in enumerate(self._layers):
@@ -115,7 +116,7 @@ class LayerDecoder:
         c, start, end = self.config, self._length, self._length + len(hidden)
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         x = rms_norm(hidden, layer.input_layernorm, c.rms_norm_eps)
-        qkv = F.linear(x, layer.qkv_proj, layer.qkv_bias)
+        qkv = F.linear(x, float_tensor(layer.qkv_proj), layer.qkv_bias)
         qkv = qkv.view(len(hidden), heads + 2 * kv_heads, c.head_dim).transpose(0, 1)
         query, key, value = qkv.split([heads, kv_heads, kv_heads])
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -141,20 +142,21 @@ class LayerDecoder:
             attn_mask=mask,
             enable_gqa=True,
         )
-        return F.linear(attended[0].transpose(0, 1).reshape(tokens, -1), layer.o_proj, layer.o_proj_bias)
+        attended = attended[0].transpose(0, 1).reshape(tokens, -1)
+        return F.linear(attended, float_tensor(layer.o_proj), layer.o_proj_bias)
 
     def _ffn(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
         """The FFN branch [tokens, hidden], without the residual."""
         x = rms_norm(hidden, layer.post_attention_layernorm, self.config.rms_norm_eps)
-        gate, up = F.linear(x, layer.gate_up_proj).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, layer.down_proj)
+        gate, up = F.linear(x, float_tensor(layer.gate_up_proj)).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, float_tensor(layer.down_proj))
 
 
 def _in_fp32(layer: LayerWeights) -> LayerWeights:
     return replace(
         layer,
-        qkv_proj=layer.qkv_proj.float(),
-        o_proj=layer.o_proj.float(),
-        gate_up_proj=layer.gate_up_proj.float(),
-        down_proj=layer.down_proj.float(),
+        qkv_proj=dequantized(layer.qkv_proj),
+        o_proj=dequantized(layer.o_proj),
+        gate_up_proj=dequantized(layer.gate_up_proj),
+        down_proj=dequantized(layer.down_proj),
     )

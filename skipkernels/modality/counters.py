@@ -17,4 +17,5 @@ class Counters:
     violations: int = 0  # answered past the deadline
     batches: int = 0
     retried_requests: int = 0
+    raised_levels: int = 0  # running requests that took a cheaper strategy to be in time
     requests_by_strategy: Counter[str] = field(default_factory=Counter)  # answered ones

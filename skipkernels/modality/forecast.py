@@ -30,7 +30,9 @@ class Forecast:
         self._deadlines_ms = [deadline for deadline, _ in jobs]
         self._cheapest_ms = [0.0, *accumulate(cheapest for _, cheapest in jobs)]
         self._weighted = [0.0, *accumulate(deadline * cheapest for deadline, cheapest in jobs)]
-        waits_ms = sorted(wait for deadline, cheapest in jobs if (wait := deadline - cheapest) > 0.0)
+        # jobs without a deadline count: one hurried job among many is no reason for all to run in small batches
+        everyone = ((deadline, cheapest) for _, deadline, cheapest in self._jobs)
+        waits_ms = sorted(wait for deadline, cheapest in everyone if (wait := deadline - cheapest) > 0.0)
         self.patience_ms = waits_ms[int(_URGENT * len(waits_ms))] if waits_ms else math.inf
 
     def taken_ms(self, now_ms: float, until_ms: float) -> float:

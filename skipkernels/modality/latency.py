@@ -20,14 +20,18 @@ class LatencyModel:
     outliers weigh less. The factors of strategies that did not run move towards the measured ones as well: otherwise
     one slow batch could keep a strategy from ever being tried again.
 
+    Where requests join and leave a running step one by one (``slots``), a batch is one request, and its time depends on
+    how many others run beside it: what n of them took together when they were profiled.
+
     Args:
         memory_bytes: the most that a batch may take on top of the loaded model; None: all profiled sizes are allowed.
+        slots: requests that can share a step; None: whole batches, one after the other.
 
     Raises:
         ProfileError: some strategy does not fit ``memory_bytes`` with one request.
     """
 
-    def __init__(self, profile: Profile, memory_bytes: float | None = None) -> None:
+    def __init__(self, profile: Profile, memory_bytes: float | None = None, *, slots: int | None = None) -> None:
         self._medians: list[list[float]] = []  # [strategy][batch size], entry 0 unused
         self._spreads: list[list[float]] = []  # 95th percentile above the median
         for entry in profile.strategies:
@@ -35,15 +39,33 @@ class LatencyModel:
             # times never fall with the batch size: where measured ones do, that is noise
             self._medians.append([0.0, *accumulate((entry.median_ms(size) for size in sizes), max)])
             self._spreads.append([0.0, *(entry.p95_ms(size) - entry.median_ms(size) for size in sizes)])
+        self._concurrency = slots
         self.batch_limits = [_efficient_batch(medians) for medians in self._medians]
         self.largest_batches = [len(medians) - 1 for medians in self._medians]
+        if slots is not None:
+            self.batch_limits = self.largest_batches = [1] * len(self._medians)
         self._log_factors = [0.0] * len(profile.strategies)
         self._correct()
 
     def _correct(self) -> None:
         factors = [math.exp(log_factor) for log_factor in self._log_factors]
-        self.batch_ms = [[ms * by for ms in row] for row, by in zip(self._medians, factors, strict=True)]
-        self.spread_ms = [[ms * by for ms in row] for row, by in zip(self._spreads, factors, strict=True)]
+        medians, spreads = self._medians, self._spreads
+        if self._concurrency is not None:
+            medians = [[0.0, _at(row, self._concurrency)] for row in medians]
+            spreads = [[0.0, _at(row, self._concurrency)] for row in spreads]
+        self.batch_ms = [[ms * by for ms in row] for row, by in zip(medians, factors, strict=True)]
+        self.spread_ms = [[ms * by for ms in row] for row, by in zip(spreads, factors, strict=True)]
+
+    def expect(self, concurrency: int) -> None:
+        """Sets how many requests are taken to share each step; only where there are ``slots``."""
+        assert self._concurrency is not None, "whole batches have no concurrency"
+        if concurrency != self._concurrency:
+            self._concurrency = concurrency
+            self._correct()
+
+    def profiled_ms(self, strategy: int, concurrency: int) -> float:
+        """Profiled time of a request of unit work that shares every step with ``concurrency`` - 1 others."""
+        return _at(self._medians[strategy], concurrency)
 
     @property
     def factors(self) -> list[float]:
@@ -52,8 +74,11 @@ class LatencyModel:
 
     def observe(self, strategy: int, batch_size: int, work: float, measured_ms: float) -> None:
         """Records how long a batch took, from its start to its answers."""
-        profiled_ms = self._medians[strategy][batch_size] * work
-        seen = math.log(max(measured_ms, 1e-3) / profiled_ms)
+        self.observe_factor(strategy, max(measured_ms, 1e-3) / (self._medians[strategy][batch_size] * work))
+
+    def observe_factor(self, strategy: int, factor: float) -> None:
+        """Records a measured time as a multiple of the profiled one."""
+        seen = math.log(max(factor, 1e-6))
         for other, log_factor in enumerate(self._log_factors):
             step = _OWN_STEP if other == strategy else _OTHERS_STEP
             self._log_factors[other] = log_factor + step * (seen - log_factor)
@@ -74,6 +99,12 @@ class LatencyModel:
             row[min(limit, requests)] / min(limit, requests)
             for row, limit in zip(self.batch_ms, self.batch_limits, strict=True)
         ]
+
+
+def _at(row: list[float], concurrency: int) -> float:
+    """Beyond the largest profiled number, time grows with the number."""
+    largest = len(row) - 1
+    return row[concurrency] if concurrency <= largest else row[largest] * concurrency / largest
 
 
 def _efficient_batch(medians: list[float]) -> int:

@@ -4,8 +4,9 @@
 2. Else the selection policy chooses within a time budget per job. If a job finishes late in the simulated batches, its
    budget is cut by the overrun and the policy is asked again: how long a job takes depends on the batches it shares,
    which only the simulation shows.
-3. If a job would still be late, every job takes its cheapest split, so that no job is late for another one's accuracy.
-   As few jobs as possible are then given up: they run after the others, but before jobs without a deadline.
+3. If a job would still be late, every job with a deadline takes its cheapest split, so that no job is late for another
+   one's accuracy. As few jobs as possible are then given up: they run after the others, but before jobs without a
+   deadline. Those keep their most accurate split: they are in nobody's way.
 
 In steps 1 and 2, plans leave room for jobs that may still arrive with earlier deadlines. Batches are kept short,
 because a new job has to wait for the running one; if short batches would make jobs late, they may be as large as
@@ -59,7 +60,7 @@ class Planner:
         """
         short = BatchLimits(self._latency.batch_limits, self._forecast.patience_ms)
         everyone = [*demands, *late]
-        least = [self._selection.least(demand) for demand in everyone]
+        least = [self._least(demand) for demand in everyone]
         if not late:
             plan = self._comfortable(demands, least, free_ms, now_ms, short)
             if plan:
@@ -81,11 +82,14 @@ class Planner:
                 lost.append(position)
         return plan, lost
 
+    def _least(self, demand: Demand) -> Split:
+        return self._selection.least(demand) if demand.deadline_ms < math.inf else self._selection.most(demand)
+
     def late_ms(self, demands: Sequence[Demand], free_ms: Sequence[float]) -> dict[int, float]:
         """Positions of the jobs that would be late if every job took its cheapest split, and by how much."""
         if not demands:
             return {}
-        least = [self._selection.least(demand) for demand in demands]
+        least = [self._least(demand) for demand in demands]
         positions = range(len(demands))
         plans = [
             lay_out(demands, least, positions, free_ms, self._latency, BatchLimits(sizes))

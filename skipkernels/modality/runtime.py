@@ -14,7 +14,9 @@ from skipkernels.modality.policies import SelectionPolicy
 from skipkernels.modality.profile import Profile
 from skipkernels.modality.scheduler import Admission, Scheduler
 from skipkernels.modality.ticket import Batch, Ticket
-from skipkernels.modality.worker import Worker
+from skipkernels.modality.worker import SlotWorker, Worker
+
+_REVIEW_S = 0.05  # between two looks at the deadlines of what runs; a few decode steps
 
 
 class Runtime:
@@ -24,36 +26,46 @@ class Runtime:
     that does not recover is removed from the plan; when the last one is gone, all remaining jobs fail.
 
     Args:
-        workers: all with the profile's model and device.
+        workers: all with the profile's model and device, and of one kind: they run whole batches, or requests one by
+            one in slots.
         selection, memory_bytes, admission: as in ``Scheduler``.
     """
 
     def __init__(
         self,
         profile: Profile,
-        workers: Sequence[Worker],
+        workers: Sequence[Worker] | Sequence[SlotWorker],
         selection: str | SelectionPolicy = "maximize",
         *,
         memory_bytes: float | None = None,
         admission: Admission = "accuracy",
     ) -> None:
+        slots = [worker.slots for worker in workers if isinstance(worker, SlotWorker)]
+        assert not slots or slots == [slots[0]] * len(workers), f"workers must be of one kind, got slots {slots}"
+        self._slots = slots[0] if slots else None
         self.scheduler = Scheduler(
             profile,
             real_clock,
             selection,
-            workers=len(workers),
+            workers=len(workers) * (self._slots or 1),
+            slots=self._slots,
             memory_bytes=memory_bytes,
             admission=admission,
         )
-        self._workers = workers
+        self._workers: Sequence[Worker | SlotWorker] = workers
         self._answers: dict[Ticket, asyncio.Future[JobAnswer]] = {}
         self._wakeup = asyncio.Event()  # set when there may be a batch to run
         self._tasks: list[asyncio.Task[None]] = []
+        self._reviewing: asyncio.Task[None] | None = None
         self._closed: str | None = "it has not been started"
 
     async def __aenter__(self) -> Runtime:
         self._closed = None
-        self._tasks = [asyncio.create_task(self._work(number, worker)) for number, worker in enumerate(self._workers)]
+        # slots are numbered across the workers, so that requests spread over them
+        numbers = range(len(self._workers) * (self._slots or 1))
+        self._tasks = [asyncio.create_task(self._work(number, self._worker(number))) for number in numbers]
+        if self._slots is not None:
+            self._reviewing = asyncio.create_task(self._review())
         return self
 
     async def __aexit__(
@@ -79,6 +91,7 @@ class Runtime:
         except asyncio.CancelledError:
             if not ticket.done:
                 self.scheduler.cancel(ticket, "cancelled by the caller")
+                self._drop(ticket)
             self._answers.pop(ticket, None)
             raise
 
@@ -97,13 +110,34 @@ class Runtime:
                     self._fail(ticket, f"the service shut down, and its {grace_s:g} s of grace are over")
             await asyncio.wait(self._tasks)
         self._fail_all("the service shut down, and no worker is left for it")
+        if self._reviewing is not None:
+            self._reviewing.cancel()
+            await asyncio.wait([self._reviewing])
         for worker in self._workers:
             await worker.close()
         for task in self._tasks:
             task.result()
         self._tasks = []
 
-    async def _work(self, number: int, worker: Worker) -> None:
+    def _worker(self, number: int) -> Worker | SlotWorker:
+        return self._workers[number % len(self._workers)]
+
+    async def _review(self) -> None:
+        while True:
+            await asyncio.sleep(_REVIEW_S)
+            for batch in self.scheduler.review():
+                worker = self._worker(batch.worker)
+                assert isinstance(worker, SlotWorker), "only requests in slots change their strategy"
+                worker.move(batch.inputs[0], batch.strategy)
+
+    def _drop(self, ticket: Ticket) -> None:
+        """Slots of a job that nobody waits for are free soon; a batch runs to its end."""
+        for batch in self.scheduler.batches_of(ticket):
+            worker = self._worker(batch.worker)
+            if isinstance(worker, SlotWorker):
+                worker.drop(batch.inputs[0])
+
+    async def _work(self, number: int, worker: Worker | SlotWorker) -> None:
         try:
             while await self._work_once(number, worker):
                 pass
@@ -112,7 +146,7 @@ class Runtime:
             self._fail_all(self._closed)
             raise
 
-    async def _work_once(self, number: int, worker: Worker) -> bool:
+    async def _work_once(self, number: int, worker: Worker | SlotWorker) -> bool:
         """Runs a batch or waits for one; False: this worker stops."""
         self._wakeup.clear()
         batch = self.scheduler.next_batch(number)
@@ -122,7 +156,10 @@ class Runtime:
             await self._wakeup.wait()
             return True
         try:
-            outputs = await worker.run(batch.inputs, batch.strategy)
+            if isinstance(worker, SlotWorker):
+                outputs = [await worker.answer(batch.inputs[0], batch.strategy, batch.deadline_ms)]
+            else:
+                outputs = list(await worker.run(batch.inputs, batch.strategy))
             if len(outputs) != len(batch.members):
                 raise RuntimeError(f"{len(outputs)} outputs for {len(batch.members)} requests")
         except WorkerLost as error:
@@ -140,7 +177,7 @@ class Runtime:
             self._settle(ticket)
         self._wakeup.set()  # other workers can take the retries
 
-    async def _recover(self, number: int, worker: Worker) -> bool:
+    async def _recover(self, number: int, worker: Worker | SlotWorker) -> bool:
         try:
             await worker.recover()
         except Exception as error:

@@ -7,7 +7,12 @@ worker never waits for more requests.
 
 Jobs run earliest deadline first. A deadline counts from arrival to completion, without tolerance. A job that cannot
 meet its deadline even at its cheapest split, or only at the cost of others, runs after all jobs that can. While such a
-job waits, every job gets its cheapest split only, so that the late job is served at all.
+job waits, every job with a deadline gets its cheapest split only, so that the late job is served at all.
+
+Where requests join and leave a running step one by one (iteration-level scheduling: Orca, Yu et al., OSDI 2022), a
+worker is one of the slots of such a step and a batch is one request. All of the above holds, and two things are added:
+a running request whose deadline comes into danger may take a cheaper strategy on the way (``review``), and of every
+``FAIR_STARTS`` requests that start one is of the job that has waited longest, so that none waits for ever.
 """
 
 from __future__ import annotations
@@ -31,6 +36,10 @@ from skipkernels.modality.profile import Profile
 from skipkernels.modality.strategy_options import StrategyOptions
 from skipkernels.modality.ticket import Batch, Ticket
 
+FAIR_STARTS = 8
+"""Of so many requests that join a running step, one is of the job that has waited longest, whatever its deadline."""
+_LEAST_LEFT = 0.02
+
 Admission = Literal["accuracy", "deadline"]
 """What a job is refused for on arrival. ``accuracy``: no strategy promises the required accuracy. ``deadline``: that,
 or its deadline cannot be met."""
@@ -44,6 +53,8 @@ class Scheduler:
         clock: see ``Clock``.
         selection: ``full``, ``cheapest``, ``random`` or ``maximize``, or a policy of your own.
         workers: how many; they are numbered from 0.
+        slots: None: a worker runs one batch after the other. Else workers are slots of one machine, or of several with
+            so many each, and whatever runs on a machine shares its steps.
         memory_bytes: the most a batch may take on a worker, on top of the loaded model; None: what was profiled.
         admission: see ``Admission``. With ``accuracy``, jobs whose deadline cannot be met are answered late.
 
@@ -59,15 +70,20 @@ class Scheduler:
         selection: str | SelectionPolicy = "maximize",
         *,
         workers: int = 1,
+        slots: int | None = None,
         memory_bytes: float | None = None,
         admission: Admission = "accuracy",
     ) -> None:
         self.profile = profile
         self.selection = get_selection_policy(selection) if isinstance(selection, str) else selection
-        self.latency = LatencyModel(profile, memory_bytes)
+        self.latency = LatencyModel(profile, memory_bytes, slots=slots)
         self.counters = Counters()
         self._clock = clock
         self._admission = admission
+        self._memory_bytes = memory_bytes
+        self._slots = slots
+        self._elapsed_ms = clock()
+        self._starts = 0
         self._promised = [entry.promised_accuracy for entry in profile.strategies]
         self._forecast = Forecast()
         self._planner = Planner(self.selection, self.latency, self._promised, self._forecast)
@@ -83,6 +99,10 @@ class Scheduler:
     @property
     def workers(self) -> int:
         return len(self._running)
+
+    @property
+    def running_requests(self) -> int:
+        return sum(len(batch.members) for batch in self._running.values() if batch is not None)
 
     @property
     def waiting_requests(self) -> int:
@@ -103,6 +123,7 @@ class Scheduler:
                 raise AccuracyUnreachable(job.min_accuracy, options.reachable)
             ticket = Ticket(job, self.counters.accepted, self._clock(), options)
             index = bisect_left(self._queue, (ticket.demand.deadline_ms, ticket.number))
+            self._elapse()
             if self._admission == "deadline":
                 self._check_deadline(ticket, index)
         except JobError:
@@ -117,6 +138,7 @@ class Scheduler:
     def next_batch(self, worker: int) -> Batch | None:
         """Starts a batch on a free worker; None: nothing waits."""
         assert self._running[worker] is None, f"worker {worker} still runs a batch"
+        self._elapse()
         if self._retries:
             ticket, position, strategy = self._retries.popleft()
             expected_ms = self.latency.batch_ms[strategy][1] * ticket.job.requests[position].work
@@ -130,8 +152,12 @@ class Scheduler:
             room -= ticket.demand.requests
         if not tickets:
             return None
-        demands = [ticket.demand for ticket in tickets]
         waiting = len(self._queue)
+        if self._slots is not None and self._starts % FAIR_STARTS == FAIR_STARTS - 1:
+            oldest = min(tickets, key=lambda ticket: ticket.number)
+            waiting = int(tickets.index(oldest) < waiting)
+            tickets = [oldest]
+        demands = [ticket.demand for ticket in tickets]
         plan, lost = self._planner.decide(demands[:waiting], demands[waiting:], self._free_ms(), self._clock())
         for position in sorted(lost):
             self._leave(tickets[position])
@@ -149,8 +175,12 @@ class Scheduler:
     def finish(self, batch: Batch, outputs: Sequence[Any]) -> list[Ticket]:
         """Records a batch's outputs, one per member, in order. Returns the tickets that are now done."""
         now_ms = self._clock()
+        self._elapse()
         self._running[batch.worker] = None
-        self.latency.observe(batch.index, len(batch.members), batch.work, now_ms - batch.started_ms)
+        if self._slots is None:
+            self.latency.observe(batch.index, len(batch.members), batch.work, now_ms - batch.started_ms)
+        elif not batch.moved:
+            self.latency.observe_factor(batch.index, batch.spent)
         done = []
         for (ticket, position), output in zip(batch.members, outputs, strict=True):
             if ticket.done:
@@ -180,6 +210,7 @@ class Scheduler:
         """Records that a batch ended without outputs. Each of its requests is retried once, in a batch of its own, so
         that a request that crashes the model or its worker takes no other down. Returns the tickets that failed because
         this was their retry."""
+        self._elapse()
         self._running[batch.worker] = None
         failed = []
         for ticket, position in batch.members:
@@ -192,6 +223,25 @@ class Scheduler:
                 self._retries.append((ticket, position, batch.index))
                 self.counters.retried_requests += 1
         return failed
+
+    def review(self) -> list[Batch]:
+        """Gives running requests whose deadline is in danger a cheaper strategy of the same modalities, where their
+        job's requirement allows it and it brings them home in time; returns those whose strategy has changed. Only
+        where requests share steps."""
+        if self._slots is None:
+            return []
+        self._elapse()
+        moved = []
+        for batch in self._running.values():
+            if batch is not None and (index := self._cheaper(batch)) is not None:
+                ((ticket, _),) = batch.members
+                ticket.promised_sum += self._promised[index] - self._promised[batch.index]
+                left = self._left(batch)
+                batch.index, batch.profiled = index, self.profile.strategies[index]
+                batch.spent, batch.moved = (1.0 - left) * self.latency.factors[index], True
+                self.counters.raised_levels += 1
+                moved.append(batch)
+        return moved
 
     def cancel(self, ticket: Ticket, reason: str) -> None:
         """Fails a job. The outputs of its requests that are running are dropped."""
@@ -206,9 +256,32 @@ class Scheduler:
         """Whether a request of this ticket still has to start, or to be retried."""
         return bool(ticket.demand.requests) or any(retry[0] is ticket for retry in self._retries)
 
+    def batches_of(self, ticket: Ticket) -> list[Batch]:
+        """What runs of this ticket's requests now."""
+        running = (batch for batch in self._running.values() if batch is not None)
+        return [batch for batch in running if any(member is ticket for member, _ in batch.members)]
+
+    def adopt(self, profile: Profile) -> None:
+        """Goes on with a profile that knows more: its first strategies are those of the one so far. What waits may take
+        the new ones as well."""
+        known = [entry.strategy for entry in self.profile.strategies]
+        assert [entry.strategy for entry in profile.strategies][: len(known)] == known, "strategies keep their places"
+        self._elapse()
+        self.profile = profile
+        self.latency = LatencyModel(profile, self._memory_bytes, slots=self._slots)
+        self._promised = [entry.promised_accuracy for entry in profile.strategies]
+        self._planner = Planner(self.selection, self.latency, self._promised, self._forecast)
+        self._options = {}
+        for ticket in [*(ticket for _, _, ticket in self._queue), *self._late]:
+            ticket.demand.offer(self._options_for(ticket.job))
+        for batch in self._running.values():
+            if batch is not None:
+                batch.profiled, batch.moved = profile.strategies[batch.index], True  # its time says nothing new
+
     def retire(self, worker: int) -> None:
         """Takes a worker out of all further plans."""
         assert self._running[worker] is None, f"worker {worker} still runs a batch"
+        self._elapse()
         del self._running[worker]
 
     def _options_for(self, job: Job) -> StrategyOptions:
@@ -235,9 +308,52 @@ class Scheduler:
         else:
             self._late.remove(ticket)
 
+    def _cheaper(self, batch: Batch) -> int | None:
+        """The most accurate strategy with which a request that would be late is in time after all."""
+        ((ticket, _),) = batch.members
+        now_ms, deadline_ms = self._clock(), batch.deadline_ms
+        if ticket.done or not now_ms < deadline_ms < now_ms + self._left_ms(batch, batch.index):
+            return None
+        if ticket.demand.requests:  # the promise of its fellows is still open
+            return None
+        spare = ticket.promised_sum - ticket.job.min_accuracy * len(ticket.answers) + EPSILON
+        for index in ticket.demand.options.strategies:  # most accurate first
+            same = self.profile.strategies[index].strategy.modalities == batch.strategy.modalities
+            lost = self._promised[batch.index] - self._promised[index]
+            allowed = same and 0.0 <= lost <= spare and index != batch.index
+            if allowed and now_ms + self._left_ms(batch, index) <= deadline_ms:
+                return index
+        return None
+
+    def _left_ms(self, batch: Batch, index: int) -> float:
+        """Expected time to the end of a request that shares steps, if it goes on with strategy ``index``."""
+        return self._left(batch) * self.latency.batch_ms[index][1] * batch.work
+
+    def _left(self, batch: Batch) -> float:
+        """The share that is still to come; one that takes longer than expected is taken to be about to end."""
+        return max(_LEAST_LEFT, 1.0 - batch.spent / self.latency.factors[batch.index])
+
+    def _elapse(self) -> None:
+        """Time has passed: requests that share steps have come further. Called before their number changes."""
+        now_ms, since_ms = self._clock(), self._elapsed_ms
+        self._elapsed_ms = now_ms
+        if self._slots is None:
+            return
+        running = [batch for batch in self._running.values() if batch is not None]
+        machines = -(-len(self._running) // self._slots)
+        beside = -(-len(running) // machines)
+        for batch in running:
+            batch.spent += (now_ms - since_ms) / (self.latency.profiled_ms(batch.index, beside) * batch.work)
+        self.latency.expect(max(1, min(self._slots, -(-(len(running) + self.waiting_requests) // machines))))
+
     def _free_ms(self) -> list[float]:
         """When each worker is free."""
         now_ms = self._clock()
+        if self._slots is not None:
+            return [
+                now_ms if batch is None else now_ms + self._left_ms(batch, batch.index)
+                for batch in self._running.values()
+            ]
         return [
             now_ms if batch is None else max(now_ms, batch.started_ms + batch.expected_ms)
             for batch in self._running.values()
@@ -257,5 +373,6 @@ class Scheduler:
             retry=retry,
         )
         self.counters.batches += 1
+        self._starts += 1
         self._running[worker] = batch
         return batch

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from heapq import heappop, heappush
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ def simulate(
     selection: str | SelectionPolicy = "maximize",
     *,
     workers: int = 1,
+    slots: int | None = None,
     memory_bytes: float | None = None,
     admission: Admission = "accuracy",
     overhead_ms: float = 0.0,
@@ -39,9 +41,21 @@ def simulate(
     Args:
         arrivals: in order of their times.
         overhead_ms: time between a decision and the start of its batch, which a real server adds.
-        selection, workers, memory_bytes, admission: as in ``Scheduler``.
+        selection, workers, slots, memory_bytes, admission: as in ``Scheduler``.
     """
-    return _Simulation(profile, selection, workers, memory_bytes, admission, overhead_ms, seed).run(arrivals)
+    scheduling = {"workers": workers, "slots": slots, "memory_bytes": memory_bytes, "admission": admission}
+    return _Simulation(profile, selection, scheduling, overhead_ms, seed).run(arrivals)
+
+
+@dataclass(eq=False)
+class _Run:
+    """A batch on its worker. What it takes is known to the simulation only."""
+
+    batch: Batch
+    begins_ms: float  # after the overhead
+    factor: float  # what it takes, as a multiple of the profiled time
+    done: float = 0.0  # share, as of ``at_ms``
+    at_ms: float = 0.0
 
 
 class _Simulation:
@@ -49,35 +63,42 @@ class _Simulation:
         self,
         profile: Profile,
         selection: str | SelectionPolicy,
-        workers: int,
-        memory_bytes: float | None,
-        admission: Admission,
+        scheduling: dict[str, Any],
         overhead_ms: float,
         seed: int,
     ) -> None:
         self._clock = VirtualClock()
-        self._scheduler = Scheduler(
-            profile, self._clock, selection, workers=workers, memory_bytes=memory_bytes, admission=admission
-        )
+        self._scheduler = Scheduler(profile, self._clock, selection, **scheduling)
+        self._slots: int | None = scheduling["slots"]
         self._overhead_ms = overhead_ms
         self._rng = np.random.default_rng(seed)
-        self._free = list(range(workers))
-        self._ends: list[tuple[float, int, Batch]] = []
+        self._free = list(range(scheduling["workers"]))
+        self._runs: dict[int, _Run] = {}  # by worker
 
     def run(self, arrivals: Sequence[Arrival]) -> list[Outcome]:
         tickets: list[Ticket | str] = []  # or why it was refused
-        while len(tickets) < len(arrivals) or self._ends:
+        while len(tickets) < len(arrivals) or self._runs:
             coming_ms = arrivals[len(tickets)].at_ms if len(tickets) < len(arrivals) else math.inf
-            if self._ends and self._ends[0][0] <= coming_ms:
-                end_ms, _, batch = heappop(self._ends)
-                self._clock.advance_to(end_ms)
+            next_run = min(self._runs.values(), key=lambda run: (self._end_ms(run), run.batch.number), default=None)
+            if next_run is not None and (end_ms := self._end_ms(next_run)) <= coming_ms:
+                self._advance(end_ms)
+                batch = next_run.batch
+                del self._runs[batch.worker]
                 self._scheduler.finish(batch, [self._score(batch) for _ in batch.members])
                 self._free.append(batch.worker)
             else:
-                self._clock.advance_to(coming_ms)
+                self._advance(coming_ms)
                 tickets.append(self._submit(arrivals[len(tickets)]))
             self._start_batches()
+            self._scheduler.review()
         return [_outcome(arrival, ticket) for arrival, ticket in zip(arrivals, tickets, strict=True)]
+
+    def _advance(self, now_ms: float) -> None:
+        """Up to now, the same requests have shared the steps; what comes changes that."""
+        for run in self._runs.values():
+            run.done += max(0.0, now_ms - max(run.at_ms, run.begins_ms)) / self._whole_ms(run)
+            run.at_ms = now_ms
+        self._clock.advance_to(now_ms)
 
     def _submit(self, arrival: Arrival) -> Ticket | str:
         try:
@@ -91,13 +112,24 @@ class _Simulation:
             if batch is None:
                 return
             self._free.pop()
-            heappush(self._ends, (self._clock() + self._overhead_ms + self._batch_ms(batch), batch.number, batch))
+            now_ms = self._clock()
+            self._runs[batch.worker] = _Run(batch, now_ms + self._overhead_ms, self._factor(batch), at_ms=now_ms)
 
-    def _batch_ms(self, batch: Batch) -> float:
+    def _end_ms(self, run: _Run) -> float:
+        return max(run.at_ms, run.begins_ms) + max(0.0, 1.0 - run.done) * self._whole_ms(run)
+
+    def _whole_ms(self, run: _Run) -> float:
+        """All of a batch, beside as many as run now."""
+        size = len(run.batch.members)
+        if self._slots is not None:
+            machines = -(-(len(self._runs) + len(self._free)) // self._slots)
+            size = -(-len(self._runs) // machines)
+        return self._scheduler.latency.profiled_ms(run.batch.index, size) * run.batch.work * run.factor
+
+    def _factor(self, batch: Batch) -> float:
         size = len(batch.members)
-        median_ms = batch.profiled.median_ms(size)
-        deviation = math.log(batch.profiled.p95_ms(size) / median_ms) / _Z95
-        return median_ms * batch.work * math.exp(deviation * self._rng.standard_normal())
+        deviation = math.log(batch.profiled.p95_ms(size) / batch.profiled.median_ms(size)) / _Z95
+        return math.exp(deviation * self._rng.standard_normal())
 
     def _score(self, batch: Batch) -> float:
         return float(self._rng.random() < batch.profiled.accuracy)

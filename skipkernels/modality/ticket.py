@@ -45,9 +45,10 @@ class Ticket:
         return taken
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Batch:
-    """What a worker runs. Its requests and their strategy are fixed from its start on."""
+    """What a worker runs. Its requests are fixed from its start on; so is its strategy, unless it is one request among
+    others that share their steps (``Scheduler.review``)."""
 
     number: int
     worker: int
@@ -57,6 +58,8 @@ class Batch:
     started_ms: float
     expected_ms: float  # duration
     retry: bool
+    spent: float = 0.0  # of a request that shares steps: time so far, as a multiple of what was profiled for all of it
+    moved: bool = False  # its strategy was changed on the way
 
     @property
     def strategy(self) -> Strategy:
@@ -65,6 +68,11 @@ class Batch:
     @property
     def inputs(self) -> list[Inputs]:
         return [ticket.job.requests[position].inputs for ticket, position in self.members]
+
+    @property
+    def deadline_ms(self) -> float:
+        """The earliest, on the scheduler's clock."""
+        return min(ticket.demand.deadline_ms for ticket, _ in self.members)
 
     @property
     def work(self) -> float:

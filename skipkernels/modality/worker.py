@@ -1,9 +1,9 @@
-"""What runs batches: the interface of a device in this process, of another process or of a remote replica."""
+"""What runs requests: the interface of a device in this process, of another process or of a remote replica."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from skipkernels.modality.strategy import Inputs, Strategy
 
@@ -26,4 +26,35 @@ class Worker(Protocol):
 
     async def close(self) -> None:
         """Releases its resources. No batch is running."""
+        ...
+
+
+@runtime_checkable
+class SlotWorker(Protocol):
+    """Runs up to ``slots`` requests at the same time, which join and leave its steps one by one."""
+
+    slots: int
+
+    async def answer(self, inputs: Inputs, strategy: Strategy, deadline_ms: float) -> Any:
+        """The output of one request, once it is ready; raises as ``Worker.run`` does.
+
+        Args:
+            deadline_ms: on the scheduler's clock; what comes first where not everything fits a step.
+        """
+        ...
+
+    def move(self, inputs: Inputs, strategy: Strategy) -> None:
+        """Lets a running request go on with another skip level; nothing where it has ended."""
+        ...
+
+    def drop(self, inputs: Inputs) -> None:
+        """Ends a running request early: nobody waits for its output."""
+        ...
+
+    async def recover(self) -> None:
+        """As ``Worker.recover``."""
+        ...
+
+    async def close(self) -> None:
+        """Releases its resources. No request is running."""
         ...

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+import torch
 
 from skipkernels.errors import RequestError
 from skipkernels.model.config import ModelConfig
-
-if TYPE_CHECKING:
-    import torch
+from skipkernels.model.matrix import AnyMatrix, weight_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +28,7 @@ class EmbeddedPrompt:
     embeddings: torch.Tensor = field(repr=False)
     positions: torch.Tensor | None = field(default=None, repr=False)
 
-    def check(self, config: ModelConfig, embed_tokens: torch.Tensor, max_seq_len: int) -> None:
+    def check(self, config: ModelConfig, embed_tokens: AnyMatrix, max_seq_len: int) -> None:
         """Raises RequestError when a model of these sizes and this embedding table [vocab, hidden_size] cannot start
         from it."""
         tokens = len(self.token_ids)
@@ -39,7 +38,7 @@ class EmbeddedPrompt:
             raise RequestError(
                 f"embeddings have shape {tuple(self.embeddings.shape)}, expected {(tokens, config.hidden_size)}"
             )
-        last = embed_tokens[self.token_ids[-1]]
+        last = weight_rows(embed_tokens, torch.tensor([self.token_ids[-1]]))[0]
         if not bool((self.embeddings[-1].to(last) == last).all()):
             raise RequestError(
                 f"the prompt's last token, {self.token_ids[-1]}, is not embedded as the model embeds it; "

@@ -15,6 +15,7 @@ import torch
 
 from skipkernels.errors import DeviceError, ModelError
 from skipkernels.model.config import ModelConfig
+from skipkernels.model.matrix import AnyMatrix, float_tensor
 from skipkernels.model.module_check import check_module
 from skipkernels.model.shards import Shards
 from skipkernels.skipping.fingerprint import WeightsHash, fingerprint
@@ -27,39 +28,41 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class LayerWeights:
-    """One decoder layer. Matrices are [out, in] in the model's dtype; norms and biases are fp32."""
+    """One decoder layer. Matrices are [out, in], each in a format of its own; norms and biases are fp32."""
 
     input_layernorm: torch.Tensor  # [hidden]
-    qkv_proj: torch.Tensor  # [(heads + 2 kv_heads) head_dim, hidden]
+    qkv_proj: AnyMatrix  # [(heads + 2 kv_heads) head_dim, hidden]
     qkv_bias: torch.Tensor | None  # [(heads + 2 kv_heads) head_dim]
     q_norm: torch.Tensor | None  # [head_dim]
     k_norm: torch.Tensor | None  # [head_dim]
-    o_proj: torch.Tensor  # [hidden, heads head_dim]
+    o_proj: AnyMatrix  # [hidden, heads head_dim]
     o_proj_bias: torch.Tensor | None  # [hidden]
     post_attention_layernorm: torch.Tensor  # [hidden]
-    gate_up_proj: torch.Tensor  # [2 intermediate, hidden]
-    down_proj: torch.Tensor  # [hidden, intermediate]; with neuron_rows a view of storage that lies transposed
+    gate_up_proj: AnyMatrix  # [2 intermediate, hidden]
+    down_proj: AnyMatrix  # [hidden, intermediate]; with neuron_rows a view of storage that lies transposed
 
 
 @dataclass
 class ModelWeights:
     """All weights of a decoder and its rotary tables for ``max_seq_len`` positions."""
 
-    embed_tokens: torch.Tensor  # [vocab, hidden]
+    embed_tokens: AnyMatrix  # [vocab, hidden]
     layers: list[LayerWeights]
     norm: torch.Tensor  # [hidden], fp32
-    lm_head: torch.Tensor  # [vocab, hidden]; the same storage as embed_tokens where tied
+    lm_head: AnyMatrix  # [vocab, hidden]; the same storage as embed_tokens where tied
     rope_cos: torch.Tensor  # [max_seq_len, head_dim / 2], fp32
     rope_sin: torch.Tensor  # [max_seq_len, head_dim / 2], fp32
     neuron_rows: bool = False  # down_proj lies transposed, one neuron a row, so that single neurons can be left out
     contents: str = ""  # a hash over the values they were loaded with; none: random ones
+    cache_dtype: torch.dtype = torch.bfloat16  # of the KV cache, where embed_tokens is quantised
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed_tokens.dtype
+        """The floats that go with the weights: those of the KV cache."""
+        return self.embed_tokens.dtype if isinstance(self.embed_tokens, torch.Tensor) else self.cache_dtype
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every distinct tensor with a readable name."""
+    def tensors(self) -> Iterator[tuple[str, AnyMatrix]]:
+        """Every distinct tensor or matrix of blocks with a readable name."""
         yield "embed_tokens", self.embed_tokens
         for index, layer in enumerate(self.layers):
             for item in fields(layer):
@@ -141,28 +144,32 @@ def allocate_weights(
 
 
 def parameter_views(config: ModelConfig, weights: ModelWeights) -> dict[str, torch.Tensor]:
-    """Maps every Hugging Face parameter name to its place in the packed weights."""
+    """Maps every Hugging Face parameter name to its place in the packed weights.
+
+    Raises:
+        ModelError: a matrix is quantised.
+    """
     q_size, kv_size = config.attention_size, config.num_key_value_heads * config.head_dim
-    views = {"model.embed_tokens.weight": weights.embed_tokens, "model.norm.weight": weights.norm}
+    views = {"model.embed_tokens.weight": float_tensor(weights.embed_tokens), "model.norm.weight": weights.norm}
     if not config.tie_word_embeddings:
-        views["lm_head.weight"] = weights.lm_head
+        views["lm_head.weight"] = float_tensor(weights.lm_head)
     for index, layer in enumerate(weights.layers):
         prefix = f"model.layers.{index}."
         attention = prefix + "self_attn."
         named = {
             prefix + "input_layernorm.weight": layer.input_layernorm,
             prefix + "post_attention_layernorm.weight": layer.post_attention_layernorm,
-            attention + "o_proj.weight": layer.o_proj,
+            attention + "o_proj.weight": float_tensor(layer.o_proj),
             attention + "o_proj.bias": layer.o_proj_bias,
             attention + "q_norm.weight": layer.q_norm,
             attention + "k_norm.weight": layer.k_norm,
-            prefix + "mlp.down_proj.weight": layer.down_proj,
+            prefix + "mlp.down_proj.weight": float_tensor(layer.down_proj),
         }
-        for kind, packed in (("weight", layer.qkv_proj), ("bias", layer.qkv_bias)):
+        for kind, packed in (("weight", float_tensor(layer.qkv_proj)), ("bias", layer.qkv_bias)):
             parts = packed.split([q_size, kv_size, kv_size]) if packed is not None else (None, None, None)
             for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
                 named[f"{attention}{name}.{kind}"] = part
-        gate, up = layer.gate_up_proj.chunk(2)
+        gate, up = float_tensor(layer.gate_up_proj).chunk(2)
         named[prefix + "mlp.gate_proj.weight"], named[prefix + "mlp.up_proj.weight"] = gate, up
         views.update({name: view for name, view in named.items() if view is not None})
     return views
@@ -265,7 +272,8 @@ def random_weights(
     block = (torch.randn(1 << 20, generator=generator) * 0.02).to(dtype)
     weights = allocate_weights(config, dtype, max_seq_len, device, neuron_rows)
     block = block.to(device)
-    for _, tensor in weights.tensors():
+    for _, matrix in weights.tensors():
+        tensor = float_tensor(matrix)
         if tensor.dim() == 1:
             tensor.fill_(1.0)
             continue

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from skipkernels.errors import PolicyError
-from skipkernels.model.config import ModelConfig
+from skipkernels.model.config import ACTIVATIONS, ModelConfig
+from skipkernels.model.matrix import float_tensor
 from skipkernels.model.weights import LayerWeights, ModelWeights
 from skipkernels.program.state import DecodeState
-from skipkernels.program.table import Instruction, instruction
+from skipkernels.program.table import Instruction, Operand, instruction
 from skipkernels.skipping.policy import GatePlan
 
 Program = tuple[Instruction, ...]
@@ -38,7 +39,13 @@ class Variant:
 
 
 def build_program(
-    config: ModelConfig, weights: ModelWeights, state: DecodeState, *, gated: bool = False, neurons: bool = False
+    config: ModelConfig,
+    weights: ModelWeights,
+    state: DecodeState,
+    *,
+    gated: bool = False,
+    neurons: bool = False,
+    activations: str = "int8",
 ) -> Program:
     """Records one step of every active row over the buffers of ``state``.
 
@@ -47,6 +54,7 @@ def build_program(
             step reads no policy for blocks and measures nothing.
         neurons: FFNs leave out neurons by each sequence's own policy. It takes weights that lie for it
             (``ModelWeights.neuron_rows``).
+        activations: what quantised matrices are multiplied with, ``int8`` or ``fp32`` (``program.table``).
 
     Raises:
         PolicyError: ``neurons`` with weights that do not lie for it.
@@ -56,8 +64,8 @@ def build_program(
     s, eps = state, config.rms_norm_eps
     program: list[Instruction] = []
 
-    def record(op: str, row_mask: torch.Tensor = s.active, **operands: torch.Tensor | int | float | None) -> None:
-        program.append(instruction(op, row_mask=row_mask, **operands))
+    def record(op: str, row_mask: torch.Tensor = s.active, **operands: Operand) -> None:
+        program.append(instruction(op, row_mask=row_mask, activations=activations, **operands))
 
     record(
         "embed",
@@ -154,13 +162,14 @@ def build_program(
             _record_neurons(record, config, layer, state, index)
         else:
             record(
-                "gate_up_silu",
+                "gate_up_act",
                 row_mask=s.run_ffn[index],
                 hidden_states=s.hidden_states,
                 post_attention_layernorm=layer.post_attention_layernorm,
                 gate_up_proj=layer.gate_up_proj,
                 intermediate=s.intermediate,
                 rms_norm_eps=eps,
+                activation=ACTIVATIONS.index(config.activation),
             )
         partials = s.similarity_partials if gated else None
         if weights.neuron_rows:
@@ -170,7 +179,7 @@ def build_program(
                 intermediate=s.intermediate,
                 neurons=s.neurons if neurons else None,
                 num_neurons=s.num_neurons if neurons else None,
-                down_proj=layer.down_proj.T,
+                down_proj=float_tensor(layer.down_proj).T,
                 hidden_states=s.hidden_states,
                 similarity_partials=partials,
                 rows_per_partial=s.layout.rows_per_partial,
@@ -236,7 +245,7 @@ def _record_neurons(
     record: Callable[..., None], config: ModelConfig, layer: LayerWeights, s: DecodeState, index: int
 ) -> None:
     """From the residual stream to the products of gate and up of the neurons that some row keeps."""
-    gate_proj, up_proj = layer.gate_up_proj.chunk(2)
+    gate_proj, up_proj = float_tensor(layer.gate_up_proj).chunk(2)
 
     def select(stage: int, threshold: torch.Tensor) -> None:
         record(
@@ -263,6 +272,7 @@ def _record_neurons(
         gate_proj=gate_proj,
         intermediate=s.intermediate,
         rms_norm_eps=config.rms_norm_eps,
+        activation=ACTIVATIONS.index(config.activation),
     )
     select(0, s.neuron_gate_threshold)
     record(

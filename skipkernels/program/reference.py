@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from skipkernels.model.config import ACTIVATIONS
+from skipkernels.model.matrix import dequantized, weight_rows
 from skipkernels.program.philox import GATE_STREAM, SAMPLE_STREAM, philox_uniform
 from skipkernels.program.state import DECODING, ENDED, WAITS_FOR_BLOCK
 from skipkernels.program.table import OPS, Instruction
@@ -29,6 +32,26 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+ACTIVATION_BLOCK = 32
+"""Activations that share a scale where they are in int8."""
+
+
+def int8_activations(x: torch.Tensor) -> torch.Tensor:
+    """x [columns] as int8 with a scale per block represents it, in fp32 again."""
+    blocks = x.view(-1, ACTIVATION_BLOCK)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, 127 / largest, 0)
+    return (torch.round(blocks * inverse) * (largest / 127)).view(-1)
+
+
+def linear(ins: Instruction, matrix: str, bias: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Multiplies x [columns] with the instruction's ``matrix`` and adds ``bias``."""
+    operand = ins.tensors[matrix]
+    weights = dequantized(operand)
+    rounds = not isinstance(operand, torch.Tensor) and ins.activations == "int8"
+    return lambda x: F.linear(int8_activations(x) if rounds else x, weights, bias)
+
+
 def embed(ins: Instruction) -> None:
     t, s = ins.tensors, ins.sizes
     for row in ins.rows:
@@ -36,7 +59,7 @@ def embed(ins: Instruction) -> None:
         if token < 0:
             t["hidden_states"][row] = t["prompt_embeddings"][row - (s["num_rows"] - s["num_prompt_rows"])]
         else:
-            t["hidden_states"][row] = t["embed_tokens"][token].float()
+            t["hidden_states"][row] = weight_rows(t["embed_tokens"], torch.tensor([token]))[0].float()
 
 
 def skip_gate(ins: Instruction) -> None:
@@ -127,7 +150,7 @@ class NeuronController:
     """Holds one sequence's share of FFN bytes not read at ``neuron_target_ratio``, as ``program.table`` describes; fp32
     throughout."""
 
-    GAIN = 0.125
+    GAIN = 0.25
     STEER = 2.0
 
     def __init__(self, ins: Instruction, row: int) -> None:
@@ -197,10 +220,10 @@ def _apply_batch_rule(rule: str, triggered: dict[int, bool], warm: dict[int, boo
 def qkv_rope_append(ins: Instruction) -> None:
     t, s, eps = ins.tensors, ins.sizes, float(ins.scalars["rms_norm_eps"])
     heads, kv_heads, head_dim = s["num_attention_heads"], s["num_key_value_heads"], s["head_dim"]
-    bias = t["qkv_bias"]
+    qkv_proj = linear(ins, "qkv_proj", t["qkv_bias"])
     for row in ins.rows:
         x = rms_norm(t["hidden_states"][row], t["input_layernorm"], eps)
-        qkv = F.linear(x, t["qkv_proj"].float(), bias).view(-1, head_dim)
+        qkv = qkv_proj(x).view(-1, head_dim)
         query, key, value = qkv.split([heads, kv_heads, kv_heads])
         if t["q_norm"] is not None:
             query = rms_norm(query, t["q_norm"], eps)
@@ -248,23 +271,30 @@ def decode_attention(ins: Instruction) -> None:
 
 def o_proj_add(ins: Instruction) -> None:
     t = ins.tensors
-    bias = t["o_proj_bias"]
+    o_proj = linear(ins, "o_proj", t["o_proj_bias"])
     for row in ins.rows:
-        t["hidden_states"][row] += F.linear(t["attn_output"][row].flatten(), t["o_proj"].float(), bias)
+        t["hidden_states"][row] += o_proj(t["attn_output"][row].flatten())
 
 
-def gate_up_silu(ins: Instruction) -> None:
-    t = ins.tensors
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def gate_up_act(ins: Instruction) -> None:
+    t, gate_up_proj = ins.tensors, linear(ins, "gate_up_proj")
+    activate = _ACTIVATIONS[ACTIVATIONS[int(ins.scalars["activation"])]]
     for row in ins.rows:
         x = rms_norm(t["hidden_states"][row], t["post_attention_layernorm"], float(ins.scalars["rms_norm_eps"]))
-        gate, up = F.linear(x, t["gate_up_proj"].float()).chunk(2)
-        t["intermediate"][row] = F.silu(gate) * up
+        gate, up = gate_up_proj(x).chunk(2)
+        t["intermediate"][row] = activate(gate) * up
 
 
 def down_proj_add(ins: Instruction) -> None:
-    t = ins.tensors
+    down_proj = linear(ins, "down_proj")
     for row in ins.rows:
-        _add_and_compare(ins, row, F.linear(t["intermediate"][row], t["down_proj"].float()))
+        _add_and_compare(ins, row, down_proj(ins.tensors["intermediate"][row]))
 
 
 def _add_and_compare(ins: Instruction, row: int, branch: torch.Tensor) -> None:
@@ -280,10 +310,10 @@ def _add_and_compare(ins: Instruction, row: int, branch: torch.Tensor) -> None:
 
 
 def gate_proj_act(ins: Instruction) -> None:
-    t = ins.tensors
+    t, activate = ins.tensors, _ACTIVATIONS[ACTIVATIONS[int(ins.scalars["activation"])]]
     for row in ins.rows:
         x = rms_norm(t["hidden_states"][row], t["post_attention_layernorm"], float(ins.scalars["rms_norm_eps"]))
-        t["intermediate"][row] = F.silu(F.linear(x, t["gate_proj"].float()))
+        t["intermediate"][row] = activate(F.linear(x, t["gate_proj"].float()))
 
 
 def select_neurons(ins: Instruction) -> None:
@@ -328,10 +358,10 @@ def down_proj_neurons_add(ins: Instruction) -> None:
 
 
 def lm_head(ins: Instruction) -> None:
-    t = ins.tensors
+    t, head = ins.tensors, linear(ins, "lm_head")
     for row in ins.rows:
         x = rms_norm(t["hidden_states"][row], t["norm"], float(ins.scalars["rms_norm_eps"]))
-        t["logits"][row] = F.linear(x, t["lm_head"].float())
+        t["logits"][row] = head(x)
 
 
 def sample(ins: Instruction) -> None:

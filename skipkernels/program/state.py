@@ -270,6 +270,7 @@ class DecodeState:
         self.skipped[slot] = 0
         self.threshold_scale[slot] = 1.0
         self.left_out[slot] = 0
+        self.scale_map[slot].zero_()
         self.similarity[:, slot] = float("nan")
 
     def start_decoding(self, slot: int) -> None:
@@ -316,14 +317,11 @@ class DecodeState:
         self.neuron_target_ratio[slot] = plan.target_ratio if plan else 0.0
         self.ramp_tokens[slot] = plan.ramp_tokens if plan else 0
 
-    def unread_map(self, slot: int, tokens: int, plan: GatePlan | None) -> torch.Tensor:
-        """The share of each FFN's bytes that the first ``tokens`` generated tokens of ``slot`` did not read, generated
-        under ``plan``: f32 [tokens, layers], 1 where the FFN was skipped."""
-        return unread_share(
-            self.run_map[slot, :tokens],
-            self.kept_map[slot, :tokens] if plan and plan.neurons else None,
-            self.intermediate.shape[1],
-        )
+    def unread_map(self, slot: int, tokens: int) -> torch.Tensor:
+        """The share of each FFN's bytes that the first ``tokens`` generated tokens of ``slot`` did not read: f32
+        [tokens, layers], 1 where the FFN was skipped."""
+        run_map, scale_map, kept_map = (each[slot, :tokens] for each in (self.run_map, self.scale_map, self.kept_map))
+        return unread_share(run_map, scale_map, kept_map, self.intermediate.shape[1])
 
     def set_blocks(self, slot: int, blocks: Sequence[int], first: int = 0) -> None:
         """Writes ``blocks`` into the table of ``slot``, from its entry ``first`` on; entries after them are emptied."""
@@ -378,11 +376,11 @@ class DecodeState:
             torch.cuda.synchronize(self.active.device)
 
 
-def unread_share(run_map: torch.Tensor, kept_map: torch.Tensor | None, intermediate_size: int) -> torch.Tensor:
-    """The share of each FFN's bytes that was not read, f32 [tokens, layers], of run_map u8 [tokens, layers] and
-    kept_map i32 [tokens, layers, 2] (None: FFNs that ran were read in full). gate_proj, a third, is always read."""
-    skipped = run_map == 0
-    if kept_map is None:
-        return skipped.float()
-    unread = (2 - kept_map.sum(-1) / intermediate_size) / 3
-    return torch.where(skipped, torch.ones(()), unread.float())
+def unread_share(
+    run_map: torch.Tensor, scale_map: torch.Tensor, kept_map: torch.Tensor, intermediate_size: int
+) -> torch.Tensor:
+    """The share of each FFN's bytes that was not read, f32 [tokens, layers], from ``DecodeState``'s maps of a sequence:
+    run_map u8 [tokens, layers], scale_map f32 [tokens], kept_map i32 [tokens, layers, 2]. gate_proj, a third, is always
+    read; where scale_map is 0 all neurons are, and kept_map means nothing."""
+    unread = torch.where(scale_map[:, None] > 0, (2 - kept_map.sum(-1) / intermediate_size) / 3, 0)
+    return torch.where(run_map == 0, 1, unread).float()

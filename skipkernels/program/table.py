@@ -4,8 +4,12 @@
 by its name here, and nothing else.
 
 Shapes are symbolic: a symbol gets its size from the first tensor it appears in and must agree everywhere else.
-``f32``, ``i32``, ``i64`` and ``u8`` are fixed; ``weight`` is the dtype of the model's matrices and of the KV cache,
-one per program.
+``f32``, ``i32``, ``i64`` and ``u8`` are fixed; ``cache`` is the dtype of the KV cache, one of floats per program;
+a ``matrix`` has a format of its own (``model.matrix``): floats, or blocks of quantised weights.
+
+Where a matrix is quantised, a program multiplies it with activations in ``int8``: each row of a matrix's input is cut
+into blocks of 32, and a block becomes d * q with d = max |x| / 127 in fp32 and q = x / d, rounded to the nearest
+integer, ties to even. With ``fp32`` activations they stay as they are. Weights are what their format says, exactly.
 
 A *row* is one token of one sequence. The first ``num_sequences`` rows are decode rows: row i is the newest token of
 sequence i, the one whose logits are wanted. The rows after them are prompt rows: tokens whose keys and values are to be
@@ -20,7 +24,11 @@ from typing import Any
 
 import torch
 
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from skipkernels.errors import ModelError
+from skipkernels.model.matrix import AnyMatrix, Matrix, StackedMatrix, formats_of
+
+CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("int8", "fp32")
 _FIXED_DTYPES = {"f32": torch.float32, "i32": torch.int32, "i64": torch.int64, "u8": torch.uint8}
 
 
@@ -63,8 +71,8 @@ class Op:
 
 
 _PAGED_CACHE = {
-    "k_cache": _t("weight num_blocks num_key_value_heads block_size head_dim", "inout"),
-    "v_cache": _t("weight num_blocks num_key_value_heads block_size head_dim", "inout"),
+    "k_cache": _t("cache num_blocks num_key_value_heads block_size head_dim", "inout"),
+    "v_cache": _t("cache num_blocks num_key_value_heads block_size head_dim", "inout"),
     "block_table": _t("i32 num_sequences blocks_per_sequence"),
     "row_sequence": _t("i32 num_rows"),
     "row_position": _t("i32 num_rows"),
@@ -81,7 +89,7 @@ OPS: dict[str, Op] = {
             """,
             {
                 "hidden_states": _t("f32 num_rows hidden_size", "out"),
-                "embed_tokens": _t("weight vocab_size hidden_size"),
+                "embed_tokens": _t("matrix vocab_size hidden_size"),
                 "input_ids": _t("i32 num_rows"),
                 "prompt_embeddings": _t("f32 num_prompt_rows hidden_size"),
             },
@@ -141,7 +149,7 @@ OPS: dict[str, Op] = {
             Counted in neurons' rows of the three matrices, a token has 3 intermediate_size num_hidden_layers of them;
             ``left_out`` are those not read so far in FFNs that ran, and each FFN in ``skipped`` adds 3
             intermediate_size. behind = (owed - those) / a token's, within -1 and 1, where owed grows as in skip_gate,
-            from ``ramp_tokens`` on for the warm-up too. threshold_scale grows by the factor 1 + behind / 8, and
+            from ``ramp_tokens`` on for the warm-up too. threshold_scale grows by the factor 1 + behind / 4, and
             neuron_scale is threshold_scale (1 + 2 behind), or threshold_scale / (1 - 2 behind) where that is negative.
             Every operation is one fp32 rounding.
             """,
@@ -172,7 +180,7 @@ OPS: dict[str, Op] = {
             {
                 "hidden_states": _t("f32 num_rows hidden_size"),
                 "input_layernorm": _t("f32 hidden_size"),
-                "qkv_proj": _t("weight qkv_size hidden_size"),
+                "qkv_proj": _t("matrix qkv_size hidden_size"),
                 "qkv_bias": _t("f32 qkv_size", optional=True),
                 "q_norm": _t("f32 head_dim", optional=True),
                 "k_norm": _t("f32 head_dim", optional=True),
@@ -222,7 +230,7 @@ OPS: dict[str, Op] = {
             "hidden_states += o_proj(attn_output).",
             {
                 "attn_output": _t("f32 num_rows num_attention_heads head_dim"),
-                "o_proj": _t("weight hidden_size attention_size"),
+                "o_proj": _t("matrix hidden_size attention_size"),
                 "o_proj_bias": _t("f32 hidden_size", optional=True),
                 "hidden_states": _t("f32 num_rows hidden_size", "inout"),
             },
@@ -235,15 +243,17 @@ OPS: dict[str, Op] = {
             ),
         ),
         Op(
-            "gate_up_silu",
-            "intermediate = silu(gate_proj(x)) * up_proj(x) of x = rms_norm(hidden_states); gate rows before up rows.",
+            "gate_up_act",
+            """intermediate = act(gate_proj(x)) * up_proj(x) of x = rms_norm(hidden_states); gate rows before up rows.
+            ``activation`` numbers ``model.config.ACTIVATIONS``: 0 silu, 1 gelu_tanh (GELU by tanh).
+            """,
             {
                 "hidden_states": _t("f32 num_rows hidden_size"),
                 "post_attention_layernorm": _t("f32 hidden_size"),
-                "gate_up_proj": _t("weight gate_up_size hidden_size"),
+                "gate_up_proj": _t("matrix gate_up_size hidden_size"),
                 "intermediate": _t("f32 num_rows intermediate_size", "out"),
             },
-            {"rms_norm_eps": float},
+            {"rms_norm_eps": float, "activation": int},
             (("gate_up_size = 2 intermediate_size", lambda s: s["gate_up_size"] == 2 * s["intermediate_size"]),),
         ),
         Op(
@@ -254,7 +264,7 @@ OPS: dict[str, Op] = {
             """,
             {
                 "intermediate": _t("f32 num_rows intermediate_size"),
-                "down_proj": _t("weight hidden_size intermediate_size"),
+                "down_proj": _t("matrix hidden_size intermediate_size"),
                 "hidden_states": _t("f32 num_rows hidden_size", "inout"),
                 "similarity_partials": _t("f32 num_partials num_sequences three", "out", optional=True),
             },
@@ -263,14 +273,14 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "gate_proj_act",
-            "intermediate = silu(gate_proj(x)) of x = rms_norm(hidden_states), for every neuron.",
+            "intermediate = act(gate_proj(x)) of x = rms_norm(hidden_states), of every neuron; gate_proj holds floats.",
             {
                 "hidden_states": _t("f32 num_rows hidden_size"),
                 "post_attention_layernorm": _t("f32 hidden_size"),
-                "gate_proj": _t("weight intermediate_size hidden_size"),
+                "gate_proj": _t("matrix intermediate_size hidden_size"),
                 "intermediate": _t("f32 num_rows intermediate_size", "out"),
             },
-            {"rms_norm_eps": float},
+            {"rms_norm_eps": float, "activation": int},
         ),
         Op(
             "select_neurons",
@@ -302,12 +312,12 @@ OPS: dict[str, Op] = {
         Op(
             "up_proj_mul",
             """intermediate *= up_proj(x) of x = rms_norm(hidden_states), for the neurons of the list, where it is not
-            0. No other row of up_proj is read.
+            0. No other row of up_proj, which holds floats, is read.
             """,
             {
                 "hidden_states": _t("f32 num_rows hidden_size"),
                 "post_attention_layernorm": _t("f32 hidden_size"),
-                "up_proj": _t("weight intermediate_size hidden_size"),
+                "up_proj": _t("matrix intermediate_size hidden_size"),
                 "neurons": _t("i32 intermediate_size"),
                 "num_neurons": _t("i32 one"),
                 "intermediate": _t("f32 num_rows intermediate_size", "inout"),
@@ -316,8 +326,8 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "down_proj_neurons_add",
-            """down_proj_add over a down_proj that lies transposed, one neuron a row, and reads only the rows of the
-            neurons of the list; without a list, all.
+            """down_proj_add over a down_proj of floats that lies transposed, one neuron a row: only the rows of the
+            list's neurons are read, without a list all.
 
             The sum over neurons is cut into chunks of ``neuron_chunk`` neurons, added in their order, so that a row's
             bits depend neither on the list of its neighbours nor on the number of workers.
@@ -326,7 +336,7 @@ OPS: dict[str, Op] = {
                 "intermediate": _t("f32 num_rows intermediate_size"),
                 "neurons": _t("i32 intermediate_size", optional=True),
                 "num_neurons": _t("i32 one", optional=True),
-                "down_proj": _t("weight intermediate_size hidden_size"),
+                "down_proj": _t("matrix intermediate_size hidden_size"),
                 "hidden_states": _t("f32 num_rows hidden_size", "inout"),
                 "similarity_partials": _t("f32 num_partials num_sequences three", "out", optional=True),
             },
@@ -338,7 +348,7 @@ OPS: dict[str, Op] = {
             {
                 "hidden_states": _t("f32 num_rows hidden_size"),
                 "norm": _t("f32 hidden_size"),
-                "lm_head": _t("weight vocab_size hidden_size"),
+                "lm_head": _t("matrix vocab_size hidden_size"),
                 "logits": _t("f32 num_sequences vocab_size", "out"),
             },
             {"rms_norm_eps": float},
@@ -414,10 +424,16 @@ class Instruction:
     """
 
     op: str
-    tensors: dict[str, Any]  # torch.Tensor, or None for an absent optional operand
+    tensors: dict[str, Any]  # torch.Tensor, a matrix of blocks, or None for an absent optional operand
     scalars: dict[str, int | float]
     sizes: dict[str, int]
     row_mask: torch.Tensor
+    activations: str = "int8"
+
+    @property
+    def matrices(self) -> dict[str, AnyMatrix]:
+        """The matrix operands by name."""
+        return {name: self.tensors[name] for name, spec in OPS[self.op].tensors.items() if spec.dtype == "matrix"}
 
     @property
     def rows(self) -> list[int]:
@@ -425,19 +441,27 @@ class Instruction:
         return [int(row) for row in self.row_mask.nonzero()[:, 0]]
 
 
-def instruction(op_name: str, *, row_mask: torch.Tensor, **operands: torch.Tensor | int | float | None) -> Instruction:
+Operand = AnyMatrix | int | float | None
+
+
+def instruction(op_name: str, *, row_mask: torch.Tensor, activations: str = "int8", **operands: Operand) -> Instruction:
     """Builds a validated instruction: dtypes, symbolic shapes, contiguity, one device.
+
+    Args:
+        activations: what quantised matrices are multiplied with, one of ``ACTIVATIONS``.
 
     Raises:
         ValueError: with the op, the field, the expected and the actual value.
     """
     op = OPS[op_name]
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"unknown activations {activations!r}; use one of {', '.join(ACTIVATIONS)}")
     known = set(op.tensors) | set(op.scalars)
     if unknown := set(operands) - known:
         raise ValueError(f"{op_name}: unknown operand {sorted(unknown)[0]!r}; it takes {', '.join(sorted(known))}")
     tensors: dict[str, Any] = {}
     sizes: dict[str, int] = {}
-    weight_dtype: torch.dtype | None = None
+    cache_dtype: torch.dtype | None = None
     for name, spec in op.tensors.items():
         tensor = operands.get(name)
         tensors[name] = tensor
@@ -445,17 +469,19 @@ def instruction(op_name: str, *, row_mask: torch.Tensor, **operands: torch.Tenso
             if not spec.optional:
                 raise ValueError(f"{op_name}: operand {name} is missing")
             continue
-        if not isinstance(tensor, torch.Tensor):
+        if spec.dtype == "matrix":
+            tensor = _checked_matrix(op_name, name, tensor)
+        elif not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{op_name}: {name} must be a tensor, got {type(tensor).__name__}")
-        if spec.dtype == "weight":
-            weight_dtype = weight_dtype or tensor.dtype
-            if tensor.dtype not in WEIGHT_DTYPES or tensor.dtype != weight_dtype:
-                raise ValueError(f"{op_name}: {name} has dtype {tensor.dtype}, expected {weight_dtype} as its fellows")
+        elif spec.dtype == "cache":
+            cache_dtype = cache_dtype or tensor.dtype
+            if tensor.dtype not in CACHE_DTYPES or tensor.dtype != cache_dtype:
+                raise ValueError(f"{op_name}: {name} has dtype {tensor.dtype}, expected {cache_dtype} as its fellows")
         elif tensor.dtype != _FIXED_DTYPES[spec.dtype]:
             raise ValueError(f"{op_name}: {name} has dtype {tensor.dtype}, expected {_FIXED_DTYPES[spec.dtype]}")
-        if tensor.dim() != len(spec.shape):
+        if len(tensor.shape) != len(spec.shape):
             raise ValueError(f"{op_name}: {name} has shape {tuple(tensor.shape)}, expected ({', '.join(spec.shape)})")
-        if not tensor.is_contiguous():
+        if isinstance(tensor, torch.Tensor) and not tensor.is_contiguous():
             raise ValueError(f"{op_name}: {name} is not contiguous (strides {tensor.stride()})")
         device = "cpu" if spec.on_host else row_mask.device
         if tensor.device != torch.device(device):
@@ -474,4 +500,14 @@ def instruction(op_name: str, *, row_mask: torch.Tensor, **operands: torch.Tenso
         if name not in operands:
             raise ValueError(f"{op_name}: operand {name} is missing")
         scalars[name] = kind(operands[name])
-    return Instruction(op_name, tensors, scalars, sizes, row_mask)
+    return Instruction(op_name, tensors, scalars, sizes, row_mask, activations)
+
+
+def _checked_matrix(op_name: str, name: str, matrix: object) -> AnyMatrix:
+    if not isinstance(matrix, torch.Tensor | Matrix | StackedMatrix):
+        raise ValueError(f"{op_name}: {name} must be a matrix, got {type(matrix).__name__}")
+    try:
+        formats_of(matrix)
+    except ModelError as error:
+        raise ValueError(f"{op_name}: {name}: {error}") from error
+    return matrix

@@ -167,6 +167,26 @@ def test_blocks_written_under_a_policy_are_not_shared_with_another() -> None:
     assert torch.isfinite(engine.state.logits).all()
 
 
+def test_a_policy_may_change_on_the_way() -> None:
+    """What was generated stays; what follows skips; and its blocks are shared with nobody."""
+    engine = engine_of()
+    dense, changed = Ask(33, 60, 0, None), Ask(33, 60, 0, None).submit(engine)
+    engine.loop.step(10)
+    had = len(changed.token_ids)
+    changed.set_plan(engine.plan_of(POLICIES[2]))
+    answer = changed.result()
+    changed.set_plan(None)  # it has ended: nothing
+    expected = alone(dense)
+    assert answer.token_ids[:had] == expected.token_ids[:had]
+    assert not answer.skip_map[:had].any()
+    assert answer.skip_map[had:].any()
+    assert answer.token_ids != expected.token_ids
+    tokens = LONG[:33] + answer.token_ids
+    again = engine.submit(tokens, max_new_tokens=4, policy=DensePolicy(), eos_token_ids=())
+    fresh = engine_of().submit(tokens, max_new_tokens=4, policy=DensePolicy(), eos_token_ids=())
+    assert again.result().token_ids == fresh.result().token_ids
+
+
 @pytest.mark.parametrize("steps", range(8))
 def test_a_cancelled_request_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Before its first step, while its prompt comes in, while it decodes."""

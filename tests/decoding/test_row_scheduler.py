@@ -320,3 +320,14 @@ def test_nothing_to_do_is_an_empty_step() -> None:
     step = scheduler.plan()
     assert step.empty
     assert scheduler.commit(step, {}) == ()
+
+
+def test_prompt_rows_go_to_the_earliest_deadline_but_a_share_to_the_oldest() -> None:
+    cache = SimulatedCache(prompt_rows=8, slots=3, num_blocks=30)
+    oldest, later, hurried = (
+        cache.add(Sequence(range(at, at + 21), deadline=deadline))
+        for at, deadline in ((0, 9.0), (100, 5.0), (200, 1.0))
+    )
+    rows = [{c.sequence: c.end - c.start for c in cache.run_step().chunks} for _ in range(4)]
+    assert rows[:3] == [{hurried: 6, oldest: 2}, {hurried: 6, oldest: 2}, {hurried: 6, oldest: 2}]
+    assert rows[3] == {hurried: 2, later: 4, oldest: 2}

@@ -10,6 +10,7 @@ from skipkernels.program.reference import REFERENCE
 from skipkernels.program.state import LAYOUTS
 from skipkernels.program.table import OPS, Instruction, instruction
 from skipkernels.skipping.policy import BATCH_RULES, GATE_MODES
+from tests.matrices import random_matrix
 
 
 def test_python_and_native_code_know_the_same_ops() -> None:
@@ -20,7 +21,8 @@ def test_python_and_native_code_know_the_same_ops() -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_python_and_native_code_know_the_same_fields(name: str) -> None:
     op = OPS[name]
-    fields = dict.fromkeys(op.tensors, "tensor") | dict.fromkeys(op.symbols, "size")
+    fields = {field: "matrix" if spec.dtype == "matrix" else "tensor" for field, spec in op.tensors.items()}
+    fields |= dict.fromkeys(op.symbols, "size")
     fields |= {field: kind.__name__ for field, kind in op.scalars.items()}
     assert _C.instruction_set()[name] == fields
 
@@ -64,8 +66,11 @@ def test_a_valid_instruction_knows_its_sizes() -> None:
     [
         ({"bias": torch.zeros(5)}, "o_proj_add: unknown operand 'bias'; it takes attn_output, hidden_states"),
         ({"o_proj": None}, "operand o_proj is missing"),
-        ({"o_proj": [1.0]}, "o_proj must be a tensor, got list"),
-        ({"o_proj": torch.zeros(5, 12, dtype=torch.int8)}, "o_proj has dtype torch.int8"),
+        ({"o_proj": [1.0]}, "o_proj must be a matrix, got list"),
+        (
+            {"o_proj": torch.zeros(5, 12, dtype=torch.int8)},
+            "o_proj: a matrix of torch.int8 is not supported",
+        ),
         ({"hidden_states": torch.zeros(2, 5).half()}, "hidden_states has dtype torch.float16, expected torch.float32"),
         ({"hidden_states": torch.zeros(5)}, r"hidden_states has shape \(5,\), expected \(num_rows, hidden_size\)"),
         ({"hidden_states": torch.zeros(5, 2).T}, r"hidden_states is not contiguous \(strides \(1, 2\)\)"),
@@ -113,8 +118,8 @@ def test_prompt_rows_take_no_part_in_what_is_done_for_sequences() -> None:
     assert of_sequences == ["skip_gate", "lm_head", "sample"]
 
 
-def test_weights_of_one_instruction_share_a_dtype() -> None:
-    with pytest.raises(ValueError, match=r"k_cache has dtype torch.float16, expected torch.float32 as its fellows"):
+def test_both_caches_share_a_dtype() -> None:
+    with pytest.raises(ValueError, match=r"v_cache has dtype torch.float32, expected torch.float16 as its fellows"):
         instruction(
             "qkv_rope_append",
             row_mask=torch.ones(1, dtype=torch.int32),
@@ -137,7 +142,7 @@ def test_weights_of_one_instruction_share_a_dtype() -> None:
     ("change", "message"),
     [
         ({"op": "no_such_op"}, "unknown op 'no_such_op'"),
-        ({"dtype": "fp8"}, "unknown weight dtype 'fp8'; use fp32, bf16 or fp16"),
+        ({"dtype": "fp8"}, "unknown cache dtype 'fp8'; use fp32, bf16 or fp16"),
         ({"num_rows": 0}, "num_rows must be at least 1, got 0"),
         ({"row_mask": 0}, "row_mask is a null pointer"),
         ({"operands": {}}, "embed takes 8 operands, got 0"),
@@ -145,7 +150,17 @@ def test_weights_of_one_instruction_share_a_dtype() -> None:
 )
 def test_native_instructions_are_checked_too(change: dict[str, Any], message: str) -> None:
     names = _C.instruction_set()["embed"]
-    valid = {"op": "embed", "dtype": "fp32", "row_mask": 1, "num_rows": 1, "operands": dict.fromkeys(names, 1)}
+    operands = {name: [(1, "f32", 1)] if kind == "matrix" else 1 for name, kind in names.items()}
+    valid = {"op": "embed", "dtype": "fp32", "row_mask": 1, "num_rows": 1, "operands": operands}
     _C.Instruction(**valid)
     with pytest.raises(ValueError, match=message):
         _C.Instruction(**{**valid, **change})
+
+
+def test_a_matrix_of_blocks_is_an_operand_like_one_of_floats() -> None:
+    ins = instruction(
+        "o_proj_add", **{**operands(), "o_proj": random_matrix("q4_0", 5, 32), "attn_output": torch.zeros(2, 4, 8)}
+    )
+    assert (ins.sizes["hidden_size"], ins.sizes["attention_size"]) == (5, 32)
+    with pytest.raises(ValueError, match="unknown activations 'int4'; use one of int8"):
+        instruction("o_proj_add", activations="int4", **operands())

@@ -50,7 +50,7 @@ class MultimodalModel:
     ) -> None:
         family = family_of(module.config.model_type)
         check_policies(policies, module.config.get_text_config().num_hidden_layers)
-        self._engine = engine = Engine.from_pretrained(module, tokenizer=processor.tokenizer, **options)
+        self.engine = engine = Engine.from_pretrained(module, tokenizer=processor.tokenizer, **options)
         self._encoders = Encoders(module)
         self._policies = dict(policies)
         self._metric = metric
@@ -95,7 +95,10 @@ class MultimodalModel:
         """Encodes the modalities that ``strategy`` keeps, one request at a time, then decodes all prompts as a batch.
         Each row ends at its own limit, stop string or end of sequence."""
         prompts = [self.prompt(inputs, strategy) for inputs in batch]
-        return complete(self._engine, self._policies[strategy.skip_level], batch, prompts)
+        return complete(self.engine, self.policy(strategy), batch, prompts)
+
+    def policy(self, strategy: Strategy) -> Policy:
+        return self._policies[strategy.skip_level]
 
     def prompt(self, inputs: Inputs, strategy: Strategy) -> EmbeddedPrompt:
         """The decoder's input for one request."""

@@ -16,6 +16,7 @@ from skipkernels.engine import Engine
 from skipkernels.modality.job import Request
 from skipkernels.modality.profiler import Sample
 from skipkernels.modality.strategy import Inputs, Strategy, all_strategies
+from skipkernels.model.matrix import float_tensor
 from skipkernels.model.prompt import EmbeddedPrompt
 from skipkernels.skipping.policy import Policy, SkipPolicy
 from skipkernels.workloads.fusion.clips import MODALITIES, Clips
@@ -85,7 +86,7 @@ class FusionModel:
                 encoded = self._network.encode(modality, torch.from_numpy(inputs[modality])[None])[0]
                 token_ids += [PLACEHOLDERS[modality]] * len(encoded)
                 embeddings.append(encoded)
-        table = self.engine.weights.embed_tokens
+        table = float_tensor(self.engine.weights.embed_tokens)
         embeddings.append(table[START : START + 1])
         embedded = torch.cat([one.to(table) for one in embeddings])
         return EmbeddedPrompt([*token_ids, START], embedded)

@@ -62,7 +62,7 @@ def tokens_of(model: MultimodalModel, chat: Chat, strategy: Strategy) -> list[in
     (answer,) = model.run([inputs], strategy)
     prompt_tokens = len(inputs["text"].token_ids[strategy.modalities])
     assert answer.prompt_tokens == prompt_tokens
-    return model._engine.state.token_ids[0, prompt_tokens:][: answer.new_tokens].tolist()
+    return model.engine.state.token_ids[0, prompt_tokens:][: answer.new_tokens].tolist()
 
 
 @strategies
@@ -81,8 +81,8 @@ def test_logits_of_the_first_token_are_those_of_transformers(family: str, strate
     with torch.inference_mode():
         expected = module(**stock_inputs(processor, chat_of(strategy.modalities))).logits[0, -1]
     prompt = model.prompt(model.format.request(chat_of(model.modalities)).inputs, strategy)
-    next(model._engine.stream(prompt, max_new_tokens=1))
-    assert_close(model._engine.state.logits[0], expected, "logits after layers, fp32")
+    next(model.engine.stream(prompt, max_new_tokens=1))
+    assert_close(model.engine.state.logits[0], expected, "logits after layers, fp32")
 
 
 @families

@@ -1,23 +1,26 @@
-// intermediate (rows, intermediate) = silu(gate @ x) * (up @ x), x = rms_norm(hidden_states);
+// intermediate (rows, intermediate) = act(gate @ x) * (up @ x), x = rms_norm(hidden_states);
 // gate_up_proj (2 intermediate, hidden) holds the gate rows, then the up rows. A task is a panel of both.
+#include "activation.h"
 #include "linear.h"
 
 namespace skipkernels::SKIPKERNELS_ISA {
 
-int64_t gate_up_silu_tasks(const Instruction& ins, const Scratch&) {
-    return num_panels(ins.gate_up_silu.intermediate_size);
+int64_t gate_up_act_tasks(const Instruction& ins, const Scratch&) {
+    return num_panels(ins.gate_up_act.intermediate_size);
 }
 
-void gate_up_silu_pack(const Instruction& ins, int begin, int end, Scratch& s) {
-    const GateUpSilu& op = ins.gate_up_silu;
-    pack_rms_norm(ins, op.hidden_states, op.hidden_size, op.post_attention_layernorm, op.rms_norm_eps, begin, end, s);
+void gate_up_act_pack(const Instruction& ins, int begin, int end, Scratch& s) {
+    const GateUpAct& op = ins.gate_up_act;
+    pack_rms_norm(op.gate_up_proj, op.hidden_states, op.hidden_size, op.post_attention_layernorm, op.rms_norm_eps,
+                  begin, end, s);
 }
 
-void gate_up_silu_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
-    const GateUpSilu& op = ins.gate_up_silu;
+void gate_up_act_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
+    const GateUpAct& op = ins.gate_up_act;
     const int64_t k = op.hidden_size;
-    with_weight_type(ins.weight_dtype, [&](auto type) {
-        const auto* gate = static_cast<const decltype(type)*>(op.gate_up_proj);
+    const auto activation = static_cast<Activation>(op.activation);
+    with_float_type(op.gate_up_proj.format, [&](auto type) {
+        const auto* gate = static_cast<const decltype(type)*>(op.gate_up_proj.data);
         const auto* up = gate + op.intermediate_size * k;
         for (int64_t panel = begin; panel < end; ++panel) {
             const int64_t first = panel * cpu::kPanelRows, left = op.intermediate_size - first;
@@ -29,8 +32,7 @@ void gate_up_silu_run(const Instruction& ins, int64_t begin, int64_t end, Scratc
                 const float *g = s.panel + i * cpu::kPanelRows, *u = s.second_panel + i * cpu::kPanelRows;
                 for (int r = 0; r < height; r += Vec::width) {
                     const int n = height - r < Vec::width ? height - r : Vec::width;
-                    const Vec x = load_some(g + r, n);
-                    store_some(out + r, x / (splat(1.0f) + exp(splat(0.0f) - x)) * load_some(u + r, n), n);
+                    store_some(out + r, gated(activation, load_some(g + r, n), load_some(u + r, n)), n);
                 }
             }
         }
