@@ -39,6 +39,9 @@ struct Matrix {
     MatrixPart parts[kMaxParts];
 };
 
+// Bits of `adjusts`, as in skipkernels/program/state.py.
+enum Adjusts : int32_t { kAdjustsBias = 1, kAdjustsCounts = 2, kAdjustsMask = 4 };
+
 enum class GateMode : int32_t { dense = 0, similarity = 1, fixed = 2, random = 3 };
 enum class BatchRule : int32_t { per_row = 0, all = 1, majority = 2 };
 enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
@@ -139,8 +142,11 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
 #define SKIPKERNELS_SAMPLE(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                                   \
   TENSOR(const float, logits) TENSOR(const uint8_t, seen) TENSOR(const int32_t, num_generated)                         \
   TENSOR(const float, temperature) TENSOR(const int32_t, top_k) TENSOR(const float, top_p) TENSOR(const float, min_p)  \
-  TENSOR(const float, repetition_penalty) TENSOR(const int64_t, seed) TENSOR(int32_t, next_token)                      \
-  SIZE(num_sequences) SIZE(vocab_size)
+  TENSOR(const float, repetition_penalty) TENSOR(const int32_t, adjusts) TENSOR(const float, logit_bias)               \
+  TENSOR(const float, frequency_penalty) TENSOR(const float, presence_penalty) TENSOR(const int32_t, token_mask)       \
+  TENSOR(const int64_t, seed) TENSOR(const int32_t, num_logprobs) TENSOR(int32_t, next_token)                          \
+  TENSOR(float, logprobs) TENSOR(int32_t, top_tokens)                                                                  \
+  SIZE(num_sequences) SIZE(vocab_size) SIZE(mask_words) SIZE(max_seq_len) SIZE(num_logprobs_kept) SIZE(num_top_kept)
 
 #define SKIPKERNELS_ADVANCE(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                                  \
   TENSOR(const int32_t, next_token) TENSOR(const int32_t, eos_token_ids) TENSOR(const int32_t, max_new_tokens)         \

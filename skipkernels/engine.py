@@ -41,11 +41,12 @@ from skipkernels.model.module_check import shares_embeddings
 from skipkernels.model.prompt import EmbeddedPrompt
 from skipkernels.model.prompts import Prompt, encode, listed_prompts, single_prompt
 from skipkernels.model.shards import Shards
-from skipkernels.model.weights import ModelWeights, fill_rope, load_checkpoint, pack_module
+from skipkernels.model.weights import ModelWeights, fill_rope, interleave, load_checkpoint, pack_module
 from skipkernels.program.program import NO_NEURON_ROWS, Variant, build_program
 from skipkernels.program.state import MAX_EOS, DecodeState
 from skipkernels.skipping.policy import DensePolicy, GatePlan, Policy
 from skipkernels.skipping.policy_file import load_policy
+from skipkernels.support.machine import default_threads
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -83,6 +84,8 @@ class Engine:
             raise DeviceError(f"the weights are on {weights.embed_tokens.device}, not on {self.execution.device}")
         if weights.neuron_rows and self.execution.on_gpu:
             raise DeviceError("neurons can be left out on device 'cpu' only: there are no GPU kernels for it yet")
+        if self.execution.executor == "cpu":
+            interleave(weights, self.execution.num_threads or default_threads())
         self.config = config
         self.weights = weights
         self.tokenizer = tokenizer
@@ -376,6 +379,8 @@ class Engine:
         for given in embedded:
             if given is not None:
                 given.check(self.config, self.weights.embed_tokens, self.max_seq_len)
+        for param in sampling:
+            self._check_bias(param)
         plan = self.plan_of(self.policy if policy is None else policy)
         requests = [
             Request(
@@ -391,6 +396,11 @@ class Engine:
             for tokens, param, given in zip(token_ids, sampling, embedded, strict=True)
         ]
         return Decoding(self.loop, self.loop.submit_all(requests))
+
+    def _check_bias(self, sampling: SamplingParams) -> None:
+        for token, _ in sampling.logit_bias:
+            if not 0 <= token < self.config.vocab_size:
+                raise RequestError(f"logit_bias: token {token} is outside the vocabulary of {self.config.vocab_size}")
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text with the tokenizer's special tokens, a chat through its template."""

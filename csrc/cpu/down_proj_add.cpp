@@ -7,7 +7,7 @@
 namespace skipkernels::SKIPKERNELS_ISA {
 
 int64_t down_proj_add_tasks(const Instruction& ins, const Scratch&) {
-    return num_panels(ins.down_proj_add.hidden_size);
+    return num_matrix_tasks(ins.down_proj_add.down_proj, ins.down_proj_add.hidden_size);
 }
 
 void down_proj_add_pack(const Instruction& ins, int begin, int end, Scratch& s) {
@@ -17,15 +17,12 @@ void down_proj_add_pack(const Instruction& ins, int begin, int end, Scratch& s) 
 
 void down_proj_add_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
     const DownProjAdd& op = ins.down_proj_add;
-    with_float_type(op.down_proj.format, [&](auto type) {
-        const auto* w = static_cast<const decltype(type)*>(op.down_proj.data);
-        for_panels(w, op.hidden_size, op.intermediate_size, begin, end, s, [&](int64_t first, int height) {
-            for (int i = 0; i < s.num_rows; ++i) {
-                const int row = s.rows[i];
-                add_panel(op.hidden_states + row * op.hidden_size, s.panel + i * cpu::kPanelRows, first, height, row,
-                          op.similarity_partials, op.num_sequences);
-            }
-        });
+    for_tasks(op.down_proj, op.hidden_size, op.intermediate_size, begin, end, s, [&](int64_t first, int height) {
+        for (int i = 0; i < s.num_rows; ++i) {
+            const int row = s.rows[i];
+            add_panel(op.hidden_states + row * op.hidden_size, s.panel + i * cpu::kPanelRows, first, height, row,
+                      op.similarity_partials, op.num_sequences);
+        }
     });
 }
 

@@ -215,8 +215,16 @@ def build_program(
         top_p=s.top_p,
         min_p=s.min_p,
         repetition_penalty=s.repetition_penalty,
+        adjusts=s.adjusts,
+        logit_bias=s.logit_bias,
+        frequency_penalty=s.frequency_penalty,
+        presence_penalty=s.presence_penalty,
+        token_mask=s.token_mask,
         seed=s.seed,
+        num_logprobs=s.num_logprobs,
         next_token=s.next_token,
+        logprobs=s.logprobs,
+        top_tokens=s.top_tokens,
     )
     record(
         "advance",

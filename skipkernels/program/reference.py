@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from skipkernels.model.config import ACTIVATIONS
 from skipkernels.model.matrix import dequantized, weight_rows
 from skipkernels.program.philox import GATE_STREAM, SAMPLE_STREAM, philox_uniform
-from skipkernels.program.state import DECODING, ENDED, WAITS_FOR_BLOCK
+from skipkernels.program.state import (
+    ADJUSTS_BIAS,
+    ADJUSTS_COUNTS,
+    ADJUSTS_MASK,
+    DECODING,
+    ENDED,
+    WAITS_FOR_BLOCK,
+    counted,
+)
 from skipkernels.program.table import OPS, Instruction
 from skipkernels.skipping.policy import BATCH_RULES, GATE_MODES
 
@@ -34,13 +42,15 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 ACTIVATION_BLOCK = 32
 """Activations that share a scale where they are in int8."""
+SMALLEST_ACTIVATION = 1e-30
+"""A block without a larger one is zero: 127 divided by it could be infinite."""
 
 
 def int8_activations(x: torch.Tensor) -> torch.Tensor:
     """x [columns] as int8 with a scale per block represents it, in fp32 again."""
     blocks = x.view(-1, ACTIVATION_BLOCK)
     largest = blocks.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, 127 / largest, 0)
+    inverse = torch.where(largest >= SMALLEST_ACTIVATION, 127 / largest, 0)
     return (torch.round(blocks * inverse) * (largest / 127)).view(-1)
 
 
@@ -367,20 +377,46 @@ def lm_head(ins: Instruction) -> None:
 def sample(ins: Instruction) -> None:
     t = ins.tensors
     for row in ins.rows:
-        scores = penalised_scores(t["logits"][row], t["seen"][row], t["repetition_penalty"][row])
-        temperature = t["temperature"][row]
-        if temperature == 0:
-            t["next_token"][row] = int(scores.argmax())
-            continue
-        scores = scores / temperature
-        if not scores.max().isfinite():  # nothing to draw from: NaN, or an infinite score
-            t["next_token"][row] = int(scores.argmax())
-            continue
-        keep = kept_tokens(scores, int(t["top_k"][row]), float(t["top_p"][row]), float(t["min_p"][row]))
-        ids = keep.nonzero()[:, 0]
-        uniform = philox_uniform(int(t["seed"][row]), ids.numpy(), int(t["num_generated"][row]), SAMPLE_STREAM)
-        gumbel = -torch.log(-torch.log(torch.from_numpy(uniform)))
-        t["next_token"][row] = int(ids[(scores[ids].double() + gumbel).argmax()])
+        token = t["next_token"][row] = chosen_token(t, row)
+        if count := int(t["num_logprobs"][row]):
+            logprobs = t["logits"][row].double().log_softmax(0).float()
+            step = int(t["num_generated"][row])
+            top = torch.sort(t["logits"][row], descending=True, stable=True).indices[: count - 1].int()
+            t["logprobs"][row, step, 0] = logprobs[token]
+            t["logprobs"][row, step, 1 : 1 + len(top)] = logprobs[top]
+            t["top_tokens"][row, step, : len(top)] = top
+
+
+def chosen_token(t: dict[str, torch.Tensor], row: int) -> int:
+    """Of one row of ``sample``."""
+    scores = adjusted_scores(t, row)
+    temperature = t["temperature"][row]
+    if temperature == 0:
+        return int(scores.argmax())
+    scores = scores / temperature
+    if not scores.max().isfinite():  # nothing to draw from: NaN, or an infinite score
+        return int(scores.argmax())
+    keep = kept_tokens(scores, int(t["top_k"][row]), float(t["top_p"][row]), float(t["min_p"][row]))
+    ids = keep.nonzero()[:, 0]
+    uniform = philox_uniform(int(t["seed"][row]), ids.numpy(), int(t["num_generated"][row]), SAMPLE_STREAM)
+    gumbel = -torch.log(-torch.log(torch.from_numpy(uniform)))
+    return int(ids[(scores[ids].double() + gumbel).argmax()])
+
+
+def adjusted_scores(t: dict[str, torch.Tensor], row: int) -> torch.Tensor:
+    """Scores [vocab] before the temperature."""
+    scores, seen, adjusts = t["logits"][row], t["seen"][row], int(t["adjusts"][row])
+    if adjusts & ADJUSTS_BIAS:
+        scores = scores + t["logit_bias"][row]
+    scores = penalised_scores(scores, seen, t["repetition_penalty"][row])
+    if adjusts & ADJUSTS_COUNTS:
+        times = (seen >> 1).float()
+        fewer = scores - times * t["frequency_penalty"][row] - t["presence_penalty"][row]
+        scores = torch.where(times > 0, fewer, scores)
+    if adjusts & ADJUSTS_MASK:
+        allowed = (t["token_mask"][row][:, None] >> torch.arange(32)) & 1
+        scores = torch.where(allowed.flatten()[: scores.numel()] != 0, scores, -math.inf)
+    return scores
 
 
 def penalised_scores(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
@@ -422,7 +458,7 @@ def advance(ins: Instruction) -> None:
         position = int(t["row_position"][row])
         t["token_ids"][row, position] = token
         t["input_ids"][row] = token
-        t["seen"][row, token] = 1
+        t["seen"][row, token] = counted(int(t["seen"][row, token]))
         ended = bool(
             (t["eos_token_ids"][row] == token).any()
             or t["num_generated"][row] >= t["max_new_tokens"][row]

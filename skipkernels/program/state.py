@@ -13,8 +13,18 @@ from skipkernels.skipping.policy import BATCH_RULES, GATE_MODES, GatePlan
 
 MAX_EOS = 16
 """End-of-sequence tokens one sequence may have."""
+MAX_TOP_LOGPROBS = 20
+"""Likeliest tokens that can be told for each generated one, as many as OpenAI's."""
+ADJUSTS_BIAS, ADJUSTS_COUNTS, ADJUSTS_MASK = 1, 2, 4
+"""Bits of ``adjusts``: what changes a sequence's logits before its token is chosen."""
+_MOST_SEEN = 255  # of a u8
 ENDED, DECODING, WAITS_FOR_BLOCK = range(3)
 """What ``progress`` says of a sequence."""
+
+
+def counted(seen: int) -> int:
+    """What ``seen`` holds of a token after it was generated once more."""
+    return min((seen | 1) + 2, _MOST_SEEN)
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class DecodeState:
     # per sequence
     next_token: torch.Tensor  # i32 [sequences]
     token_ids: torch.Tensor  # host, i32 [sequences, max_seq_len + 1], prompt and generated
-    seen: torch.Tensor  # u8 [sequences, vocab], 1 where the token stands in token_ids
+    seen: torch.Tensor  # u8 [sequences, vocab]: 1 where the token stands in token_ids, and 2 for each time generated
     num_generated: torch.Tensor  # i32 [sequences], new tokens so far
     progress: torch.Tensor  # host, i32 [sequences, 2]: num_generated, and ENDED, DECODING or WAITS_FOR_BLOCK
     block_table: torch.Tensor  # i32 [sequences, ceil(max_seq_len / block_size)], -1 where there is no block
@@ -70,7 +80,15 @@ class DecodeState:
     top_p: torch.Tensor  # f32 [sequences]
     min_p: torch.Tensor  # f32 [sequences]
     repetition_penalty: torch.Tensor  # f32 [sequences]
+    adjusts: torch.Tensor  # i32 [sequences]: ADJUSTS_BIAS, ADJUSTS_COUNTS, ADJUSTS_MASK
+    logit_bias: torch.Tensor  # f32 [sequences, vocab]
+    frequency_penalty: torch.Tensor  # f32 [sequences]
+    presence_penalty: torch.Tensor  # f32 [sequences]
+    token_mask: torch.Tensor  # i32 [sequences, ceil(vocab / 32)], a bit for each token that is allowed
     seed: torch.Tensor  # i64 [sequences]
+    num_logprobs: torch.Tensor  # i32 [sequences]: 0 none, else 1 for the token's own and 1 for each of the likeliest
+    logprobs: torch.Tensor  # host, f32 [sequences, max_seq_len, 1 + MAX_TOP_LOGPROBS], of every generated token
+    top_tokens: torch.Tensor  # host, i32 [sequences, max_seq_len, MAX_TOP_LOGPROBS]
     max_new_tokens: torch.Tensor  # i32 [sequences]
     eos_token_ids: torch.Tensor  # i32 [sequences, MAX_EOS], -1 pads
     # the skip policy of each sequence
@@ -173,7 +191,15 @@ class DecodeState:
             top_p=buffer(f32, sequences, fill=1.0),
             min_p=buffer(f32, sequences),
             repetition_penalty=buffer(f32, sequences, fill=1.0),
+            adjusts=buffer(i32, sequences),
+            logit_bias=buffer(f32, sequences, config.vocab_size),
+            frequency_penalty=buffer(f32, sequences),
+            presence_penalty=buffer(f32, sequences),
+            token_mask=buffer(i32, sequences, -(-config.vocab_size // 32)),
             seed=buffer(i64, sequences),
+            num_logprobs=buffer(i32, sequences),
+            logprobs=host_buffer(f32, sequences, max_seq_len, 1 + MAX_TOP_LOGPROBS),
+            top_tokens=host_buffer(i32, sequences, max_seq_len, MAX_TOP_LOGPROBS),
             max_new_tokens=buffer(i32, sequences),
             eos_token_ids=buffer(i32, sequences, MAX_EOS, fill=-1),
             gate_mode=buffer(i32, sequences),
@@ -260,6 +286,8 @@ class DecodeState:
         self.token_ids[slot, :tokens] = token_ids
         self.seen[slot].zero_()
         self.seen[slot, token_ids.to(self.seen.device).long()] = 1
+        for token in token_ids[tokens - num_generated :].tolist():
+            self.seen[slot, token] = counted(int(self.seen[slot, token]))
         self.input_ids[slot] = token_ids[-1]
         self.row_position[slot] = tokens - 1
         self.num_generated[slot] = num_generated

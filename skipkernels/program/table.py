@@ -358,10 +358,18 @@ OPS: dict[str, Op] = {
             "sample",
             """next_token = argmax of the logits (temperature 0), or a draw from them.
 
-            In transformers' order: repetition penalty on ``seen`` tokens, temperature, top-k (0: off), top-p (1: off),
-            min-p (0: off). The draw is Gumbel-max with one Philox4x32-10 number per token id, keyed by (seed,
+            In transformers' order: logit_bias (added), repetition penalty on ``seen`` tokens, frequency and presence
+            penalty (OpenAI's: count * frequency_penalty is subtracted, then presence_penalty, from tokens generated
+            ``seen`` >> 1 times), token_mask, temperature, top-k (0: off), top-p (1: off), min-p (0: off). ``adjusts``
+            says which of them a row has: 1 bias, 2 frequency and presence, 4 mask; the others are not read. Bit
+            t % 32 of word t / 32 of token_mask is set where token t is allowed. Every operation is one fp32 rounding.
+
+            The draw is Gumbel-max with one Philox4x32-10 number per token id, keyed by (seed,
             num_generated): the same seed gives the same tokens on every executor, alone or in a batch. Where the
             largest score is NaN or infinite, the argmax is taken (the first NaN, where there is one).
+
+            Where num_logprobs is n > 0, logprobs and top_tokens at num_generated get log softmax of the logits as the
+            model made them: of next_token first, then of the n - 1 likeliest tokens (the lower id of equals first).
             """,
             {
                 "logits": _t("f32 num_sequences vocab_size"),
@@ -372,15 +380,28 @@ OPS: dict[str, Op] = {
                 "top_p": _t("f32 num_sequences"),
                 "min_p": _t("f32 num_sequences"),
                 "repetition_penalty": _t("f32 num_sequences"),
+                "adjusts": _t("i32 num_sequences"),
+                "logit_bias": _t("f32 num_sequences vocab_size"),
+                "frequency_penalty": _t("f32 num_sequences"),
+                "presence_penalty": _t("f32 num_sequences"),
+                "token_mask": _t("i32 num_sequences mask_words"),
                 "seed": _t("i64 num_sequences"),
+                "num_logprobs": _t("i32 num_sequences"),
                 "next_token": _t("i32 num_sequences", "out"),
+                "logprobs": _t("f32 num_sequences max_seq_len num_logprobs_kept", "inout", on_host=True),
+                "top_tokens": _t("i32 num_sequences max_seq_len num_top_kept", "inout", on_host=True),
             },
+            relations=(
+                ("mask_words = vocab_size / 32, rounded up", lambda s: s["mask_words"] == -(-s["vocab_size"] // 32)),
+                ("logprobs has one more", lambda s: s["num_logprobs_kept"] == s["num_top_kept"] + 1),
+            ),
             rows="num_sequences",
         ),
         Op(
             "advance",
             """Ends a step. Decode rows: records run_ffn and similarity under ``num_generated``, appends next_token to
-            token_ids, moves row_position and num_generated on, clears ``active`` at an end-of-sequence token, at
+            token_ids, counts it in ``seen`` (1: in the prompt; 2 more for each time it was generated, up to 127 times),
+            moves row_position and num_generated on, clears ``active`` at an end-of-sequence token, at
             max_new_tokens or at max_seq_len, and arms run_ffn, similarity and skip_remaining for the next step. Where
             the next position has no block in block_table (-1), the row rests until the host has given it one:
             ``active`` and run_ffn are cleared and the rest is as if it went on. ``progress``, written last, tells the
