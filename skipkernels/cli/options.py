@@ -13,7 +13,7 @@ _MODEL_PANEL = "Model"
 _POLICY_PANEL = "Which FFNs to skip"
 _SAMPLING_PANEL = "Sampling (default: greedy)"
 
-Model = Annotated[str, typer.Argument(help='Checkpoint folder, hub id, or "demo".', show_default=False)]
+Model = Annotated[str, typer.Argument(help='Checkpoint folder, hub id, GGUF file, or "demo".', show_default=False)]
 Prompt = Annotated[str, typer.Argument(help="Text to continue.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 

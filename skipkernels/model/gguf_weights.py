@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from skipkernels.errors import ModelError
 from skipkernels.model.config import ModelConfig, dtype_name
 from skipkernels.model.gguf_tensors import GgufTensors
 from skipkernels.model.matrix import BLOCK_FORMATS, FLOAT_FORMATS, AnyMatrix, stacked
@@ -26,14 +27,21 @@ def load_gguf(
     dtype: torch.dtype | None,
     max_seq_len: int,
     device: torch.device | str = "cpu",
+    neuron_rows: bool = False,
 ) -> ModelWeights:
     """Packed weights. With ``dtype`` all of them are floats; with None a matrix keeps the file's format, and one whose
-    format has no kernels, or that is stacked with floats, is dequantised to ``float_dtype``."""
+    format has no kernels, or that is stacked with floats, is dequantised to ``float_dtype``.
+
+    Raises:
+        ModelError: ``neuron_rows`` without ``dtype``; blocks cannot lie transposed.
+    """
     if dtype is not None:
-        weights = allocate_weights(config, dtype, max_seq_len, device)
+        weights = allocate_weights(config, dtype, max_seq_len, device, neuron_rows)
         views = parameter_views(config, weights)
         for name, view in views.items():
             tensors.copy_floats(name, view)
+    elif neuron_rows:
+        raise ModelError(f"{tensors.file.path}: neurons are left out of float weights only; load it with dtype bf16")
     else:
         weights = _in_own_formats(tensors, config, max_seq_len, device)
         views = {name: tensor for name, tensor in weights.tensors() if isinstance(tensor, torch.Tensor)}

@@ -355,10 +355,12 @@ def test_a_length_that_no_memory_holds_is_refused() -> None:
         tiny_engine("llama with yarn rope", max_seq_len=1 << 40)
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "there.gguf"])
-def test_a_gguf_file_is_called_that(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"), [("model.gguf", "model.gguf: no such file"), ("there.gguf", "there.gguf: is truncated")]
+)
+def test_a_gguf_file_that_is_none(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "there.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match="GGUF files are not read"):
+    with pytest.raises(ModelError, match=message):
         engine_of(tmp_path / name)
 
 

@@ -89,7 +89,7 @@ def test_a_broken_file_is_one_line(tmp_path: Path, name: str, content: str | byt
 
 def test_other_bad_input_is_one_line(owls: Path, tmp_path: Path) -> None:
     assert_one_line("not valid Unicode", "generate", str(owls), "\udcff", "--dense")
-    assert_one_line("GGUF files are not read", "generate", "model.gguf", "x")
+    assert_one_line("model.gguf: no such file", "generate", "model.gguf", "x")
     assert_one_line("--threads", "generate", str(owls), "x", "--threads", "100000", code=2)
     save(tmp_path, tokenizer=True)
     edit_json(tmp_path, "tokenizer_config.json", chat_template="{{ raise_exception('no') }}")
