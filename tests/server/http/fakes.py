@@ -118,6 +118,7 @@ class EchoModel:
             prompt_tokens=len(inputs["text"][1].split()),
             new_tokens=len(answer),
             skip_ratio=strategy.skip_level,
+            after_first_ms=1.0,
         )
 
 
