@@ -39,6 +39,7 @@ CPU_SOURCES = [
     "csrc/cpu/executor.cpp",
     "csrc/cpu/thread_pool.cpp",
     "csrc/cpu/bandwidth.cpp",
+    "csrc/cpu/blocks.cpp",
     "csrc/cpu/embed.cpp",
     "csrc/cpu/skip_gate.cpp",
     "csrc/cpu/sample.cpp",

@@ -41,11 +41,12 @@ from skipkernels.model.module_check import shares_embeddings
 from skipkernels.model.prompt import EmbeddedPrompt
 from skipkernels.model.prompts import Prompt, encode, listed_prompts, single_prompt
 from skipkernels.model.shards import Shards
-from skipkernels.model.weights import ModelWeights, fill_rope, load_checkpoint, pack_module
+from skipkernels.model.weights import ModelWeights, fill_rope, interleave, load_checkpoint, pack_module
 from skipkernels.program import build_program
 from skipkernels.program.state import MAX_EOS, DecodeState
 from skipkernels.skipping.policy import DensePolicy, GatePlan, Policy
 from skipkernels.skipping.policy_file import load_policy
+from skipkernels.support.machine import default_threads
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -81,6 +82,8 @@ class Engine:
         refuse_while_capturing(self.execution.device)
         if (weights.embed_tokens.device.type == "cuda") != self.execution.on_gpu:
             raise DeviceError(f"the weights are on {weights.embed_tokens.device}, not on {self.execution.device}")
+        if self.execution.executor == "cpu":
+            interleave(weights, self.execution.num_threads or default_threads())
         self.config = config
         self.weights = weights
         self.tokenizer = tokenizer

@@ -6,7 +6,7 @@
 namespace skipkernels::SKIPKERNELS_ISA {
 
 int64_t down_proj_add_tasks(const Instruction& ins, const Scratch&) {
-    return num_panels(ins.down_proj_add.hidden_size);
+    return num_matrix_tasks(ins.down_proj_add.down_proj, ins.down_proj_add.hidden_size);
 }
 
 void down_proj_add_pack(const Instruction& ins, int begin, int end, Scratch& s) {
@@ -28,21 +28,18 @@ static void add_and_compare(float* hidden, const float* branch, int height, floa
 void down_proj_add_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
     const DownProjAdd& op = ins.down_proj_add;
     const int64_t compared = op.similarity_partials ? op.num_sequences : 0;
-    with_float_type(op.down_proj.format, [&](auto type) {
-        const auto* w = static_cast<const decltype(type)*>(op.down_proj.data);
-        for_panels(w, op.hidden_size, op.intermediate_size, begin, end, s, [&](int64_t first, int height) {
-            for (int i = 0; i < s.num_rows; ++i) {
-                const int row = s.rows[i];
-                float* hidden = op.hidden_states + row * op.hidden_size + first;
-                const float* branch = s.panel + i * cpu::kPanelRows;
-                if (row < compared) {
-                    const int64_t at = first / cpu::kPanelRows * op.num_sequences + row;
-                    add_and_compare(hidden, branch, height, op.similarity_partials + 3 * at);
-                } else {
-                    for (int r = 0; r < height; ++r) hidden[r] += branch[r];
-                }
+    for_tasks(op.down_proj, op.hidden_size, op.intermediate_size, begin, end, s, [&](int64_t first, int height) {
+        for (int i = 0; i < s.num_rows; ++i) {
+            const int row = s.rows[i];
+            float* hidden = op.hidden_states + row * op.hidden_size + first;
+            const float* branch = s.panel + i * cpu::kPanelRows;
+            if (row < compared) {
+                const int64_t at = first / cpu::kPanelRows * op.num_sequences + row;
+                add_and_compare(hidden, branch, height, op.similarity_partials + 3 * at);
+            } else {
+                for (int r = 0; r < height; ++r) hidden[r] += branch[r];
             }
-        });
+        }
     });
 }
 

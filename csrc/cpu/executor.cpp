@@ -69,7 +69,7 @@ struct Needs {
         rows = std::max(rows, num_rows);
         if (const size_t columns = packed_columns(ins)) {
             own_x = std::max(own_x, std::min<size_t>(num_rows, kFewRows) * columns);
-            panel = std::max(panel, num_rows * kPanelRows);
+            panel = std::max(panel, kBlockPanels * num_rows * kPanelRows);
             if (num_rows > kFewRows) shared_x = std::max(shared_x, num_rows * columns);
         }
         if (ins.op == OpCode::qkv_rope_append)

@@ -12,6 +12,7 @@ namespace skipkernels::cpu {
 
 constexpr int kMaxVecWidth = 16;
 constexpr int kPanelRows = 24;         // weight rows computed together; divisible by every register tile's height
+constexpr int kBlockPanels = 2;        // panels of a task where weights are quantised: three groups of 16 rows
 constexpr int kMaxTile = 4;            // rows in one register tile
 constexpr int kFewRows = 8;            // that each thread packs for itself; more are packed once for all threads
 constexpr int kAttentionQueries = 32;  // query heads of a tile of rows that share one read of keys and values
@@ -52,7 +53,7 @@ struct Scratch {
     float* own_x;         // few rows, packed by each thread for itself
     float* shared_x;      // many rows, packed once for all threads
     float* accumulators;  // [kPanelRows][kMaxTile][kMaxVecWidth], the panel between two blocks of k
-    float* panel;         // [num_rows][kPanelRows], a panel's results
+    float* panel;         // [kBlockPanels][num_rows][kPanelRows], the panels' results
     float* second_panel;  // another, for ops that combine two
     float* op_scratch;    // what an op wants for itself; qkv_rope_append: (num_rows, head_dim), a head's outputs
     const int* rows;      // the rows with row_mask != 0, one list for all threads

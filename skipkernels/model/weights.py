@@ -15,7 +15,7 @@ import torch
 
 from skipkernels.errors import DeviceError, ModelError
 from skipkernels.model.config import ModelConfig
-from skipkernels.model.matrix import AnyMatrix, float_tensor
+from skipkernels.model.matrix import AnyMatrix, Matrix, StackedMatrix, float_tensor
 from skipkernels.model.module_check import check_module
 from skipkernels.model.shards import Shards
 from skipkernels.skipping.fingerprint import WeightsHash, fingerprint
@@ -77,6 +77,23 @@ class ModelWeights:
     def fingerprint(self, config: ModelConfig) -> str:
         """Binds a policy file to a model: the same checkpoint has the same one in every dtype."""
         return fingerprint(config.architecture_hash(), (self.layers[0].input_layernorm, self.norm), self.contents)
+
+
+def interleave(weights: ModelWeights, num_threads: int = 1) -> None:
+    """Replaces every matrix of blocks by its interleaved copy, which the C++ kernels read; one at a time, so that its
+    source can go. A tied lm_head stays the same matrix as embed_tokens."""
+    tied = weights.lm_head is weights.embed_tokens
+    for layer in weights.layers:
+        for item in fields(layer):
+            matrix = getattr(layer, item.name)
+            if isinstance(matrix, Matrix | StackedMatrix):
+                setattr(layer, item.name, matrix.interleaved(num_threads))
+    if isinstance(weights.embed_tokens, Matrix | StackedMatrix):
+        weights.embed_tokens = weights.embed_tokens.interleaved(num_threads)
+    if tied:
+        weights.lm_head = weights.embed_tokens
+    elif isinstance(weights.lm_head, Matrix | StackedMatrix):
+        weights.lm_head = weights.lm_head.interleaved(num_threads)
 
 
 def expected_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -42,13 +42,15 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 ACTIVATION_BLOCK = 32
 """Activations that share a scale where they are in int8."""
+SMALLEST_ACTIVATION = 1e-30
+"""A block without a larger one is zero: 127 divided by it could be infinite."""
 
 
 def int8_activations(x: torch.Tensor) -> torch.Tensor:
     """x [columns] as int8 with a scale per block represents it, in fp32 again."""
     blocks = x.view(-1, ACTIVATION_BLOCK)
     largest = blocks.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, 127 / largest, 0)
+    inverse = torch.where(largest >= SMALLEST_ACTIVATION, 127 / largest, 0)
     return (torch.round(blocks * inverse) * (largest / 127)).view(-1)
 
 
