@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -118,8 +119,9 @@ class _Writer:
         """``ignored``: fields of the request, for a header."""
         self._send_message = send
         self._timeout_s = timeout_s
-        named = ", ".join(ignored)[:_MOST_NAMED].encode("ascii", "replace")
-        self._warning = [(b"x-skipkernels-ignored", named)] if ignored else []
+        # their names are the client's, and a header is no place for whatever it sends
+        named = ", ".join(re.sub(r"[^\w.-]", "?", name, flags=re.ASCII) for name in ignored)
+        self._warning = [(b"x-skipkernels-ignored", named[:_MOST_NAMED].rstrip().encode())] if ignored else []
 
     async def whole(self, status: int, document: dict[str, Any]) -> None:
         body = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()

@@ -242,7 +242,7 @@ def decode_messages(
         HttpError: too much, another modality, or undecodable.
     """
     given = list(_parts(messages))
-    media = sum(not isinstance(part, str) for _, part in given)
+    media = sum(not isinstance(part, str) and part.type != "text" for _, part in given)
     if media > limits.max_parts:
         raise HttpError(413, "too_many_parts", f"{media} parts in all messages; a request may have {limits.max_parts}")
     for param, part in given:

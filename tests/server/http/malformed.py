@@ -216,9 +216,9 @@ def _wrong_key(rng: random.Random) -> Malformed:
 def _too_many(rng: random.Random) -> Malformed:
     asked = _valid(rng)
     if rng.random() < 0.5:
-        asked["messages"] *= 100
+        asked["messages"] *= 1100
         return _dumped("messages", asked)
-    asked["messages"][-1]["content"] = [text_part()] * rng.randint(65, 2000)
+    asked["messages"][-1]["content"] = [text_part()] * rng.randint(1025, 2000)
     return _dumped("parts", asked)
 
 
