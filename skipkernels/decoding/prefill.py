@@ -7,6 +7,7 @@ which is built for them; and calibration looks at the residual stream of every l
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ CHUNK = 512
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 """Called as (layer, before, after) with the residual stream [tokens, hidden] around each FFN."""
 
+Products = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Called as (layer, activated gate, up), each [tokens, intermediate]; returns what goes into down_proj."""
+
 
 @torch.inference_mode()
 def prefill(
@@ -37,6 +41,8 @@ def prefill(
     run_map: torch.Tensor | None = None,
     embedded: EmbeddedPrompt | None = None,
     observe: Observer | None = None,
+    products: Products | None = None,
+    resume: tuple[int, torch.Tensor] | None = None,
 ) -> None:
     """Caches consecutive tokens of the sequence in ``slot``, whose blocks are in the table.
 
@@ -46,6 +52,8 @@ def prefill(
         run_map: u8 [tokens, layers]: which FFNs run, for tokens that were generated under a policy and are computed
             again; None: all.
         embedded: the whole prompt's embeddings and positions, in place of the tokens' own.
+        products: takes the place of activated gate times up.
+        resume: a layer, and the residual stream before it: the layers below are left out. At most ``CHUNK`` tokens.
     """
     device = weights.embed_tokens.device
     ids = tokens.to(device).long()
@@ -58,10 +66,11 @@ def prefill(
         if embedded:
             hidden = embedded.embeddings[first:last].to(hidden)
         rope = _rope(config, weights, first, last, axes)
-        for index, layer in enumerate(weights.layers):
+        begin, hidden = resume or (0, hidden)
+        for index, layer in enumerate(weights.layers[begin:], start=begin):
             cache = _PagedLayer(state, index, slot, last)
             hidden = hidden + _attention(config, layer, index, hidden, first, rope, cache)
-            change = _ffn(config, layer, hidden)
+            change = _ffn(config, layer, hidden, None if products is None else partial(products, index))
             if run_map is not None:
                 change = torch.where(run_map[offset:end, index, None].to(device) != 0, change, 0)
             before, hidden = hidden, hidden + change
@@ -139,11 +148,16 @@ def _rope(
     return cos.to(weights.dtype), sin.to(weights.dtype)
 
 
-def _ffn(config: ModelConfig, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
+def _ffn(
+    config: ModelConfig,
+    layer: LayerWeights,
+    hidden: torch.Tensor,
+    products: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
     """The FFN branch of a layer for [tokens, hidden], without the residual."""
     x = _rms_norm(hidden, layer.post_attention_layernorm, config.rms_norm_eps)
     gate, up = F.linear(x, as_tensor(layer.gate_up_proj, hidden.dtype)).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, as_tensor(layer.down_proj, hidden.dtype))
+    return F.linear((products or torch.mul)(F.silu(gate), up), as_tensor(layer.down_proj, hidden.dtype))
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
