@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -173,14 +174,14 @@ class PolicyOptions:
     def _calibrate(self, engine: Engine, options: ModelOptions, ratio: float) -> Policy:
         """Calibrates now, on fewer passages than ``skipkernels calibrate`` by default."""
         source, texts = calibration_texts(engine, options.model, self.text)
-        given = self.parameters
+        given = self.parameters | {"text_label": source}
         if "span" in given:
             given["spans"] = (given.pop("span"),)
         rows = engine.with_rows(CALIBRATION_ROWS)
         calibration = run_calibration(rows, texts, ratio, passages=16, **given)
         err.print(
-            f"[dim]calibrated on {source}: {calibration.held_out.skip_ratio:.1%} of the FFNs skipped on held-out "
-            f"text, {calibration.held_out.top1_agreement:.1%} the dense model's token. "
+            f"[dim]calibrated on {source}: {calibration.best.kind}, {calibration.held_out.skip_ratio:.1%} of the FFN "
+            f"bytes not read on held-out text, {calibration.held_out.top1_agreement:.1%} the dense model's token. "
             "`skipkernels calibrate` keeps such a policy in a file[/]"
         )
         return calibration.policy
@@ -203,13 +204,16 @@ def run_calibration(engine: Engine, texts: Sequence[str | Sequence[int]], ratio:
         return calibrate(engine, texts, ratio, progress=report, **options)
 
 
-def calibration_texts(engine: Engine, model: str, file: Path | None) -> tuple[str, list[str | Sequence[int]]]:
-    """A label and the text to calibrate on: the file's, or else built-in text."""
-    if file is not None:
-        return str(file), [read_text(file)]
-    from skipkernels.cli.builtin_text import demo_streams, documentation
+def calibration_texts(
+    engine: Engine, model: str, files: Sequence[Path] | None
+) -> tuple[str, list[str | Sequence[int]]]:
+    """A label and the texts to calibrate on: the files', or else built-in text."""
+    if files:
+        return ", ".join(map(str, files)), [read_text(file) for file in files]
+    from skipkernels.cli.builtin_text import demo_streams, kinds_of_text
 
-    with err.status("collecting the standard library's documentation ..."):
+    with err.status("collecting text of this Python installation ..."):
         if model == DEMO and engine.tokenizer is not None:
             return "documentation and facts", list(demo_streams(engine.tokenizer))
-        return "the standard library's documentation", ["\n\n".join(documentation())]
+        kinds = kinds_of_text()
+        return f"{', '.join(kinds)} of Python {platform.python_version()}", list(kinds.values())

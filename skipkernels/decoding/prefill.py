@@ -78,6 +78,12 @@ def prefill(
                 observe(index, before, hidden)
 
 
+def final_logits(config: ModelConfig, weights: ModelWeights, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [tokens, vocab] of the residual stream after the last layer, [tokens, hidden]."""
+    x = _rms_norm(hidden, weights.norm, config.rms_norm_eps)
+    return F.linear(x, as_tensor(weights.lm_head, hidden.dtype))
+
+
 class _PagedLayer:
     """The keys and values of one layer of one sequence, as [kv_heads, positions, head_dim]."""
 
