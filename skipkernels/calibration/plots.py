@@ -57,6 +57,14 @@ def plot_trace(trace: TraceMap, path: str | Path, title: str) -> None:
     figure, axes = plt.subplots(figsize=(min(40.0, 3.0 + 0.17 * tokens), 2.6 + 0.13 * layers), layout="constrained")
     colours = ListedColormap([_COLOURS[cell] for cell in Cell])
     axes.pcolormesh(trace.cells.T, cmap=colours, vmin=-0.5, vmax=len(Cell) - 0.5, edgecolors="white", linewidth=0.4)
+    left_out = trace.left_out.T
+    if left_out.any():
+        shades = axes.pcolormesh(
+            np.ma.masked_equal(left_out, 0), cmap="YlGnBu_r", vmin=0, vmax=2 / 3, edgecolors="white", linewidth=0.4
+        )
+        bar = figure.colorbar(shades, ax=axes, location="bottom", fraction=0.03, aspect=60, pad=0.01)
+        bar.set_label("share of the FFN's bytes not read, neurons left out", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_ylabel("layer")
     step = 4 if layers > 16 else 2
@@ -67,9 +75,9 @@ def plot_trace(trace: TraceMap, path: str | Path, title: str) -> None:
         axes.set_xlabel("generated token")
     axes.tick_params(length=0)
     share = axes.inset_axes((1.01, 0.0, 0.7 / figure.get_figwidth(), 1.0), sharey=axes)
-    share.barh(np.arange(layers) + 0.5, trace.skipped.mean(axis=0), height=0.8, color=GREEN)
+    share.barh(np.arange(layers) + 0.5, trace.unread.mean(axis=0), height=0.8, color=GREEN)
     share.set(xlim=(0, 1), xticks=(0, 1), xticklabels=("0", "100 %"))
-    share.set_title("share", fontsize=8)
+    share.set_title("not read", fontsize=8)
     share.tick_params(length=0, labelleft=False, labelsize=7)
     for extra in (axes, share):
         extra.spines[:].set_visible(False)

