@@ -32,8 +32,8 @@ WeightRange o_proj_weights(const Instruction& ins) {
 Prefetch prefetch_of_attention(const std::vector<Instruction>& program, size_t index) {
     Prefetch plan{};
     if (const Instruction* ins = find_next(program, index, OpCode::o_proj_add)) plan.always = o_proj_weights(*ins);
-    if (const Instruction* ins = find_next(program, index, OpCode::gate_up_silu)) {
-        const GateUpSilu& op = ins->gate_up_silu;
+    if (const Instruction* ins = find_next(program, index, OpCode::gate_up_act)) {
+        const GateUpAct& op = ins->gate_up_act;
         plan.run_ffn = ins->row_mask;
         plan.num_rows = ins->num_rows;
         plan.if_run = range_of(op.gate_up_proj, op.hidden_size);
@@ -56,7 +56,7 @@ Prefetch prefetch_of_sample(const std::vector<Instruction>& program) {
 }
 
 bool is_linear(OpCode op) {
-    return op == OpCode::qkv_rope_append || op == OpCode::o_proj_add || op == OpCode::gate_up_silu ||
+    return op == OpCode::qkv_rope_append || op == OpCode::o_proj_add || op == OpCode::gate_up_act ||
            op == OpCode::down_proj_add || op == OpCode::lm_head;
 }
 

@@ -18,7 +18,7 @@ def torch_counterpart(ins: Instruction) -> Callable[[], object] | None:
     """A call that does with torch what ``ins`` spends its time on, for the rows that are active; None where torch has
     nothing."""
     t, rows = ins.tensors, ins.row_mask.nonzero()[:, 0]
-    matrix = {"qkv_rope_append": "qkv_proj", "gate_up_silu": "gate_up_proj"}.get(ins.op)
+    matrix = {"qkv_rope_append": "qkv_proj", "gate_up_act": "gate_up_proj"}.get(ins.op)
     if matrix is None and ins.op in ("o_proj_add", "down_proj_add", "lm_head"):
         matrix = ins.op.removesuffix("_add")
     if matrix is not None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from skipkernels.calibration.passages import cut_passages
 from skipkernels.chat.chat import ChatModel
 from skipkernels.chat.text_format import PROFILED_NEW_TOKENS, PROFILED_PROMPT_TOKENS, TextPrompt
 from skipkernels.chat.text_model import TextModel
+from skipkernels.chat.when_idle import WhenIdle
 from skipkernels.modality.errors import ProfileError
 from skipkernels.modality.job import Request
-from skipkernels.modality.profile import Profile, StrategyProfile
+from skipkernels.modality.profile import Profile, StrategyProfile, Timing
 from skipkernels.modality.profiler import Progress, Sample, measure_profile
 from skipkernels.modality.strategy import Strategy
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class Effort:
 
 QUICK = Effort(passages=48, rounds=3, batch_sizes=(1,), memory=False)
 """For a quick start: serving corrects the times, but few samples give low promised accuracies."""
+IDLE = Effort(passages=96, rounds=3, batch_sizes=(1, 4), memory=False)
+"""For the idle time of a server that is in use already."""
 THOROUGH = Effort(passages=400, rounds=20, batch_sizes=(1, 2, 4, 8), memory=True)
 """For profiles that are kept in a file."""
 
@@ -64,6 +72,7 @@ def profile_of_texts(
     *,
     journal: str | Path | None = None,
     progress: Progress = lambda stage, share: None,
+    idle: WhenIdle | None = None,
 ) -> Profile:
     """``profile_of_samples`` on passages of ``texts``, as requests whose work is 1.
 
@@ -74,7 +83,41 @@ def profile_of_texts(
     search, held_out = cut_passages(model.engine, texts, effort.passages, PROFILED_PROMPT_TOKENS, 1)
     prompts = [passage.token_ids[:PROFILED_PROMPT_TOKENS] for passage in search + held_out]
     samples = [ChatSample(Request({"text": TextPrompt(prompt, PROFILED_NEW_TOKENS)})) for prompt in prompts]
-    return profile_of_samples(model, samples, effort, max_batch_size, journal=journal, progress=progress)
+    return profile_of_samples(model, samples, effort, max_batch_size, journal=journal, progress=progress, idle=idle)
+
+
+def dense_profile(model: TextModel, max_batch_size: int) -> Profile:
+    """A first profile within seconds: what the dense model takes, estimated from short answers. Its accuracy is
+    agreement with itself.
+
+    Raises:
+        ProfileError: the model does not offer its dense strategy.
+    """
+    strategy = _offered(model)
+    timings = []
+    for size in sorted({1, max_batch_size}):
+        short, longer = (min(_answer_ms(model, size, tokens) for _ in range(2)) for tokens in _ESTIMATED_ON)
+        step_ms = max(0.0, longer - short) / (_ESTIMATED_ON[1] - _ESTIMATED_ON[0])
+        whole_ms = short + step_ms * (PROFILED_NEW_TOKENS - _ESTIMATED_ON[0])
+        timings.append(Timing(size, whole_ms, whole_ms * _ESTIMATED_SPREAD))
+    entry = StrategyProfile(strategy, tuple(timings), 1.0, 1, exact=True)
+    source = "estimated from short answers; accuracy: agreement with the dense model"
+    return Profile(model.name, model.fingerprint, model.device, model.dtype, (entry,), source)
+
+
+_ESTIMATED_ON = (4, 20)  # new tokens
+_ESTIMATED_SPREAD = 1.2
+
+
+def _answer_ms(model: TextModel, size: int, new_tokens: int) -> float:
+    prompts = [
+        TextPrompt(tuple((7 * at + 13 * row) % 251 for at in range(PROFILED_PROMPT_TOKENS)), new_tokens)
+        for row in range(size)
+    ]
+    model.engine.loop.forget_prefixes()
+    started = time.perf_counter()
+    model.run([{"text": prompt} for prompt in prompts], _fullest(model))
+    return (time.perf_counter() - started) * 1e3
 
 
 def profile_of_samples(
@@ -85,6 +128,7 @@ def profile_of_samples(
     *,
     journal: str | Path | None = None,
     progress: Progress = lambda stage, share: None,
+    idle: WhenIdle | None = None,
 ) -> Profile:
     """Profiles a model on chats. Times are scaled to requests whose work is 1.
 
@@ -92,13 +136,25 @@ def profile_of_samples(
         samples: all of them with a right answer, or none.
         max_batch_size: the largest batch that the model can run.
         journal, progress: see ``measure_profile``.
+        idle: None: nobody else uses the model. Else measurements run when nobody does.
 
     Raises:
         ProfileError: there are no samples; or no strategy leaves nothing out, which the others are compared with.
     """
+    if idle is not None:
+        samples = [replace(one, request=idle.watched(one.request)) for one in samples]
+
+    def attempt(measurement: Callable[[], T]) -> T:
+        def measure() -> T:
+            if (engine := getattr(model, "engine", None)) is not None:
+                engine.loop.forget_prefixes()  # a prompt that was there before costs nothing
+            return measurement()
+
+        return measure() if idle is None else idle.measure(measure)
+
     faithful = all(sample.expected is None for sample in samples)
     if faithful:
-        samples = with_own_answers(model, samples, max_batch_size)
+        samples = with_own_answers(model, samples, max_batch_size, attempt)
     assert all(sample.expected is not None for sample in samples), "some samples have a right answer, others have none"
     measured = measure_profile(
         model,
@@ -108,29 +164,43 @@ def profile_of_samples(
         memory=effort.memory,
         journal=journal,
         progress=progress,
+        attempt=attempt,
     )
     mean_work = sum(sample.request.work for sample in samples) / len(samples)
     meaning = f"agreement with {_fullest(model)}" if faithful else "right answers"
     return replace(
         measured,
-        strategies=tuple(_of_unit_work(entry, mean_work) for entry in measured.strategies),
+        strategies=tuple(
+            replace(_of_unit_work(entry, mean_work), exact=faithful and entry.strategy == _fullest(model))
+            for entry in measured.strategies
+        ),
         source=f"measured on {len(samples)} samples; accuracy: {meaning}",
     )
 
 
-def with_own_answers(model: ChatModel, samples: Sequence[ChatSample], max_batch_size: int) -> list[ChatSample]:
+def with_own_answers(
+    model: ChatModel,
+    samples: Sequence[ChatSample],
+    max_batch_size: int,
+    attempt: Callable[[Callable[[], Any]], Any] = lambda measurement: measurement(),
+) -> list[ChatSample]:
     """The samples, with the model's answers when it leaves nothing out as the expected ones."""
+    strategy = _offered(model)
+    answers: list[str] = []
+    for first in range(0, len(samples), max_batch_size):
+        batch = [one.request.inputs for one in samples[first : first + max_batch_size]]
+        answers += [answer.text for answer in attempt(partial(model.run, batch, strategy))]
+    return [replace(sample, expected=answer) for sample, answer in zip(samples, answers, strict=True)]
+
+
+def _offered(model: ChatModel) -> Strategy:
+    """The strategy that leaves nothing out, which the others are compared with."""
     strategy = _fullest(model)
     if strategy not in model.strategies:
         raise ProfileError(
             f"accuracy is measured against {strategy}, which is not among {model.name}'s strategies; add skip level 0"
         )
-    answers = [
-        answer.text
-        for first in range(0, len(samples), max_batch_size)
-        for answer in model.run([one.request.inputs for one in samples[first : first + max_batch_size]], strategy)
-    ]
-    return [replace(sample, expected=answer) for sample, answer in zip(samples, answers, strict=True)]
+    return strategy
 
 
 def _fullest(model: ChatModel) -> Strategy:

@@ -17,7 +17,7 @@ from skipkernels.skipping.policy import DensePolicy, Policy
 
 Metric = Callable[[str, str], float]
 """(text, expected text) -> score in [0, 1]."""
-_TIMED_PROMPT, _TIMED_STEPS, _ROUNDS = 256, 16, 5
+_TIMED_PROMPT, _TIMED_STEPS, _ROUNDS = 256, 16, 3
 
 
 def exact_match(text: str, expected: str) -> float:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from skipkernels.cli.groups import grouped
 from skipkernels.cli.models import POLICY_FILE, ModelOptions
 from skipkernels.cli.serve_options import ClusterOptions, LimitOptions, SchedulingOptions, ServerOptions
+from skipkernels.cli.serve_profile import IdleProfiling, kept_profile
 from skipkernels.errors import SkipkernelsError
 from skipkernels.support.console import err, progress_bar, require_folder, table
 from skipkernels.support.files import read_text
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from skipkernels.modality.profile import Profile
     from skipkernels.server.http.backend import Backend
     from skipkernels.server.http.samples import ChatLine
+    from skipkernels.server.http.service import Service
 
 Measure = Callable[..., "Profile"]
 """Called with a ``ChatModel``, and optionally ``progress``."""
@@ -37,6 +39,7 @@ class Served:
     profile: Profile
     format: ChatFormat
     backend: Backend
+    started: Callable[[Service], None] = lambda service: None
 
 
 @grouped
@@ -64,13 +67,15 @@ def serve(
         load = _loader(model_options, scheduling, cluster, chats)
         starting = _on_ray(load, scheduling, cluster, chats) if cluster.ray else _here(load, scheduling, chats)
         with starting as served:
-            profile = replace(
-                served.profile, model=model_options.model
-            )  # the profile may come from a file, with another name
+            # the profile may come from a file, with another name
+            profile = replace(served.profile, model=server.name_of(model_options))
             service = Service(profile, served.format, served.backend, limits=limits.limits(), api_key=server.api_key)
-            serve_http(
-                service, listener, grace_s=server.grace_s, on_started=lambda: _announce(profile, listener, server)
-            )
+
+            def on_started() -> None:
+                _announce(profile, listener, server)
+                served.started(service)
+
+            serve_http(service, listener, grace_s=server.grace_s, on_started=on_started)
     err.print("stopped")
 
 
@@ -110,7 +115,10 @@ def _loader(
 @contextmanager
 def _here(load: ChatModelLoader, scheduling: SchedulingOptions, chats: Chats) -> Iterator[Served]:
     """The model in this process, beside the server."""
+    from skipkernels.chat.chat_profile import dense_profile
     from skipkernels.chat.engine_worker import EngineModel, EngineWorker
+    from skipkernels.chat.text_model import TextModel
+    from skipkernels.modality.profile_file import load_profile
     from skipkernels.modality.runtime import Runtime
     from skipkernels.server.http.backend import Embedded
 
@@ -121,11 +129,26 @@ def _here(load: ChatModelLoader, scheduling: SchedulingOptions, chats: Chats) ->
         with progress_bar("profiling") as report:
             return measure(model, progress=report)
 
-    profile = _profile(model, scheduling, chats, run, resumable=True)
-    runtime = Runtime(
-        profile, [EngineWorker(cast("EngineModel", model))], scheduling.selection, **scheduling.runtime_options
-    )
-    yield Served(profile, model.format, Embedded(runtime))
+    profiling: IdleProfiling | None = None
+    if isinstance(model, TextModel) and scheduling.profile is None and chats is None:
+        if (kept := kept_profile(model)).exists() and scheduling.text is None:
+            profile = load_profile(kept, model=model)
+        else:
+            with err.status("timing the dense model ..."):
+                profile = dense_profile(model, scheduling.max_batch_size)
+            profiling = IdleProfiling(model, profile, lambda: _texts(scheduling.text))
+    else:
+        profile = _profile(model, scheduling, chats, run, resumable=True)
+    worker = EngineWorker(cast("EngineModel", model))
+    runtime = Runtime(profile, [worker], scheduling.selection, **scheduling.runtime_options)
+    served = Served(profile, model.format, Embedded(runtime))
+    if profiling is None:
+        yield served
+        return
+    try:
+        yield replace(served, started=profiling.start)
+    finally:
+        profiling.stop()
 
 
 @contextmanager
@@ -194,8 +217,7 @@ def _texts(file: Path | None) -> list[str]:
         return [read_text(file)]
     from skipkernels.cli.builtin_text import documentation
 
-    with err.status("collecting the standard library's documentation ..."):
-        return ["\n\n".join(documentation())]
+    return ["\n\n".join(documentation())]
 
 
 def _announce(profile: Profile, listener: socket.socket, server: ServerOptions) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from skipkernels.cli.models import ModelOptions
     from skipkernels.server.http.limits import RequestLimits
 
 _SERVER_PANEL = "Server"
@@ -33,6 +34,13 @@ class ServerOptions:
             rich_help_panel=_SERVER_PANEL,
         ),
     ] = None
+    served_model_name: Annotated[
+        str | None,
+        typer.Option(
+            help="What clients call the model; default: the name of its folder, or its hub id.",
+            rich_help_panel=_SERVER_PANEL,
+        ),
+    ] = None
     grace_s: Annotated[
         float,
         typer.Option(
@@ -43,6 +51,12 @@ class ServerOptions:
     def __post_init__(self) -> None:
         if self.api_key is not None and not self.api_key.strip():
             raise typer.BadParameter("--api-key is empty: give a key, or leave the option out")
+
+    def name_of(self, model: ModelOptions) -> str:
+        if self.served_model_name is not None:
+            return self.served_model_name
+        folder = Path(model.model)
+        return folder.resolve().name if folder.exists() else model.model
 
     @property
     def open_to_others(self) -> bool:
@@ -104,7 +118,8 @@ class SchedulingOptions:
         Path | None,
         typer.Option(
             help="File with the cost and accuracy of each strategy. If it is missing, a thorough profile is measured "
-            "and written. Default: a quick profile, which is not kept.",
+            "and written. Default: the dense model is served at once, and the other strategies join when "
+            "they have been measured in idle time.",
             rich_help_panel=_SCHEDULING_PANEL,
         ),
     ] = None
@@ -137,8 +152,10 @@ class SchedulingOptions:
     ] = "accuracy"
     max_batch_size: Annotated[
         int,
-        typer.Option(min=1, max=16, help="Maximum number of requests in a batch.", rich_help_panel=_SCHEDULING_PANEL),
-    ] = 8
+        typer.Option(
+            min=1, max=64, help="Maximum number of requests that share a step.", rich_help_panel=_SCHEDULING_PANEL
+        ),
+    ] = 16
     batch_memory_mib: Annotated[
         float | None,
         typer.Option(

@@ -39,6 +39,7 @@ def prefill(
     *,
     start: int = 0,
     run_map: torch.Tensor | None = None,
+    neuron_scale: torch.Tensor | None = None,
     embedded: EmbeddedPrompt | None = None,
     observe: Observer | None = None,
     products: Products | None = None,
@@ -51,6 +52,7 @@ def prefill(
         start: position of the first one; all before it are cached.
         run_map: u8 [tokens, layers]: which FFNs run, for tokens that were generated under a policy and are computed
             again; None: all.
+        neuron_scale: f32 [tokens]: the factor on the slot's thresholds for neurons, for the same; None: keep all.
         embedded: the whole prompt's embeddings and positions, in place of the tokens' own.
         products: takes the place of activated gate times up.
         resume: a layer, and the residual stream before it: the layers below are left out. At most ``CHUNK`` tokens.
@@ -70,7 +72,15 @@ def prefill(
         for index, layer in enumerate(weights.layers[begin:], start=begin):
             cache = _PagedLayer(state, index, slot, last)
             hidden = hidden + _attention(config, layer, index, hidden, first, rope, cache)
-            change = _ffn(config, layer, hidden, None if products is None else partial(products, index))
+            multiply = None if products is None else partial(products, index)
+            if neuron_scale is not None:
+                scale = neuron_scale[offset:end, None].to(device)
+                multiply = partial(
+                    _multiply_kept,
+                    state.neuron_gate_threshold[index, slot] * scale,
+                    state.neuron_product_threshold[index, slot] * scale,
+                )
+            change = _ffn(config, layer, hidden, multiply or torch.mul)
             if run_map is not None:
                 change = torch.where(run_map[offset:end, index, None].to(device) != 0, change, 0)
             before, hidden = hidden, hidden + change
@@ -158,12 +168,21 @@ def _ffn(
     config: ModelConfig,
     layer: LayerWeights,
     hidden: torch.Tensor,
-    products: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """The FFN branch of a layer for [tokens, hidden], without the residual."""
+    """The FFN branch of a layer for [tokens, hidden], without the residual. ``multiply`` makes what goes into down_proj of
+    the activated gates and the ups."""
     x = _rms_norm(hidden, layer.post_attention_layernorm, config.rms_norm_eps)
     gate, up = F.linear(x, as_tensor(layer.gate_up_proj, hidden.dtype)).chunk(2, dim=-1)
-    return F.linear((products or torch.mul)(F.silu(gate), up), as_tensor(layer.down_proj, hidden.dtype))
+    return F.linear(multiply(F.silu(gate), up), as_tensor(layer.down_proj, hidden.dtype))
+
+
+def _multiply_kept(
+    gate_threshold: torch.Tensor, product_threshold: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> torch.Tensor:
+    """The products, 0 for the neurons below thresholds [tokens, 1]."""
+    products = gate.where(gate.abs() >= gate_threshold, 0) * up
+    return products.where(products.abs() >= product_threshold, 0)
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -26,6 +26,11 @@ class Demand:
     def __post_init__(self) -> None:
         self.cheapest = self.options.cheapest(self.requests, self.needed_sum)
 
+    def offer(self, options: StrategyOptions) -> None:
+        """Other strategies can be chosen from now on."""
+        self.options = options
+        self.cheapest = options.cheapest(self.requests, self.needed_sum)
+
     def remain(self, requests: int, needed_sum: float) -> None:
         """After some requests have started."""
         self.requests = requests

@@ -47,6 +47,7 @@ class StrategyProfile:
     timings: tuple[Timing, ...]
     score_sum: float
     samples: int
+    exact: bool = False  # the accuracy is agreement with this very strategy: it is 1 by construction
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "timings", tuple(sorted(self.timings, key=lambda timing: timing.batch_size)))
@@ -67,12 +68,12 @@ class StrategyProfile:
 
     @cached_property
     def promised_accuracy(self) -> float:
-        return wilson_lower_bound(self.score_sum, self.samples)
+        return 1.0 if self.exact else wilson_lower_bound(self.score_sum, self.samples)
 
     @property
     def accuracy(self) -> float:
         """The mean score: an estimate, not the promised bound."""
-        return self.score_sum / self.samples
+        return 1.0 if self.exact else self.score_sum / self.samples
 
     @property
     def max_batch_size(self) -> int:

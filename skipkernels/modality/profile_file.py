@@ -51,6 +51,7 @@ def _to_document(profile: Profile) -> dict[str, Any]:
                 "strategy": entry.strategy.name,
                 "score_sum": entry.score_sum,
                 "samples": entry.samples,
+                "exact": entry.exact,
                 "timings": [
                     {
                         "batch_size": timing.batch_size,
@@ -79,6 +80,7 @@ def _from_document(document: dict[str, Any]) -> Profile:
                 timings=tuple(Timing(**timing) for timing in entry["timings"]),
                 score_sum=entry["score_sum"],
                 samples=entry["samples"],
+                exact=entry.get("exact", False),  # files of earlier releases have none
             )
             for entry in document["strategies"]
         ),

@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from skipkernels.support.memory import peak_memory_bytes
 
 Progress = Callable[[str, float], None]
 """Called as (what is being done, share of the whole that is done)."""
+
+Attempt = Callable[[Callable[[], float]], float]
+"""Called with a measurement, when its turn has come; returns its result. May call it again if it was disturbed."""
 
 _SHARES = {"accuracy": (0.0, 0.4), "memory": (0.4, 0.5), "time": (0.5, 1.0)}  # of the progress bar
 
@@ -49,6 +53,7 @@ def measure_profile(
     memory: bool = True,
     journal: str | Path | None = None,
     progress: Progress = lambda stage, share: None,
+    attempt: Attempt = lambda measure: measure(),
 ) -> Profile:
     """
     Args:
@@ -58,7 +63,7 @@ def measure_profile(
         rounds: timings of each strategy and batch size. The 95th percentile of 20 lies between the two slowest.
         memory: whether to measure peak memory; without it, a memory budget cannot be set.
         journal: where to keep results until all are measured; an existing file is resumed.
-        progress: see ``Progress``.
+        progress, attempt: see ``Progress`` and ``Attempt``.
 
     Raises:
         ProfileError: the arguments are impossible, or the journal is another measurement's.
@@ -78,7 +83,8 @@ def measure_profile(
         "rounds": rounds,
         "samples": len(samples),
     }
-    return _Profiler(model, samples, list(batch_sizes), rounds, Journal(journal, header), progress).measure(memory)
+    profiler = _Profiler(model, samples, list(batch_sizes), rounds, Journal(journal, header), progress, attempt)
+    return profiler.measure(memory)
 
 
 class _Profiler:
@@ -90,6 +96,7 @@ class _Profiler:
         rounds: int,
         journal: Journal,
         progress: Progress,
+        attempt: Attempt,
     ) -> None:
         self._model = model
         self._samples = samples
@@ -97,6 +104,7 @@ class _Profiler:
         self._rounds = rounds
         self._journal = journal
         self._progress = progress
+        self._attempt = attempt
         self._done = {(entry["what"], *entry["key"]): entry["value"] for entry in journal.entries}
 
     def measure(self, memory: bool) -> Profile:
@@ -108,7 +116,8 @@ class _Profiler:
         scores = self._measure("accuracy", chunks, lambda name, first: self._score(name, first, first + largest))
         peaks = self._measure("memory", cells if memory else [], self._peak)
         for name, size in cells:
-            self._run(name, size, 0)  # warm-up: compilation, caches and page faults of the first run are not timed
+            # warm-up: compilation, caches and page faults of the first run are not timed
+            self._attempt(partial(self._time, name, size, 0))
         turns = []
         for turn in range(self._rounds):
             shuffled = [(name, size, turn) for name, size in cells]
@@ -138,7 +147,7 @@ class _Profiler:
         for number, key in enumerate(keys):
             self._progress(f"{what} of {key[0]}", begin + (end - begin) * number / len(keys))
             if (what, *key) not in self._done:
-                value = self._done[what, *key] = measure(*key)
+                value = self._done[what, *key] = self._attempt(partial(measure, *key))
                 self._journal.add({"what": what, "key": key, "value": value})
         self._progress(what, end)
         return {key: self._done[what, *key] for key in keys}

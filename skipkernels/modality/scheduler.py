@@ -80,6 +80,7 @@ class Scheduler:
         self.counters = Counters()
         self._clock = clock
         self._admission = admission
+        self._memory_bytes = memory_bytes
         self._slots = slots
         self._elapsed_ms = clock()
         self._starts = 0
@@ -259,6 +260,23 @@ class Scheduler:
         """What runs of this ticket's requests now."""
         running = (batch for batch in self._running.values() if batch is not None)
         return [batch for batch in running if any(member is ticket for member, _ in batch.members)]
+
+    def adopt(self, profile: Profile) -> None:
+        """Goes on with a profile that knows more: its first strategies are those of the one so far. What waits may take
+        the new ones as well."""
+        known = [entry.strategy for entry in self.profile.strategies]
+        assert [entry.strategy for entry in profile.strategies][: len(known)] == known, "strategies keep their places"
+        self._elapse()
+        self.profile = profile
+        self.latency = LatencyModel(profile, self._memory_bytes, slots=self._slots)
+        self._promised = [entry.promised_accuracy for entry in profile.strategies]
+        self._planner = Planner(self.selection, self.latency, self._promised, self._forecast)
+        self._options = {}
+        for ticket in [*(ticket for _, _, ticket in self._queue), *self._late]:
+            ticket.demand.offer(self._options_for(ticket.job))
+        for batch in self._running.values():
+            if batch is not None:
+                batch.profiled, batch.moved = profile.strategies[batch.index], True  # its time says nothing new
 
     def retire(self, worker: int) -> None:
         """Takes a worker out of all further plans."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -26,6 +26,8 @@ _WINDOW_PER_LAYER = ("qwen2", "qwen3", "qwen2_5_omni_text")
 _ONE_WINDOW = ("mistral",)
 _THREE_AXES = ("qwen2_5_omni_text",)
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ACTIVATIONS = ("silu", "gelu_tanh")
+"""Of the FFN's gate, in the order of the instruction set's numbers."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -72,6 +74,7 @@ class ModelConfig:
     qk_norm: bool
     sliding_windows: tuple[int | None, ...]
     rope_parameters: tuple[tuple[str, object], ...]
+    activation: str = "silu"  # one of ACTIVATIONS
 
     @classmethod
     def from_hf(cls, config: PreTrainedConfig) -> ModelConfig:
@@ -197,8 +200,11 @@ class ModelConfig:
         return 2 * positions * self.num_key_value_heads * self.head_dim * dtype.itemsize
 
     def architecture_hash(self) -> str:
-        """Twelve hex digits over every field; part of the fingerprint that binds a policy file to a model."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        """Twelve hex digits over every field; part of the fingerprint that binds a policy file to a model. A field with
+        a default came later: at the default it does not count, so that older files stay bound to their models."""
+        defaults = {item.name: item.default for item in fields(self)}
+        told = {name: value for name, value in asdict(self).items() if value != defaults[name]}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _hashable(value: object) -> object:

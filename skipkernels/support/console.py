@@ -50,9 +50,19 @@ def _without_nan(value: Any) -> Any:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Report]:
-    """A bar on stderr, where that is a terminal; gone when it is done."""
+    """A bar on stderr, gone when it is done; where that is no terminal, a line for each new stage."""
+    if not err.is_terminal:
+        seen: set[str] = set()
+
+        def report(stage: str, share: float) -> None:
+            if stage not in seen:
+                seen.add(stage)
+                err.print(f"{label}: {stage} ({share:.0%})")
+
+        yield report
+        return
     columns = (BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+    with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task(label, total=1.0)
         yield lambda stage, share: progress.update(task, description=stage, completed=share)
 

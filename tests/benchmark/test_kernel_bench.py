@@ -42,7 +42,7 @@ def test_an_op_moves_its_matrix_or_the_cache_of_all_rows():
     assert set(instructions) == set(OPS)
     layer = sum(bytes_of(instructions[op]) for op in ("qkv_rope_append", "o_proj_add"))
     assert layer == config.attention_bytes(bf16)
-    assert sum(bytes_of(instructions[op]) for op in ("gate_up_silu", "down_proj_add")) == config.ffn_bytes(bf16)
+    assert sum(bytes_of(instructions[op]) for op in ("gate_up_act", "down_proj_add")) == config.ffn_bytes(bf16)
     assert bytes_of(instructions["lm_head"]) == config.vocab_size * config.hidden_size * 2
     per_layer = config.kv_bytes(POSITIONS, bf16) // config.num_hidden_layers
     assert bytes_of(instructions["decode_attention"]) == 2 * per_layer

@@ -1,13 +1,15 @@
 """``serve``: the bundled model over HTTP, from a command line to SIGTERM."""
 
+import asyncio
 import contextlib
 import io
 import json
-import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,10 +57,11 @@ class Process:
 
 
 @contextlib.contextmanager
-def serving(*words: str) -> Iterator[Process]:
-    """Starts ``serve`` and waits until it says where."""
+def serving(*words: str, until: str = "serving ") -> Iterator[Process]:
+    """Starts ``serve`` and waits until it says where, or something later."""
     command = [sys.executable, "-c", "from skipkernels.cli import main; main()", "serve", *words]
-    environment = os.environ | {"SKIPKERNELS_API_KEY": "the key", "COLUMNS": "100"}
+    cache = tempfile.mkdtemp()  # nobody's profile is there
+    environment = os.environ | {"SKIPKERNELS_API_KEY": "the key", "COLUMNS": "100", "XDG_CACHE_HOME": cache}
     said: list[str] = []
     started = threading.Event()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as popen:
@@ -66,7 +69,7 @@ def serving(*words: str) -> Iterator[Process]:
         def listen() -> None:
             for line in popen.stderr or []:
                 said.append(line)
-                if line.startswith("serving "):
+                if until in line:
                     started.set()
             started.set()
 
@@ -80,11 +83,12 @@ def serving(*words: str) -> Iterator[Process]:
         finally:
             popen.kill()
             listener.join(60)
+            shutil.rmtree(cache)
 
 
 @pytest.fixture(scope="module")
 def server(prose: str) -> Iterator[Process]:
-    with serving("demo", "--text", prose, *WORDS) as process:
+    with serving("demo", "--text", prose, *WORDS, until="measured in idle time") as process:
         yield process
         assert process.stop() == 0
     assert process.said[-1] == "stopped\n"
@@ -132,12 +136,47 @@ def test_a_stream_comes_token_by_token(server: Process) -> None:
     assert documents[-1]["usage"]["completion_tokens"] == 40
 
 
-def test_an_accuracy_that_nothing_promises_is_refused(server: Process) -> None:
-    response = server.post(min_accuracy=1)
-    assert response.status_code == 400
-    assert (
-        f"modalities is {math.floor(promised_by_dense(server) * 1e4) / 1e4:.4f}" in response.json()["error"]["message"]
-    )
+def test_what_is_exact_by_construction_promises_all(server: Process) -> None:
+    assert promised_by_dense(server) == 1.0
+    answer = server.post(min_accuracy=1, max_tokens=4).json()
+    assert answer["skipkernels"] | {"strategy": "text@0", "promised_accuracy": 1.0} == answer["skipkernels"]
+
+
+def test_a_second_server_on_the_port_is_refused_before_it_loads(run: Run, server: Process) -> None:
+    port = server.url.split(":")[2].split("/")[0]
+    assert_one_line(run("serve", "no such model", "--port", port), 1, "Address already in use")
+
+
+def test_a_profile_measured_in_idle_time_is_kept(
+    run: Run, checkpoint: str, prose: str, service: list[Service], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Until it is there, the dense model is served, with a promise that holds by construction."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("skipkernels.chat.chat_profile.IDLE", QUICKEST)
+    words = ["serve", checkpoint, *WORDS, "--served-model-name", "mine"]
+    measured: list[Path] = []
+
+    def serve(service: Service, *_: object, on_started: Callable[[], None], **__: object) -> None:
+        async def started() -> None:
+            on_started()
+            while not measured:
+                measured.extend(tmp_path.glob("skipkernels/profiles/*.json"))
+                await asyncio.sleep(0.01)
+            while len(service.profile.strategies) == 1:
+                await asyncio.sleep(0.01)
+
+        assert [entry.promised_accuracy for entry in service.profile.strategies] == [1.0]
+        asyncio.run(started())
+
+    with monkeypatch.context() as patch:
+        patch.setattr("skipkernels.server.http.server.serve", serve)
+        first = run(*words, "--text", prose)
+    assert first.exit_code == 0, first.output
+    assert "2 strategies measured in idle time" in first.stderr
+    second = run(*words)
+    assert second.exit_code == 0, second.output
+    assert service[0].profile.strategies == load_profile(measured[0]).strategies
+    assert service[0].profile.model == "mine"
 
 
 def test_a_prompt_that_does_not_fit_is_refused(server: Process) -> None:
@@ -201,7 +240,7 @@ def test_a_profile_is_measured_once(run: Run, checkpoint: str, prose: str, servi
     assert second.exit_code == 0, second.output
     assert Path("profile.json").read_text() == written
     assert service[1].profile.strategies == load_profile("profile.json").strategies
-    assert service[1].profile.model == checkpoint
+    assert service[1].profile.model == Path(checkpoint).name
     assert service[1].limits.max_requests == 7
 
 
@@ -251,7 +290,7 @@ def test_a_multimodal_model_drops_the_image_for_a_deadline(
     with serving(*words, "--threads", "1") as server:
         (model,) = httpx.get(f"{server.url}/models", headers=KEY).json()["data"]
         promise = model["skipkernels"]["best_promised_accuracy"]
-        options = {"model": llava, "messages": image_chat("What is it?", 7), "max_tokens": 8}
+        options = {"model": "llava", "messages": image_chat("What is it?", 7), "max_tokens": 8}
         whole = server.post(**options).json()
         hurried = server.post(**options, deadline_ms=1000).json()
         exacting = server.post(**options, deadline_ms=1000, min_accuracy=promise).json()

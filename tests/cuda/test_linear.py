@@ -8,7 +8,7 @@ import torch
 from skipkernels.program.table import instruction
 from tests.cuda.comparison import case, compare_op, run_with_kernels
 
-PROJECTIONS = ["qkv_rope_append", "o_proj_add", "gate_up_silu", "down_proj_add", "lm_head"]
+PROJECTIONS = ["qkv_rope_append", "o_proj_add", "gate_up_act", "down_proj_add", "lm_head"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -36,7 +36,7 @@ def test_inner_sizes(columns: int, num_sms: int, batch_size: int, dtype: torch.d
 def test_edges_of_tiles(rows: int, batch_size: int, dtype: torch.dtype) -> None:
     """Outputs on both sides of a projection: an odd hidden_size makes its own loads scalar, an odd vocabulary not."""
     program = case(seq_lens=(5,) * batch_size, vocab_size=max(2, rows), intermediate_size=rows, dtype=dtype, seed=rows)
-    for op in ("gate_up_silu", "lm_head"):
+    for op in ("gate_up_act", "lm_head"):
         compare_op(op, program, seed=rows)
     compare_op("down_proj_add", case(seq_lens=(5,) * batch_size, hidden_size=rows, dtype=dtype, seed=rows))
 

@@ -128,11 +128,11 @@ def run_behind_skipped(ops: list[tuple[str, int]], broken: str = "") -> None:
         HostKernels(chosen, state, seed=seed, races=True, broken=broken).run_overlapped()
 
 
-@pytest.mark.parametrize("between", [[], [("down_proj_add", 1)], [("gate_up_silu", 1), ("down_proj_add", 1)]])
+@pytest.mark.parametrize("between", [[], [("down_proj_add", 1)], [("gate_up_act", 1), ("down_proj_add", 1)]])
 def test_flags_are_not_read_while_a_gate_writes_them_behind_kernels_that_trigger_early(
     between: list[tuple[str, int]],
 ) -> None:
-    ops = [("skip_gate", 2), *between, ("gate_up_silu", 2)]
+    ops = [("skip_gate", 2), *between, ("gate_up_act", 2)]
     run_behind_skipped(ops)
     with pytest.raises(AssertionError, match=r"race: .* of global memory"):
         run_behind_skipped(ops, broken="flags are said to be settled")
@@ -148,6 +148,6 @@ def test_stamps_tell_when_kernels_ran() -> None:
     assert ended == sorted(ended)
     for index in range(1, len(own)):
         assert began[index] < ended[index]
-        skipped = program[own[index]].op in ("gate_up_silu", "down_proj_add") and waited[index] < 0
+        skipped = program[own[index]].op in ("gate_up_act", "down_proj_add") and waited[index] < 0
         assert skipped or ended[index - 1] < waited[index] < ended[index]
     assert any(began[index] < ended[index - 1] for index in range(1, len(own)))  # they overlap

@@ -40,9 +40,9 @@ def test_poisoned_weights_of_a_skipped_layer_change_no_bit(executor: str) -> Non
         layer += ins.op == "qkv_rope_append"
         before = engine.state.hidden_states.clone()
         replay.run_instruction(index)
-        if ins.op in ("gate_up_silu", "down_proj_add"):
+        if ins.op in ("gate_up_act", "down_proj_add"):
             unchanged = torch.equal(before.view(torch.int32), engine.state.hidden_states.view(torch.int32))
-            assert unchanged == (layer in (1, 2) or ins.op == "gate_up_silu")
+            assert unchanged == (layer in (1, 2) or ins.op == "gate_up_act")
     assert engine.state.logits.isfinite().all()
 
 

@@ -36,9 +36,9 @@ def gate_up(x: torch.Tensor, weights: torch.Tensor, isa: str, rows: list[int] | 
     row_mask[slice(None) if rows is None else rows] = 1
     out = torch.zeros(len(x), weights.shape[0] // 2)
     operands = {"hidden_states": guarded(x), "gate_up_proj": guarded(weights), "intermediate": out}
-    norm = torch.linspace(0.5, 1.5, x.shape[1])
+    operands["post_attention_layernorm"] = torch.linspace(0.5, 1.5, x.shape[1])
     run(
-        instruction("gate_up_silu", row_mask=row_mask, post_attention_layernorm=norm, rms_norm_eps=1e-5, **operands),
+        instruction("gate_up_act", row_mask=row_mask, rms_norm_eps=1e-5, activation=0, **operands),
         weights.dtype,
         isa,
     )

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from skipkernels.demo import demo_model_path
+from skipkernels.engine import Engine
 from skipkernels.errors import ModelError
 from skipkernels.model.config import ModelConfig
 from skipkernels.model.weights import ModelWeights, expected_parameters, pack_module, parameter_views, random_weights
+from skipkernels.skipping.policy_file import load_policy
 from tests.models import FAMILIES, random_prompt, stock_tokens, tiny_config, tiny_engine, tiny_module
 
 PROMPT = random_prompt(12)
@@ -223,3 +227,12 @@ def test_a_module_with_a_missing_or_misshapen_parameter_is_left_alone() -> None:
 def test_a_module_elsewhere_must_come_to_the_cpu_first() -> None:
     with pytest.raises(ModelError, match="is on meta; move the module to cpu first"):
         packed(tiny_module().to("meta"))
+
+
+def test_the_bundled_policy_stays_bound_to_its_model_when_the_config_grows() -> None:
+    config = ModelConfig.from_hf(tiny_config())
+    assert config.architecture_hash() == replace(config, activation="silu").architecture_hash()
+    assert config.architecture_hash() != replace(config, activation="gelu_tanh").architecture_hash()
+    load_policy(
+        demo_model_path() / "skip_policy.json", fingerprint=Engine.from_pretrained(demo_model_path()).fingerprint
+    )

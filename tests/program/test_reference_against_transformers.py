@@ -90,7 +90,7 @@ def _compare(op: str, decoder: Decoder, expected: Modules, layer: int) -> None:
         assert_close(_positions(s.attn_output).flatten(1), expected.inputs[attention + "o_proj"], "fp32", what)
     elif op == "o_proj_add":
         assert_close(hidden, expected.inputs[prefix + "post_attention_layernorm"], "fp32", what)
-    elif op == "gate_up_silu":
+    elif op == "gate_up_act":
         assert_close(_positions(s.intermediate), expected.inputs[prefix + "mlp.down_proj"], "fp32", what)
     elif op == "down_proj_add":
         assert_close(hidden, expected.outputs[prefix.removesuffix(".")], "fp32", what)

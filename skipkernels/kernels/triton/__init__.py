@@ -21,7 +21,7 @@ from skipkernels.kernels.triton.advance import advance
 from skipkernels.kernels.triton.decode_attention import decode_attention
 from skipkernels.kernels.triton.down_proj_add import down_proj_add
 from skipkernels.kernels.triton.embed import embed
-from skipkernels.kernels.triton.gate_up_silu import gate_up_silu
+from skipkernels.kernels.triton.gate_up_act import gate_up_act
 from skipkernels.kernels.triton.launch import Launch
 from skipkernels.kernels.triton.lm_head import lm_head
 from skipkernels.kernels.triton.o_proj_add import o_proj_add
@@ -37,7 +37,7 @@ LAUNCHES: dict[str, Callable[[Instruction], tuple[Launch, ...]]] = {
         qkv_rope_append,
         decode_attention,
         o_proj_add,
-        gate_up_silu,
+        gate_up_act,
         down_proj_add,
         lm_head,
         sample,

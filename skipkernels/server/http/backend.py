@@ -7,6 +7,7 @@ from typing import Protocol
 
 from skipkernels.modality.counters import Counters
 from skipkernels.modality.job import Job, JobAnswer
+from skipkernels.modality.profile import Profile
 from skipkernels.modality.runtime import Runtime
 
 
@@ -36,6 +37,10 @@ class Backend(Protocol):
 
     async def status(self) -> Status: ...
 
+    def adopt(self, profile: Profile) -> None:
+        """Goes on with a profile that holds more strategies of the same model."""
+        ...
+
     async def close(self, grace_s: float) -> None:
         """Accepts no more jobs, and returns when every accepted one is answered or failed. Jobs that still wait after
         ``grace_s`` fail. May be called again with a shorter ``grace_s``."""
@@ -57,6 +62,9 @@ class Embedded:
     async def status(self) -> Status:
         scheduler = self._runtime.scheduler
         return Status(scheduler.counters, scheduler.waiting_requests, scheduler.workers)
+
+    def adopt(self, profile: Profile) -> None:
+        self._runtime.scheduler.adopt(profile)
 
     async def close(self, grace_s: float) -> None:
         await self._runtime.close(grace_s)

@@ -15,6 +15,7 @@ from skipkernels.server.http.service import Service
 
 LOOPBACK = "127.0.0.1"
 _TICK_S = 0.1  # polling interval for signals, as uvicorn's
+_BACKLOG = 2048  # as uvicorn's
 _FLUSH_S = 2.0  # for the last answers to be sent
 
 
@@ -81,6 +82,7 @@ def listen(host: str = LOOPBACK, port: int = 0) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(_BACKLOG)  # at once: a second server on the same port is refused here, before it loads a model
     except OSError as error:
         raise SkipkernelsError(f"cannot listen on {host}, port {port}: {error.strerror}; choose another") from error
     return listener

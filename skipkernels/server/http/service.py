@@ -66,6 +66,16 @@ class Service:
         await self.close(0.0)
         self._thread.shutdown()
 
+    def adopt(self, profile: Profile) -> None:
+        """More is known of the same model; called in the event loop."""
+        self.profile = profile
+        self.backend.adopt(profile)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being answered; safe to ask from any thread."""
+        return self._requests > 0
+
     @property
     def closing(self) -> bool:
         return self._closing is not None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from skipkernels.chat.progress import progress_of
 from skipkernels.modality.errors import WorkerLost
 from skipkernels.modality.job import Job, JobAnswer
+from skipkernels.modality.profile import Profile
 from skipkernels.server.http.backend import Status
 from skipkernels.server.http.errors import HttpError
 from skipkernels.server.ray.events import JobFailure
@@ -58,6 +59,9 @@ class RayBackend:
         with _losses():
             async with asyncio.timeout(_STATUS_S):
                 return await self._scheduler.status.remote()
+
+    def adopt(self, profile: Profile) -> None:
+        raise NotImplementedError("on a cluster, a profile is measured before the server listens")
 
     async def close(self, grace_s: float) -> None:
         with _losses():

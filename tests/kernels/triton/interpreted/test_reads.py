@@ -14,7 +14,7 @@ from tests.kernels.triton.interpreted.test_programs import plain_case
 MATRICES = {
     "qkv_rope_append": "qkv_proj",
     "o_proj_add": "o_proj",
-    "gate_up_silu": "gate_up_proj",
+    "gate_up_act": "gate_up_proj",
     "down_proj_add": "down_proj",
     "lm_head": "lm_head",
 }

@@ -1,4 +1,4 @@
-// intermediate (rows, intermediate) = silu(gate @ x) * (up @ x), x = rms_norm(hidden_states);
+// intermediate (rows, intermediate) = act(gate @ x) * (up @ x), x = rms_norm(hidden_states);
 // gate_up_proj (2 intermediate, hidden) holds the gate rows, then the up rows. A tile is 8 of both.
 //
 // Llama-2-7B, bf16: 22016 x 4096 weights, 180 MB, 42 us at 4.3 TB/s. Skipped, it costs its launch.
@@ -9,10 +9,17 @@ namespace skipkernels::cuda {
 
 namespace {
 
-struct SiluGateUp {
+// act(gate) * up; GELU by tanh is x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))
+__device__ float gated(Activation activation, float gate, float up) {
+    float z = gate;
+    if (activation == Activation::gelu_tanh) z *= 1.5957691216057308f * (0.044715f * gate * gate + 1.0f);
+    return gate / (1.0f + expf(-z)) * up;
+}
+
+struct ActGateUp {
     static constexpr bool kNormed = true, kFinishesTiles = false, kHasExtraBlock = false;
     struct Early {};
-    GateUpSilu op;
+    GateUpAct op;
 
     __device__ Tile tile(int index) const {
         const int64_t first = int64_t{index} * kRunRows;
@@ -24,19 +31,20 @@ struct SiluGateUp {
     __device__ void operator()(int index, int row, int r, float gate, Early) const {
         const float up = __shfl_xor_sync(kAllLanes, gate, kRunRows);
         if (row < 0 || r >= kRunRows || !tile(index).has(r)) return;
-        op.intermediate[row * op.intermediate_size + int64_t{index} * kRunRows + r] = gate / (1.0f + expf(-gate)) * up;
+        op.intermediate[row * op.intermediate_size + int64_t{index} * kRunRows + r] =
+            gated(static_cast<Activation>(op.activation), gate, up);
     }
 };
 
 }  // namespace
 
-cudaError_t launch_gate_up_silu(const Step& step, const LaunchContext& context) {
-    const GateUpSilu& op = step.ins.gate_up_silu;
+cudaError_t launch_gate_up_act(const Step& step, const LaunchContext& context) {
+    const GateUpAct& op = step.ins.gate_up_act;
     return with_float_type(op.gate_up_proj.format, [&](auto type) {
         const auto in = make_linear<decltype(type)>(step, op.gate_up_proj.data, op.hidden_states, op.hidden_size,
                                                     ceil_div(op.intermediate_size, kRunRows),
                                                     op.post_attention_layernorm, op.rms_norm_eps);
-        return launch_linear(in, SiluGateUp{op}, context);
+        return launch_linear(in, ActGateUp{op}, context);
     });
 }
 

@@ -1,4 +1,4 @@
-"""gate_up_silu: intermediate = silu(gate_proj(x)) * up_proj(x) of x = rms_norm(hidden_states)."""
+"""gate_up_act: intermediate = act(gate_proj(x)) * up_proj(x) of x = rms_norm(hidden_states)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,23 @@ import triton.language as tl
 from skipkernels.kernels.triton.launch import Launch
 from skipkernels.kernels.triton.linear import linear, tile
 from skipkernels.kernels.triton.rows import row_tiles, wanted_rows
+from skipkernels.model.config import ACTIVATIONS
 from skipkernels.program.table import Instruction
+
+GELU_TANH = tl.constexpr(ACTIVATIONS.index("gelu_tanh"))
+
+
+@triton.jit
+def gated(activation: tl.constexpr, gate, up):
+    """act(gate) * up; GELU by tanh is x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))."""
+    z = gate
+    if activation == GELU_TANH:
+        z *= 1.5957691216057308 * (0.044715 * gate * gate + 1.0)
+    return gate * tl.sigmoid(z) * up
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def gate_up_silu_kernel(
+def gate_up_act_kernel(
     hidden_states,
     post_attention_layernorm,
     gate_up_proj,
@@ -22,6 +34,7 @@ def gate_up_silu_kernel(
     rms_norm_eps,
     hidden_size: tl.constexpr,
     intermediate_size: tl.constexpr,
+    activation: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -42,14 +55,14 @@ def gate_up_silu_kernel(
     channels = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
     tl.store(
         intermediate + rows[:, None] * intermediate_size + channels[None, :],
-        gate * tl.sigmoid(gate) * up,
+        gated(activation, gate, up),
         mask=wanted[:, None] & (channels < intermediate_size)[None, :],
     )
 
 
-def gate_up_silu(ins: Instruction) -> tuple[Launch, ...]:
+def gate_up_act(ins: Instruction) -> tuple[Launch, ...]:
     tiles, block_rows = row_tiles(ins.sizes["num_rows"])
     cut = tile(ins.tensors["gate_up_proj"], ins.sizes["num_rows"], unit=2)
     grid = (tiles, triton.cdiv(ins.sizes["gate_up_size"], cut.out))
     blocks = {"BLOCK_ROWS": block_rows, "BLOCK_OUT": cut.out, "BLOCK_IN": cut.columns}
-    return (Launch.of(gate_up_silu_kernel, ins, grid, blocks),)
+    return (Launch.of(gate_up_act_kernel, ins, grid, blocks),)

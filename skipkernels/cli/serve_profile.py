@@ -1,0 +1,85 @@
+"""The profile of a served model: from a file, measured before the server listens, or in its idle time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from skipkernels.errors import SkipkernelsError
+from skipkernels.support.console import err
+
+if TYPE_CHECKING:
+    from skipkernels.chat.text_model import TextModel
+    from skipkernels.modality.profile import Profile
+    from skipkernels.server.http.service import Service
+
+
+def kept_profile(model: TextModel) -> Path:
+    """Where the profile of a model, measured on this machine, is kept between runs."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    threads = model.engine.execution.num_threads
+    key = f"{model.fingerprint}-{model.device}-{model.dtype}-{model.engine.max_batch_size}x{threads}"
+    return cache / "skipkernels" / "profiles" / f"{key.replace(':', '_')}.json"
+
+
+class IdleProfiling:
+    """Profiles a text model while it serves, whenever nobody asks it anything. The strategies join when all are
+    measured, and the profile is kept for the next start.
+
+    Args:
+        first: the profile that is served with until then.
+        texts: what to profile on.
+    """
+
+    def __init__(self, model: TextModel, first: Profile, texts: Callable[[], list[str]]) -> None:
+        from skipkernels.chat.when_idle import WhenIdle
+
+        self._model = model
+        self._first = first
+        self._texts = texts
+        self._service: Service | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._idle = WhenIdle(lambda: self._service is not None and self._service.busy)
+        self._thread = threading.Thread(target=self._run, name="skipkernels-profile", daemon=True)
+
+    def start(self, service: Service) -> None:
+        """Called in the server's event loop."""
+        self._service, self._loop = service, asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._idle.stop()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        from dataclasses import replace
+
+        from skipkernels.chat.chat_profile import IDLE, profile_of_texts
+        from skipkernels.chat.when_idle import Stopped
+        from skipkernels.modality.profile_file import save_profile
+
+        try:
+            profile = profile_of_texts(
+                self._model, self._texts(), IDLE, self._model.engine.max_batch_size, idle=self._idle
+            )
+        except Stopped:
+            return
+        except SkipkernelsError as error:
+            err.print(f"[yellow]only the dense model is served: the other strategies were not measured ({error})[/]")
+            return
+        path = kept_profile(self._model)
+        with contextlib.suppress(OSError):  # a read-only home: it is measured again next time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_profile(path, profile)
+        assert self._loop is not None, "it is started in an event loop"
+        assert self._service is not None, "it is started for a service"
+        service, named = self._service, replace(profile, model=self._service.profile.model)
+        with contextlib.suppress(RuntimeError):  # the server has just ended
+            self._loop.call_soon_threadsafe(service.adopt, named)
+        err.print(f"{len(profile.strategies)} strategies measured in idle time, kept in {path}", soft_wrap=True)
