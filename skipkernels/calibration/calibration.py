@@ -1,6 +1,6 @@
 """Calibration: finds the policy closest to the dense model at a wanted saving, whatever its kind.
 
-1. ``neuron_profile`` reads one half of the text: the neurons of every layer, and what leaving out some or all of them costs.
+1. ``neuron_profile`` reads one half of the text: the neurons of every layer, and what leaving out some or all costs.
 2. ``policy_search`` makes policies of every kind from it and tunes each to the saving by teacher-forced decoding.
 3. ``verification`` decodes the best of each kind on the other half of the text; the best there is the result.
 """
@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
@@ -239,7 +239,7 @@ def _largest(decoder: Decoder, profile: NeuronProfile, max_kl: float, warmup_tok
         if wanted < 1e-3:
             break
     if not found:
-        raise PolicyError(f"no saving costs as little as {max_kl:g} nats; {wanted:.3f} of the FFN bytes already costs more")
+        raise PolicyError(f"no saving costs as little as {max_kl:g} nats: {wanted:.3f} of the FFN bytes costs more")
     return round(found, 4)
 
 

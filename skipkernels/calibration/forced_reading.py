@@ -1,4 +1,4 @@
-"""Reading passages in PyTorch, all positions at once, with a hand on every FFN: what a decode would take a step each for.
+"""Reading passages in PyTorch, all positions at once, with a hand on every FFN.
 
 The prompt and the first generated token run in full, as in a decode; a change of the FFNs acts on the positions after.
 """
@@ -57,9 +57,7 @@ def divergence(engine: Engine, dense: Reading, layer: int, products: Products) -
     tokens = torch.tensor(dense.passage.token_ids[:-1], dtype=torch.int32)
     resume = (layer, dense.streams[layer - 1]) if layer else None
     with engine.loop.own_rows() as own:
-        prefill(
-            engine.config, engine.weights, own.state, 0, tokens, observe=observe, products=at_one, resume=resume
-        )
+        prefill(engine.config, engine.weights, own.state, 0, tokens, observe=observe, products=at_one, resume=resume)
     other = _log_probs(engine, last[0][dense.passage.prompt_tokens - 1 :])
     return (dense.log_probs.exp() * (dense.log_probs - other)).sum(-1).cpu()
 

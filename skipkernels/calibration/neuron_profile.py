@@ -1,9 +1,8 @@
 """What leaving out neurons of each layer saves and costs, measured once, and thresholds for any saving from it.
 
-A neuron of layer l is left out of up_proj and down_proj where |g| u_l < a_l, of down_proj alone where |m| < b_l; u_l is the
-root mean square of up. Leaving out m costs about (k_l m)^2 nats: k_l comes from what half of the layer's neurons cost. So
-with b_l = t / k_l and a_l = split b_l / u_l one t makes what the last byte costs the same in every layer: the thresholds are
-those of least divergence at their saving, as far as costs add up.
+Leaving out a product m of layer l costs about (k_l m)^2 nats; k_l comes from what the smaller half of its products costs.
+So product thresholds b_l = t / k_l, and gate thresholds a_l = split b_l / u_l with u_l the root mean square of up, make
+what the last byte costs the same in every layer: as far as costs add up, no others cost less at their saving.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _BISECTIONS = 30
 
 @dataclass(frozen=True)
 class NeuronProfile:
-    """Of one model on one text. ``gates`` and ``products`` are samples of magnitudes per layer, f32 [samples], in pairs."""
+    """Of one model on one text. ``gates`` and ``products`` are sampled magnitudes per layer, f32 [samples], in pairs."""
 
     gates: list[torch.Tensor]
     products: list[torch.Tensor]
@@ -76,8 +75,8 @@ class NeuronProfile:
 def profile_neurons(
     engine: Engine, passages: Sequence[Passage], on_layer: Callable[[int], None] = lambda layers: None
 ) -> NeuronProfile:
-    """Reads ``passages``, and some of them again with one layer changed at a time; ``on_layer`` is called with 1 for each
-    layer of each."""
+    """Reads ``passages``, and some of them again with one layer changed at a time; ``on_layer`` is called with 1 for
+    each of these."""
     layers, size = engine.config.num_hidden_layers, engine.config.intermediate_size
     gates: list[list[torch.Tensor]] = [[] for _ in range(layers)]
     products: list[list[torch.Tensor]] = [[] for _ in range(layers)]
@@ -101,29 +100,17 @@ def profile_neurons(
     all_gates, all_products = [torch.cat(part) for part in gates], [torch.cat(part) for part in products]
     sensitivity, block_kl = [], []
     for layer in range(layers):
-        threshold = _quantile(all_products[layer], _PROBED_SHARE)
-        probed, removed, energy = [], [], []
+        half = _SmallLeftOut(_quantile(all_products[layer], _PROBED_SHARE))
+        whole = _SmallLeftOut(math.inf)
+        cost, alone = [], []
         for reading in readings:
-            prompt = reading.passage.prompt_tokens
-
-            def halve(_: int, gate: torch.Tensor, up: torch.Tensor, prompt: int = prompt) -> torch.Tensor:
-                whole = gate * up
-                small = whole.abs() < threshold
-                small[:prompt] = False
-                energy.append(whole.float().square().where(small, torch.zeros(())).sum(-1)[prompt:].cpu())
-                return whole.masked_fill(small, 0)
-
-            def remove(_: int, gate: torch.Tensor, up: torch.Tensor, prompt: int = prompt) -> torch.Tensor:
-                whole = gate * up
-                whole[prompt:] = 0
-                return whole
-
-            probed.append(divergence(engine, reading, layer, halve)[1:])
-            removed.append(divergence(engine, reading, layer, remove)[1:])
+            half.prompt_tokens = whole.prompt_tokens = reading.passage.prompt_tokens
+            cost.append(divergence(engine, reading, layer, half)[1:])
+            alone.append(divergence(engine, reading, layer, whole)[1:])
             on_layer(1)
-        cost = float(torch.cat(probed).mean()) / max(float(torch.cat(energy).mean()), 1e-12)
-        sensitivity.append(math.sqrt(max(cost, 1e-12)))
-        block_kl.append(torch.cat(removed).numpy())
+        energy = max(half.energy / sum(map(len, cost)), 1e-12)
+        sensitivity.append(math.sqrt(max(float(torch.cat(cost).mean()), 1e-12) / energy))
+        block_kl.append(torch.cat(alone).numpy())
     return NeuronProfile(
         all_gates,
         all_products,
@@ -132,6 +119,22 @@ def profile_neurons(
         np.stack(block_kl, axis=1),
         torch.cat([reading.similarities[1:] for reading in readings]).numpy(),
     )
+
+
+class _SmallLeftOut:
+    """Products below a threshold are left out past the prompt; ``energy`` sums up their squares."""
+
+    def __init__(self, threshold: float) -> None:
+        self._threshold = threshold
+        self.prompt_tokens = 0
+        self.energy = 0.0
+
+    def __call__(self, layer: int, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        products = gate * up
+        small = products.abs() < self._threshold
+        small[: self.prompt_tokens] = False
+        self.energy += float(products[small].float().square().sum())
+        return products.masked_fill(small, 0)
 
 
 def probes(passages: Sequence[Passage], layers: int) -> int:

@@ -93,7 +93,9 @@ def score(
 class _Row:
     """One row of the engine's state while it is decoded by force."""
 
-    def __init__(self, engine: Engine, index: int, passage: Passage, plan: GatePlan | None, keep_log_probs: bool) -> None:
+    def __init__(
+        self, engine: Engine, index: int, passage: Passage, plan: GatePlan | None, keep_log_probs: bool
+    ) -> None:
         self._state = engine.state
         self._index = index
         self._passage = passage

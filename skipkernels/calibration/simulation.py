@@ -72,8 +72,8 @@ def rank(
 ) -> list[SkipPolicy]:
     """The policies that can skip about ``ratio``, each tuned to it, the smallest simulated cost first.
 
-    A skipped FFN costs what ``block_kl`` [positions, layers] says that it costs alone. Where a policy misses the ratio, its
-    cost is scaled with the square of the ratio. Of policies that skip the same FFNs, one is kept.
+    A skipped FFN costs what ``block_kl`` [positions, layers] says that it costs alone. Where a policy misses the ratio,
+    its cost is scaled with the square of the ratio. Of policies that skip the same FFNs, one is kept.
     """
     costs: dict[bytes, tuple[float, SkipPolicy]] = {}
     for policy in policies:

@@ -78,17 +78,15 @@ class Decoder:
         return sum(max(0, count - max(1, warmup_tokens)) for count in counts) / sum(counts)
 
     def try_out(self, kind: Kind, policy: Policy, wanted: float, warmup_tokens: int) -> Trial:
-        scores: list[Score] = score(
-            self._engine, self._passages, policy, reference=self._dense, on_step=self._on_step
-        )
+        scores: list[Score] = score(self._engine, self._passages, policy, reference=self._dense, on_step=self._on_step)
         passage_kl = tuple(float(s.kl.mean(dtype=np.float64)) for s in scores if s.kl is not None)
         return Trial(kind, policy, compare(self._dense, scores, warmup_tokens), passage_kl, wanted)
 
     def tune(
         self, kind: Kind, policy_at: Callable[[float], Policy], wanted: float, warmup_tokens: int, runs: int = _MAX_RUNS
     ) -> Trial:
-        """The trial closest to ``wanted``. ``policy_at`` makes a policy for a saving of the tokens past the warm-up, from
-        dense activations; what the decode saves more or less corrects the saving asked of it. Where that does not
+        """The trial closest to ``wanted``. ``policy_at`` makes a policy for a saving of the tokens past the warm-up,
+        from dense activations; what the decode saves more or less corrects the saving asked of it. Where that does not
         converge, it is bisected.
 
         Raises:

@@ -47,7 +47,8 @@ def calibrate(
         float | None, typer.Option(help="Wanted share of the FFN bytes not read; default: 0.25.")
     ] = None,
     max_kl: Annotated[
-        float | None, typer.Option(help="Instead: the divergence that may be reached, in nats; saves as much as it can.")
+        float | None,
+        typer.Option(help="Instead: the largest divergence, in nats; saves as much as it can."),
     ] = None,
     warn_kl: Annotated[
         float, typer.Option(help="Warn where even the best policy costs more nats, and name the largest saving below.")
@@ -76,8 +77,8 @@ def calibrate(
 ) -> None:
     """Find the policy that leaves a wanted share of the FFN bytes unread at the least cost, and write it to a file.
 
-    Neurons, blocks by similarity, mixtures, and fixed and random blocks are tuned to the same saving; the one closest to
-    the dense model on held-out text, which the search has not seen, is written.
+    Neurons, blocks by similarity, mixtures, and fixed and random blocks are tuned to the same saving; the one closest
+    to the dense model on held-out text, which the search has not seen, is written.
     """
     if skip_ratio is not None and max_kl is not None:
         raise typer.BadParameter("--skip-ratio and --max-kl exclude each other")

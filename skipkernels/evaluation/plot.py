@@ -13,7 +13,18 @@ from skipkernels.evaluation.results_file import Cell
 from skipkernels.methods.method import FULL
 from skipkernels.support.pictures import pyplot, save
 
-_COLOURS = ("#2f6db5", "#f0a030", "#8a5fb0", "#c0504d", "#3a9a5b", "#7a6a55", "#d070a0", "#20a0a8", "#707070", "#90b030")
+_COLOURS = (
+    "#2f6db5",
+    "#f0a030",
+    "#8a5fb0",
+    "#c0504d",
+    "#3a9a5b",
+    "#7a6a55",
+    "#d070a0",
+    "#20a0a8",
+    "#707070",
+    "#90b030",
+)
 _MARKERS = "osv^DPX<>*"
 _COLUMNS = 3
 

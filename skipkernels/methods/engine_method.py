@@ -63,7 +63,9 @@ class EngineMethod:
                 reference=None if reference is None else cast("Sequence[Score]", reference[batch]),
                 keep_log_probs=keep_log_probs,
             )
-            readings += [Reading(s.argmax, s.log_probs, s.kl, s.all_log_probs, self._work(s.unread_map)) for s in scores]
+            readings += [
+                Reading(s.argmax, s.log_probs, s.kl, s.all_log_probs, self._work(s.unread_map)) for s in scores
+            ]
             on_item(len(scores))
         return readings
 

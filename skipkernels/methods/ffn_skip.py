@@ -1,4 +1,4 @@
-"""What this package calibrates: neurons, blocks by FFN skip (Jaiswal et al. 2024, arXiv 2404.03865), both; or a given policy."""
+"""What this package calibrates: neurons, blocks by FFN skip (arXiv 2404.03865), both; or a given policy."""
 
 from __future__ import annotations
 
@@ -154,8 +154,8 @@ class GivenPolicy(PolicyKind):
 
 
 def moved(policy: Policy, log_factor: float) -> Policy:
-    """``policy`` with its thresholds moved to save less, the larger ``log_factor`` is: those for neurons are multiplied,
-    and where it has none, the distance of those of similarity from 1 is."""
+    """``policy`` with its thresholds moved to save less, the larger ``log_factor`` is: those for neurons are scaled; where
+    it has none, the distance of those of similarity from 1 is."""
     factor = math.exp(-log_factor)
     if isinstance(policy, NeuronPolicy | SkipPolicy | FixedPolicy) and policy.has_neuron_rule:
         scaled: dict[str, Any] = {

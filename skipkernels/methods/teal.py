@@ -1,7 +1,7 @@
 """TEAL (Liu et al. 2024, arXiv 2408.14690): small entries of a matrix's input are dropped, and with them its columns.
 
-Here on the FFN's matrices alone, as all methods in one table leave out FFN bytes, and with the same share of every layer
-(the paper's greedy allotment over layers left out). It runs on the reference path: no kernel reads columns.
+Here on the FFN's matrices alone, as all methods in one table leave out FFN bytes, and with the same share of every
+layer (the paper's greedy allotment over layers left out). It runs on the reference path: no kernel reads columns.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _CORRECTIONS = 2  # what is dropped shifts later inputs: the share is corrected 
 
 
 class ColumnDecoder(LayerDecoder):
-    """Drops inputs below thresholds, ``thresholds[layer]`` of the FFN's input and of down_proj's, from the generated token
-    ``warmup_tokens`` on."""
+    """Drops inputs below thresholds, ``thresholds[layer]`` of the FFN's input and of down_proj's, from the generated
+    token ``warmup_tokens`` on."""
 
     def __init__(self, setup: Setup, thresholds: Sequence[tuple[float, float]]) -> None:
         engine = setup.engine
