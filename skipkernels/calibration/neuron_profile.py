@@ -1,6 +1,6 @@
 """What leaving out neurons of each layer saves and costs, measured once, and thresholds for any saving from it.
 
-Leaving out a product m of layer l costs about (k_l m)^2 nats; k_l comes from what the smaller half of its products costs.
+Leaving out a product m of layer l costs about (k_l m)^2 nats; k_l comes from what its smaller half costs.
 So product thresholds b_l = t / k_l, and gate thresholds a_l = split b_l / u_l with u_l the root mean square of up, make
 what the last byte costs the same in every layer: as far as costs add up, no others cost less at their saving.
 """
@@ -28,7 +28,7 @@ _BISECTIONS = 30
 
 @dataclass(frozen=True)
 class NeuronProfile:
-    """Of one model on one text. ``gates`` and ``products`` are sampled magnitudes per layer, f32 [samples], in pairs."""
+    """Of one model on one text. ``gates`` and ``products`` are sampled magnitudes per layer, f32 [samples], paired."""
 
     gates: list[torch.Tensor]
     products: list[torch.Tensor]

@@ -1,5 +1,5 @@
-"""The trace map: for every generated token and layer, whether the FFN ran, was skipped, or started a skip, and the share
-of its bytes that was not read."""
+"""The trace map: for every generated token and layer, whether the FFN ran, was skipped, or started a skip, and how much
+of its bytes was not read."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def _print_tables(cells: list[dict[str, Any]], tasks: Sequence[Task], warmup_tok
         if by_kind := group_table(cells, task.name, task.metrics[0]):
             _print_table(by_kind[0], *by_kind[1])
     out.print(
-        f"[dim]FFN: share of its bytes not read. Bytes: of all the layers' weights, not read. Both per generated token, "
+        f"[dim]FFN: share of its bytes not read. Bytes: of all the layers' weights. Both per generated token, "
         f"of which the first {warmup_tokens} of every answer run in full. In brackets: 95 %, bootstrap over items.[/]"
     )
     for line in unreachable(cells):

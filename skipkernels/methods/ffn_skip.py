@@ -154,7 +154,7 @@ class GivenPolicy(PolicyKind):
 
 
 def moved(policy: Policy, log_factor: float) -> Policy:
-    """``policy`` with its thresholds moved to save less, the larger ``log_factor`` is: those for neurons are scaled; where
+    """``policy`` with its thresholds moved to save less, the larger ``log_factor`` is: neurons' are scaled; where
     it has none, the distance of those of similarity from 1 is."""
     factor = math.exp(-log_factor)
     if isinstance(policy, NeuronPolicy | SkipPolicy | FixedPolicy) and policy.has_neuron_rule:
