@@ -64,12 +64,16 @@ class NeuronProfile:
 
     def policy(self, saving: float, split: float, warmup_tokens: int) -> NeuronPolicy:
         gates, products = self.thresholds(saving, split)
-        return NeuronPolicy(tuple(map(_rounded, gates)), tuple(map(_rounded, products)), warmup_tokens=warmup_tokens)
+        return NeuronPolicy(
+            gate_thresholds=tuple(map(_rounded, gates)),
+            product_thresholds=tuple(map(_rounded, products)),
+            warmup_tokens=warmup_tokens,
+        )
 
     def uniform_gates(self, saving: float, warmup_tokens: int) -> NeuronPolicy:
         """CATS (arXiv 2404.08763): the same share of every layer's gates."""
         gates = tuple(_rounded(_quantile(gate, 1.5 * saving)) for gate in self.gates)
-        return NeuronPolicy(gates, (), warmup_tokens=warmup_tokens)
+        return NeuronPolicy(gate_thresholds=gates, warmup_tokens=warmup_tokens)
 
 
 def profile_neurons(

@@ -17,7 +17,7 @@ import torch
 
 from skipkernels.calibration.passages import Passage
 from skipkernels.errors import RequestError
-from skipkernels.skipping.policy import GatePlan, Policy
+from skipkernels.skipping.policy import Policy
 
 if TYPE_CHECKING:
     from skipkernels.engine import Engine
@@ -75,7 +75,7 @@ def score(
                 own.begin(slot, passage.token_ids[: passage.prompt_tokens], plan)
                 own.state.max_new_tokens[slot] = passage.decoded_tokens
             own.start()
-            rows = [_Row(engine, slot, passage, plan, keep_log_probs) for slot, passage in enumerate(group)]
+            rows = [_Row(engine, slot, passage, keep_log_probs) for slot, passage in enumerate(group)]
             if reference is not None:
                 for row, other in zip(rows, reference[start:], strict=False):
                     row.reference = other.all_log_probs
@@ -93,13 +93,10 @@ def score(
 class _Row:
     """One row of the engine's state while it is decoded by force."""
 
-    def __init__(
-        self, engine: Engine, index: int, passage: Passage, plan: GatePlan | None, keep_log_probs: bool
-    ) -> None:
+    def __init__(self, engine: Engine, index: int, passage: Passage, keep_log_probs: bool) -> None:
         self._state = engine.state
         self._index = index
         self._passage = passage
-        self._plan = plan
         positions, vocab = passage.decoded_tokens, engine.config.vocab_size
         self._position = 0
         self._targets = torch.tensor(passage.token_ids[passage.prompt_tokens :])
@@ -131,7 +128,7 @@ class _Row:
         positions = self._passage.decoded_tokens
         return Score(
             skip_map=self._state.run_map[self._index, :positions].numpy() == 0,
-            unread_map=self._state.unread_map(self._index, positions, self._plan).numpy(),
+            unread_map=self._state.unread_map(self._index, positions).numpy(),
             similarity_map=self._state.similarity_map[self._index, :positions].numpy().copy(),
             argmax=self._argmax.numpy(),
             log_probs=self._log_probs.numpy(),
