@@ -25,6 +25,10 @@ _BLOCK_SHARE = 0.25  # of the saving of a mixed policy that blocks bring
 _SEED = 0
 
 
+class Unreachable(PolicyError):
+    """A kind cannot save so much."""
+
+
 class Candidates:
     """Makes and tunes policies of every kind at one saving."""
 
@@ -55,10 +59,10 @@ class Candidates:
         for kind in kinds:
             try:
                 found += makers[kind]()
-            except PolicyError as error:
+            except Unreachable as error:
                 reasons.append(str(error))
         if not found:
-            raise PolicyError("; ".join(reasons))
+            raise Unreachable("; ".join(reasons))
         return sorted(found, key=lambda trial: trial.rank)
 
     def _tune(self, kind: Kind, policy_at: Callable[[float], Policy]) -> Trial:
@@ -118,7 +122,7 @@ class Candidates:
     def _check(self, reachable_past_warmup: float, what: str) -> None:
         reachable = reachable_past_warmup * self._decoder.share_past_warmup(self._warmup)
         if self._wanted > reachable:
-            raise PolicyError(
+            raise Unreachable(
                 f"a saving of {self._wanted:g} of the FFN bytes cannot be reached by {what}, at most {reachable:.3f} "
                 f"with a warm-up of {self._warmup}"
             )

@@ -84,7 +84,7 @@ def render(trace: TraceMap, width: int) -> Text:
     """The map for a terminal of ``width`` columns: a line per token, a character per layer. Layers that do not fit
     beside one another follow in further blocks."""
     layers = trace.cells.shape[1]
-    per_block = max(8, width - _TOKEN_WIDTH - 15)
+    per_block = max(8, width - _TOKEN_WIDTH - 16)
     lines = Text()
     for start in range(0, layers, per_block):
         _append_block(lines, trace, start, min(start + per_block, layers))

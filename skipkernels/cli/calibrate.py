@@ -96,7 +96,7 @@ def calibrate(
     rows = min(CALIBRATION_ROWS, -(-passages // 2))
     wanted = _DEFAULT_RATIO if skip_ratio is None and max_kl is None else skip_ratio
     chosen = _kinds(kinds)
-    engine = model_options.load(max_batch_size=rows)
+    engine = model_options.load(max_batch_size=rows, neuron_rows=bool({"neurons", "mixed"} & {*chosen}))
     source, texts = calibration_texts(engine, model_options.model, text)
     started = time.perf_counter()
     calibration = run_calibration(

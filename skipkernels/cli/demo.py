@@ -73,8 +73,8 @@ def demo(
         return
     threads = threads or 1
     options = ModelOptions(DEMO, threads=threads)
-    engine = options.load()
-    policy = load_policy(Path(options.path) / POLICY_FILE, fingerprint=engine.fingerprint)
+    policy = load_policy(Path(options.path) / POLICY_FILE)
+    engine = options.load(policy=policy)
     if not isinstance(policy, Shown):
         raise PolicyError(f"the demo shows a policy with a warm-up; its file holds one of kind {policy.kind!r}")
     screen = Console(highlight=False, quiet=json)

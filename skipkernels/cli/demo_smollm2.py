@@ -30,7 +30,7 @@ _SPEED_TOKENS, _SPEED_ROUNDS = 96, 3
 
 def demo_smollm2(json: bool, threads: int | None) -> None:
     options = ModelOptions(SMOLLM2, dtype="bf16", threads=threads, max_seq_len=1024)
-    engine = options.load()
+    engine = options.load(neuron_rows=True)
     screen = Console(highlight=False, quiet=json)
     screen.print(
         f"SmolLM2-135M-Instruct, {engine.config.num_hidden_layers} layers in {engine.dtype}. Per token, neurons of its "

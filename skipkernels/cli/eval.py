@@ -98,7 +98,7 @@ def evaluate(
         raise typer.BadParameter("--resume continues the file of --json; give both")
     require_folder(None if json == _STDOUT else json)
     require_picture(plot)
-    engine = model_options.load(max_batch_size=_ROWS)
+    engine = model_options.load(max_batch_size=_ROWS, neuron_rows=model_options.device == "cpu")
 
     from skipkernels.evaluation.evaluation import evaluate as fill_cells
     from skipkernels.evaluation.results_file import ResultsFile

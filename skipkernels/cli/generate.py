@@ -38,7 +38,7 @@ def generate(
 ) -> None:
     """Continue PROMPT, token by token, and compare the speed with that of the dense model."""
     sampling_options.params()  # a wrong one is refused before the model is loaded
-    engine = model_options.load()
+    engine = model_options.load(neuron_rows=policy_options.needs_neuron_rows(model_options))
     sampling = sampling_options.params(engine)
     chosen = policy_options.choose(engine, model_options)
     given: Prompt = [{"role": "user", "content": prompt}] if chat else prompt

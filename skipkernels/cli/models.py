@@ -63,8 +63,10 @@ class ModelOptions:
             )
         return str(folder)
 
-    def load(self, *, max_batch_size: int = 1, policy: Policy | None = None) -> Engine:
-        """Loads the engine, showing a spinner."""
+    def load(
+        self, *, max_batch_size: int = 1, policy: Policy | None = None, neuron_rows: bool | None = None
+    ) -> Engine:
+        """Loads the engine, showing a spinner. ``neuron_rows``: as in ``Engine.from_pretrained``."""
         path = self.path
         with err.status(f"loading {self.model} ..."):
             import torch
@@ -83,6 +85,7 @@ class ModelOptions:
                 dtype=self.dtype,
                 max_seq_len=self.max_seq_len,
                 max_batch_size=max_batch_size,
+                neuron_rows=neuron_rows,
                 executor=self.executor,
                 num_threads=self.threads,
                 device=self.device,
@@ -157,14 +160,25 @@ class PolicyOptions:
             given["span"] = parse_span(self.span)
         return given
 
+    def needs_neuron_rows(self, options: ModelOptions) -> bool | None:
+        """For the engine, before it is loaded: whether single neurons may be left out. A calibration tries them."""
+        if self.dense or options.device != "cpu":
+            return None
+        path = None if self.skip_ratio is not None else self._file(options)
+        policy = None if path is None else load_policy(path)
+        return self.skip_ratio is not None or bool(getattr(policy, "has_neuron_rule", False))
+
+    def _file(self, options: ModelOptions) -> Path | None:
+        beside = Path(options.path) / POLICY_FILE
+        return self.policy or (beside if beside.exists() else None)
+
     def choose(self, engine: Engine, options: ModelOptions) -> Policy:
         """The policy of these options; prints to stderr where it comes from."""
         if self.dense:
             return DensePolicy()
         if self.skip_ratio is not None:
             return self._calibrate(engine, options, self.skip_ratio)
-        beside = Path(options.path) / POLICY_FILE
-        path = self.policy or (beside if beside.exists() else None)
+        path = self._file(options)
         if path is None and not self.parameters:
             choices = "--policy, --skip-ratio, --target-ratio or --threshold"
             err.print(f"[dim]no policy: every FFN runs. {choices} choose one[/]")

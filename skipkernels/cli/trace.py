@@ -30,7 +30,7 @@ def trace(
     from skipkernels.calibration.trace import Cell, TraceMap, legend, render
 
     require_picture(png)
-    engine = model_options.load()
+    engine = model_options.load(neuron_rows=policy_options.needs_neuron_rows(model_options))
     chosen = policy_options.choose(engine, model_options)
     (generation,) = engine.generate(
         [[{"role": "user", "content": prompt}] if chat else prompt],

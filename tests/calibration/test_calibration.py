@@ -21,7 +21,7 @@ TEXT = random_prompt(2000)
 
 def engine(seed: int = 0) -> Engine:
     module = tiny_module(seed=seed, num_hidden_layers=LAYERS)
-    return tiny_engine(module=module, max_batch_size=8, tokenizer=byte_tokenizer())
+    return tiny_engine(module=module, max_batch_size=8, tokenizer=byte_tokenizer(), neuron_rows=True)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ LAYERS, TOKENS = 24, 20
 
 
 def generation(policy: Policy) -> Generation:
-    engine = tiny_engine(module=tiny_module(num_hidden_layers=LAYERS))
+    engine = tiny_engine(module=tiny_module(num_hidden_layers=LAYERS), neuron_rows=True)
     return engine.generate([random_prompt(5)], max_new_tokens=TOKENS, eos_token_ids=(), policy=policy)[0]
 
 

@@ -13,7 +13,7 @@ from skipkernels.skipping.policy import DensePolicy, FixedPolicy, Policy, SkipPo
 from tests.models import random_prompt, tiny_engine, tiny_module
 
 LAYERS, NEW_TOKENS = 10, 40
-ENGINE = tiny_engine(module=tiny_module(num_hidden_layers=LAYERS), max_batch_size=6)
+ENGINE = tiny_engine(module=tiny_module(num_hidden_layers=LAYERS), max_batch_size=6, neuron_rows=True)
 PASSAGES, _ = cut_passages(ENGINE, [random_prompt(2000)], 12, 8, NEW_TOKENS)
 
 
