@@ -130,6 +130,7 @@ def _document(model: str, policy: Policy, generation: Generation, speeds: dict[s
         "prompt_tokens": generation.prompt_tokens,
         "new_tokens": len(generation.token_ids),
         "skip_ratio": generation.skip_ratio,
+        "unread_ratio": generation.unread_ratio,
         "time_to_first_token_s": generation.time_to_first_token_s,
         "tokens_per_s": speeds.get(policy.kind, generation.tokens_per_s),
         "dense_tokens_per_s": speeds.get("dense"),
