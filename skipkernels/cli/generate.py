@@ -102,10 +102,10 @@ def _compare(
 
 def _print_summary(policy: Policy, generation: Generation, speeds: dict[str, float]) -> None:
     count, kind = len(generation.token_ids), policy.kind
-    rows = table("", "tokens/s", "ms/token", "FFNs skipped")
+    rows = table("", "tokens/s", "ms/token", "FFN bytes not read")
     measured = speeds or {kind: generation.tokens_per_s}
     for name, speed in measured.items():
-        ratio = generation.skip_ratio if name == kind else 0.0
+        ratio = generation.unread_ratio if name == kind else 0.0
         rows.add_row("dense" if name == "dense" else policy.label, f"{speed:.1f}", f"{1e3 / speed:.2f}", percent(ratio))
     err.print(rows)
     notes = [

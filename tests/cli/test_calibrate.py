@@ -109,8 +109,8 @@ def test_the_largest_saving_within_a_divergence(run: Run, checkpoint: str, prose
         ),
         (
             Margin("random", 0.19, -0.03, -0.05, -0.01),
-            "At 20.0% against 19.0% saved the policy [bold]loses to[/] a random choice of blocks: its KL from dense is 0.0300 "
-            "nats higher (95 % interval 0.0100 to 0.0500).",
+            "At 20.0% against 19.0% saved the policy [bold]loses to[/] a random choice of blocks: its KL from dense is "
+            "0.0300 nats higher (95 % interval 0.0100 to 0.0500).",
         ),
         (
             Margin("fixed", 0.2, -0.01, -0.03, 0.02),
