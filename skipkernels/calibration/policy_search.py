@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from skipkernels.calibration.neuron_profile import NeuronProfile
 from skipkernels.calibration.search_space import SearchSpace
@@ -70,9 +71,9 @@ class Candidates:
 
     def _neurons(self) -> list[Trial]:
         self._check(2 / 3, "neurons: gate_proj, a third of the FFN bytes, is always read")
-        return [self._tune("neurons", lambda saving, s=split: self._neuron_policy(saving, s)) for split in SPLITS]
+        return [self._tune("neurons", partial(self._neuron_policy, split)) for split in SPLITS]
 
-    def _neuron_policy(self, saving: float, split: float) -> Policy:
+    def _neuron_policy(self, split: float, saving: float) -> Policy:
         return self._profile.policy(saving, split, self._warmup)
 
     def _similarity(self) -> list[Trial]:
@@ -81,7 +82,7 @@ class Candidates:
         self._check(self._space.reachable_ratio, f"blocks by similarity: {self._space.label}")
         ranked = rank(self._profile.similarities, self._profile.block_kl, self._space.candidates(), ratio)
         return [
-            self._tune("similarity", lambda r, p=policy: tuned(self._profile.similarities, p, r))
+            self._tune("similarity", partial(tuned, self._profile.similarities, policy))
             for policy in ranked[:_SIMILARITY_TRIALS]
         ]
 

@@ -137,7 +137,7 @@ def _print_result(calibration: Calibration, seconds: float) -> None:
     err.print(_trial_table("search, the best first", calibration.trials[:_SHOWN_TRIALS]))
     best = calibration.best
     rows = _trial_table("on held-out text", calibration.verified)
-    rows.add_row("dense", "", percent(0.0), percent(1.0), "0", f"{best.comparison.dense_perplexity:.3f}")
+    rows.add_row("dense", percent(0.0), percent(1.0), "0", f"{best.comparison.dense_perplexity:.3f}")
     out.print(rows)
     for margin in calibration.margins:
         out.print(margin_sentence(margin, best.comparison.skip_ratio))
@@ -163,11 +163,11 @@ def _print_result(calibration: Calibration, seconds: float) -> None:
 
 
 def _trial_table(title: str, trials: Sequence[Trial]) -> Table:
-    rows = table(title, "policy", "saved", "top-1", "KL", "perplexity")
+    rows = table(title, "saved", "top-1", "KL", "perplexity")
     for number, trial in enumerate(trials):
         c = trial.comparison
         cells = percent(c.skip_ratio), percent(c.top1_agreement), f"{c.kl:.4f}", f"{c.perplexity:.3f}"
-        rows.add_row(trial.kind, trial.policy.label, *cells, style="" if number else "bold")
+        rows.add_row(trial.kind, *cells, style="" if number else "bold")
     return rows
 
 

@@ -63,9 +63,7 @@ class ModelOptions:
             )
         return str(folder)
 
-    def load(
-        self, *, max_batch_size: int = 1, policy: Policy | None = None, neuron_rows: bool | None = None
-    ) -> Engine:
+    def load(self, *, max_batch_size: int = 1, policy: Policy | None = None, neuron_rows: bool | None = None) -> Engine:
         """Loads the engine, showing a spinner. ``neuron_rows``: as in ``Engine.from_pretrained``."""
         path = self.path
         with err.status(f"loading {self.model} ..."):
@@ -225,7 +223,9 @@ def parse_span(text: str) -> int | None:
     return int(text)
 
 
-def run_calibration(engine: Engine, texts: Sequence[str | Sequence[int]], ratio: float, **options: Any) -> Calibration:
+def run_calibration(
+    engine: Engine, texts: Sequence[str | Sequence[int]], ratio: float | None, **options: Any
+) -> Calibration:
     """``calibrate`` with a progress bar."""
     from skipkernels.calibration.calibration import calibrate
 
