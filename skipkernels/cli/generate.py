@@ -102,7 +102,7 @@ def _compare(
 
 def _print_summary(policy: Policy, generation: Generation, speeds: dict[str, float]) -> None:
     count, kind = len(generation.token_ids), policy.kind
-    rows = table("", "tokens/s", "ms/token", "FFN bytes not read")
+    rows = table("", "tokens/s", "ms/token", "not read")
     measured = speeds or {kind: generation.tokens_per_s}
     for name, speed in measured.items():
         ratio = generation.unread_ratio if name == kind else 0.0
