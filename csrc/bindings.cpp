@@ -13,6 +13,7 @@
 
 #include "checks.h"
 #include "cpu/bandwidth.h"
+#include "cpu/blocks.h"
 #include "cpu/executor.h"
 #include "program.h"
 
@@ -50,6 +51,12 @@ Format parse_format(const std::string& name) {
         if (name == kFormatNames[i]) return static_cast<Format>(i);
     }
     fail("unknown matrix format '", name, "'");
+}
+
+Format parse_block_format(const std::string& name) {
+    const Format format = parse_format(name);
+    check(!is_float(format), name, " is no format of blocks");
+    return format;
 }
 
 using Parts = std::vector<std::tuple<uintptr_t, std::string, int64_t>>;  // address, format, rows
@@ -193,6 +200,34 @@ PYBIND11_MODULE(_C, m) {
     m.def("usable_isas", &cpu::usable_isas, "CPU instruction sets usable here, widest first.");
     m.def("advise_huge_pages",
           [](uintptr_t data, size_t bytes) { cpu::advise_huge_pages(reinterpret_cast<void*>(data), bytes); });
+    m.def(
+        "interleaved_bytes",
+        [](const std::string& format, int64_t rows, int64_t columns) {
+            return cpu::interleaved_bytes(parse_block_format(format), rows, columns);
+        },
+        py::arg("format"), py::arg("rows"), py::arg("columns"));
+    m.def(
+        "interleave",
+        [](const std::string& format, int64_t rows, int64_t columns, uintptr_t source, uintptr_t out, int num_threads) {
+            check_threads(num_threads);
+            cpu::interleave(parse_block_format(format), rows, columns, reinterpret_cast<const uint8_t*>(source),
+                            reinterpret_cast<uint8_t*>(out), num_threads);
+        },
+        py::arg("format"), py::arg("rows"), py::arg("columns"), py::arg("source"), py::arg("out"),
+        py::arg("num_threads"), py::call_guard<py::gil_scoped_release>(),
+        "Blocks of a GGUF into the order that the kernels read.");
+    m.def(
+        "dequantize_interleaved",
+        [](const std::string& format, int64_t columns, uintptr_t data, const std::vector<int64_t>& rows,
+           uintptr_t out) {
+            auto* to = reinterpret_cast<float*>(out);
+            for (int64_t row : rows) {
+                cpu::dequantize_row(parse_block_format(format), columns, reinterpret_cast<const void*>(data), row, to);
+                to += columns;
+            }
+        },
+        py::arg("format"), py::arg("columns"), py::arg("data"), py::arg("rows"), py::arg("out"),
+        "Rows of an interleaved matrix in fp32.");
     m.attr("max_threads") = kMaxThreads;
     m.def(
         "measure_read",

@@ -6,7 +6,12 @@ import torch
 from skipkernels.model.matrix import BLOCK_FORMATS, Matrix
 
 _SCALES = {"q8_0": [0], "q4_0": [0], "q4_1": [0, 2], "q5_0": [0], "q5_1": [0, 2], "q4_k": [0, 2], "q5_k": [0, 2]}
-"""Where the fp16 numbers of a block begin; Q6_K's is its last."""
+"""Q6_K's is its last."""
+
+
+def scale_offsets(format: str) -> list[int]:
+    """Where the fp16 numbers of a block begin, in bytes."""
+    return _SCALES.get(format, [BLOCK_FORMATS[format].block_bytes - 2])
 
 
 def random_matrix(format: str, rows: int, columns: int, *, seed: int = 0, scale: float = 0.01) -> Matrix:
@@ -15,7 +20,7 @@ def random_matrix(format: str, rows: int, columns: int, *, seed: int = 0, scale:
     generator = np.random.default_rng(seed)
     count = columns // block.block_columns
     data = generator.integers(0, 256, (rows, count, block.block_bytes), dtype=np.uint8)
-    for at in _SCALES.get(format, [block.block_bytes - 2]):
+    for at in scale_offsets(format):
         drawn = (generator.standard_normal((rows, count, 1)) * scale).astype(np.float16)
         data[:, :, at : at + 2] = drawn.view(np.uint8)
     return Matrix(format, rows, columns, torch.from_numpy(data.reshape(rows, -1)))

@@ -22,6 +22,9 @@ TOLERANCES = {
         0.02,
         "activations rounded to bf16 (2^-9 each) before dot products of pairs, caches again behind them",
     ),
+    "int8 activations": Tolerance(
+        0, 0.01, "an activation that differs in its last fp32 bit may round to the next of 127 integers"
+    ),
     "square root": Tolerance(4e-7, 0, "torch's square root is not correctly rounded: three ulp of a cosine"),
     "logits after layers, fp32": Tolerance(0, 1e-4, "the fp32 differences of each layer, amplified by the next ones"),
     "logits after layers, bf16": Tolerance(

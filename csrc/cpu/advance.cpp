@@ -32,7 +32,8 @@ void advance_row(const Advance& op, int row) {
     const int32_t position = ++op.row_position[row], num_generated = ++op.num_generated[row];
     op.token_ids[row * op.token_capacity + position] = token;
     op.input_ids[row] = token;
-    op.seen[row * op.vocab_size + token] = 1;
+    uint8_t& seen = op.seen[row * op.vocab_size + token];
+    seen = static_cast<uint8_t>(std::min((seen | 1) + 2, 255));
     const Status status = status_of(op, row, token);
     op.active[row] = status == decoding;
     op.skip_remaining[row] = 0;

@@ -6,7 +6,7 @@
 namespace skipkernels::SKIPKERNELS_ISA {
 
 int64_t gate_up_act_tasks(const Instruction& ins, const Scratch&) {
-    return num_panels(ins.gate_up_act.intermediate_size);
+    return num_matrix_tasks(ins.gate_up_act.gate_up_proj, ins.gate_up_act.intermediate_size);
 }
 
 void gate_up_act_pack(const Instruction& ins, int begin, int end, Scratch& s) {
@@ -15,28 +15,37 @@ void gate_up_act_pack(const Instruction& ins, int begin, int end, Scratch& s) {
                   begin, end, s);
 }
 
+// act(panel) * second_panel -> intermediate, for rows [first, first + height) of gate and up
+static void multiply_panels(const GateUpAct& op, int64_t first, int height, const Scratch& s) {
+    const auto activation = static_cast<Activation>(op.activation);
+    for (int i = 0; i < s.num_rows; ++i) {
+        float* out = op.intermediate + s.rows[i] * op.intermediate_size + first;
+        const float *g = s.panel + i * cpu::kPanelRows, *u = s.second_panel + i * cpu::kPanelRows;
+        for (int r = 0; r < height; r += Vec::width) {
+            const int n = height - r < Vec::width ? height - r : Vec::width;
+            store_some(out + r, gated(activation, load_some(g + r, n), load_some(u + r, n)), n);
+        }
+    }
+}
+
 void gate_up_act_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
     const GateUpAct& op = ins.gate_up_act;
-    const int64_t k = op.hidden_size;
-    const auto activation = static_cast<Activation>(op.activation);
-    with_float_type(op.gate_up_proj.format, [&](auto type) {
-        const auto* gate = static_cast<const decltype(type)*>(op.gate_up_proj.data);
-        const auto* up = gate + op.intermediate_size * k;
-        for (int64_t panel = begin; panel < end; ++panel) {
-            const int64_t first = panel * cpu::kPanelRows, left = op.intermediate_size - first;
-            const int height = static_cast<int>(left < cpu::kPanelRows ? left : cpu::kPanelRows);
+    const int64_t k = op.hidden_size, rows = op.intermediate_size;
+    const int64_t task_rows = panels_of_task(op.gate_up_proj) * cpu::kPanelRows;
+    for (int64_t first = begin * task_rows; first < end * task_rows && first < rows; first += task_rows) {
+        const int height = static_cast<int>(rows - first < task_rows ? rows - first : task_rows);
+        with_float_type(op.gate_up_proj.format, [&](auto type) {
+            const auto* gate = static_cast<const decltype(type)*>(op.gate_up_proj.data);
+            const auto* up = gate + rows * k;
             linear_panel(gate + first * k, k, height, up + first * k, s.panel, s);
             linear_panel(up + first * k, k, height, gate + (first + height) * k, s.second_panel, s);
-            for (int i = 0; i < s.num_rows; ++i) {
-                float* out = op.intermediate + s.rows[i] * op.intermediate_size + first;
-                const float *g = s.panel + i * cpu::kPanelRows, *u = s.second_panel + i * cpu::kPanelRows;
-                for (int r = 0; r < height; r += Vec::width) {
-                    const int n = height - r < Vec::width ? height - r : Vec::width;
-                    store_some(out + r, gated(activation, load_some(g + r, n), load_some(u + r, n)), n);
-                }
-            }
+        });
+        if (!is_float(op.gate_up_proj.format)) {
+            blocks_to_panels(op.gate_up_proj, k, first, height, s.panel, s);
+            blocks_to_panels(op.gate_up_proj, k, rows + first, height, s.second_panel, s);
         }
-    });
+        each_panel(first, height, s, [&](int64_t at, int n) { multiply_panels(op, at, n, s); });
+    }
 }
 
 }  // namespace skipkernels::SKIPKERNELS_ISA

@@ -159,6 +159,14 @@ inline void linear_panel(const T* w, int64_t k, int rows, const T* next, float* 
 
 inline int64_t num_panels(int64_t rows) { return (rows + cpu::kPanelRows - 1) / cpu::kPanelRows; }
 
+inline int panels_of_task(const Matrix& w) { return is_float(w.format) ? 1 : cpu::kBlockPanels; }
+
+// Tasks of an op that computes so many rows of w.
+inline int64_t num_matrix_tasks(const Matrix& w, int64_t rows) {
+    const int panels = panels_of_task(w);
+    return (num_panels(rows) + panels - 1) / panels;
+}
+
 // Runs panels [begin, end) of w (rows, k) and hands each to epilogue(first weight row, rows of the panel).
 template <class T, class Epilogue>
 inline void for_panels(const T* w, int64_t rows, int64_t k, int64_t begin, int64_t end, Scratch& s, Epilogue epilogue) {
@@ -167,6 +175,34 @@ inline void for_panels(const T* w, int64_t rows, int64_t k, int64_t begin, int64
         const int height = static_cast<int>(rows - row < cpu::kPanelRows ? rows - row : cpu::kPanelRows);
         linear_panel(w + row * k, k, height, w + (row + height) * k, s.panel, s);
         epilogue(row, height);
+    }
+}
+
+// epilogue(first row, rows) for each of the panels that blocks_to_panels has filled; where it runs, s.panel and
+// s.second_panel are the panel's.
+template <class Epilogue>
+inline void each_panel(int64_t first, int64_t count, Scratch& s, Epilogue epilogue) {
+    float *const panel = s.panel, *const second_panel = s.second_panel;
+    for (int64_t at = 0; at < count; at += cpu::kPanelRows) {
+        s.panel = panel + at * s.num_rows, s.second_panel = second_panel + at * s.num_rows;
+        epilogue(first + at, static_cast<int>(count - at < cpu::kPanelRows ? count - at : cpu::kPanelRows));
+    }
+    s.panel = panel, s.second_panel = second_panel;
+}
+
+// Runs tasks [begin, end) of the `rows` x k matrix w, in whatever format, and hands each panel to epilogue.
+template <class Epilogue>
+inline void for_tasks(const Matrix& w, int64_t rows, int64_t k, int64_t begin, int64_t end, Scratch& s,
+                      Epilogue epilogue) {
+    with_float_type(w.format, [&](auto type) {
+        for_panels(static_cast<const decltype(type)*>(w.data), rows, k, begin, end, s, epilogue);
+    });
+    if (is_float(w.format)) return;
+    constexpr int64_t kTaskRows = cpu::kBlockPanels * cpu::kPanelRows;
+    for (int64_t first = begin * kTaskRows; first < end * kTaskRows && first < rows; first += kTaskRows) {
+        const int64_t count = rows - first < kTaskRows ? rows - first : kTaskRows;
+        blocks_to_panels(w, k, first, count, s.panel, s);
+        each_panel(first, count, s, epilogue);
     }
 }
 

@@ -3,7 +3,9 @@
 
 namespace skipkernels::SKIPKERNELS_ISA {
 
-int64_t lm_head_tasks(const Instruction& ins, const Scratch&) { return num_panels(ins.lm_head.vocab_size); }
+int64_t lm_head_tasks(const Instruction& ins, const Scratch&) {
+    return num_matrix_tasks(ins.lm_head.lm_head, ins.lm_head.vocab_size);
+}
 
 void lm_head_pack(const Instruction& ins, int begin, int end, Scratch& s) {
     const LmHead& op = ins.lm_head;
@@ -12,14 +14,11 @@ void lm_head_pack(const Instruction& ins, int begin, int end, Scratch& s) {
 
 void lm_head_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
     const LmHead& op = ins.lm_head;
-    with_float_type(op.lm_head.format, [&](auto type) {
-        const auto* w = static_cast<const decltype(type)*>(op.lm_head.data);
-        for_panels(w, op.vocab_size, op.hidden_size, begin, end, s, [&](int64_t first, int height) {
-            for (int i = 0; i < s.num_rows; ++i) {
-                std::memcpy(op.logits + s.rows[i] * op.vocab_size + first, s.panel + i * cpu::kPanelRows,
-                            height * sizeof(float));
-            }
-        });
+    for_tasks(op.lm_head, op.vocab_size, op.hidden_size, begin, end, s, [&](int64_t first, int height) {
+        for (int i = 0; i < s.num_rows; ++i) {
+            std::memcpy(op.logits + s.rows[i] * op.vocab_size + first, s.panel + i * cpu::kPanelRows,
+                        height * sizeof(float));
+        }
     });
 }
 

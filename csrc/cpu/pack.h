@@ -2,6 +2,7 @@
 // multiplies: x[k / width][row][width], zero-padded behind k. The stream a kernel reads is then contiguous.
 #pragma once
 
+#include "blocks_linear.h"
 #include "kernels.h"
 #include "multiply.h"
 
@@ -46,12 +47,6 @@ inline void pack_tiles(const float* source, int64_t k, const float* norm, Scale 
     }
 }
 
-inline void pack_rows(const Matrix& w, const float* source, int64_t k, int begin, int end, Scratch& s) {
-    with_float_type(w.format, [&](auto type) {
-        pack_tiles<decltype(type)>(source, k, nullptr, [](const float*) { return 1.0f; }, begin, end, s);
-    });
-}
-
 // 1 / sqrt(mean(x^2) + eps)
 inline float rms_scale(const float* x, int64_t n, float eps) {
     Vec sum = splat(0.0f);
@@ -62,12 +57,22 @@ inline float rms_scale(const float* x, int64_t n, float eps) {
     return 1.0f / std::sqrt(total / static_cast<float>(n) + eps);
 }
 
+// Packs tiles [begin, end) of source's rows, each times scale(row) * norm, as the format of w wants them.
+template <class Scale>
+inline void pack_for(const Matrix& w, const float* source, int64_t k, const float* norm, Scale scale, int begin,
+                     int end, Scratch& s) {
+    with_float_type(w.format, [&](auto type) { pack_tiles<decltype(type)>(source, k, norm, scale, begin, end, s); });
+    const Tiles tiles(s.num_rows);
+    if (!is_float(w.format)) quantise_rows(source, k, norm, scale, tiles.begin(begin), tiles.begin(end), s);
+}
+
+inline void pack_rows(const Matrix& w, const float* source, int64_t k, int begin, int end, Scratch& s) {
+    pack_for(w, source, k, nullptr, [](const float*) { return 1.0f; }, begin, end, s);
+}
+
 inline void pack_rms_norm(const Matrix& w, const float* source, int64_t k, const float* norm, float eps, int begin,
                           int end, Scratch& s) {
-    with_float_type(w.format, [&](auto type) {
-        auto scale = [=](const float* row) { return rms_scale(row, k, eps); };
-        pack_tiles<decltype(type)>(source, k, norm, scale, begin, end, s);
-    });
+    pack_for(w, source, k, norm, [=](const float* row) { return rms_scale(row, k, eps); }, begin, end, s);
 }
 
 }  // namespace skipkernels::SKIPKERNELS_ISA

@@ -74,24 +74,30 @@ static void store_heads(const Instruction& ins, int64_t head, const Scratch& s) 
     });
 }
 
-void qkv_rope_append_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
-    const QkvRopeAppend& op = ins.qkv_rope_append;
+// Rows of one head -> op_scratch (rows, head_dim), with the bias.
+static void multiply_head(const QkvRopeAppend& op, int64_t head, Scratch& s) {
     const int64_t k = op.hidden_size, d = op.head_dim;
-    with_float_type(op.qkv_proj.format, [&](auto type) {
-        using T = decltype(type);
-        for (int64_t head = begin; head < end; ++head) {
-            const T* w = static_cast<const T*>(op.qkv_proj.data) + head * d * k;
-            for_panels(w, d, k, 0, num_panels(d), s, [&](int64_t first, int height) {
-                for (int i = 0; i < s.num_rows; ++i) {
-                    for (int r = 0; r < height; ++r) {
-                        const float bias = op.qkv_bias ? op.qkv_bias[head * d + first + r] : 0.0f;
-                        s.op_scratch[i * d + first + r] = s.panel[i * cpu::kPanelRows + r] + bias;
-                    }
-                }
-            });
-            store_heads(ins, head, s);
+    auto add_bias = [&](int i, int at, const float* values, int n) {
+        for (int r = 0; r < n; ++r) {
+            s.op_scratch[i * d + at + r] = values[r] + (op.qkv_bias ? op.qkv_bias[head * d + at + r] : 0.0f);
         }
+    };
+    with_float_type(op.qkv_proj.format, [&](auto type) {
+        const auto* w = static_cast<const decltype(type)*>(op.qkv_proj.data) + head * d * k;
+        for_panels(w, d, k, 0, num_panels(d), s, [&](int64_t first, int height) {
+            for (int i = 0; i < s.num_rows; ++i) {
+                add_bias(i, static_cast<int>(first), s.panel + i * cpu::kPanelRows, height);
+            }
+        });
     });
+    if (!is_float(op.qkv_proj.format)) blocks_times_rows(op.qkv_proj, k, head * d, d, s, add_bias);
+}
+
+void qkv_rope_append_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
+    for (int64_t head = begin; head < end; ++head) {
+        multiply_head(ins.qkv_rope_append, head, s);
+        store_heads(ins, head, s);
+    }
 }
 
 }  // namespace skipkernels::SKIPKERNELS_ISA

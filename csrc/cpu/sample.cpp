@@ -17,11 +17,22 @@ int64_t sample_tasks(const Instruction&, const Scratch& s) { return s.num_rows; 
 
 namespace {
 
-float penalised(const Sample& op, int row, int64_t token) {
-    const float logit = op.logits[row * op.vocab_size + token];
-    if (!op.seen[row * op.vocab_size + token]) return logit;
-    const float penalty = op.repetition_penalty[row];
-    return logit > 0 ? logit / penalty : logit * penalty;
+float adjusted(const Sample& op, int row, int64_t token) {
+    const int64_t at = row * op.vocab_size + token;
+    const int32_t adjusts = op.adjusts[row];
+    float score = op.logits[at];
+    if (adjusts & kAdjustsBias) score += op.logit_bias[at];
+    if (const int seen = op.seen[at]) {
+        const float penalty = op.repetition_penalty[row];
+        score = score > 0 ? score / penalty : score * penalty;
+        if (const int times = seen >> 1; times && adjusts & kAdjustsCounts) {
+            const float frequency = static_cast<float>(times) * op.frequency_penalty[row];
+            score = (score - frequency) - op.presence_penalty[row];
+        }
+    }
+    const bool allowed = !(adjusts & kAdjustsMask) ||
+                         (static_cast<uint32_t>(op.token_mask[row * op.mask_words + token / 32]) >> (token % 32) & 1);
+    return allowed ? score : -std::numeric_limits<float>::infinity();
 }
 
 // As torch's argmax: the first of equals, and a NaN above all. score(token) is asked once for each token.
@@ -39,7 +50,7 @@ int32_t argmax(int64_t vocab_size, Score score) {
 }
 
 int32_t greedy(const Sample& op, int row) {
-    return argmax(op.vocab_size, [&](int64_t token) { return penalised(op, row, token); });
+    return argmax(op.vocab_size, [&](int64_t token) { return adjusted(op, row, token); });
 }
 
 // Drops from `kept` what top-k removes; ties at the edge stay.
@@ -69,7 +80,7 @@ void apply_top_p(std::vector<int32_t>& kept, const std::vector<float>& scores, f
 int32_t draw(const Sample& op, int row) {
     std::vector<float> scores(op.vocab_size);
     for (int64_t token = 0; token < op.vocab_size; ++token)
-        scores[token] = penalised(op, row, token) / op.temperature[row];
+        scores[token] = adjusted(op, row, token) / op.temperature[row];
     const int32_t top = argmax(op.vocab_size, [&](int64_t token) { return scores[token]; });
     if (!std::isfinite(scores[top])) return top;
     std::vector<int32_t> kept(op.vocab_size);
@@ -90,6 +101,28 @@ int32_t draw(const Sample& op, int row) {
     return best;
 }
 
+// log softmax of the model's own logits: of the row's token, then of the likeliest ones.
+void record_logprobs(const Sample& op, int row) {
+    const float* logits = op.logits + row * op.vocab_size;
+    const int64_t at = row * op.max_seq_len + op.num_generated[row];
+    const double top = *std::max_element(logits, logits + op.vocab_size);
+    double total = 0;
+    for (int64_t token = 0; token < op.vocab_size; ++token) total += std::exp(logits[token] - top);
+    const double log_total = top + std::log(total);
+    float* logprobs = op.logprobs + at * op.num_logprobs_kept;
+    logprobs[0] = static_cast<float>(logits[op.next_token[row]] - log_total);
+    const int64_t count = std::min<int64_t>(op.num_logprobs[row] - 1, op.vocab_size);
+    if (count == 0) return;
+    std::vector<int32_t> likeliest(op.vocab_size);
+    std::iota(likeliest.begin(), likeliest.end(), 0);
+    std::partial_sort(likeliest.begin(), likeliest.begin() + count, likeliest.end(),
+                      [&](int32_t a, int32_t b) { return logits[a] > logits[b] || (logits[a] == logits[b] && a < b); });
+    for (int64_t i = 0; i < count; ++i) {
+        op.top_tokens[at * op.num_top_kept + i] = likeliest[i];
+        logprobs[1 + i] = static_cast<float>(logits[likeliest[i]] - log_total);
+    }
+}
+
 }  // namespace
 
 void sample_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
@@ -97,6 +130,7 @@ void sample_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) 
     for (int64_t task = begin; task < end; ++task) {
         const int row = s.rows[task];
         op.next_token[row] = op.temperature[row] == 0 ? greedy(op, row) : draw(op, row);
+        if (op.num_logprobs[row]) record_logprobs(op, row);
     }
 }
 

@@ -48,7 +48,8 @@ __device__ void end_decode_row(const Advance& op, int64_t row) {
         op.row_position[row] = position;
         op.num_generated[row] = generated;
         op.input_ids[row] = token;
-        op.seen[row * op.vocab_size + token] = 1;
+        uint8_t& seen = op.seen[row * op.vocab_size + token];
+        seen = static_cast<uint8_t>(min((seen | 1) + 2, 255));
         op.active[row] = goes_on;
         op.skip_remaining[row] = 0;
     }

@@ -10,7 +10,7 @@
 // What top-k, top-p and min-p leave is decided by that last block alone (sample_truncated.cuh).
 #include "ops.h"
 #include "prefetch.cuh"
-#include "sample_truncated.cuh"
+#include "sample_logprobs.cuh"
 
 namespace skipkernels::cuda {
 
@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(kSampleThreads)
         token = scores.truncates ? TruncatedDraw(scores, static_cast<float>(top), shared).token() : winners.drawn.token;
     }
     if (thread == 0) op.next_token[row] = token;
+    if (op.num_logprobs[row]) record_logprobs(op, row, token, shared);
 }
 
 int64_t blocks_of_row(const Sample& op) { return ceil_div(op.vocab_size, kTokensOfBlock); }

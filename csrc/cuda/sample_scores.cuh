@@ -55,7 +55,10 @@ struct RowScores {
     const float* logits;
     const uint8_t* seen;
     int vocab_size;
-    float penalty, temperature;
+    int adjusts;
+    const float* logit_bias;
+    const int32_t* token_mask;
+    float penalty, frequency, presence, temperature;
     bool draws;
     int top_k;  // 0: off
     float top_p, min_p;
@@ -67,7 +70,12 @@ struct RowScores {
         : logits(op.logits + row * op.vocab_size),
           seen(op.seen + row * op.vocab_size),
           vocab_size(static_cast<int>(op.vocab_size)),
+          adjusts(op.adjusts[row]),
+          logit_bias(op.logit_bias + row * op.vocab_size),
+          token_mask(op.token_mask + row * op.mask_words),
           penalty(op.repetition_penalty[row]),
+          frequency(op.frequency_penalty[row]),
+          presence(op.presence_penalty[row]),
           temperature(op.temperature[row]),
           draws(temperature != 0.0f),
           top_k(op.top_k[row] > 0 && op.top_k[row] < vocab_size ? op.top_k[row] : 0),
@@ -78,9 +86,19 @@ struct RowScores {
           step(static_cast<uint32_t>(op.num_generated[row])) {}
 
     __device__ float of(int token) const {
-        const float logit = logits[token];
-        const float penalised = !seen[token] ? logit : logit > 0.0f ? logit / penalty : logit * penalty;
-        return draws ? penalised / temperature : penalised;
+        float score = logits[token];
+        if (adjusts & kAdjustsBias) score += logit_bias[token];
+        if (const int times = seen[token]) {
+            score = score > 0.0f ? score / penalty : score * penalty;
+            if (times > 1 && adjusts & kAdjustsCounts) {  // no contraction: each operation rounds, as elsewhere
+                const float much = __fmul_rn(static_cast<float>(times >> 1), frequency);
+                score = __fsub_rn(__fsub_rn(score, much), presence);
+            }
+        }
+        const bool allowed =
+            !(adjusts & kAdjustsMask) || (static_cast<uint32_t>(token_mask[token / 32]) >> (token % 32) & 1);
+        if (!allowed) score = -INFINITY;
+        return draws ? score / temperature : score;
     }
     // Gumbel-max: the token with the largest of these is a draw from the softmax of the scores.
     __device__ double with_noise(float score, int token) const {

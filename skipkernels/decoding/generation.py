@@ -6,12 +6,13 @@ import math
 import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from skipkernels.errors import RequestError
+from skipkernels.program.state import MAX_TOP_LOGPROBS
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -21,6 +22,22 @@ _SMALLEST = 1e-30
 
 FinishReason = Literal["stop", "length"]
 """stop: an end-of-sequence token or a stop string; length: max_new_tokens is reached (OpenAI's names)."""
+
+
+_REALS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+
+
+class Grammar(Protocol):
+    """Says which tokens may come next in one answer."""
+
+    def allow(self, words: npt.NDArray[np.int32]) -> None:
+        """Sets bit t % 32 of ``words[t // 32]`` for every token that may come next, and clears the others. At least one
+        may: at the end, an end-of-sequence token."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """This one has come."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,6 +51,12 @@ class SamplingParams:
         min_p: keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
         repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or output.
         seed: key of the counter-based generator; the same seed gives the same tokens on every executor.
+        logit_bias: (token, what is added to its logit) of tokens that shall come more or less often.
+        frequency_penalty: what a generated token's logit loses for each time it was generated, up to 127 times.
+        presence_penalty: what it loses once.
+        logprobs: how many of the likeliest tokens are told with each generated one, and its own log probability;
+            None: nothing is. They are the model's own, before everything above.
+        grammar: what the answer has to follow; None: nothing. An object of this kind follows one answer only.
     """
 
     temperature: float = 0.0
@@ -42,9 +65,14 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        for name in _REALS:
             _require_number(name, getattr(self, name), numbers.Real)
         for name in ("top_k", "seed"):
             _require_number(name, getattr(self, name), numbers.Integral)
@@ -58,11 +86,22 @@ class SamplingParams:
                 self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty),
                 "a finite number above 0",
             ),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "a finite number"),
             ("seed", -(1 << 63) <= self.seed < 1 << 63, "a 64-bit integer"),
         )
         for name, holds, expected in checks:
             if not holds:
                 raise RequestError(f"{name} must be {expected}, got {getattr(self, name)}")
+        if self.logprobs is not None:
+            _require_number("logprobs", self.logprobs, numbers.Integral)
+            if not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
+                raise RequestError(f"logprobs must be in 0 to {MAX_TOP_LOGPROBS}, or None, got {self.logprobs}")
+        for token, bias in self.logit_bias:
+            _require_number("a token of logit_bias", token, numbers.Integral)
+            _require_number("a bias of logit_bias", bias, numbers.Real)
+            if not math.isfinite(bias):
+                raise RequestError(f"a bias of logit_bias must be a finite number, got {bias}")
         if not _SMALLEST <= self.repetition_penalty <= 1 / _SMALLEST:
             raise RequestError(f"repetition_penalty={self.repetition_penalty} makes logits overflow; 1 is none")
         if self.temperature < _SMALLEST:  # logits divided by it would overflow; what is left of the others is nothing
@@ -152,12 +191,22 @@ def checked_count(name: str, value: int) -> int:
     return int(value)
 
 
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A generated token's log probability, and the likeliest tokens in its place with theirs."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass
 class Generation:
     """The answer to one prompt.
 
     ``skip_map[t, layer]`` says that the FFN of ``layer`` was skipped for generated token ``t``. ``similarity_map`` has
-    the same shape: the cosine of the residual stream before and after each measured FFN, NaN elsewhere.
+    the same shape: the cosine of the residual stream before and after each measured FFN, NaN elsewhere. ``unread_map``
+    has it too: the share of the FFN's bytes that were not read, 1 where it was skipped, else that of the neurons left
+    out.
     """
 
     token_ids: list[int]
@@ -166,13 +215,20 @@ class Generation:
     prompt_tokens: int
     skip_map: npt.NDArray[np.bool_]
     similarity_map: npt.NDArray[np.float32]
+    unread_map: npt.NDArray[np.float32]
     time_to_first_token_s: float
     seconds_per_token: list[float] = field(repr=False)
+    logprobs: list[TokenLogprob] | None = field(default=None, repr=False)  # one for each token, where they were asked
 
     @property
     def skip_ratio(self) -> float:
         """Skipped FFN executions over (layers x generated tokens); warm-up and cold layers count."""
         return float(self.skip_map.mean()) if self.skip_map.size else 0.0
+
+    @property
+    def unread_ratio(self) -> float:
+        """Bytes of FFN weights not read over those of (layers x generated tokens), warm-up included."""
+        return float(self.unread_map.mean()) if self.unread_map.size else 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -189,3 +245,4 @@ class StreamChunk:
     text: str
     token_id: int | None
     generation: Generation | None = None
+    logprob: TokenLogprob | None = None  # where it was asked

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from skipkernels.decoding.generation import FinishReason, Generation, StreamChunk
+from skipkernels.decoding.generation import FinishReason, Generation, StreamChunk, TokenLogprob
 from skipkernels.decoding.request import Request
 from skipkernels.decoding.run_record import RunRecord
 from skipkernels.decoding.sequence import Sequence as TokenSequence
@@ -56,6 +56,7 @@ class Handle:
         self.plan = request.plan  # the skip policy now: ``set_policy`` changes it
         self.token_ids: list[int] = []  # generated so far
         self.seconds: list[float] = []  # one entry for each
+        self.logprobs: list[TokenLogprob] = []  # one entry for each, where they were asked
         self.runs = RunRecord()
         self.streamed = bool(request.stop)  # somebody looks at every token as it comes
         self._driver = driver
@@ -140,8 +141,13 @@ class Handle:
         """The last token was handed over; nothing that the device still decodes belongs to it."""
         return self._ended
 
-    def take(self, token_ids: Sequence[int], seconds: Sequence[float]) -> None:
+    def take(self, token_ids: Sequence[int], seconds: Sequence[float], logprobs: Sequence[TokenLogprob] = ()) -> None:
         """Tokens of the next steps and how long each took."""
+        self.logprobs += logprobs
+        if (grammar := self.request.sampling.grammar) is not None:
+            for token in token_ids:
+                if token not in self.request.eos_token_ids:
+                    grammar.accept(token)
         if not self.token_ids and token_ids:
             self._first_token_s = time.perf_counter() - self._started
         self.token_ids += token_ids
@@ -155,9 +161,10 @@ class Handle:
         for token in self.token_ids[self._read :]:
             self._read += 1
             text = "" if self._text is None or token in self.request.eos_token_ids else self._text.push(token)
-            self._chunks.append(StreamChunk(text, token))
+            logprob = self.logprobs[self._read - 1] if self.logprobs else None
+            self._chunks.append(StreamChunk(text, token, logprob=logprob))
             if self._text is not None and self._text.stopped:
-                del self.token_ids[self._read :], self.seconds[self._read :]
+                del self.token_ids[self._read :], self.seconds[self._read :], self.logprobs[self._read :]
                 self._ended = True
                 return
 
@@ -204,6 +211,8 @@ class Handle:
             prompt_tokens=self.prompt_tokens,
             skip_map=run_map.numpy() == 0,
             similarity_map=similarity_map.numpy().copy(),
+            unread_map=self.runs.unread_map.numpy(),
             time_to_first_token_s=self._first_token_s,
             seconds_per_token=list(self.seconds),
+            logprobs=None if self.request.sampling.logprobs is None else list(self.logprobs),
         )

@@ -14,9 +14,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from skipkernels.decoding.block_pool import BlockPool
+from skipkernels.decoding.generation import SamplingParams, TokenLogprob
 from skipkernels.decoding.handle import Handle
 from skipkernels.decoding.own_rows import OwnRows
 from skipkernels.decoding.prefix_index import PrefixIndex
@@ -28,7 +30,16 @@ from skipkernels.decoding.sequence import Sequence as TokenSequence
 from skipkernels.decoding.step import DecodeRow, Step
 from skipkernels.errors import RequestError
 from skipkernels.executors import Executor
-from skipkernels.program.state import ENDED, MAX_EOS, WAITS_FOR_BLOCK, DecodeState
+from skipkernels.program.program import Variant
+from skipkernels.program.state import (
+    ADJUSTS_BIAS,
+    ADJUSTS_COUNTS,
+    ADJUSTS_MASK,
+    ENDED,
+    MAX_EOS,
+    WAITS_FOR_BLOCK,
+    DecodeState,
+)
 from skipkernels.skipping.policy import GatePlan
 from skipkernels.support.turns import Turns
 
@@ -63,10 +74,10 @@ class DecodeLoop:
         self,
         state: DecodeState,
         prompt_rows: PromptRows,
-        executor: Callable[[bool], Executor],
+        executor: Callable[[Variant], Executor],
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
-        """``executor(gated)`` gives the executor of the program with gates, or of the dense one."""
+        """``executor(variant)`` gives the executor of a variant of the program."""
         self._turns = Turns(on_gpu=state.active.is_cuda, on_fork=self._arrive_in_child)
         self.state = state
         block_bytes = state.cache_bytes() // state.num_blocks
@@ -81,6 +92,7 @@ class DecodeLoop:
         self._tokenizer = tokenizer
         self._inbox: deque[Handle] = deque()
         self._handles: dict[TokenSequence, Handle] = {}  # in flight
+        self._mask_words = np.zeros(state.token_mask.shape[1], dtype=np.int32)
         self._flight: _Flight | None = None
         self._running: Executor | None = None  # what is inside a long call now
         self._closed = False
@@ -275,7 +287,7 @@ class DecodeLoop:
             self.index.clear()
             self._quiet()
             try:
-                yield OwnRows(self.state, self._prompt_rows, self._executor(False))
+                yield OwnRows(self.state, self._prompt_rows, self._executor(Variant()))
             finally:
                 self._quiet()
                 self.state.block_table.fill_(-1)
@@ -302,6 +314,8 @@ class DecodeLoop:
         streamed = any(handle.streamed for handle in self._handles.values())
         if wish is None:
             wish = STEPS_AT_ONCE if streamed else self.state.max_seq_len
+        if any(handle.request.sampling.grammar is not None for handle in self._handles.values()):
+            wish = 1  # what may come next is known when the token before has come
         decoding = any(sequence.decoding for sequence in self._handles)
         self.scheduler.prompt_rows = self._budget.rows(decoding)
         step = self.scheduler.plan(wish)
@@ -326,8 +340,15 @@ class DecodeLoop:
                 self._start(row)
             elif int(state.progress[row.slot, 1]) == WAITS_FOR_BLOCK:
                 state.start_decoding(row.slot)
+            if (grammar := self._handles[row.sequence].request.sampling.grammar) is not None:
+                grammar.allow(self._mask_words)
+                state.token_mask[row.slot] = torch.from_numpy(self._mask_words)
         self._prompt_rows.place([(chunk, self._handles[chunk.sequence].runs) for chunk in step.chunks])
-        executor = self._executor(any(row.sequence.policy_identity for row in step.decode_rows))
+        sequences = [row.sequence for row in step.decode_rows]
+        # tokens that were generated with neurons left out are computed again so
+        sequences += [chunk.sequence for chunk in step.chunks if chunk.end > chunk.sequence.num_prompt_tokens]
+        handles = [self._handles[sequence] for sequence in sequences]
+        executor = self._executor(Variant.for_plans(plan for one in handles for plan in (one.plan, one.request.plan)))
         if flight.streamed:
             flight.seconds = executor.steps(step.max_steps)
         self._running = executor
@@ -340,8 +361,7 @@ class DecodeLoop:
         state.begin_sequence(slot, tokens, row.sequence.num_generated)
         handle.runs.restore(state, slot)
         state.set_policy(slot, handle.plan)
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"):
-            getattr(state, name)[slot] = getattr(request.sampling, name)
+        _set_sampling(state, slot, request.sampling)
         state.max_new_tokens[slot] = row.sequence.max_tokens - row.sequence.num_prompt_tokens
         eos = request.eos_token_ids
         for at in range(MAX_EOS):
@@ -396,7 +416,7 @@ class DecodeLoop:
             times += [seconds[-1] if seconds else 0.0] * (len(new) - len(times))
             if status == ENDED:
                 handle.end()
-            handle.take(new, times)
+            handle.take(new, times, _logprobs(state, row.slot, had, had + len(new), handle.request.sampling))
             if handle.ended:
                 state.end_sequence(row.slot)
                 self._finish(handle, row.slot)
@@ -463,3 +483,42 @@ class DecodeLoop:
         self.state.active.zero_()
         self.state.run_ffn.zero_()
         self.state.progress.zero_()
+
+
+_OWN_BUFFERS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "seed",
+)
+"""Fields of ``SamplingParams`` that are a buffer of the state each."""
+
+
+def _set_sampling(state: DecodeState, slot: int, sampling: SamplingParams) -> None:
+    for name in _OWN_BUFFERS:
+        getattr(state, name)[slot] = getattr(sampling, name)
+    counts = sampling.frequency_penalty != 0 or sampling.presence_penalty != 0
+    mask = sampling.grammar is not None
+    state.adjusts[slot] = ADJUSTS_BIAS * bool(sampling.logit_bias) + ADJUSTS_COUNTS * counts + ADJUSTS_MASK * mask
+    if sampling.logit_bias:
+        state.logit_bias[slot].zero_()
+        for token, bias in sampling.logit_bias:
+            state.logit_bias[slot, token] = bias
+    state.num_logprobs[slot] = 0 if sampling.logprobs is None else 1 + sampling.logprobs
+
+
+def _logprobs(state: DecodeState, slot: int, begin: int, end: int, sampling: SamplingParams) -> list[TokenLogprob]:
+    """Of the tokens generated as number ``begin`` to ``end``, where they were asked."""
+    if sampling.logprobs is None:
+        return []
+    count = sampling.logprobs
+    values = state.logprobs[slot, begin:end].tolist()
+    tokens = state.top_tokens[slot, begin:end].tolist()
+    return [
+        TokenLogprob(own[0], tuple(zip(top[:count], own[1 : 1 + count], strict=True)))
+        for own, top in zip(values, tokens, strict=True)
+    ]

@@ -53,6 +53,7 @@ class OwnRows:
         state.set_policy(slot, plan)
         state.temperature[slot] = 0.0
         state.repetition_penalty[slot] = 1.0
+        state.adjusts[slot] = state.num_logprobs[slot] = 0
         state.max_new_tokens[slot] = state.max_seq_len + 1
         state.eos_token_ids[slot] = -1
 

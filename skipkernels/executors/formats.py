@@ -28,6 +28,25 @@ def require_formats(program: Program, executor: str, formats: Collection[str] = 
                     )
 
 
+def require_interleaved_int8(program: Program, executor: str) -> None:
+    """Refuses what kernels for interleaved rows and int8 activations do not compute.
+
+    Raises:
+        DeviceError: names the matrix and what to change.
+    """
+    for ins in program:
+        for name, matrix in ins.matrices.items():
+            if isinstance(matrix, torch.Tensor):
+                continue
+            if ins.activations != "int8":
+                raise DeviceError(
+                    f"the {executor} executor multiplies {name} in {matrix.parts[0].format} with int8 activations, not "
+                    f"{ins.activations}; use the reference executor, or load the model with dtype fp32"
+                )
+            if any(part.layout != "interleaved" for part in matrix.parts):
+                raise DeviceError(f"the {executor} executor needs {name} interleaved (Matrix.interleaved)")
+
+
 def require_cache_dtype(program: Program, executor: str, state: DecodeState) -> None:
     """Refuses a program whose float matrices differ from its cache, for kernels that know one dtype.
 

@@ -15,7 +15,7 @@ import torch
 
 from skipkernels.errors import DeviceError, ModelError
 from skipkernels.model.config import ModelConfig
-from skipkernels.model.matrix import AnyMatrix, float_tensor
+from skipkernels.model.matrix import AnyMatrix, Matrix, StackedMatrix, float_tensor
 from skipkernels.model.module_check import check_module
 from skipkernels.model.shards import Shards
 from skipkernels.skipping.fingerprint import WeightsHash, fingerprint
@@ -39,7 +39,7 @@ class LayerWeights:
     o_proj_bias: torch.Tensor | None  # [hidden]
     post_attention_layernorm: torch.Tensor  # [hidden]
     gate_up_proj: AnyMatrix  # [2 intermediate, hidden]
-    down_proj: AnyMatrix  # [hidden, intermediate]
+    down_proj: AnyMatrix  # [hidden, intermediate]; with neuron_rows a view of storage that lies transposed
 
 
 @dataclass
@@ -52,6 +52,7 @@ class ModelWeights:
     lm_head: AnyMatrix  # [vocab, hidden]; the same storage as embed_tokens where tied
     rope_cos: torch.Tensor  # [max_seq_len, head_dim / 2], fp32
     rope_sin: torch.Tensor  # [max_seq_len, head_dim / 2], fp32
+    neuron_rows: bool = False  # down_proj lies transposed, one neuron a row, so that single neurons can be left out
     contents: str = ""  # a hash over the values they were loaded with; none: random ones
     cache_dtype: torch.dtype = torch.bfloat16  # of the KV cache, where embed_tokens is quantised
 
@@ -79,6 +80,23 @@ class ModelWeights:
         return fingerprint(config.architecture_hash(), (self.layers[0].input_layernorm, self.norm), self.contents)
 
 
+def interleave(weights: ModelWeights, num_threads: int = 1) -> None:
+    """Replaces every matrix of blocks by its interleaved copy, which the C++ kernels read; one at a time, so that its
+    source can go. A tied lm_head stays the same matrix as embed_tokens."""
+    tied = weights.lm_head is weights.embed_tokens
+    for layer in weights.layers:
+        for item in fields(layer):
+            matrix = getattr(layer, item.name)
+            if isinstance(matrix, Matrix | StackedMatrix):
+                setattr(layer, item.name, matrix.interleaved(num_threads))
+    if isinstance(weights.embed_tokens, Matrix | StackedMatrix):
+        weights.embed_tokens = weights.embed_tokens.interleaved(num_threads)
+    if tied:
+        weights.lm_head = weights.embed_tokens
+    elif isinstance(weights.lm_head, Matrix | StackedMatrix):
+        weights.lm_head = weights.lm_head.interleaved(num_threads)
+
+
 def expected_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face's parameter names of the model and their shapes."""
     shapes_only = allocate_weights(config, torch.float32, 1, "meta")
@@ -86,9 +104,16 @@ def expected_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def allocate_weights(
-    config: ModelConfig, dtype: torch.dtype, max_seq_len: int, device: torch.device | str = "cpu"
+    config: ModelConfig,
+    dtype: torch.dtype,
+    max_seq_len: int,
+    device: torch.device | str = "cpu",
+    neuron_rows: bool = False,
 ) -> ModelWeights:
-    """Packed weights with nothing in them yet; on a CPU on huge pages, where the system grants them."""
+    """Packed weights with nothing in them yet; on a CPU on huge pages, where the system grants them.
+
+    ``neuron_rows``: down_proj lies transposed, see ``ModelWeights.neuron_rows``.
+    """
 
     def matrix(*shape: int) -> torch.Tensor:
         from skipkernels import _C
@@ -123,7 +148,7 @@ def allocate_weights(
                 o_proj_bias=vector(hidden) if c.o_proj_bias else None,
                 post_attention_layernorm=vector(hidden),
                 gate_up_proj=matrix(2 * c.intermediate_size, hidden),
-                down_proj=matrix(hidden, c.intermediate_size),
+                down_proj=matrix(c.intermediate_size, hidden).T if neuron_rows else matrix(hidden, c.intermediate_size),
             )
             for _ in range(c.num_hidden_layers)
         ],
@@ -131,6 +156,7 @@ def allocate_weights(
         lm_head=embed_tokens if c.tie_word_embeddings else matrix(c.vocab_size, hidden),
         rope_cos=rotary_table(),
         rope_sin=rotary_table(),
+        neuron_rows=neuron_rows,
     )
 
 
@@ -195,7 +221,12 @@ def rope_tables(
 
 
 def load_checkpoint(
-    shards: Shards, config: ModelConfig, dtype: torch.dtype, max_seq_len: int, device: torch.device | str = "cpu"
+    shards: Shards,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    max_seq_len: int,
+    device: torch.device | str = "cpu",
+    neuron_rows: bool = False,
 ) -> ModelWeights:
     """Reads safetensors into packed weights. Peak memory is the weights and one layer's file pages.
 
@@ -204,7 +235,7 @@ def load_checkpoint(
             understood. Everything is checked against the files' headers before the first byte of weights is read.
     """
     shards.check(expected_parameters(config), config.num_hidden_layers)
-    weights, contents = allocate_weights(config, dtype, max_seq_len, device), WeightsHash()
+    weights, contents = allocate_weights(config, dtype, max_seq_len, device, neuron_rows), WeightsHash()
     views = parameter_views(config, weights)
     for name, tensor in shards.tensors(views):
         views[name].copy_(tensor)
@@ -220,6 +251,7 @@ def pack_module(
     dtype: torch.dtype | None,
     max_seq_len: int,
     device: torch.device | str = "cpu",
+    neuron_rows: bool = False,
 ) -> ModelWeights:
     """Packs a loaded module layer by layer and turns its parameters into views of the packed weights. Of a multimodal
     module its text decoder is packed.
@@ -231,7 +263,7 @@ def pack_module(
     own = parameters["model.embed_tokens.weight"].dtype
     contents = WeightsHash()
     with torch.inference_mode(False), torch.no_grad():  # else the module could not be trained or used outside
-        weights = allocate_weights(config, dtype or own, max_seq_len, device)
+        weights = allocate_weights(config, dtype or own, max_seq_len, device, neuron_rows)
         views = parameter_views(config, weights)
         for name, view in views.items():
             contents.add(name, parameters[name])
@@ -245,19 +277,24 @@ def pack_module(
 
 
 def random_weights(
-    config: ModelConfig, dtype: torch.dtype, max_seq_len: int, seed: int = 0, device: torch.device | str = "cpu"
+    config: ModelConfig,
+    dtype: torch.dtype,
+    max_seq_len: int,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    neuron_rows: bool = False,
 ) -> ModelWeights:
     """Weights of the right shapes and scale, for timing only: one random block, repeated."""
     generator = torch.Generator().manual_seed(seed)
     block = (torch.randn(1 << 20, generator=generator) * 0.02).to(dtype)
-    weights = allocate_weights(config, dtype, max_seq_len, device)
+    weights = allocate_weights(config, dtype, max_seq_len, device, neuron_rows)
     block = block.to(device)
     for _, matrix in weights.tensors():
         tensor = float_tensor(matrix)
         if tensor.dim() == 1:
             tensor.fill_(1.0)
             continue
-        flat = tensor.view(-1)
+        flat = (tensor if tensor.is_contiguous() else tensor.T).view(-1)
         for start in range(0, flat.numel(), block.numel()):
             part = flat[start : start + block.numel()]
             part.copy_(block[: part.numel()])

@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from skipkernels.model.config import ACTIVATIONS
 from skipkernels.model.matrix import dequantized, weight_rows
 from skipkernels.program.philox import GATE_STREAM, SAMPLE_STREAM, philox_uniform
-from skipkernels.program.state import DECODING, ENDED, WAITS_FOR_BLOCK
+from skipkernels.program.state import (
+    ADJUSTS_BIAS,
+    ADJUSTS_COUNTS,
+    ADJUSTS_MASK,
+    DECODING,
+    ENDED,
+    WAITS_FOR_BLOCK,
+    counted,
+)
 from skipkernels.program.table import OPS, Instruction
 from skipkernels.skipping.policy import BATCH_RULES, GATE_MODES
 
@@ -34,13 +42,15 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 ACTIVATION_BLOCK = 32
 """Activations that share a scale where they are in int8."""
+SMALLEST_ACTIVATION = 1e-30
+"""A block without a larger one is zero: 127 divided by it could be infinite."""
 
 
 def int8_activations(x: torch.Tensor) -> torch.Tensor:
     """x [columns] as int8 with a scale per block represents it, in fp32 again."""
     blocks = x.view(-1, ACTIVATION_BLOCK)
     largest = blocks.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, 127 / largest, 0)
+    inverse = torch.where(largest >= SMALLEST_ACTIVATION, 127 / largest, 0)
     return (torch.round(blocks * inverse) * (largest / 127)).view(-1)
 
 
@@ -126,11 +136,7 @@ class RatioController:
 
     def _owed(self, tokens: int) -> torch.Tensor:
         """FFNs to have been skipped after so many tokens."""
-        warmup, ramp = int(self._warmup), int(self._ramp)
-        per_token = self._target * self._layers
-        if tokens >= ramp:
-            return per_token * tokens
-        return per_token * ramp * max(tokens - warmup, 0) / (ramp - warmup)
+        return owed_after(tokens, self._target * self._layers, int(self._warmup), int(self._ramp))
 
     def adapt(self) -> None:
         behind = (self._owed_before / self._layers).clamp(-1, 1)
@@ -148,6 +154,55 @@ class RatioController:
         limit = (1 - threshold) * self._scale
         limit = limit * (1 + behind) if behind >= 0 else limit / (1 - behind)
         return bool(1 - similarity <= limit)
+
+
+class NeuronController:
+    """Holds one sequence's share of FFN bytes not read at ``neuron_target_ratio``, as ``program.table`` describes; fp32
+    throughout."""
+
+    GAIN = 0.25
+    STEER = 2.0
+
+    def __init__(self, ins: Instruction, row: int) -> None:
+        t, self._row = ins.tensors, row
+        self._scale = t["threshold_scale"][row : row + 1]
+        per_ffn = 3 * int(ins.scalars["intermediate_size"])
+        per_token = per_ffn * int(ins.scalars["num_hidden_layers"])
+        unread = int(t["left_out"][row]) + per_ffn * int(t["skipped"][row])
+        owed = owed_after(
+            int(t["num_generated"][row]),
+            t["neuron_target_ratio"][row] * _f32(per_token),
+            int(t["warmup_tokens"][row]),
+            int(t["ramp_tokens"][row]),
+        )
+        self._behind = ((owed - _f32(unread)) / _f32(per_token)).clamp(-1, 1)
+
+    def adapt(self) -> torch.Tensor:
+        """threshold_scale moves on; returns neuron_scale."""
+        bound = RatioController.SCALE_BOUND
+        self._scale.copy_((self._scale * (1 + self._behind * self.GAIN)).clamp(1 / bound, bound))
+        steer = self._behind * self.STEER
+        return self._scale[0] * (1 + steer) if steer >= 0 else self._scale[0] / (1 - steer)
+
+
+def owed_after(tokens: int, per_token: torch.Tensor, warmup: int, ramp: int) -> torch.Tensor:
+    """What is to have been left out after so many tokens, ``per_token`` of each from ``ramp`` on."""
+    if tokens >= ramp:
+        return per_token * tokens
+    return per_token * ramp * max(tokens - warmup, 0) / (ramp - warmup)
+
+
+def neuron_gate(ins: Instruction) -> None:
+    t = ins.tensors
+    for row in ins.rows:
+        tokens = int(t["num_generated"][row])
+        if tokens < t["warmup_tokens"][row]:
+            t["neuron_scale"][row] = 0.0
+        elif t["neuron_target_ratio"][row] > 0:
+            t["neuron_scale"][row] = NeuronController(ins, row).adapt()
+        else:
+            t["neuron_scale"][row] = t["threshold_scale"][row]
+        t["scale_map"][row, tokens] = t["neuron_scale"][row]
 
 
 def _f32(value: float) -> torch.Tensor:
@@ -247,16 +302,69 @@ def gate_up_act(ins: Instruction) -> None:
 
 
 def down_proj_add(ins: Instruction) -> None:
-    t, down_proj = ins.tensors, linear(ins, "down_proj")
-    partials = t["similarity_partials"]
+    down_proj = linear(ins, "down_proj")
     for row in ins.rows:
-        before = t["hidden_states"][row].clone()
-        after = before + down_proj(t["intermediate"][row])
-        t["hidden_states"][row] = after
-        if partials is not None and row < ins.sizes["num_sequences"]:
-            size = int(ins.scalars["rows_per_partial"])
-            products = torch.stack((before * after, before * before, after * after), dim=-1)
-            partials[:, row] = torch.stack([chunk.sum(0) for chunk in products.split(size)])
+        _add_and_compare(ins, row, down_proj(ins.tensors["intermediate"][row]))
+
+
+def _add_and_compare(ins: Instruction, row: int, branch: torch.Tensor) -> None:
+    t = ins.tensors
+    before = t["hidden_states"][row].clone()
+    after = before + branch
+    t["hidden_states"][row] = after
+    partials = t["similarity_partials"]
+    if partials is not None and row < ins.sizes["num_sequences"]:
+        size = int(ins.scalars["rows_per_partial"])
+        products = torch.stack((before * after, before * before, after * after), dim=-1)
+        partials[:, row] = torch.stack([chunk.sum(0) for chunk in products.split(size)])
+
+
+def gate_proj_act(ins: Instruction) -> None:
+    t, activate = ins.tensors, _ACTIVATIONS[ACTIVATIONS[int(ins.scalars["activation"])]]
+    for row in ins.rows:
+        x = rms_norm(t["hidden_states"][row], t["post_attention_layernorm"], float(ins.scalars["rms_norm_eps"]))
+        t["intermediate"][row] = activate(F.linear(x, t["gate_proj"].float()))
+
+
+def select_neurons(ins: Instruction) -> None:
+    t, layer, stage = ins.tensors, int(ins.scalars["layer"]), int(ins.scalars["stage"])
+    size = ins.sizes["intermediate_size"]
+    kept = torch.zeros(size, dtype=torch.bool)
+    for row in ins.rows:
+        values = t["intermediate"][row]
+        threshold = t["neuron_threshold"][layer, t["row_sequence"][row]] * t["neuron_scale"][row]
+        values[values.abs() < threshold] = 0.0
+        kept |= values != 0
+        if row < ins.sizes["num_sequences"]:
+            count = int((values != 0).sum())
+            t["kept_map"][row, t["num_generated"][row], layer, stage] = count
+            t["left_out"][row] += size - count
+    chosen = kept.nonzero()[:, 0]
+    t["neurons"][: len(chosen)] = chosen
+    t["num_neurons"][0] = len(chosen)
+
+
+def listed_neurons(ins: Instruction) -> torch.Tensor:
+    """The instruction's list, i64; every neuron where it has none."""
+    neurons, number = ins.tensors["neurons"], ins.tensors["num_neurons"]
+    return torch.arange(ins.sizes["intermediate_size"]) if neurons is None else neurons[: int(number)].long()
+
+
+def up_proj_mul(ins: Instruction) -> None:
+    t, chosen = ins.tensors, listed_neurons(ins)
+    up_proj = t["up_proj"][chosen].float()
+    for row in ins.rows:
+        x = rms_norm(t["hidden_states"][row], t["post_attention_layernorm"], float(ins.scalars["rms_norm_eps"]))
+        gate = t["intermediate"][row, chosen]
+        t["intermediate"][row, chosen] = torch.where(gate == 0, 0.0, gate * F.linear(x, up_proj))
+
+
+def down_proj_neurons_add(ins: Instruction) -> None:
+    t, chosen = ins.tensors, listed_neurons(ins)
+    down_proj = t["down_proj"][chosen].float()
+    for row in ins.rows:
+        own = (t["intermediate"][row, chosen] != 0).nonzero()[:, 0]
+        _add_and_compare(ins, row, t["intermediate"][row, chosen[own]] @ down_proj[own])
 
 
 def lm_head(ins: Instruction) -> None:
@@ -269,20 +377,46 @@ def lm_head(ins: Instruction) -> None:
 def sample(ins: Instruction) -> None:
     t = ins.tensors
     for row in ins.rows:
-        scores = penalised_scores(t["logits"][row], t["seen"][row], t["repetition_penalty"][row])
-        temperature = t["temperature"][row]
-        if temperature == 0:
-            t["next_token"][row] = int(scores.argmax())
-            continue
-        scores = scores / temperature
-        if not scores.max().isfinite():  # nothing to draw from: NaN, or an infinite score
-            t["next_token"][row] = int(scores.argmax())
-            continue
-        keep = kept_tokens(scores, int(t["top_k"][row]), float(t["top_p"][row]), float(t["min_p"][row]))
-        ids = keep.nonzero()[:, 0]
-        uniform = philox_uniform(int(t["seed"][row]), ids.numpy(), int(t["num_generated"][row]), SAMPLE_STREAM)
-        gumbel = -torch.log(-torch.log(torch.from_numpy(uniform)))
-        t["next_token"][row] = int(ids[(scores[ids].double() + gumbel).argmax()])
+        token = t["next_token"][row] = chosen_token(t, row)
+        if count := int(t["num_logprobs"][row]):
+            logprobs = t["logits"][row].double().log_softmax(0).float()
+            step = int(t["num_generated"][row])
+            top = torch.sort(t["logits"][row], descending=True, stable=True).indices[: count - 1].int()
+            t["logprobs"][row, step, 0] = logprobs[token]
+            t["logprobs"][row, step, 1 : 1 + len(top)] = logprobs[top]
+            t["top_tokens"][row, step, : len(top)] = top
+
+
+def chosen_token(t: dict[str, torch.Tensor], row: int) -> int:
+    """Of one row of ``sample``."""
+    scores = adjusted_scores(t, row)
+    temperature = t["temperature"][row]
+    if temperature == 0:
+        return int(scores.argmax())
+    scores = scores / temperature
+    if not scores.max().isfinite():  # nothing to draw from: NaN, or an infinite score
+        return int(scores.argmax())
+    keep = kept_tokens(scores, int(t["top_k"][row]), float(t["top_p"][row]), float(t["min_p"][row]))
+    ids = keep.nonzero()[:, 0]
+    uniform = philox_uniform(int(t["seed"][row]), ids.numpy(), int(t["num_generated"][row]), SAMPLE_STREAM)
+    gumbel = -torch.log(-torch.log(torch.from_numpy(uniform)))
+    return int(ids[(scores[ids].double() + gumbel).argmax()])
+
+
+def adjusted_scores(t: dict[str, torch.Tensor], row: int) -> torch.Tensor:
+    """Scores [vocab] before the temperature."""
+    scores, seen, adjusts = t["logits"][row], t["seen"][row], int(t["adjusts"][row])
+    if adjusts & ADJUSTS_BIAS:
+        scores = scores + t["logit_bias"][row]
+    scores = penalised_scores(scores, seen, t["repetition_penalty"][row])
+    if adjusts & ADJUSTS_COUNTS:
+        times = (seen >> 1).float()
+        fewer = scores - times * t["frequency_penalty"][row] - t["presence_penalty"][row]
+        scores = torch.where(times > 0, fewer, scores)
+    if adjusts & ADJUSTS_MASK:
+        allowed = (t["token_mask"][row][:, None] >> torch.arange(32)) & 1
+        scores = torch.where(allowed.flatten()[: scores.numel()] != 0, scores, -math.inf)
+    return scores
 
 
 def penalised_scores(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
@@ -324,7 +458,7 @@ def advance(ins: Instruction) -> None:
         position = int(t["row_position"][row])
         t["token_ids"][row, position] = token
         t["input_ids"][row] = token
-        t["seen"][row, token] = 1
+        t["seen"][row, token] = counted(int(t["seen"][row, token]))
         ended = bool(
             (t["eos_token_ids"][row] == token).any()
             or t["num_generated"][row] >= t["max_new_tokens"][row]

@@ -8,12 +8,23 @@ from dataclasses import dataclass, fields
 import torch
 
 from skipkernels.model.config import ModelConfig
+from skipkernels.skipping.neuron_rule import NeuronPlan
 from skipkernels.skipping.policy import BATCH_RULES, GATE_MODES, GatePlan
 
 MAX_EOS = 16
 """End-of-sequence tokens one sequence may have."""
+MAX_TOP_LOGPROBS = 20
+"""Likeliest tokens that can be told for each generated one, as many as OpenAI's."""
+ADJUSTS_BIAS, ADJUSTS_COUNTS, ADJUSTS_MASK = 1, 2, 4
+"""Bits of ``adjusts``: what changes a sequence's logits before its token is chosen."""
+_MOST_SEEN = 255  # of a u8
 ENDED, DECODING, WAITS_FOR_BLOCK = range(3)
 """What ``progress`` says of a sequence."""
+
+
+def counted(seen: int) -> int:
+    """What ``seen`` holds of a token after it was generated once more."""
+    return min((seen | 1) + 2, _MOST_SEEN)
 
 
 @dataclass(frozen=True)
@@ -52,13 +63,14 @@ class DecodeState:
     row_position: torch.Tensor  # i32 [rows], also the number of cached positions before the row's
     active: torch.Tensor  # i32 [rows]
     run_ffn: torch.Tensor  # i32 [layers, rows], non-zero executes
+    neuron_scale: torch.Tensor  # f32 [rows], factor on the sequence's thresholds for neurons; 0 keeps all
     # per prompt row
     prompt_embeddings: torch.Tensor  # f32 [prompt_rows, hidden]
     prompt_positions: torch.Tensor  # i32 [prompt_rows, 3], for models that rotate by three axes
     # per sequence
     next_token: torch.Tensor  # i32 [sequences]
     token_ids: torch.Tensor  # host, i32 [sequences, max_seq_len + 1], prompt and generated
-    seen: torch.Tensor  # u8 [sequences, vocab], 1 where the token stands in token_ids
+    seen: torch.Tensor  # u8 [sequences, vocab]: 1 where the token stands in token_ids, and 2 for each time generated
     num_generated: torch.Tensor  # i32 [sequences], new tokens so far
     progress: torch.Tensor  # host, i32 [sequences, 2]: num_generated, and ENDED, DECODING or WAITS_FOR_BLOCK
     block_table: torch.Tensor  # i32 [sequences, ceil(max_seq_len / block_size)], -1 where there is no block
@@ -68,7 +80,15 @@ class DecodeState:
     top_p: torch.Tensor  # f32 [sequences]
     min_p: torch.Tensor  # f32 [sequences]
     repetition_penalty: torch.Tensor  # f32 [sequences]
+    adjusts: torch.Tensor  # i32 [sequences]: ADJUSTS_BIAS, ADJUSTS_COUNTS, ADJUSTS_MASK
+    logit_bias: torch.Tensor  # f32 [sequences, vocab]
+    frequency_penalty: torch.Tensor  # f32 [sequences]
+    presence_penalty: torch.Tensor  # f32 [sequences]
+    token_mask: torch.Tensor  # i32 [sequences, ceil(vocab / 32)], a bit for each token that is allowed
     seed: torch.Tensor  # i64 [sequences]
+    num_logprobs: torch.Tensor  # i32 [sequences]: 0 none, else 1 for the token's own and 1 for each of the likeliest
+    logprobs: torch.Tensor  # host, f32 [sequences, max_seq_len, 1 + MAX_TOP_LOGPROBS], of every generated token
+    top_tokens: torch.Tensor  # host, i32 [sequences, max_seq_len, MAX_TOP_LOGPROBS]
     max_new_tokens: torch.Tensor  # i32 [sequences]
     eos_token_ids: torch.Tensor  # i32 [sequences, MAX_EOS], -1 pads
     # the skip policy of each sequence
@@ -83,20 +103,30 @@ class DecodeState:
     gate_seed: torch.Tensor  # i64 [sequences]
     target_ratio: torch.Tensor  # f32 [sequences], 0: not held
     ramp_tokens: torch.Tensor  # i32 [sequences]
+    neuron_gate_threshold: torch.Tensor  # f32 [layers, sequences], for |act(gate)|; 0 keeps all
+    neuron_product_threshold: torch.Tensor  # f32 [layers, sequences], for |act(gate) up|
+    neuron_target_ratio: torch.Tensor  # f32 [sequences], 0: not held
     # skipping, per sequence
     skip_remaining: torch.Tensor  # i32 [sequences], FFNs the last trigger still skips
     skipped: torch.Tensor  # i32 [sequences], FFNs skipped so far
-    threshold_scale: torch.Tensor  # f32 [sequences], what the ratio controller has made of 1 - threshold
+    threshold_scale: (
+        torch.Tensor
+    )  # f32 [sequences], what the ratio controller has made of 1 - threshold, or of neurons'
+    left_out: torch.Tensor  # i64 [sequences], rows of up_proj and down_proj left out so far in FFNs that ran
     similarity: torch.Tensor  # f32 [layers, sequences], NaN where not measured in this step
     similarity_partials: torch.Tensor  # f32 [partials, sequences, 3]: <h, h'>, |h|^2, |h'|^2
     run_map: torch.Tensor  # host, u8 [sequences, max_seq_len, layers], run_ffn of every generated token
     similarity_map: torch.Tensor  # host, f32 [sequences, max_seq_len, layers]
+    scale_map: torch.Tensor  # host, f32 [sequences, max_seq_len], neuron_scale of every generated token
+    kept_map: torch.Tensor  # host, i32 [sequences, max_seq_len, layers, 2], neurons read of up_proj and of down_proj
     # activations
     hidden_states: torch.Tensor  # f32 [rows, hidden], the residual stream
     query: torch.Tensor  # f32 [rows, heads, head_dim]
     attn_partials: torch.Tensor  # f32 [rows, heads, splits, head_dim + 2]: max, sum, output
     attn_output: torch.Tensor  # f32 [rows, heads, head_dim]
     intermediate: torch.Tensor  # f32 [rows, intermediate]
+    neurons: torch.Tensor  # i32 [intermediate], those that some row keeps
+    num_neurons: torch.Tensor  # i32 [1], their number
     logits: torch.Tensor  # f32 [sequences, vocab]
     # the cache, in the weights' dtype
     k_cache: torch.Tensor  # [layers, blocks, kv_heads, block_size, head_dim]
@@ -147,6 +177,7 @@ class DecodeState:
             row_position=buffer(i32, rows),
             active=buffer(i32, rows),
             run_ffn=buffer(i32, layers, rows),
+            neuron_scale=buffer(f32, rows),
             prompt_embeddings=buffer(f32, num_prompt_rows, config.hidden_size),
             prompt_positions=buffer(i32, num_prompt_rows, 3),
             next_token=buffer(i32, sequences),
@@ -160,7 +191,15 @@ class DecodeState:
             top_p=buffer(f32, sequences, fill=1.0),
             min_p=buffer(f32, sequences),
             repetition_penalty=buffer(f32, sequences, fill=1.0),
+            adjusts=buffer(i32, sequences),
+            logit_bias=buffer(f32, sequences, config.vocab_size),
+            frequency_penalty=buffer(f32, sequences),
+            presence_penalty=buffer(f32, sequences),
+            token_mask=buffer(i32, sequences, -(-config.vocab_size // 32)),
             seed=buffer(i64, sequences),
+            num_logprobs=buffer(i32, sequences),
+            logprobs=host_buffer(f32, sequences, max_seq_len, 1 + MAX_TOP_LOGPROBS),
+            top_tokens=host_buffer(i32, sequences, max_seq_len, MAX_TOP_LOGPROBS),
             max_new_tokens=buffer(i32, sequences),
             eos_token_ids=buffer(i32, sequences, MAX_EOS, fill=-1),
             gate_mode=buffer(i32, sequences),
@@ -174,18 +213,26 @@ class DecodeState:
             gate_seed=buffer(i64, sequences),
             target_ratio=buffer(f32, sequences),
             ramp_tokens=buffer(i32, sequences),
+            neuron_gate_threshold=buffer(f32, layers, sequences),
+            neuron_product_threshold=buffer(f32, layers, sequences),
+            neuron_target_ratio=buffer(f32, sequences),
             skip_remaining=buffer(i32, sequences),
             skipped=buffer(i32, sequences),
             threshold_scale=buffer(f32, sequences, fill=1.0),
+            left_out=buffer(i64, sequences),
             similarity=buffer(f32, layers, sequences, fill=float("nan")),
             similarity_partials=buffer(f32, partials, sequences, 3),
             run_map=host_buffer(u8, sequences, max_seq_len, layers),
             similarity_map=host_buffer(f32, sequences, max_seq_len, layers),
+            scale_map=host_buffer(f32, sequences, max_seq_len),
+            kept_map=host_buffer(i32, sequences, max_seq_len, layers, 2),
             hidden_states=buffer(f32, rows, config.hidden_size),
             query=buffer(f32, rows, heads, config.head_dim),
             attn_partials=buffer(f32, rows, heads, splits, config.head_dim + 2),
             attn_output=buffer(f32, rows, heads, config.head_dim),
             intermediate=buffer(f32, rows, config.intermediate_size),
+            neurons=buffer(i32, config.intermediate_size),
+            num_neurons=buffer(i32, 1),
             logits=buffer(f32, sequences, config.vocab_size),
             k_cache=buffer(dtype, *cache),
             v_cache=buffer(dtype, *cache),
@@ -239,6 +286,8 @@ class DecodeState:
         self.token_ids[slot, :tokens] = token_ids
         self.seen[slot].zero_()
         self.seen[slot, token_ids.to(self.seen.device).long()] = 1
+        for token in token_ids[tokens - num_generated :].tolist():
+            self.seen[slot, token] = counted(int(self.seen[slot, token]))
         self.input_ids[slot] = token_ids[-1]
         self.row_position[slot] = tokens - 1
         self.num_generated[slot] = num_generated
@@ -248,6 +297,8 @@ class DecodeState:
         self.skip_remaining[slot] = 0
         self.skipped[slot] = 0
         self.threshold_scale[slot] = 1.0
+        self.left_out[slot] = 0
+        self.scale_map[slot].zero_()
         self.similarity[:, slot] = float("nan")
 
     def start_decoding(self, slot: int) -> None:
@@ -267,19 +318,38 @@ class DecodeState:
         blocks = plan is not None and bool(plan.gated_layers)
         self.gate_mode[slot] = 1 + GATE_MODES.index(plan.mode) if plan and blocks else 0
         self.gated[:, slot] = 0
-        if plan is None or not blocks:
+        self._set_neuron_plan(slot, plan.neurons if plan else None)
+        if plan is None:
+            return
+        # the first generated token comes out of the prompt's last position, and a prompt runs every FFN
+        self.warmup_tokens[slot] = max(1, plan.warmup_tokens)
+        if not blocks:
             return
         self.gated[list(plan.gated_layers), slot] = 1
         self.first_gated[slot] = plan.gated_layers[0]
         self.gate_threshold[:, slot] = torch.tensor(plan.thresholds or 0.0)
         self.gate_span[slot] = plan.span
-        # the first generated token comes out of the prompt's last position, and a prompt runs every FFN
-        self.warmup_tokens[slot] = max(1, plan.warmup_tokens)
         self.batch_rule[slot] = BATCH_RULES.index(plan.batch_rule)
         self.gate_probability[slot] = plan.probability
         self.gate_seed[slot] = plan.seed
         self.target_ratio[slot] = plan.target_ratio
-        self.ramp_tokens[slot] = plan.ramp_tokens
+        if plan.target_ratio:
+            self.ramp_tokens[slot] = plan.ramp_tokens
+
+    def _set_neuron_plan(self, slot: int, plan: NeuronPlan | None) -> None:
+        for buffer, values in (
+            (self.neuron_gate_threshold, plan.gate_thresholds if plan else 0.0),
+            (self.neuron_product_threshold, plan.product_thresholds if plan else 0.0),
+        ):
+            buffer[:, slot] = torch.tensor(values)
+        self.neuron_target_ratio[slot] = plan.target_ratio if plan else 0.0
+        self.ramp_tokens[slot] = plan.ramp_tokens if plan else 0
+
+    def unread_map(self, slot: int, tokens: int) -> torch.Tensor:
+        """The share of each FFN's bytes that the first ``tokens`` generated tokens of ``slot`` did not read: f32
+        [tokens, layers], 1 where the FFN was skipped."""
+        run_map, scale_map, kept_map = (each[slot, :tokens] for each in (self.run_map, self.scale_map, self.kept_map))
+        return unread_share(run_map, scale_map, kept_map, self.intermediate.shape[1])
 
     def set_blocks(self, slot: int, blocks: Sequence[int], first: int = 0) -> None:
         """Writes ``blocks`` into the table of ``slot``, from its entry ``first`` on; entries after them are emptied."""
@@ -300,6 +370,7 @@ class DecodeState:
         token_ids: torch.Tensor,
         *,
         run_map: torch.Tensor | None = None,
+        neuron_scale: torch.Tensor | None = None,
         embeddings: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
     ) -> None:
@@ -310,6 +381,7 @@ class DecodeState:
             token_ids: i32 [tokens].
             run_map: u8 [tokens, layers]: which FFNs run, for tokens that were generated under a policy and are computed
                 again; None: all.
+            neuron_scale: f32 [tokens]: the factor on the thresholds for neurons, for the same; None: keep all.
             embeddings: f32 [tokens, hidden], in place of the tokens' own.
             positions: i32 [3, tokens], for models that rotate by three axes; None: the tokens' own positions.
         """
@@ -321,6 +393,7 @@ class DecodeState:
         self.row_position[chosen] = own
         self.active[chosen] = 1
         self.run_ffn[:, chosen] = 1 if run_map is None else (run_map.T != 0).to(self.run_ffn)
+        self.neuron_scale[chosen] = 0.0 if neuron_scale is None else neuron_scale.to(self.neuron_scale)
         if embeddings is not None:
             self.prompt_embeddings[first : first + tokens] = embeddings
         self.prompt_positions[first : first + tokens] = own[:, None] if positions is None else positions.T
@@ -329,3 +402,13 @@ class DecodeState:
         """Waits until the device has done all it was given: from then on the host may write to its buffers."""
         if self.active.is_cuda:
             torch.cuda.synchronize(self.active.device)
+
+
+def unread_share(
+    run_map: torch.Tensor, scale_map: torch.Tensor, kept_map: torch.Tensor, intermediate_size: int
+) -> torch.Tensor:
+    """The share of each FFN's bytes that was not read, f32 [tokens, layers], from ``DecodeState``'s maps of a sequence:
+    run_map u8 [tokens, layers], scale_map f32 [tokens], kept_map i32 [tokens, layers, 2]. gate_proj, a third, is always
+    read; where scale_map is 0 all neurons are, and kept_map means nothing."""
+    unread = torch.where(scale_map[:, None] > 0, (2 - kept_map.sum(-1) / intermediate_size) / 3, 0)
+    return torch.where(run_map == 0, 1, unread).float()

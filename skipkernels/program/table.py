@@ -140,6 +140,34 @@ OPS: dict[str, Op] = {
             rows="num_sequences",
         ),
         Op(
+            "neuron_gate",
+            """Sets the factor on each sequence's thresholds for neurons in this step: neuron_scale of its decode row, 0
+            (keep all) in its warm-up, then ``threshold_scale``, which stays 1 unless a ratio is held. Recorded in
+            scale_map under ``num_generated``, so that a token can be computed again as it was.
+
+            ``neuron_target_ratio`` above 0 makes the sequence's running share of FFN bytes not read hold that value.
+            Counted in neurons' rows of the three matrices, a token has 3 intermediate_size num_hidden_layers of them;
+            ``left_out`` are those not read so far in FFNs that ran, and each FFN in ``skipped`` adds 3
+            intermediate_size. behind = (owed - those) / a token's, within -1 and 1, where owed grows as in skip_gate,
+            from ``ramp_tokens`` on for the warm-up too. threshold_scale grows by the factor 1 + behind / 4, and
+            neuron_scale is threshold_scale (1 + 2 behind), or threshold_scale / (1 - 2 behind) where that is negative.
+            Every operation is one fp32 rounding.
+            """,
+            {
+                "neuron_scale": _t("f32 num_rows", "inout"),
+                "num_generated": _t("i32 num_sequences"),
+                "warmup_tokens": _t("i32 num_sequences"),
+                "ramp_tokens": _t("i32 num_sequences"),
+                "neuron_target_ratio": _t("f32 num_sequences"),
+                "threshold_scale": _t("f32 num_sequences", "inout"),
+                "skipped": _t("i32 num_sequences"),
+                "left_out": _t("i64 num_sequences"),
+                "scale_map": _t("f32 num_sequences max_seq_len", "inout", on_host=True),
+            },
+            {"num_hidden_layers": int, "intermediate_size": int},
+            rows="num_sequences",
+        ),
+        Op(
             "qkv_rope_append",
             """query = rope(q), and k = rope(k), v into the paged cache at the row's position, of
             qkv_proj(rms_norm(hidden_states)).
@@ -244,6 +272,77 @@ OPS: dict[str, Op] = {
             (),
         ),
         Op(
+            "gate_proj_act",
+            "intermediate = act(gate_proj(x)) of x = rms_norm(hidden_states), of every neuron; gate_proj holds floats.",
+            {
+                "hidden_states": _t("f32 num_rows hidden_size"),
+                "post_attention_layernorm": _t("f32 hidden_size"),
+                "gate_proj": _t("matrix intermediate_size hidden_size"),
+                "intermediate": _t("f32 num_rows intermediate_size", "out"),
+            },
+            {"rms_norm_eps": float, "activation": int},
+        ),
+        Op(
+            "select_neurons",
+            """Leaves neurons out (CATS, arXiv 2404.08763; TEAL, arXiv 2408.14690): intermediate = 0 where its magnitude
+            is below ``neuron_threshold[layer, the row's sequence] * neuron_scale``, for each row by itself. ``neurons``
+            lists, in ascending order, those that are not 0 in some row, ``num_neurons`` their number: a neuron that is
+            exactly 0 everywhere adds nothing, and is not read either. The list's rest is undefined.
+
+            What a decode row keeps is recorded in kept_map under (num_generated, layer, ``stage``), and what it leaves
+            out added to ``left_out``. stage 0 is what up_proj reads, after gate_proj_act, 1 what down_proj reads.
+            """,
+            {
+                "intermediate": _t("f32 num_rows intermediate_size", "inout"),
+                "neuron_threshold": _t("f32 num_hidden_layers num_sequences"),
+                "row_sequence": _t("i32 num_rows"),
+                "neuron_scale": _t("f32 num_rows"),
+                "num_generated": _t("i32 num_sequences"),
+                "neurons": _t("i32 intermediate_size", "out"),
+                "num_neurons": _t("i32 one", "out"),
+                "left_out": _t("i64 num_sequences", "inout"),
+                "kept_map": _t("i32 num_sequences max_seq_len num_hidden_layers two", "inout", on_host=True),
+            },
+            {"layer": int, "stage": int},
+            (
+                ("num_neurons holds 1 number", lambda s: s["one"] == 1),
+                ("kept_map holds 2 stages", lambda s: s["two"] == 2),
+            ),
+        ),
+        Op(
+            "up_proj_mul",
+            """intermediate *= up_proj(x) of x = rms_norm(hidden_states), for the neurons of the list, where it is not
+            0. No other row of up_proj, which holds floats, is read.
+            """,
+            {
+                "hidden_states": _t("f32 num_rows hidden_size"),
+                "post_attention_layernorm": _t("f32 hidden_size"),
+                "up_proj": _t("matrix intermediate_size hidden_size"),
+                "neurons": _t("i32 intermediate_size"),
+                "num_neurons": _t("i32 one"),
+                "intermediate": _t("f32 num_rows intermediate_size", "inout"),
+            },
+            {"rms_norm_eps": float},
+        ),
+        Op(
+            "down_proj_neurons_add",
+            """down_proj_add over a down_proj of floats that lies transposed, one neuron a row: only the rows of the
+            list's neurons are read, without a list all.
+
+            The sum over neurons is cut into chunks of ``neuron_chunk`` neurons, added in their order, so that a row's
+            bits depend neither on the list of its neighbours nor on the number of workers.
+            """,
+            {
+                "intermediate": _t("f32 num_rows intermediate_size"),
+                "neurons": _t("i32 intermediate_size", optional=True),
+                "num_neurons": _t("i32 one", optional=True),
+                "down_proj": _t("matrix intermediate_size hidden_size"),
+                "hidden_states": _t("f32 num_rows hidden_size", "inout"),
+                "similarity_partials": _t("f32 num_partials num_sequences three", "out", optional=True),
+            },
+            {"rows_per_partial": int, "neuron_chunk": int},
+        ),
+        Op(
             "lm_head",
             "logits = lm_head(rms_norm(hidden_states)) of the decode rows.",
             {
@@ -259,10 +358,18 @@ OPS: dict[str, Op] = {
             "sample",
             """next_token = argmax of the logits (temperature 0), or a draw from them.
 
-            In transformers' order: repetition penalty on ``seen`` tokens, temperature, top-k (0: off), top-p (1: off),
-            min-p (0: off). The draw is Gumbel-max with one Philox4x32-10 number per token id, keyed by (seed,
+            In transformers' order: logit_bias (added), repetition penalty on ``seen`` tokens, frequency and presence
+            penalty (OpenAI's: count * frequency_penalty is subtracted, then presence_penalty, from tokens generated
+            ``seen`` >> 1 times), token_mask, temperature, top-k (0: off), top-p (1: off), min-p (0: off). ``adjusts``
+            says which of them a row has: 1 bias, 2 frequency and presence, 4 mask; the others are not read. Bit
+            t % 32 of word t / 32 of token_mask is set where token t is allowed. Every operation is one fp32 rounding.
+
+            The draw is Gumbel-max with one Philox4x32-10 number per token id, keyed by (seed,
             num_generated): the same seed gives the same tokens on every executor, alone or in a batch. Where the
             largest score is NaN or infinite, the argmax is taken (the first NaN, where there is one).
+
+            Where num_logprobs is n > 0, logprobs and top_tokens at num_generated get log softmax of the logits as the
+            model made them: of next_token first, then of the n - 1 likeliest tokens (the lower id of equals first).
             """,
             {
                 "logits": _t("f32 num_sequences vocab_size"),
@@ -273,15 +380,28 @@ OPS: dict[str, Op] = {
                 "top_p": _t("f32 num_sequences"),
                 "min_p": _t("f32 num_sequences"),
                 "repetition_penalty": _t("f32 num_sequences"),
+                "adjusts": _t("i32 num_sequences"),
+                "logit_bias": _t("f32 num_sequences vocab_size"),
+                "frequency_penalty": _t("f32 num_sequences"),
+                "presence_penalty": _t("f32 num_sequences"),
+                "token_mask": _t("i32 num_sequences mask_words"),
                 "seed": _t("i64 num_sequences"),
+                "num_logprobs": _t("i32 num_sequences"),
                 "next_token": _t("i32 num_sequences", "out"),
+                "logprobs": _t("f32 num_sequences max_seq_len num_logprobs_kept", "inout", on_host=True),
+                "top_tokens": _t("i32 num_sequences max_seq_len num_top_kept", "inout", on_host=True),
             },
+            relations=(
+                ("mask_words = vocab_size / 32, rounded up", lambda s: s["mask_words"] == -(-s["vocab_size"] // 32)),
+                ("logprobs has one more", lambda s: s["num_logprobs_kept"] == s["num_top_kept"] + 1),
+            ),
             rows="num_sequences",
         ),
         Op(
             "advance",
             """Ends a step. Decode rows: records run_ffn and similarity under ``num_generated``, appends next_token to
-            token_ids, moves row_position and num_generated on, clears ``active`` at an end-of-sequence token, at
+            token_ids, counts it in ``seen`` (1: in the prompt; 2 more for each time it was generated, up to 127 times),
+            moves row_position and num_generated on, clears ``active`` at an end-of-sequence token, at
             max_new_tokens or at max_seq_len, and arms run_ffn, similarity and skip_remaining for the next step. Where
             the next position has no block in block_table (-1), the row rests until the host has given it one:
             ``active`` and run_ffn are cleared and the rest is as if it went on. ``progress``, written last, tells the

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from skipkernels.program.reference import sample
 from skipkernels.program.table import Instruction, instruction
 from tests.cuda.comparison import run_with_kernels
+from tests.program.test_sample import adjusted_instruction, assert_samples_alike
 
 LISTED = 4096  # tokens that the truncating block looks at in shared memory
 
@@ -28,6 +29,14 @@ def sample_instruction(logits: torch.Tensor, **settings: Any) -> Instruction:
         "top_p": torch.ones(rows),
         "min_p": torch.zeros(rows),
         "repetition_penalty": torch.ones(rows),
+        "adjusts": torch.zeros(rows, dtype=torch.int32),
+        "logit_bias": torch.zeros(rows, logits.shape[1]),
+        "frequency_penalty": torch.zeros(rows),
+        "presence_penalty": torch.zeros(rows),
+        "token_mask": torch.zeros(rows, -(-logits.shape[1] // 32), dtype=torch.int32),
+        "num_logprobs": torch.zeros(rows, dtype=torch.int32),
+        "logprobs": torch.full((rows, rows, 6), torch.nan),
+        "top_tokens": torch.full((rows, rows, 5), -1, dtype=torch.int32),
         "seed": torch.arange(rows) - 2,
         "next_token": torch.full((rows,), -1, dtype=torch.int32),
     }
@@ -41,9 +50,8 @@ def compare(logits: torch.Tensor, schedule: int = 0, **settings: Any) -> list[in
     ins, expected = sample_instruction(logits, **settings), sample_instruction(logits, **settings)
     run_with_kernels(ins, seed=schedule)
     sample(expected)
-    tokens = ins.tensors["next_token"].tolist()
-    assert tokens == expected.tensors["next_token"].tolist(), settings
-    return tokens
+    assert_samples_alike(ins, expected)
+    return ins.tensors["next_token"].tolist()
 
 
 SETTINGS: list[dict[str, float]] = [
@@ -106,3 +114,17 @@ def test_without_finite_scores_there_is_no_draw(settings: dict[str, float], spec
     logits[:, [LISTED + 3, 77, LISTED - 1]] = special
     assert compare(logits, **settings) == [77, 77]
     assert compare(torch.full((1, 300), -torch.inf), **settings) == [0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("seed", range(3))
+def test_adjustments_and_log_probabilities(temperature: float, seed: int) -> None:
+    actual, expected = (adjusted_instruction(seed, temperature=temperature) for _ in range(2))
+    run_with_kernels(actual, seed=seed)
+    sample(expected)
+    assert_samples_alike(actual, expected)
+
+
+def test_log_probabilities_of_a_large_vocabulary() -> None:
+    logits = torch.randn(2, 3 * LISTED + 77, generator=torch.Generator().manual_seed(5)).round(decimals=1)  # ties
+    compare(logits, temperature=0.0, num_logprobs=6)

@@ -47,6 +47,10 @@ class Modules:
         return apply_rotary_pos_emb(heads, heads, self.cos, self.sin)[0][0].transpose(0, 1)
 
 
+NEURON_OPS = {"neuron_gate", "gate_proj_act", "select_neurons", "up_proj_mul", "down_proj_neurons_add"}
+"""They do what no module does: ``test_neurons`` renders it."""
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_op_gives_what_its_module_gives(family: str) -> None:
     """The whole prompt is one step: its last token in a decode row, all before it in prompt rows."""
@@ -63,7 +67,7 @@ def test_every_op_gives_what_its_module_gives(family: str) -> None:
         decoder.executor.run_instruction(index)
         compared.add(ins.op)
         _compare(ins.op, decoder, expected, layer)
-    assert compared == set(OPS)
+    assert compared == set(OPS) - NEURON_OPS
 
 
 def _positions(rows: torch.Tensor) -> torch.Tensor:

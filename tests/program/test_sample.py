@@ -12,12 +12,13 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from skipkernels.program.reference import kept_tokens, penalised_scores, sample
+from skipkernels.program.reference import adjusted_scores, kept_tokens, penalised_scores, sample
 from skipkernels.program.table import Instruction, instruction
 from tests.program.native import run_natively
 from tests.tolerances import assert_close
@@ -65,6 +66,14 @@ def sample_instruction(logits: torch.Tensor, **settings: Any) -> Instruction:
         "top_p": torch.ones(rows),
         "min_p": torch.zeros(rows),
         "repetition_penalty": torch.ones(rows),
+        "adjusts": torch.zeros(rows, dtype=torch.int32),
+        "logit_bias": torch.zeros(rows, logits.numel()),
+        "frequency_penalty": torch.zeros(rows),
+        "presence_penalty": torch.zeros(rows),
+        "token_mask": torch.zeros(rows, -(-logits.numel() // 32), dtype=torch.int32),
+        "num_logprobs": torch.zeros(rows, dtype=torch.int32),
+        "logprobs": torch.full((rows, 300, 6), torch.nan),
+        "top_tokens": torch.full((rows, 300, 5), -1, dtype=torch.int32),
         "seed": torch.arange(rows),
         "next_token": torch.zeros(rows, dtype=torch.int32),
     }
@@ -148,3 +157,99 @@ def test_without_finite_scores_there_is_no_draw(
     ins = sample_instruction(torch.tensor(logits), **settings)
     run(ins)
     assert ins.tensors["next_token"].tolist() == [token] * 16
+
+
+def adjusted_instruction(seed: int, vocab: int = 70, **settings: Any) -> Instruction:
+    """Rows with bias, counts, masks and logprobs of all kinds, some of each switched off."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randint(below: int, *shape: int, kind: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.randint(below, shape, generator=generator).to(kind)
+
+    ins = sample_instruction(torch.randn(vocab, generator=generator) * 2, **settings)
+    t, rows = ins.tensors, 16
+    t["logits"].add_(torch.randn(rows, vocab, generator=generator))
+    t["seen"].copy_(randint(10, rows, vocab, kind=torch.uint8) * randint(2, rows, vocab, kind=torch.uint8))
+    t["num_generated"].copy_(randint(300, rows))
+    t["adjusts"].copy_(torch.arange(rows) % 8)
+    t["logit_bias"].copy_(torch.randn(rows, vocab, generator=generator) * 3)
+    t["frequency_penalty"].copy_(torch.randn(rows, generator=generator))
+    t["presence_penalty"].copy_(torch.randn(rows, generator=generator))
+    t["token_mask"].copy_(torch.randint(-(1 << 31), 1 << 31, t["token_mask"].shape, generator=generator))
+    t["repetition_penalty"].fill_(1.3)
+    t["num_logprobs"].copy_(randint(7, rows))
+    return ins
+
+
+def assert_samples_alike(actual: Instruction, expected: Instruction) -> None:
+    """Same tokens; log probabilities to the last bits of a sum in another order."""
+    for name in ("next_token", "top_tokens"):
+        assert torch.equal(actual.tensors[name], expected.tensors[name]), name
+    torch.testing.assert_close(
+        actual.tensors["logprobs"], expected.tensors["logprobs"], rtol=1e-6, atol=1e-6, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("seed", range(4))
+def test_native_rows_adjust_and_tell_as_the_reference_does(seed: int, temperature: float) -> None:
+    settings = {"temperature": temperature, "top_k": 40 * (seed % 2), "top_p": 0.9}
+    actual, expected = (adjusted_instruction(seed, **settings) for _ in range(2))
+    run_natively(actual)
+    sample(expected)
+    assert_samples_alike(actual, expected)
+
+
+def test_adjustments_are_those_of_others() -> None:
+    """Bias and repetition penalty as transformers applies them, in its order; frequency and presence by OpenAI's
+    formula; what the mask forbids cannot be chosen."""
+    ins = adjusted_instruction(5)
+    t, vocab = ins.tensors, 70
+    for row in range(16):
+        adjusts, seen = row % 8, t["seen"][row]
+        stock = LogitsProcessorList()
+        if adjusts & 1:
+            bias = {(token,): float(t["logit_bias"][row, token]) for token in range(vocab)}
+            stock.append(SequenceBiasLogitsProcessor(bias))
+        stock.append(RepetitionPenaltyLogitsProcessor(1.3))
+        expected = stock(seen.nonzero()[:, 0][None], t["logits"][row][None].clone())[0]
+        if adjusts & 2:
+            for token in range(vocab):
+                if times := int(seen[token]) // 2:
+                    expected[token] -= times * t["frequency_penalty"][row] + t["presence_penalty"][row]
+        if adjusts & 4:
+            words = t["token_mask"][row].tolist()
+            for token in range(vocab):
+                if not (words[token // 32] >> (token % 32)) & 1:
+                    expected[token] = -math.inf
+        torch.testing.assert_close(adjusted_scores(t, row), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("run", [sample, run_natively], ids=["reference", "native"])
+def test_logprobs_are_of_the_models_own_logits(run: Callable[[Instruction], None]) -> None:
+    ins = adjusted_instruction(6)
+    run(ins)
+    t = ins.tensors
+    for row in range(16):
+        step, count = int(t["num_generated"][row]), int(t["num_logprobs"][row])
+        expected = torch.log_softmax(t["logits"][row], 0)
+        values, tokens = expected.topk(max(0, count - 1))
+        told = t["logprobs"][row, step]
+        assert told.isnan().sum() == 6 - count
+        if count:
+            torch.testing.assert_close(told[0], expected[int(t["next_token"][row])], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(told[1:count] if count else told[:0], values, rtol=1e-5, atol=1e-5)
+        assert t["top_tokens"][row, step, : max(0, count - 1)].tolist() == tokens.tolist()
+        assert t["logprobs"][row, :step].isnan().all()
+
+
+def test_what_the_mask_leaves_is_all_that_is_drawn() -> None:
+    ins = sample_instruction(torch.linspace(9, 0, 70), temperature=2.0, adjusts=4)
+    ins.tensors["token_mask"].zero_()
+    ins.tensors["token_mask"][:, 2] = 0b101000  # tokens 67 and 69
+    drawn = set()
+    for step in range(20):
+        ins.tensors["num_generated"].fill_(step)
+        run_natively(ins)
+        drawn.update(ins.tensors["next_token"].tolist())
+    assert drawn == {67, 69}

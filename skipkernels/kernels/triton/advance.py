@@ -89,7 +89,8 @@ def advance_kernel(
     tl.store(num_generated + row, step + 1)
     tl.store(token_ids + row.to(tl.int64) * (max_seq_len + 1) + position, token)
     tl.store(input_ids + row, token)
-    tl.store(seen + row.to(tl.int64) * vocab_size + token, 1)
+    count = seen + row.to(tl.int64) * vocab_size + token
+    tl.store(count, tl.minimum((tl.load(count).to(tl.int32) | 1) + 2, 255).to(tl.uint8))
     tl.store(active + row, goes_on)
     tl.store(skip_remaining + row, 0)
 

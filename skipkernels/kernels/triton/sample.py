@@ -12,23 +12,39 @@ import triton.language as tl
 from skipkernels.kernels.triton.launch import Launch
 from skipkernels.kernels.triton.order import NO_RANK, order_key, ranked, ranked_score, ranked_token
 from skipkernels.kernels.triton.philox import SAMPLE_STREAM, philox_uniform
+from skipkernels.program.state import ADJUSTS_BIAS as _ADJUSTS_BIAS
+from skipkernels.program.state import ADJUSTS_COUNTS as _ADJUSTS_COUNTS
+from skipkernels.program.state import ADJUSTS_MASK as _ADJUSTS_MASK
 from skipkernels.program.table import Instruction
 
 BLOCK = 1024
-WARPS = 16
+WARPS = 8
+"""With 16, a thread has 128 registers at most, and an H100's compiler wants more."""
 DIGIT_BITS = tl.constexpr(2)
 NUM_DIGITS = tl.constexpr(16)  # of 32 bits
+ADJUSTS_BIAS = tl.constexpr(_ADJUSTS_BIAS)
+ADJUSTS_COUNTS = tl.constexpr(_ADJUSTS_COUNTS)
+ADJUSTS_MASK = tl.constexpr(_ADJUSTS_MASK)
 
 
 @triton.jit
 def scores_of(tokens, row, vocab_size: tl.constexpr):
-    """fp32 scores [BLOCK] after repetition penalty and temperature, -inf beyond the vocabulary."""
-    logits, seen, penalty, temperature = row
+    """fp32 scores [BLOCK] after bias, penalties, mask and temperature, -inf beyond the vocabulary."""
+    logits, seen, penalty, temperature, adjusts, logit_bias, frequency, presence, token_mask = row
     inside = tokens < vocab_size
-    logit = tl.load(logits + tokens, mask=inside, other=0.0)
-    is_seen = tl.load(seen + tokens, mask=inside, other=0) != 0
-    penalised = tl.where(logit > 0, tl.div_rn(logit, penalty), logit * penalty)
-    return tl.where(inside, tl.div_rn(tl.where(is_seen, penalised, logit), temperature), float("-inf"))
+    score = tl.load(logits + tokens, mask=inside, other=0.0)
+    adjusts = adjusts + tl.zeros_like(tokens)
+    biased = (adjusts & ADJUSTS_BIAS) != 0
+    score = tl.where(biased, score + tl.load(logit_bias + tokens, mask=inside & biased, other=0.0), score)
+    count = tl.load(seen + tokens, mask=inside, other=0).to(tl.int32)
+    penalised = tl.where(score > 0, tl.div_rn(score, penalty), score * penalty)
+    score = tl.where(count != 0, penalised, score)
+    fewer = (score - (count >> 1).to(tl.float32) * frequency) - presence
+    score = tl.where((count > 1) & ((adjusts & ADJUSTS_COUNTS) != 0), fewer, score)
+    masked = (adjusts & ADJUSTS_MASK) != 0
+    word = tl.load(token_mask + tokens // 32, mask=inside & masked, other=-1)
+    allowed = inside & (((word >> (tokens % 32)) & 1) != 0)
+    return tl.where(allowed, tl.div_rn(score, temperature), float("-inf"))
 
 
 @triton.jit
@@ -107,6 +123,58 @@ def draw(row, best, top_k, top_p, min_p, seed, step, vocab_size: tl.constexpr, B
 
 
 @triton.jit
+def likeliest_below(rank, logits, vocab_size: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest ``ranked`` of the logits below ``rank``."""
+    ranks = tl.full([BLOCK], NO_RANK, tl.int64)
+    for start in tl.range(0, vocab_size, BLOCK, num_stages=4):
+        tokens = start + tl.arange(0, BLOCK)
+        logit = tl.load(logits + tokens, mask=tokens < vocab_size, other=float("-inf"))
+        own = tl.where(tokens < vocab_size, ranked(logit, tokens), NO_RANK)
+        ranks = tl.maximum(ranks, tl.where(own < rank, own, NO_RANK))
+    return tl.max(ranks, axis=0)
+
+
+@triton.jit(do_not_specialize=["max_seq_len"])
+def logprobs_kernel(
+    logits,
+    num_generated,
+    num_logprobs,
+    next_token,
+    logprobs,
+    top_tokens,
+    row_mask,
+    max_seq_len,
+    vocab_size: tl.constexpr,
+    num_logprobs_kept: tl.constexpr,
+    num_top_kept: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Log softmax of the model's own logits: of the token, then of the likeliest, each found by a pass of its own. A
+    kernel of its own, because the two together need more registers than there are."""
+    index = tl.program_id(0)
+    count = tl.load(num_logprobs + index)
+    if (tl.load(row_mask + index) == 0) | (count == 0):
+        return
+    logits += index.to(tl.int64) * vocab_size
+    step = index.to(tl.int64) * max_seq_len + tl.load(num_generated + index)
+    logprobs += step * num_logprobs_kept
+    top_tokens += step * num_top_kept
+    token = tl.load(next_token + index)
+    rank = likeliest_below(tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64), logits, vocab_size, BLOCK)
+    top = ranked_score(rank)
+    weights = tl.zeros([BLOCK], tl.float64)
+    for start in tl.range(0, vocab_size, BLOCK, num_stages=4):
+        tokens = start + tl.arange(0, BLOCK)
+        weights += weight_of(tl.load(logits + tokens, mask=tokens < vocab_size, other=float("-inf")), top)
+    log_total = top.to(tl.float64) + tl.log(tl.sum(weights, axis=0))
+    tl.store(logprobs, (tl.load(logits + token).to(tl.float64) - log_total).to(tl.float32))
+    for i in range(1, tl.minimum(count, vocab_size + 1)):
+        tl.store(top_tokens + i - 1, ranked_token(rank))
+        tl.store(logprobs + i, (ranked_score(rank).to(tl.float64) - log_total).to(tl.float32))
+        rank = likeliest_below(rank, logits, vocab_size, BLOCK)
+
+
+@triton.jit
 def sample_kernel(
     logits,
     seen,
@@ -116,10 +184,16 @@ def sample_kernel(
     top_p,
     min_p,
     repetition_penalty,
+    adjusts,
+    logit_bias,
+    frequency_penalty,
+    presence_penalty,
+    token_mask,
     seed,
     next_token,
     row_mask,
     vocab_size: tl.constexpr,
+    mask_words: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     index = tl.program_id(0)
@@ -128,7 +202,11 @@ def sample_kernel(
     at = index.to(tl.int64) * vocab_size
     heat = tl.load(temperature + index)
     greedy = heat == 0
-    row = (logits + at, seen + at, tl.load(repetition_penalty + index), tl.where(greedy, 1.0, heat))
+    row = (
+        logits + at, seen + at, tl.load(repetition_penalty + index), tl.where(greedy, 1.0, heat),
+        tl.load(adjusts + index), logit_bias + at, tl.load(frequency_penalty + index),
+        tl.load(presence_penalty + index), token_mask + index.to(tl.int64) * mask_words,
+    )  # fmt: skip
     ranks = tl.full([BLOCK], NO_RANK, tl.int64)
     for start in tl.range(0, vocab_size, BLOCK, num_stages=4):
         tokens = start + tl.arange(0, BLOCK)
@@ -146,4 +224,7 @@ def sample_kernel(
 def sample(ins: Instruction) -> tuple[Launch, ...]:
     block = min(BLOCK, max(4, triton.next_power_of_2(ins.sizes["vocab_size"])))
     grid = (ins.sizes["num_sequences"],)
-    return (Launch.of(sample_kernel, ins, grid, {"BLOCK": block}, num_warps=WARPS, fuse_multiply_add=False),)
+    return tuple(
+        Launch.of(kernel, ins, grid, {"BLOCK": block}, num_warps=WARPS, fuse_multiply_add=False)
+        for kernel in (sample_kernel, logprobs_kernel)
+    )

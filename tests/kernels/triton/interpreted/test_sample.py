@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from skipkernels.kernels.triton import TRITON
 from skipkernels.program.reference import sample
 from skipkernels.program.table import Instruction, instruction
-from tests.program.test_sample import sample_instruction
+from tests.program.test_sample import adjusted_instruction, assert_samples_alike, sample_instruction
 
 
 @st.composite
@@ -46,12 +46,21 @@ def build(settings: dict[str, Any], rows: int) -> Instruction:
         "sample",
         row_mask=torch.tensor([1] * (rows - 1) + [0], dtype=torch.int32),
         logits=logits,
-        seen=(torch.rand(rows, vocab, generator=generator) < 0.3).to(torch.uint8),
+        seen=(torch.rand(rows, vocab, generator=generator) < 0.3).to(torch.uint8)
+        * torch.randint(1, 256, (rows, vocab), generator=generator, dtype=torch.uint8),
         num_generated=torch.randint(100, (rows,), generator=generator, dtype=torch.int32),
         top_k=torch.full((rows,), values["top_k"], dtype=torch.int32),
         repetition_penalty=torch.full((rows,), values["repetition_penalty"]),
         seed=torch.randint(-(2**62), 2**62, (rows,), generator=generator),
         next_token=torch.full((rows,), -7, dtype=torch.int32),
+        adjusts=torch.randint(8, (rows,), generator=generator, dtype=torch.int32),
+        logit_bias=torch.randn(rows, vocab, generator=generator),
+        frequency_penalty=torch.randn(rows, generator=generator),
+        presence_penalty=torch.randn(rows, generator=generator),
+        token_mask=torch.randint(-(1 << 31), 1 << 31, (rows, -(-vocab // 32)), generator=generator).int(),
+        num_logprobs=torch.randint(5, (rows,), generator=generator, dtype=torch.int32),
+        logprobs=torch.full((rows, 100, 5), torch.nan),
+        top_tokens=torch.full((rows, 100, 4), -1, dtype=torch.int32),
         **per_row,
     )
 
@@ -60,7 +69,7 @@ def check(settings: dict[str, Any], rows: int = 3) -> None:
     actual, expected = build(settings, rows), build(settings, rows)
     TRITON["sample"](actual)
     sample(expected)
-    assert actual.tensors["next_token"].tolist() == expected.tensors["next_token"].tolist()
+    assert_samples_alike(actual, expected)
 
 
 @settings(max_examples=15)
@@ -124,3 +133,11 @@ def test_without_finite_scores_there_is_no_draw(settings: dict[str, float], logi
     ins = sample_instruction(torch.tensor(logits), **settings)
     TRITON["sample"](ins)
     assert ins.tensors["next_token"].tolist() == [token] * 16
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_adjustments_and_log_probabilities(temperature: float) -> None:
+    actual, expected = (adjusted_instruction(3, temperature=temperature) for _ in range(2))
+    TRITON["sample"](actual)
+    sample(expected)
+    assert_samples_alike(actual, expected)
