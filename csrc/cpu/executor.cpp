@@ -59,6 +59,11 @@ size_t packed_columns(const Instruction& ins) {
     }
 }
 
+void check_partials(const char* op, int64_t rows_per_partial) {
+    check(rows_per_partial == kPanelRows, op, ": the CPU kernels sum ", kPanelRows,
+          " rows per partial, the program wants ", rows_per_partial);
+}
+
 // What a scratch must hold for the instructions it has seen. All but rows and arrivals in floats.
 struct Needs {
     size_t rows = 0, own_x = 0, shared_x = 0, panel = 0, op_scratch = 0;
@@ -126,9 +131,8 @@ Executor::Executor(std::vector<Instruction> program, const int32_t* active, int6
     Needs needs;
     for (const Instruction& ins : program_) {
         needs.add(ins);
-        check(ins.op != OpCode::down_proj_add || ins.down_proj_add.rows_per_partial == kPanelRows,
-              "down_proj_add: the CPU kernels sum ", kPanelRows, " rows per partial, the program wants ",
-              ins.op == OpCode::down_proj_add ? ins.down_proj_add.rows_per_partial : 0);
+        if (ins.op == OpCode::down_proj_add) check_partials("down_proj_add", ins.down_proj_add.rows_per_partial);
+        if (ins.op == OpCode::branch_add) check_partials("branch_add", ins.branch_add.rows_per_partial);
     }
     rows_.resize(needs.rows);
     tile_begins_.resize(needs.rows + 1);

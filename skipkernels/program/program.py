@@ -28,16 +28,34 @@ def build_program(
     def record(op: str, row_mask: torch.Tensor = s.active, **operands: Operand) -> None:
         program.append(instruction(op, row_mask=row_mask, activations=activations, **operands))
 
+    def record_branch_add(rows: torch.Tensor, norm: torch.Tensor | None, partials: torch.Tensor | None) -> None:
+        record(
+            "branch_add",
+            row_mask=rows,
+            branch=s.branch,
+            norm=norm,
+            hidden_states=s.hidden_states,
+            similarity_partials=partials,
+            multiplier=config.residual_multiplier,
+            rms_norm_eps=eps,
+            rows_per_partial=s.layout.rows_per_partial,
+        )
+
+    partials = s.similarity_partials if gated else None
     record(
         "embed",
         hidden_states=s.hidden_states,
         embed_tokens=weights.embed_tokens,
         input_ids=s.input_ids,
         prompt_embeddings=s.prompt_embeddings,
+        scale=config.embed_scale_in(weights.dtype),
     )
+    # where a whole branch is normed or scaled before it is added, projections add into a buffer of its own
+    stream = s.branch if config.changes_branches else s.hidden_states
     axes = config.position_axes
     position_axes = None if axes is None else torch.tensor(axes, dtype=torch.int32, device=s.active.device)
     for index, layer in enumerate(weights.layers):
+        rope_cos, rope_sin = weights.rope_of(config, index)
         if gated:
             record(
                 "skip_gate",
@@ -70,8 +88,8 @@ def build_program(
             qkv_bias=layer.qkv_bias,
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
-            rope_cos=weights.rope_cos,
-            rope_sin=weights.rope_sin,
+            rope_cos=rope_cos,
+            rope_sin=rope_sin,
             position_axes=position_axes,
             prompt_positions=None if position_axes is None else s.prompt_positions,
             query=s.query,
@@ -92,7 +110,7 @@ def build_program(
             row_position=s.row_position,
             attn_partials=s.attn_partials,
             attn_output=s.attn_output,
-            scaling=config.head_dim**-0.5,
+            scaling=config.scaling,
             sliding_window=config.sliding_windows[index] or 0,
             kv_split_size=s.layout.kv_split_size,
         )
@@ -101,8 +119,10 @@ def build_program(
             attn_output=s.attn_output,
             o_proj=layer.o_proj,
             o_proj_bias=layer.o_proj_bias,
-            hidden_states=s.hidden_states,
+            hidden_states=stream,
         )
+        if config.changes_branches:
+            record_branch_add(s.active, layer.attention_branch_norm, None)
         record(
             "gate_up_act",
             row_mask=s.run_ffn[index],
@@ -118,10 +138,12 @@ def build_program(
             row_mask=s.run_ffn[index],
             intermediate=s.intermediate,
             down_proj=layer.down_proj,
-            hidden_states=s.hidden_states,
-            similarity_partials=s.similarity_partials if gated else None,
+            hidden_states=stream,
+            similarity_partials=None if config.changes_branches else partials,
             rows_per_partial=s.layout.rows_per_partial,
         )
+        if config.changes_branches:
+            record_branch_add(s.run_ffn[index], layer.ffn_branch_norm, partials)
     record(
         "lm_head",
         row_mask=s.decode_rows,

@@ -63,13 +63,13 @@ def linear(ins: Instruction, matrix: str, bias: torch.Tensor | None = None) -> C
 
 
 def embed(ins: Instruction) -> None:
-    t, s = ins.tensors, ins.sizes
+    t, s, scale = ins.tensors, ins.sizes, ins.scalars["scale"]
     for row in ins.rows:
         token = int(t["input_ids"][row])
         if token < 0:
             t["hidden_states"][row] = t["prompt_embeddings"][row - (s["num_rows"] - s["num_prompt_rows"])]
         else:
-            t["hidden_states"][row] = weight_rows(t["embed_tokens"], torch.tensor([token]))[0].float()
+            t["hidden_states"][row] = weight_rows(t["embed_tokens"], torch.tensor([token]))[0].float() * scale
 
 
 def skip_gate(ins: Instruction) -> None:
@@ -241,15 +241,14 @@ def o_proj_add(ins: Instruction) -> None:
         t["hidden_states"][row] += o_proj(t["attn_output"][row].flatten())
 
 
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
+def activation_of(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The gate's activation, one of ``ACTIVATIONS``."""
+    return F.silu if name == "silu" else partial(F.gelu, approximate="tanh")
 
 
 def gate_up_act(ins: Instruction) -> None:
     t, gate_up_proj = ins.tensors, linear(ins, "gate_up_proj")
-    activate = _ACTIVATIONS[ACTIVATIONS[int(ins.scalars["activation"])]]
+    activate = activation_of(ACTIVATIONS[int(ins.scalars["activation"])])
     for row in ins.rows:
         x = rms_norm(t["hidden_states"][row], t["post_attention_layernorm"], float(ins.scalars["rms_norm_eps"]))
         gate, up = gate_up_proj(x).chunk(2)
@@ -258,15 +257,29 @@ def gate_up_act(ins: Instruction) -> None:
 
 def down_proj_add(ins: Instruction) -> None:
     t, down_proj = ins.tensors, linear(ins, "down_proj")
-    partials = t["similarity_partials"]
     for row in ins.rows:
-        before = t["hidden_states"][row].clone()
-        after = before + down_proj(t["intermediate"][row])
-        t["hidden_states"][row] = after
-        if partials is not None and row < ins.sizes["num_sequences"]:
-            size = int(ins.scalars["rows_per_partial"])
-            products = torch.stack((before * after, before * before, after * after), dim=-1)
-            partials[:, row] = torch.stack([chunk.sum(0) for chunk in products.split(size)])
+        _add_to_stream(ins, row, down_proj(t["intermediate"][row]))
+
+
+def _add_to_stream(ins: Instruction, row: int, change: torch.Tensor) -> None:
+    """Adds to a row of hidden_states; of a decode row the partial sums of the similarity test, where asked for."""
+    t, partials = ins.tensors, ins.tensors["similarity_partials"]
+    before = t["hidden_states"][row].clone()
+    after = before + change
+    t["hidden_states"][row] = after
+    if partials is not None and row < ins.sizes["num_sequences"]:
+        products = torch.stack((before * after, before * before, after * after), dim=-1)
+        partials[:, row] = torch.stack([c.sum(0) for c in products.split(int(ins.scalars["rows_per_partial"]))])
+
+
+def branch_add(ins: Instruction) -> None:
+    t = ins.tensors
+    for row in ins.rows:
+        change = t["branch"][row].clone()
+        if t["norm"] is not None:
+            change = rms_norm(change, t["norm"], float(ins.scalars["rms_norm_eps"]))
+        _add_to_stream(ins, row, change * float(ins.scalars["multiplier"]))
+        t["branch"][row] = 0
 
 
 def lm_head(ins: Instruction) -> None:

@@ -111,6 +111,7 @@ class DecodeState:
     similarity_map: torch.Tensor  # host, f32 [sequences, max_seq_len, layers]
     # activations
     hidden_states: torch.Tensor  # f32 [rows, hidden], the residual stream
+    branch: torch.Tensor  # f32 [rows, hidden], what goes to hidden_states by branch_add; zero between two steps
     query: torch.Tensor  # f32 [rows, heads, head_dim]
     attn_partials: torch.Tensor  # f32 [rows, heads, splits, head_dim + 2]: max, sum, output
     attn_output: torch.Tensor  # f32 [rows, heads, head_dim]
@@ -208,6 +209,7 @@ class DecodeState:
             run_map=host_buffer(u8, sequences, max_seq_len, layers),
             similarity_map=host_buffer(f32, sequences, max_seq_len, layers),
             hidden_states=buffer(f32, rows, config.hidden_size),
+            branch=buffer(f32, rows, config.hidden_size),
             query=buffer(f32, rows, heads, config.head_dim),
             attn_partials=buffer(f32, rows, heads, splits, config.head_dim + 2),
             attn_output=buffer(f32, rows, heads, config.head_dim),
