@@ -64,6 +64,13 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
   SIZE(num_hidden_layers) SIZE(num_rows) SIZE(num_sequences) SIZE(num_partials) SIZE(three)                            \
   INT(layer)
 
+#define SKIPKERNELS_NEURON_GATE(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                      \
+  TENSOR(float, neuron_scale) TENSOR(const int32_t, num_generated) TENSOR(const int32_t, warmup_tokens)                \
+  TENSOR(const int32_t, ramp_tokens) TENSOR(const float, neuron_target_ratio) TENSOR(float, threshold_scale)           \
+  TENSOR(const int32_t, skipped) TENSOR(const int64_t, left_out) TENSOR(float, scale_map)                              \
+  SIZE(num_rows) SIZE(num_sequences) SIZE(max_seq_len)                                                                 \
+  INT(num_hidden_layers) INT(intermediate_size)
+
 #define SKIPKERNELS_QKV_ROPE_APPEND(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                          \
   TENSOR(const float, hidden_states) TENSOR(const float, input_layernorm) MATRIX(qkv_proj)                 \
   TENSOR(const float, qkv_bias) TENSOR(const float, q_norm) TENSOR(const float, k_norm)                                \
@@ -106,6 +113,33 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
   SIZE(num_rows) SIZE(hidden_size) SIZE(num_partials) SIZE(num_sequences) SIZE(three)                                  \
   FLOAT(multiplier) FLOAT(rms_norm_eps) INT(rows_per_partial)
 
+#define SKIPKERNELS_GATE_PROJ_ACT(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                    \
+  TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) MATRIX(gate_proj)                  \
+  TENSOR(float, intermediate)                                                                                          \
+  SIZE(num_rows) SIZE(hidden_size) SIZE(intermediate_size)                                                             \
+  FLOAT(rms_norm_eps) INT(activation)
+
+#define SKIPKERNELS_SELECT_NEURONS(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                   \
+  TENSOR(float, intermediate) TENSOR(const float, neuron_threshold) TENSOR(const int32_t, row_sequence)                \
+  TENSOR(const float, neuron_scale) TENSOR(const int32_t, num_generated)                                               \
+  TENSOR(int32_t, neurons) TENSOR(int32_t, num_neurons) TENSOR(int64_t, left_out) TENSOR(int32_t, kept_map)            \
+  SIZE(num_rows) SIZE(intermediate_size) SIZE(num_hidden_layers) SIZE(num_sequences) SIZE(one) SIZE(max_seq_len)       \
+  SIZE(two)                                                                                                            \
+  INT(layer) INT(stage)
+
+#define SKIPKERNELS_UP_PROJ_MUL(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                      \
+  TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) MATRIX(up_proj)                    \
+  TENSOR(const int32_t, neurons) TENSOR(const int32_t, num_neurons) TENSOR(float, intermediate)                        \
+  SIZE(num_rows) SIZE(hidden_size) SIZE(intermediate_size) SIZE(one)                                                   \
+  FLOAT(rms_norm_eps)
+
+#define SKIPKERNELS_DOWN_PROJ_NEURONS_ADD(TENSOR, MATRIX, SIZE, INT, FLOAT)                                            \
+  TENSOR(const float, intermediate) TENSOR(const int32_t, neurons) TENSOR(const int32_t, num_neurons)                  \
+  MATRIX(down_proj) TENSOR(float, hidden_states) TENSOR(float, similarity_partials)                                    \
+  SIZE(num_rows) SIZE(intermediate_size) SIZE(one) SIZE(hidden_size) SIZE(num_partials) SIZE(num_sequences)            \
+  SIZE(three)                                                                                                          \
+  INT(rows_per_partial) INT(neuron_chunk)
+
 #define SKIPKERNELS_LM_HEAD(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                                  \
   TENSOR(const float, hidden_states) TENSOR(const float, norm) MATRIX(lm_head) TENSOR(float, logits)       \
   SIZE(num_rows) SIZE(hidden_size) SIZE(vocab_size) SIZE(num_sequences)                                                \
@@ -134,12 +168,17 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
 #define SKIPKERNELS_OPS(OP)                                                                                            \
   OP(embed, Embed, SKIPKERNELS_EMBED)                                                                                  \
   OP(skip_gate, SkipGate, SKIPKERNELS_SKIP_GATE)                                                                       \
+  OP(neuron_gate, NeuronGate, SKIPKERNELS_NEURON_GATE)                                                                 \
   OP(qkv_rope_append, QkvRopeAppend, SKIPKERNELS_QKV_ROPE_APPEND)                                                      \
   OP(decode_attention, DecodeAttention, SKIPKERNELS_DECODE_ATTENTION)                                                  \
   OP(o_proj_add, OProjAdd, SKIPKERNELS_O_PROJ_ADD)                                                                     \
   OP(gate_up_act, GateUpAct, SKIPKERNELS_GATE_UP_ACT)                                                               \
   OP(down_proj_add, DownProjAdd, SKIPKERNELS_DOWN_PROJ_ADD)                                                            \
   OP(branch_add, BranchAdd, SKIPKERNELS_BRANCH_ADD)                                                                    \
+  OP(gate_proj_act, GateProjAct, SKIPKERNELS_GATE_PROJ_ACT)                                                            \
+  OP(select_neurons, SelectNeurons, SKIPKERNELS_SELECT_NEURONS)                                                        \
+  OP(up_proj_mul, UpProjMul, SKIPKERNELS_UP_PROJ_MUL)                                                                  \
+  OP(down_proj_neurons_add, DownProjNeuronsAdd, SKIPKERNELS_DOWN_PROJ_NEURONS_ADD)                                     \
   OP(lm_head, LmHead, SKIPKERNELS_LM_HEAD)                                                                             \
   OP(sample, Sample, SKIPKERNELS_SAMPLE)                                                                               \
   OP(advance, Advance, SKIPKERNELS_ADVANCE)

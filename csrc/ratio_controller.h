@@ -10,6 +10,17 @@
 
 namespace skipkernels {
 
+// What is to have been left out after so many tokens, per_token of each from ramp_tokens on.
+SKIPKERNELS_HOST_DEVICE inline float owed_after(int64_t tokens, float per_token, int64_t warmup, int64_t ramp) {
+    if (tokens >= ramp) return per_token * static_cast<float>(tokens);
+    const int64_t past_warmup = tokens > warmup ? tokens - warmup : 0;
+    return per_token * static_cast<float>(ramp) * static_cast<float>(past_warmup) / static_cast<float>(ramp - warmup);
+}
+
+SKIPKERNELS_HOST_DEVICE inline float clamp_to(float value, float low, float high) {
+    return value < low ? low : value > high ? high : value;
+}
+
 struct RatioController {
     static constexpr float kGain = 0.25f;
     static constexpr float kScaleBound = 1048576.0f;  // 2^20
@@ -25,17 +36,13 @@ struct RatioController {
     // FFNs to have been skipped after so many tokens.
     SKIPKERNELS_HOST_DEVICE static float owed(const SkipGate& op, int row, int64_t tokens) {
         const float per_token = op.target_ratio[row] * static_cast<float>(op.num_hidden_layers);
-        const int64_t warmup = op.warmup_tokens[row], ramp = op.ramp_tokens[row];
-        if (tokens >= ramp) return per_token * static_cast<float>(tokens);
-        const int64_t past_warmup = tokens > warmup ? tokens - warmup : 0;
-        return per_token * static_cast<float>(ramp) * static_cast<float>(past_warmup) /
-               static_cast<float>(ramp - warmup);
+        return owed_after(tokens, per_token, op.warmup_tokens[row], op.ramp_tokens[row]);
     }
 
     // threshold_scale for the token that begins
     SKIPKERNELS_HOST_DEVICE float adapted(float scale) const {
-        const float behind = clamp(owed_before / layers, -1.0f, 1.0f);
-        return clamp(scale * (1.0f + behind * kGain), 1.0f / kScaleBound, kScaleBound);
+        const float behind = clamp_to(owed_before / layers, -1.0f, 1.0f);
+        return clamp_to(scale * (1.0f + behind * kGain), 1.0f / kScaleBound, kScaleBound);
     }
 
     // FFNs the row may still skip before it runs ahead too far
@@ -51,9 +58,33 @@ struct RatioController {
         limit = behind >= 0 ? limit * (1.0f + behind) : limit / (1.0f - behind);
         return 1.0f - similarity <= limit;
     }
+};
 
-    SKIPKERNELS_HOST_DEVICE static float clamp(float value, float low, float high) {
-        return value < low ? low : value > high ? high : value;
+// Holds one sequence's share of FFN bytes not read: the arithmetic of neuron_gate with neuron_target_ratio, whose
+// definition is NeuronController in skipkernels/program/reference.py. Units as above.
+struct NeuronController {
+    static constexpr float kGain = 0.25f, kSteer = 2.0f;
+
+    float behind;  // in tokens
+
+    SKIPKERNELS_HOST_DEVICE NeuronController(const NeuronGate& op, int row) {
+        const int64_t per_ffn = 3 * op.intermediate_size;
+        const auto per_token = static_cast<float>(per_ffn * op.num_hidden_layers);
+        const int64_t unread = op.left_out[row] + per_ffn * op.skipped[row];
+        const float owed = owed_after(op.num_generated[row], op.neuron_target_ratio[row] * per_token,
+                                      op.warmup_tokens[row], op.ramp_tokens[row]);
+        behind = clamp_to((owed - static_cast<float>(unread)) / per_token, -1.0f, 1.0f);
+    }
+
+    // threshold_scale for the token that begins
+    SKIPKERNELS_HOST_DEVICE float adapted(float scale) const {
+        constexpr float kBound = RatioController::kScaleBound;
+        return clamp_to(scale * (1.0f + behind * kGain), 1.0f / kBound, kBound);
+    }
+
+    SKIPKERNELS_HOST_DEVICE float neuron_scale(float scale) const {
+        const float steer = behind * kSteer;
+        return steer >= 0 ? scale * (1.0f + steer) : scale / (1.0f - steer);
     }
 };
 

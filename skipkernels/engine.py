@@ -42,7 +42,7 @@ from skipkernels.model.prompt import EmbeddedPrompt
 from skipkernels.model.prompts import Prompt, encode, listed_prompts, single_prompt
 from skipkernels.model.shards import Shards
 from skipkernels.model.weights import ModelWeights, fill_rope, interleave, load_checkpoint, pack_module
-from skipkernels.program import build_program
+from skipkernels.program.program import NO_NEURON_ROWS, Variant, build_program
 from skipkernels.program.state import MAX_EOS, DecodeState
 from skipkernels.skipping.policy import DensePolicy, GatePlan, Policy
 from skipkernels.skipping.policy_file import load_policy
@@ -82,6 +82,8 @@ class Engine:
         refuse_while_capturing(self.execution.device)
         if (weights.embed_tokens.device.type == "cuda") != self.execution.on_gpu:
             raise DeviceError(f"the weights are on {weights.embed_tokens.device}, not on {self.execution.device}")
+        if weights.neuron_rows and self.execution.on_gpu:
+            raise DeviceError("neurons can be left out on device 'cpu' only: there are no GPU kernels for it yet")
         if self.execution.executor == "cpu":
             interleave(weights, self.execution.num_threads or default_threads())
         self.config = config
@@ -107,7 +109,7 @@ class Engine:
         self.generation_config = generation_config
         self.default_eos_token_ids = default_eos_token_ids(tokenizer, generation_config)
         rows = TorchRows if on_gpu else ProgramRows
-        self._executors: dict[bool, Executor] = {}
+        self._executors: dict[Variant, Executor] = {}
         self.loop = DecodeLoop(self.state, rows(config, weights, self.state), self._executor, tokenizer)
         self.policy = policy or DensePolicy()
         self.executor_for(self.policy)  # an impossible policy is refused here, not at the first prompt
@@ -130,6 +132,7 @@ class Engine:
         conditional: str = "auto",
         loop: str = "auto",
         debug: bool = False,
+        neuron_rows: bool | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> Engine:
         """Loads a model for decoding.
@@ -145,6 +148,8 @@ class Engine:
             cache_bytes: size of the paged KV cache that they share; None: room for all of them at ``max_seq_len``, but
                 at most half of the memory that is free.
             executor, num_threads, kernels, conditional, loop, debug: see ``Execution``.
+            neuron_rows: let ``down_proj`` lie transposed, so that policies can leave out single neurons; None: where
+                ``policy`` does. Every policy can be used with such weights.
             tokenizer: None loads the checkpoint's, where it has one.
 
         Raises:
@@ -155,11 +160,13 @@ class Engine:
         execution = Execution(device, executor, num_threads, kernels, conditional, loop, debug).resolved()
         refuse_while_capturing(execution.device)  # before the module's parameters are moved
         _check_batch_size(max_batch_size)
+        read = load_policy(policy) if isinstance(policy, str | Path) else policy  # whose it is, is checked below
         wanted = _Wanted(
             device=device,
             dtype=None if dtype is None else resolve_dtype(dtype),
             max_seq_len=max_seq_len,
-            policy=policy if isinstance(policy, Policy) else None,
+            policy=read,
+            neuron_rows=neuron_rows,
         )
         if isinstance(model, PreTrainedModel):
             loaded = _from_module(model, wanted, tokenizer)
@@ -212,27 +219,28 @@ class Engine:
         return dtype_name(self.weights.dtype)
 
     def executor_for(self, policy: Policy) -> Executor:
-        """The executor of the program that ``policy`` needs: the dense one, or the one with gates.
+        """The executor of the program that ``policy`` needs: dense, with gates, or with instructions that leave neurons
+        out.
 
         Raises:
-            PolicyError: it is no policy, or one that is impossible on a model of this depth.
+            PolicyError: it is no policy, or one that is impossible on this model as it was loaded.
         """
-        return self._executor(self.plan_of(policy) is not None)
+        return self._executor(Variant.for_plans([self.plan_of(policy)]))
 
     def plan_of(self, policy: Policy) -> GatePlan | None:
         """What ``Handle.set_plan`` takes: the policy as the gate reads it; None: nothing is skipped."""
         if not isinstance(policy, Policy):
             raise PolicyError(f"a policy is wanted, got a {type(policy).__name__}; load_policy reads one from a file")
         plan = policy.plan(self.config.num_hidden_layers)
-        if plan is not None and plan.neurons is not None:
-            raise PolicyError("no executor has the instructions that leave out neurons yet")
+        if plan is not None and plan.neurons is not None and not self.weights.neuron_rows:
+            raise PolicyError(NO_NEURON_ROWS)
         return plan
 
-    def _executor(self, gated: bool) -> Executor:
-        if gated not in self._executors:
-            program = build_program(self.config, self.weights, self.state, gated=gated)
-            self._executors[gated] = get_executor(self.execution, program, self.state)
-        return self._executors[gated]
+    def _executor(self, variant: Variant) -> Executor:
+        if variant not in self._executors:
+            program = build_program(self.config, self.weights, self.state, gated=variant.gated, neurons=variant.neurons)
+            self._executors[variant] = get_executor(self.execution, program, self.state)
+        return self._executors[variant]
 
     def generate(
         self,
@@ -440,6 +448,13 @@ class _Wanted:
     dtype: torch.dtype | None
     max_seq_len: int | None
     policy: Policy | None
+    neuron_rows: bool | None
+
+    def lies_for_neurons(self, config: ModelConfig) -> bool:
+        if self.neuron_rows is not None:
+            return self.neuron_rows
+        plan = self.policy.plan(config.num_hidden_layers) if isinstance(self.policy, Policy) else None
+        return plan is not None and plan.neurons is not None
 
     def check(self, config: ModelConfig, dtype: torch.dtype) -> tuple[torch.dtype, int]:
         """The dtype and the length; everything that can be refused is, before a byte of weights is read."""
@@ -467,7 +482,7 @@ def _from_checkpoint(model: str | Path, wanted: _Wanted, tokenizer: PreTrainedTo
     shards = Shards(folder)
     config = replace(config, tie_word_embeddings=shards.head_is_tied(config))
     dtype, length = wanted.check(config, wanted.dtype or resolve_dtype(hf_config.dtype or "fp32"))
-    weights = load_checkpoint(shards, config, dtype, length, wanted.device)
+    weights = load_checkpoint(shards, config, dtype, length, wanted.device, wanted.lies_for_neurons(config))
     fill_rope(weights, hf_config, None)
     tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
     return _Loaded(config, weights, tokenizer, load_generation_config(folder), length)
@@ -477,7 +492,7 @@ def _from_module(module: PreTrainedModel, wanted: _Wanted, tokenizer: PreTrained
     hf_config = module.config.get_text_config()
     config = replace(ModelConfig.from_hf(hf_config), tie_word_embeddings=shares_embeddings(module))
     dtype, length = wanted.check(config, wanted.dtype or module.dtype)
-    weights = pack_module(module, config, dtype, length, wanted.device)
+    weights = pack_module(module, config, dtype, length, wanted.device, wanted.lies_for_neurons(config))
     fill_rope(weights, hf_config, module)
     return _Loaded(config, weights, tokenizer, module.generation_config, length)
 

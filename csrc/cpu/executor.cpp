@@ -52,6 +52,12 @@ size_t packed_columns(const Instruction& ins) {
             return padded(ins.gate_up_act.hidden_size);
         case OpCode::down_proj_add:
             return padded(ins.down_proj_add.intermediate_size);
+        case OpCode::gate_proj_act:
+            return padded(ins.gate_proj_act.hidden_size);
+        case OpCode::up_proj_mul:
+            return padded(ins.up_proj_mul.hidden_size);
+        case OpCode::down_proj_neurons_add:
+            return padded(ins.down_proj_neurons_add.intermediate_size);
         case OpCode::lm_head:
             return padded(ins.lm_head.hidden_size);
         default:
@@ -59,14 +65,22 @@ size_t packed_columns(const Instruction& ins) {
     }
 }
 
-void check_partials(const char* op, int64_t rows_per_partial) {
-    check(rows_per_partial == kPanelRows, op, ": the CPU kernels sum ", kPanelRows,
-          " rows per partial, the program wants ", rows_per_partial);
+int64_t rows_per_partial(const Instruction& ins) {
+    switch (ins.op) {
+        case OpCode::down_proj_add:
+            return ins.down_proj_add.rows_per_partial;
+        case OpCode::down_proj_neurons_add:
+            return ins.down_proj_neurons_add.rows_per_partial;
+        case OpCode::branch_add:
+            return ins.branch_add.rows_per_partial;
+        default:
+            return kPanelRows;
+    }
 }
 
 // What a scratch must hold for the instructions it has seen. All but rows and arrivals in floats.
 struct Needs {
-    size_t rows = 0, own_x = 0, shared_x = 0, panel = 0, op_scratch = 0;
+    size_t rows = 0, own_x = 0, shared_x = 0, panel = 0, op_scratch = 0, neuron_sums = 0;
     size_t arrivals = 0, queries = 0, scores_stride = 0, keys = 0;  // of attention
 
     void add(const Instruction& ins) {
@@ -79,6 +93,19 @@ struct Needs {
         }
         if (ins.op == OpCode::qkv_rope_append)
             op_scratch = std::max(op_scratch, num_rows * ins.qkv_rope_append.head_dim);
+        if (ins.op == OpCode::select_neurons)
+            op_scratch = std::max<size_t>(op_scratch, ins.select_neurons.intermediate_size);
+        if (ins.op == OpCode::down_proj_neurons_add) {
+            const DownProjNeuronsAdd& op = ins.down_proj_neurons_add;
+            const size_t chunks = (op.intermediate_size + op.neuron_chunk - 1) / op.neuron_chunk;
+            const size_t hidden = (op.hidden_size + kNeuronStep - 1) / kNeuronStep * kNeuronStep;
+            // a step of weights and its number for every neuron, a chunk's units, its end, and a panel of every row
+            const size_t step = kNeuronStep, unit = 6;
+            op_scratch = std::max(op_scratch, (op.intermediate_size + 1) * (step + 1) + op.neuron_chunk * unit +
+                                                  2 * chunks + num_rows * kNeuronPanel);
+            neuron_sums = std::max(neuron_sums, chunks * std::min<size_t>(num_rows, kFewRows) * hidden);
+            arrivals = std::max<size_t>(arrivals, 1);
+        }
         if (ins.op == OpCode::decode_attention) {
             const DecodeAttention& op = ins.decode_attention;
             const size_t group = op.num_attention_heads / op.num_key_value_heads;
@@ -131,14 +158,15 @@ Executor::Executor(std::vector<Instruction> program, const int32_t* active, int6
     Needs needs;
     for (const Instruction& ins : program_) {
         needs.add(ins);
-        if (ins.op == OpCode::down_proj_add) check_partials("down_proj_add", ins.down_proj_add.rows_per_partial);
-        if (ins.op == OpCode::branch_add) check_partials("branch_add", ins.branch_add.rows_per_partial);
+        check(rows_per_partial(ins) == kPanelRows, "the CPU kernels sum ", kPanelRows,
+              " rows per similarity partial, the program wants ", rows_per_partial(ins));
     }
     rows_.resize(needs.rows);
     tile_begins_.resize(needs.rows + 1);
     tiles_.begins = tile_begins_.data();
     arrivals_.reset(new std::atomic<int32_t>[needs.arrivals]());
     memory_.push_back(allocate_floats(needs.shared_x));
+    memory_.push_back(allocate_floats(needs.neuron_sums));
     queries_.resize(num_threads * needs.queries);
     const size_t scores = needs.queries * needs.scores_stride;
     constexpr size_t kAccumulators = kPanelRows * kMaxTile * kMaxVecWidth;
@@ -152,7 +180,8 @@ Executor::Executor(std::vector<Instruction> program, const int32_t* active, int6
         Cutter cutter(memory_.back().get());
         Scratch scratch{};
         scratch.own_x = cutter.take(needs.own_x);
-        scratch.shared_x = memory_.front().get();
+        scratch.shared_x = memory_[0].get();
+        scratch.neuron_sums = memory_[1].get();
         scratch.accumulators = cutter.take(kAccumulators);
         scratch.panel = cutter.take(needs.panel);
         scratch.second_panel = cutter.take(needs.panel);

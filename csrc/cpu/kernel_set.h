@@ -5,10 +5,14 @@
 #include "branch_add.cpp"
 #include "decode_attention.cpp"
 #include "down_proj_add.cpp"
+#include "down_proj_neurons_add.cpp"
+#include "gate_proj_act.cpp"
 #include "gate_up_act.cpp"
 #include "lm_head.cpp"
 #include "o_proj_add.cpp"
 #include "qkv_rope_append.cpp"
+#include "select_neurons.cpp"
+#include "up_proj_mul.cpp"
 
 namespace skipkernels::SKIPKERNELS_ISA {
 

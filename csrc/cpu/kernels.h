@@ -16,6 +16,8 @@ constexpr int kBlockPanels = 2;        // panels of a task where weights are qua
 constexpr int kMaxTile = 4;            // rows in one register tile
 constexpr int kFewRows = 8;            // that each thread packs for itself; more are packed once for all threads
 constexpr int kAttentionQueries = 32;  // query heads of a tile of rows that share one read of keys and values
+constexpr int kNeuronStep = 32;        // columns: a multiple of every step over the rows of a transposed matrix
+constexpr int kNeuronPanel = 96;       // columns computed together, of whole steps and of whole panels
 constexpr int kAttentionBlock = 64;    // most positions whose keys are transposed together
 
 struct Positions {
@@ -56,6 +58,7 @@ struct Scratch {
     float* panel;         // [kBlockPanels][num_rows][kPanelRows], the panels' results
     float* second_panel;  // another, for ops that combine two
     float* op_scratch;    // what an op wants for itself; qkv_rope_append: (num_rows, head_dim), a head's outputs
+    float* neuron_sums;   // shared by all threads; down_proj_neurons_add: (chunks, rows, hidden), of few rows
     const int* rows;      // the rows with row_mask != 0, one list for all threads
     int num_rows;
     AttentionScratch attention;
@@ -93,6 +96,7 @@ const KernelSet& avx512_bf16_kernels();
     void op##_run(const Instruction&, int64_t begin, int64_t end, Scratch&);
 SKIPKERNELS_PLAIN_KERNEL(embed)
 SKIPKERNELS_PLAIN_KERNEL(skip_gate)
+SKIPKERNELS_PLAIN_KERNEL(neuron_gate)
 SKIPKERNELS_PLAIN_KERNEL(sample)
 SKIPKERNELS_PLAIN_KERNEL(advance)
 #undef SKIPKERNELS_PLAIN_KERNEL

@@ -43,6 +43,11 @@ inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec round_nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)}; }
 inline Vec scale_by_power_of_two(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// 0 where |a| < least; NaN stays
+inline Vec zero_below(Vec a, Vec least) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(a.v), least.v, _CMP_NLT_UQ), a.v)};
+}
+inline uint32_t nonzero_bits(Vec a) { return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
 inline __m128 fold(Vec a) {
     const __m256 s = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
     return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
@@ -75,6 +80,14 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline Vec round_nearest(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// 0 where |a| < least; NaN stays
+inline Vec zero_below(Vec a, Vec least) {
+    const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v);
+    return {_mm256_and_ps(_mm256_cmp_ps(magnitude, least.v, _CMP_NLT_UQ), a.v)};
+}
+inline uint32_t nonzero_bits(Vec a) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_NEQ_UQ)));
+}
 inline __m128 fold(Vec a) { return _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1)); }
 inline Vec scale_by_power_of_two(Vec a, Vec n) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
@@ -128,6 +141,15 @@ inline Vec round_nearest(const Vec& a) {
 }
 inline Vec scale_by_power_of_two(const Vec& a, const Vec& n) {
     return map([&](int i) { return std::ldexp(a.v[i], static_cast<int>(n.v[i])); });
+}
+// 0 where |a| < least; NaN stays
+inline Vec zero_below(const Vec& a, const Vec& least) {
+    return map([&](int i) { return std::fabs(a.v[i]) < least.v[i] ? 0.0f : a.v[i]; });
+}
+inline uint32_t nonzero_bits(const Vec& a) {
+    uint32_t bits = 0;
+    for (int i = 0; i < Vec::width; ++i) bits |= static_cast<uint32_t>(a.v[i] != 0.0f) << i;
+    return bits;
 }
 inline float reduce_add(const Vec& a) {
     return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));

@@ -75,6 +75,12 @@ void check(const Instruction& ins) {
             break;
         case OpCode::skip_gate:
             break;
+        case OpCode::neuron_gate:
+        case OpCode::gate_proj_act:
+        case OpCode::select_neurons:
+        case OpCode::up_proj_mul:
+        case OpCode::down_proj_neurons_add:
+            fail(kInstructionSet[static_cast<size_t>(ins.op)].name, ": has no CUDA kernel; leave out neurons on a CPU");
         case OpCode::qkv_rope_append:
             check_size("qkv_rope_append", "hidden_size", ins.qkv_rope_append.hidden_size);
             check_size("qkv_rope_append", "qkv_size", ins.qkv_rope_append.qkv_size);
@@ -129,6 +135,16 @@ void check(const Instruction& ins) {
             break;
     }
 }
+
+// check() refuses these.
+#define SKIPKERNELS_NO_LAUNCHER(op) \
+    cudaError_t launch_##op(const Step&, const LaunchContext&) { return cudaErrorInvalidValue; }
+SKIPKERNELS_NO_LAUNCHER(neuron_gate)
+SKIPKERNELS_NO_LAUNCHER(gate_proj_act)
+SKIPKERNELS_NO_LAUNCHER(select_neurons)
+SKIPKERNELS_NO_LAUNCHER(up_proj_mul)
+SKIPKERNELS_NO_LAUNCHER(down_proj_neurons_add)
+#undef SKIPKERNELS_NO_LAUNCHER
 
 cudaError_t launch(const Step& step, const LaunchContext& context) {
     switch (step.ins.op) {

@@ -204,7 +204,9 @@ class Generation:
     """The answer to one prompt.
 
     ``skip_map[t, layer]`` says that the FFN of ``layer`` was skipped for generated token ``t``. ``similarity_map`` has
-    the same shape: the cosine of the residual stream before and after each measured FFN, NaN elsewhere.
+    the same shape: the cosine of the residual stream before and after each measured FFN, NaN elsewhere. ``unread_map``
+    has it too: the share of the FFN's bytes that were not read, 1 where it was skipped, else that of the neurons left
+    out.
     """
 
     token_ids: list[int]
@@ -213,6 +215,7 @@ class Generation:
     prompt_tokens: int
     skip_map: npt.NDArray[np.bool_]
     similarity_map: npt.NDArray[np.float32]
+    unread_map: npt.NDArray[np.float32]
     time_to_first_token_s: float
     seconds_per_token: list[float] = field(repr=False)
     logprobs: list[TokenLogprob] | None = field(default=None, repr=False)  # one for each token, where they were asked
@@ -221,6 +224,11 @@ class Generation:
     def skip_ratio(self) -> float:
         """Skipped FFN executions over (layers x generated tokens); warm-up and cold layers count."""
         return float(self.skip_map.mean()) if self.skip_map.size else 0.0
+
+    @property
+    def unread_ratio(self) -> float:
+        """Bytes of FFN weights not read over those of (layers x generated tokens), warm-up included."""
+        return float(self.unread_map.mean()) if self.unread_map.size else 0.0
 
     @property
     def tokens_per_s(self) -> float:

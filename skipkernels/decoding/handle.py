@@ -211,6 +211,7 @@ class Handle:
             prompt_tokens=self.prompt_tokens,
             skip_map=run_map.numpy() == 0,
             similarity_map=similarity_map.numpy().copy(),
+            unread_map=self.runs.unread_map.numpy(),
             time_to_first_token_s=self._first_token_s,
             seconds_per_token=list(self.seconds),
             logprobs=None if self.request.sampling.logprobs is None else list(self.logprobs),

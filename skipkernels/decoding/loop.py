@@ -30,6 +30,7 @@ from skipkernels.decoding.sequence import Sequence as TokenSequence
 from skipkernels.decoding.step import DecodeRow, Step
 from skipkernels.errors import RequestError
 from skipkernels.executors import Executor
+from skipkernels.program.program import Variant
 from skipkernels.program.state import (
     ADJUSTS_BIAS,
     ADJUSTS_COUNTS,
@@ -73,10 +74,10 @@ class DecodeLoop:
         self,
         state: DecodeState,
         prompt_rows: PromptRows,
-        executor: Callable[[bool], Executor],
+        executor: Callable[[Variant], Executor],
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
-        """``executor(gated)`` gives the executor of the program with gates, or of the dense one."""
+        """``executor(variant)`` gives the executor of a variant of the program."""
         self._turns = Turns(on_gpu=state.active.is_cuda, on_fork=self._arrive_in_child)
         self.state = state
         block_bytes = state.cache_bytes() // state.num_blocks
@@ -286,7 +287,7 @@ class DecodeLoop:
             self.index.clear()
             self._quiet()
             try:
-                yield OwnRows(self.state, self._prompt_rows, self._executor(False))
+                yield OwnRows(self.state, self._prompt_rows, self._executor(Variant()))
             finally:
                 self._quiet()
                 self.state.block_table.fill_(-1)
@@ -343,7 +344,11 @@ class DecodeLoop:
                 grammar.allow(self._mask_words)
                 state.token_mask[row.slot] = torch.from_numpy(self._mask_words)
         self._prompt_rows.place([(chunk, self._handles[chunk.sequence].runs) for chunk in step.chunks])
-        executor = self._executor(any(row.sequence.policy_identity for row in step.decode_rows))
+        sequences = [row.sequence for row in step.decode_rows]
+        # tokens that were generated with neurons left out are computed again so
+        sequences += [chunk.sequence for chunk in step.chunks if chunk.end > chunk.sequence.num_prompt_tokens]
+        handles = [self._handles[sequence] for sequence in sequences]
+        executor = self._executor(Variant.for_plans(plan for one in handles for plan in (one.plan, one.request.plan)))
         if flight.streamed:
             flight.seconds = executor.steps(step.max_steps)
         self._running = executor

@@ -35,6 +35,7 @@ def prefill(
     *,
     start: int = 0,
     run_map: torch.Tensor | None = None,
+    neuron_scale: torch.Tensor | None = None,
     embedded: EmbeddedPrompt | None = None,
     observe: Observer | None = None,
 ) -> None:
@@ -45,6 +46,7 @@ def prefill(
         start: position of the first one; all before it are cached.
         run_map: u8 [tokens, layers]: which FFNs run, for tokens that were generated under a policy and are computed
             again; None: all.
+        neuron_scale: f32 [tokens]: the factor on the slot's thresholds for neurons, for the same; None: keep all.
         embedded: the whole prompt's embeddings and positions, in place of the tokens' own.
     """
     device = weights.embed_tokens.device
@@ -63,7 +65,14 @@ def prefill(
             cache = _PagedLayer(state, index, slot, last)
             attended = _attention(config, layer, index, hidden, first, rope, cache)
             hidden = hidden + _branch(config, layer.attention_branch_norm, attended)
-            change = _branch(config, layer.ffn_branch_norm, _ffn(config, layer, hidden))
+            thresholds = None
+            if neuron_scale is not None:
+                scale = neuron_scale[offset:end, None].to(device)
+                thresholds = (
+                    state.neuron_gate_threshold[index, slot] * scale,
+                    state.neuron_product_threshold[index, slot] * scale,
+                )
+            change = _branch(config, layer.ffn_branch_norm, _ffn(config, layer, hidden, thresholds))
             if run_map is not None:
                 change = torch.where(run_map[offset:end, index, None].to(device) != 0, change, 0)
             before, hidden = hidden, hidden + change
@@ -153,11 +162,23 @@ def _branch(config: ModelConfig, norm: torch.Tensor | None, change: torch.Tensor
     return normed * config.residual_multiplier
 
 
-def _ffn(config: ModelConfig, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
-    """The FFN branch of a layer for [tokens, hidden], without the residual."""
+def _ffn(
+    config: ModelConfig,
+    layer: LayerWeights,
+    hidden: torch.Tensor,
+    thresholds: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The FFN branch of a layer for [tokens, hidden], without the residual. ``thresholds`` [tokens, 1] of gates and of
+    products: neurons below them are left out."""
     x = _rms_norm(hidden, layer.post_attention_layernorm, config.rms_norm_eps)
     gate, up = F.linear(x, as_tensor(layer.gate_up_proj, hidden.dtype)).chunk(2, dim=-1)
-    return F.linear(activation_of(config.activation)(gate) * up, as_tensor(layer.down_proj, hidden.dtype))
+    gate = activation_of(config.activation)(gate)
+    if thresholds is not None:
+        gate = gate.where(gate.abs() >= thresholds[0], 0)
+    products = gate * up
+    if thresholds is not None:
+        products = products.where(products.abs() >= thresholds[1], 0)
+    return F.linear(products, as_tensor(layer.down_proj, hidden.dtype))
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -41,7 +41,7 @@ class LayerWeights:
     o_proj_bias: torch.Tensor | None  # [hidden]
     post_attention_layernorm: torch.Tensor  # [hidden], in front of the FFN; Gemma's pre_feedforward_layernorm
     gate_up_proj: AnyMatrix  # [2 intermediate, hidden]
-    down_proj: AnyMatrix  # [hidden, intermediate]
+    down_proj: AnyMatrix  # [hidden, intermediate]; with neuron_rows a view of storage that lies transposed
     attention_branch_norm: torch.Tensor | None = None  # [hidden], of what attention adds to the residual stream
     ffn_branch_norm: torch.Tensor | None = None  # [hidden], of what the FFN adds
 
@@ -56,6 +56,7 @@ class ModelWeights:
     lm_head: AnyMatrix  # [vocab, hidden]; the same storage as embed_tokens where tied
     rope_cos: torch.Tensor  # [max_seq_len, head_dim / 2], fp32
     rope_sin: torch.Tensor  # [max_seq_len, head_dim / 2], fp32
+    neuron_rows: bool = False  # down_proj lies transposed, one neuron a row, so that single neurons can be left out
     second_rope_cos: torch.Tensor | None = None  # of the config's second_rope_layers
     second_rope_sin: torch.Tensor | None = None
     contents: str = ""  # a hash over the values they were loaded with; none: random ones
@@ -115,9 +116,16 @@ def expected_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def allocate_weights(
-    config: ModelConfig, dtype: torch.dtype, max_seq_len: int, device: torch.device | str = "cpu"
+    config: ModelConfig,
+    dtype: torch.dtype,
+    max_seq_len: int,
+    device: torch.device | str = "cpu",
+    neuron_rows: bool = False,
 ) -> ModelWeights:
-    """Packed weights with nothing in them yet; on a CPU on huge pages, where the system grants them."""
+    """Packed weights with nothing in them yet; on a CPU on huge pages, where the system grants them.
+
+    ``neuron_rows``: down_proj lies transposed, see ``ModelWeights.neuron_rows``.
+    """
 
     def matrix(*shape: int) -> torch.Tensor:
         from skipkernels import _C
@@ -152,7 +160,7 @@ def allocate_weights(
                 o_proj_bias=vector(hidden) if c.o_proj_bias else None,
                 post_attention_layernorm=vector(hidden),
                 gate_up_proj=matrix(2 * c.intermediate_size, hidden),
-                down_proj=matrix(hidden, c.intermediate_size),
+                down_proj=matrix(c.intermediate_size, hidden).T if neuron_rows else matrix(hidden, c.intermediate_size),
                 attention_branch_norm=vector(hidden) if c.branch_norms else None,
                 ffn_branch_norm=vector(hidden) if c.branch_norms else None,
             )
@@ -164,6 +172,7 @@ def allocate_weights(
         rope_sin=rotary_table(),
         second_rope_cos=rotary_table() if c.second_rope_layers else None,
         second_rope_sin=rotary_table() if c.second_rope_layers else None,
+        neuron_rows=neuron_rows,
     )
 
 
@@ -264,7 +273,12 @@ def _rope_table(
 
 
 def load_checkpoint(
-    shards: Shards, config: ModelConfig, dtype: torch.dtype, max_seq_len: int, device: torch.device | str = "cpu"
+    shards: Shards,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    max_seq_len: int,
+    device: torch.device | str = "cpu",
+    neuron_rows: bool = False,
 ) -> ModelWeights:
     """Reads safetensors into packed weights. Peak memory is the weights and one layer's file pages.
 
@@ -273,7 +287,7 @@ def load_checkpoint(
             understood. Everything is checked against the files' headers before the first byte of weights is read.
     """
     shards.check(expected_parameters(config), config.num_hidden_layers)
-    weights, contents = allocate_weights(config, dtype, max_seq_len, device), WeightsHash()
+    weights, contents = allocate_weights(config, dtype, max_seq_len, device, neuron_rows), WeightsHash()
     views = parameter_views(config, weights)
     for name, tensor in shards.tensors(views):
         views[name].copy_(as_packed(config, name, tensor))
@@ -289,6 +303,7 @@ def pack_module(
     dtype: torch.dtype | None,
     max_seq_len: int,
     device: torch.device | str = "cpu",
+    neuron_rows: bool = False,
 ) -> ModelWeights:
     """Packs a loaded module layer by layer and turns its parameters into views of the packed weights. Of a multimodal
     module its text decoder is packed.
@@ -300,7 +315,7 @@ def pack_module(
     own = parameters["model.embed_tokens.weight"].dtype
     contents = WeightsHash()
     with torch.inference_mode(False), torch.no_grad():  # else the module could not be trained or used outside
-        weights = allocate_weights(config, dtype or own, max_seq_len, device)
+        weights = allocate_weights(config, dtype or own, max_seq_len, device, neuron_rows)
         views = parameter_views(config, weights)
         for name, view in views.items():
             contents.add(name, parameters[name])
@@ -314,19 +329,24 @@ def pack_module(
 
 
 def random_weights(
-    config: ModelConfig, dtype: torch.dtype, max_seq_len: int, seed: int = 0, device: torch.device | str = "cpu"
+    config: ModelConfig,
+    dtype: torch.dtype,
+    max_seq_len: int,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    neuron_rows: bool = False,
 ) -> ModelWeights:
     """Weights of the right shapes and scale, for timing only: one random block, repeated."""
     generator = torch.Generator().manual_seed(seed)
     block = (torch.randn(1 << 20, generator=generator) * 0.02).to(dtype)
-    weights = allocate_weights(config, dtype, max_seq_len, device)
+    weights = allocate_weights(config, dtype, max_seq_len, device, neuron_rows)
     block = block.to(device)
     for _, matrix in weights.tensors():
         tensor = float_tensor(matrix)
         if tensor.dim() == 1:
             tensor.fill_(1.0)
             continue
-        flat = tensor.view(-1)
+        flat = (tensor if tensor.is_contiguous() else tensor.T).view(-1)
         for start in range(0, flat.numel(), block.numel()):
             part = flat[start : start + block.numel()]
             part.copy_(block[: part.numel()])

@@ -2,26 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
 import torch
 
+from skipkernels.errors import PolicyError
 from skipkernels.model.config import ACTIVATIONS, ModelConfig
-from skipkernels.model.weights import ModelWeights
+from skipkernels.model.matrix import float_tensor
+from skipkernels.model.weights import LayerWeights, ModelWeights
 from skipkernels.program.state import DecodeState
 from skipkernels.program.table import Instruction, Operand, instruction
+from skipkernels.skipping.policy import GatePlan
 
 Program = tuple[Instruction, ...]
+NO_NEURON_ROWS = (
+    "neurons cannot be left out: down_proj was not loaded with one neuron a row; "
+    "load the engine with this policy, or with neuron_rows=True"
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which instructions a step needs beyond the dense ones; see ``build_program``."""
+
+    gated: bool = False
+    neurons: bool = False
+
+    @classmethod
+    def for_plans(cls, plans: Iterable[GatePlan | None]) -> Variant:
+        """What a step needs whose rows have these plans."""
+        wanted = [plan for plan in plans if plan is not None]
+        return cls(
+            gated=any(plan.gated_layers for plan in wanted), neurons=any(plan.neurons is not None for plan in wanted)
+        )
 
 
 def build_program(
-    config: ModelConfig, weights: ModelWeights, state: DecodeState, *, gated: bool = False, activations: str = "int8"
+    config: ModelConfig,
+    weights: ModelWeights,
+    state: DecodeState,
+    *,
+    gated: bool = False,
+    neurons: bool = False,
+    activations: str = "int8",
 ) -> Program:
     """Records one step of every active row over the buffers of ``state``.
 
     Args:
         gated: with gates that skip FFNs by each sequence's own policy (``DecodeState.set_policy``). Without them the
-            step is dense, reads no policy and measures nothing.
+            step reads no policy for blocks and measures nothing.
+        neurons: FFNs leave out neurons by each sequence's own policy. It takes weights that lie for it
+            (``ModelWeights.neuron_rows``).
         activations: what quantised matrices are multiplied with, ``int8`` or ``fp32`` (``program.table``).
+
+    Raises:
+        PolicyError: ``neurons`` with weights that do not lie for it.
     """
+    if neurons and not weights.neuron_rows:
+        raise PolicyError(NO_NEURON_ROWS)
     s, eps = state, config.rms_norm_eps
     program: list[Instruction] = []
 
@@ -52,6 +91,22 @@ def build_program(
     )
     # where a whole branch is normed or scaled before it is added, projections add into a buffer of its own
     stream = s.branch if config.changes_branches else s.hidden_states
+    if neurons:
+        record(
+            "neuron_gate",
+            row_mask=s.decode_rows,
+            neuron_scale=s.neuron_scale,
+            num_generated=s.num_generated,
+            warmup_tokens=s.warmup_tokens,
+            ramp_tokens=s.ramp_tokens,
+            neuron_target_ratio=s.neuron_target_ratio,
+            threshold_scale=s.threshold_scale,
+            skipped=s.skipped,
+            left_out=s.left_out,
+            scale_map=s.scale_map,
+            num_hidden_layers=config.num_hidden_layers,
+            intermediate_size=config.intermediate_size,
+        )
     axes = config.position_axes
     position_axes = None if axes is None else torch.tensor(axes, dtype=torch.int32, device=s.active.device)
     for index, layer in enumerate(weights.layers):
@@ -123,25 +178,42 @@ def build_program(
         )
         if config.changes_branches:
             record_branch_add(s.active, layer.attention_branch_norm, None)
-        record(
-            "gate_up_act",
-            row_mask=s.run_ffn[index],
-            hidden_states=s.hidden_states,
-            post_attention_layernorm=layer.post_attention_layernorm,
-            gate_up_proj=layer.gate_up_proj,
-            intermediate=s.intermediate,
-            rms_norm_eps=eps,
-            activation=ACTIVATIONS.index(config.activation),
-        )
-        record(
-            "down_proj_add",
-            row_mask=s.run_ffn[index],
-            intermediate=s.intermediate,
-            down_proj=layer.down_proj,
-            hidden_states=stream,
-            similarity_partials=None if config.changes_branches else partials,
-            rows_per_partial=s.layout.rows_per_partial,
-        )
+        if neurons:
+            _record_neurons(record, config, layer, state, index)
+        else:
+            record(
+                "gate_up_act",
+                row_mask=s.run_ffn[index],
+                hidden_states=s.hidden_states,
+                post_attention_layernorm=layer.post_attention_layernorm,
+                gate_up_proj=layer.gate_up_proj,
+                intermediate=s.intermediate,
+                rms_norm_eps=eps,
+                activation=ACTIVATIONS.index(config.activation),
+            )
+        if weights.neuron_rows:
+            record(
+                "down_proj_neurons_add",
+                row_mask=s.run_ffn[index],
+                intermediate=s.intermediate,
+                neurons=s.neurons if neurons else None,
+                num_neurons=s.num_neurons if neurons else None,
+                down_proj=float_tensor(layer.down_proj).T,
+                hidden_states=stream,
+                similarity_partials=None if config.changes_branches else partials,
+                rows_per_partial=s.layout.rows_per_partial,
+                neuron_chunk=neuron_chunk(config.intermediate_size),
+            )
+        else:
+            record(
+                "down_proj_add",
+                row_mask=s.run_ffn[index],
+                intermediate=s.intermediate,
+                down_proj=layer.down_proj,
+                hidden_states=stream,
+                similarity_partials=None if config.changes_branches else partials,
+                rows_per_partial=s.layout.rows_per_partial,
+            )
         if config.changes_branches:
             record_branch_add(s.run_ffn[index], layer.ffn_branch_norm, partials)
     record(
@@ -196,3 +268,56 @@ def build_program(
         block_size=s.block_size,
     )
     return tuple(program)
+
+
+def _record_neurons(
+    record: Callable[..., None], config: ModelConfig, layer: LayerWeights, s: DecodeState, index: int
+) -> None:
+    """From the residual stream to the products of gate and up of the neurons that some row keeps."""
+    gate_proj, up_proj = float_tensor(layer.gate_up_proj).chunk(2)
+
+    def select(stage: int, threshold: torch.Tensor) -> None:
+        record(
+            "select_neurons",
+            row_mask=s.run_ffn[index],
+            intermediate=s.intermediate,
+            neuron_threshold=threshold,
+            row_sequence=s.row_sequence,
+            neuron_scale=s.neuron_scale,
+            num_generated=s.num_generated,
+            neurons=s.neurons,
+            num_neurons=s.num_neurons,
+            left_out=s.left_out,
+            kept_map=s.kept_map,
+            layer=index,
+            stage=stage,
+        )
+
+    record(
+        "gate_proj_act",
+        row_mask=s.run_ffn[index],
+        hidden_states=s.hidden_states,
+        post_attention_layernorm=layer.post_attention_layernorm,
+        gate_proj=gate_proj,
+        intermediate=s.intermediate,
+        rms_norm_eps=config.rms_norm_eps,
+        activation=ACTIVATIONS.index(config.activation),
+    )
+    select(0, s.neuron_gate_threshold)
+    record(
+        "up_proj_mul",
+        row_mask=s.run_ffn[index],
+        hidden_states=s.hidden_states,
+        post_attention_layernorm=layer.post_attention_layernorm,
+        up_proj=up_proj,
+        neurons=s.neurons,
+        num_neurons=s.num_neurons,
+        intermediate=s.intermediate,
+        rms_norm_eps=config.rms_norm_eps,
+    )
+    select(1, s.neuron_product_threshold)
+
+
+def neuron_chunk(intermediate_size: int) -> int:
+    """Neurons whose share of an FFN's output is summed by itself: a 32nd of them, at least 64, in whole 32s."""
+    return max(64, -(-intermediate_size // 1024) * 32)

@@ -136,11 +136,7 @@ class RatioController:
 
     def _owed(self, tokens: int) -> torch.Tensor:
         """FFNs to have been skipped after so many tokens."""
-        warmup, ramp = int(self._warmup), int(self._ramp)
-        per_token = self._target * self._layers
-        if tokens >= ramp:
-            return per_token * tokens
-        return per_token * ramp * max(tokens - warmup, 0) / (ramp - warmup)
+        return owed_after(tokens, self._target * self._layers, int(self._warmup), int(self._ramp))
 
     def adapt(self) -> None:
         behind = (self._owed_before / self._layers).clamp(-1, 1)
@@ -158,6 +154,55 @@ class RatioController:
         limit = (1 - threshold) * self._scale
         limit = limit * (1 + behind) if behind >= 0 else limit / (1 - behind)
         return bool(1 - similarity <= limit)
+
+
+class NeuronController:
+    """Holds one sequence's share of FFN bytes not read at ``neuron_target_ratio``, as ``program.table`` describes; fp32
+    throughout."""
+
+    GAIN = 0.25
+    STEER = 2.0
+
+    def __init__(self, ins: Instruction, row: int) -> None:
+        t, self._row = ins.tensors, row
+        self._scale = t["threshold_scale"][row : row + 1]
+        per_ffn = 3 * int(ins.scalars["intermediate_size"])
+        per_token = per_ffn * int(ins.scalars["num_hidden_layers"])
+        unread = int(t["left_out"][row]) + per_ffn * int(t["skipped"][row])
+        owed = owed_after(
+            int(t["num_generated"][row]),
+            t["neuron_target_ratio"][row] * _f32(per_token),
+            int(t["warmup_tokens"][row]),
+            int(t["ramp_tokens"][row]),
+        )
+        self._behind = ((owed - _f32(unread)) / _f32(per_token)).clamp(-1, 1)
+
+    def adapt(self) -> torch.Tensor:
+        """threshold_scale moves on; returns neuron_scale."""
+        bound = RatioController.SCALE_BOUND
+        self._scale.copy_((self._scale * (1 + self._behind * self.GAIN)).clamp(1 / bound, bound))
+        steer = self._behind * self.STEER
+        return self._scale[0] * (1 + steer) if steer >= 0 else self._scale[0] / (1 - steer)
+
+
+def owed_after(tokens: int, per_token: torch.Tensor, warmup: int, ramp: int) -> torch.Tensor:
+    """What is to have been left out after so many tokens, ``per_token`` of each from ``ramp`` on."""
+    if tokens >= ramp:
+        return per_token * tokens
+    return per_token * ramp * max(tokens - warmup, 0) / (ramp - warmup)
+
+
+def neuron_gate(ins: Instruction) -> None:
+    t = ins.tensors
+    for row in ins.rows:
+        tokens = int(t["num_generated"][row])
+        if tokens < t["warmup_tokens"][row]:
+            t["neuron_scale"][row] = 0.0
+        elif t["neuron_target_ratio"][row] > 0:
+            t["neuron_scale"][row] = NeuronController(ins, row).adapt()
+        else:
+            t["neuron_scale"][row] = t["threshold_scale"][row]
+        t["scale_map"][row, tokens] = t["neuron_scale"][row]
 
 
 def _f32(value: float) -> torch.Tensor:
@@ -256,20 +301,21 @@ def gate_up_act(ins: Instruction) -> None:
 
 
 def down_proj_add(ins: Instruction) -> None:
-    t, down_proj = ins.tensors, linear(ins, "down_proj")
+    down_proj = linear(ins, "down_proj")
     for row in ins.rows:
-        _add_to_stream(ins, row, down_proj(t["intermediate"][row]))
+        _add_and_compare(ins, row, down_proj(ins.tensors["intermediate"][row]))
 
 
-def _add_to_stream(ins: Instruction, row: int, change: torch.Tensor) -> None:
-    """Adds to a row of hidden_states; of a decode row the partial sums of the similarity test, where asked for."""
-    t, partials = ins.tensors, ins.tensors["similarity_partials"]
+def _add_and_compare(ins: Instruction, row: int, branch: torch.Tensor) -> None:
+    t = ins.tensors
     before = t["hidden_states"][row].clone()
-    after = before + change
+    after = before + branch
     t["hidden_states"][row] = after
+    partials = t["similarity_partials"]
     if partials is not None and row < ins.sizes["num_sequences"]:
+        size = int(ins.scalars["rows_per_partial"])
         products = torch.stack((before * after, before * before, after * after), dim=-1)
-        partials[:, row] = torch.stack([c.sum(0) for c in products.split(int(ins.scalars["rows_per_partial"]))])
+        partials[:, row] = torch.stack([chunk.sum(0) for chunk in products.split(size)])
 
 
 def branch_add(ins: Instruction) -> None:
@@ -278,8 +324,56 @@ def branch_add(ins: Instruction) -> None:
         change = t["branch"][row].clone()
         if t["norm"] is not None:
             change = rms_norm(change, t["norm"], float(ins.scalars["rms_norm_eps"]))
-        _add_to_stream(ins, row, change * float(ins.scalars["multiplier"]))
+        _add_and_compare(ins, row, change * float(ins.scalars["multiplier"]))
         t["branch"][row] = 0
+
+
+def gate_proj_act(ins: Instruction) -> None:
+    t, activate = ins.tensors, activation_of(ACTIVATIONS[int(ins.scalars["activation"])])
+    for row in ins.rows:
+        x = rms_norm(t["hidden_states"][row], t["post_attention_layernorm"], float(ins.scalars["rms_norm_eps"]))
+        t["intermediate"][row] = activate(F.linear(x, t["gate_proj"].float()))
+
+
+def select_neurons(ins: Instruction) -> None:
+    t, layer, stage = ins.tensors, int(ins.scalars["layer"]), int(ins.scalars["stage"])
+    size = ins.sizes["intermediate_size"]
+    kept = torch.zeros(size, dtype=torch.bool)
+    for row in ins.rows:
+        values = t["intermediate"][row]
+        threshold = t["neuron_threshold"][layer, t["row_sequence"][row]] * t["neuron_scale"][row]
+        values[values.abs() < threshold] = 0.0
+        kept |= values != 0
+        if row < ins.sizes["num_sequences"]:
+            count = int((values != 0).sum())
+            t["kept_map"][row, t["num_generated"][row], layer, stage] = count
+            t["left_out"][row] += size - count
+    chosen = kept.nonzero()[:, 0]
+    t["neurons"][: len(chosen)] = chosen
+    t["num_neurons"][0] = len(chosen)
+
+
+def listed_neurons(ins: Instruction) -> torch.Tensor:
+    """The instruction's list, i64; every neuron where it has none."""
+    neurons, number = ins.tensors["neurons"], ins.tensors["num_neurons"]
+    return torch.arange(ins.sizes["intermediate_size"]) if neurons is None else neurons[: int(number)].long()
+
+
+def up_proj_mul(ins: Instruction) -> None:
+    t, chosen = ins.tensors, listed_neurons(ins)
+    up_proj = t["up_proj"][chosen].float()
+    for row in ins.rows:
+        x = rms_norm(t["hidden_states"][row], t["post_attention_layernorm"], float(ins.scalars["rms_norm_eps"]))
+        gate = t["intermediate"][row, chosen]
+        t["intermediate"][row, chosen] = torch.where(gate == 0, 0.0, gate * F.linear(x, up_proj))
+
+
+def down_proj_neurons_add(ins: Instruction) -> None:
+    t, chosen = ins.tensors, listed_neurons(ins)
+    down_proj = t["down_proj"][chosen].float()
+    for row in ins.rows:
+        own = (t["intermediate"][row, chosen] != 0).nonzero()[:, 0]
+        _add_and_compare(ins, row, t["intermediate"][row, chosen[own]] @ down_proj[own])
 
 
 def lm_head(ins: Instruction) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from skipkernels.model.config import ModelConfig
+from skipkernels.skipping.neuron_rule import NeuronPlan
 from skipkernels.skipping.policy import BATCH_RULES, GATE_MODES, GatePlan
 
 MAX_EOS = 16
@@ -62,6 +63,7 @@ class DecodeState:
     row_position: torch.Tensor  # i32 [rows], also the number of cached positions before the row's
     active: torch.Tensor  # i32 [rows]
     run_ffn: torch.Tensor  # i32 [layers, rows], non-zero executes
+    neuron_scale: torch.Tensor  # f32 [rows], factor on the sequence's thresholds for neurons; 0 keeps all
     # per prompt row
     prompt_embeddings: torch.Tensor  # f32 [prompt_rows, hidden]
     prompt_positions: torch.Tensor  # i32 [prompt_rows, 3], for models that rotate by three axes
@@ -101,14 +103,22 @@ class DecodeState:
     gate_seed: torch.Tensor  # i64 [sequences]
     target_ratio: torch.Tensor  # f32 [sequences], 0: not held
     ramp_tokens: torch.Tensor  # i32 [sequences]
+    neuron_gate_threshold: torch.Tensor  # f32 [layers, sequences], for |act(gate)|; 0 keeps all
+    neuron_product_threshold: torch.Tensor  # f32 [layers, sequences], for |act(gate) up|
+    neuron_target_ratio: torch.Tensor  # f32 [sequences], 0: not held
     # skipping, per sequence
     skip_remaining: torch.Tensor  # i32 [sequences], FFNs the last trigger still skips
     skipped: torch.Tensor  # i32 [sequences], FFNs skipped so far
-    threshold_scale: torch.Tensor  # f32 [sequences], what the ratio controller has made of 1 - threshold
+    threshold_scale: (
+        torch.Tensor
+    )  # f32 [sequences], what the ratio controller has made of 1 - threshold, or of neurons'
+    left_out: torch.Tensor  # i64 [sequences], rows of up_proj and down_proj left out so far in FFNs that ran
     similarity: torch.Tensor  # f32 [layers, sequences], NaN where not measured in this step
     similarity_partials: torch.Tensor  # f32 [partials, sequences, 3]: <h, h'>, |h|^2, |h'|^2
     run_map: torch.Tensor  # host, u8 [sequences, max_seq_len, layers], run_ffn of every generated token
     similarity_map: torch.Tensor  # host, f32 [sequences, max_seq_len, layers]
+    scale_map: torch.Tensor  # host, f32 [sequences, max_seq_len], neuron_scale of every generated token
+    kept_map: torch.Tensor  # host, i32 [sequences, max_seq_len, layers, 2], neurons read of up_proj and of down_proj
     # activations
     hidden_states: torch.Tensor  # f32 [rows, hidden], the residual stream
     branch: torch.Tensor  # f32 [rows, hidden], what goes to hidden_states by branch_add; zero between two steps
@@ -116,6 +126,8 @@ class DecodeState:
     attn_partials: torch.Tensor  # f32 [rows, heads, splits, head_dim + 2]: max, sum, output
     attn_output: torch.Tensor  # f32 [rows, heads, head_dim]
     intermediate: torch.Tensor  # f32 [rows, intermediate]
+    neurons: torch.Tensor  # i32 [intermediate], those that some row keeps
+    num_neurons: torch.Tensor  # i32 [1], their number
     logits: torch.Tensor  # f32 [sequences, vocab]
     # the cache, in the weights' dtype
     k_cache: torch.Tensor  # [layers, blocks, kv_heads, block_size, head_dim]
@@ -166,6 +178,7 @@ class DecodeState:
             row_position=buffer(i32, rows),
             active=buffer(i32, rows),
             run_ffn=buffer(i32, layers, rows),
+            neuron_scale=buffer(f32, rows),
             prompt_embeddings=buffer(f32, num_prompt_rows, config.hidden_size),
             prompt_positions=buffer(i32, num_prompt_rows, 3),
             next_token=buffer(i32, sequences),
@@ -201,19 +214,27 @@ class DecodeState:
             gate_seed=buffer(i64, sequences),
             target_ratio=buffer(f32, sequences),
             ramp_tokens=buffer(i32, sequences),
+            neuron_gate_threshold=buffer(f32, layers, sequences),
+            neuron_product_threshold=buffer(f32, layers, sequences),
+            neuron_target_ratio=buffer(f32, sequences),
             skip_remaining=buffer(i32, sequences),
             skipped=buffer(i32, sequences),
             threshold_scale=buffer(f32, sequences, fill=1.0),
+            left_out=buffer(i64, sequences),
             similarity=buffer(f32, layers, sequences, fill=float("nan")),
             similarity_partials=buffer(f32, partials, sequences, 3),
             run_map=host_buffer(u8, sequences, max_seq_len, layers),
             similarity_map=host_buffer(f32, sequences, max_seq_len, layers),
+            scale_map=host_buffer(f32, sequences, max_seq_len),
+            kept_map=host_buffer(i32, sequences, max_seq_len, layers, 2),
             hidden_states=buffer(f32, rows, config.hidden_size),
             branch=buffer(f32, rows, config.hidden_size),
             query=buffer(f32, rows, heads, config.head_dim),
             attn_partials=buffer(f32, rows, heads, splits, config.head_dim + 2),
             attn_output=buffer(f32, rows, heads, config.head_dim),
             intermediate=buffer(f32, rows, config.intermediate_size),
+            neurons=buffer(i32, config.intermediate_size),
+            num_neurons=buffer(i32, 1),
             logits=buffer(f32, sequences, config.vocab_size),
             k_cache=buffer(dtype, *cache),
             v_cache=buffer(dtype, *cache),
@@ -278,6 +299,8 @@ class DecodeState:
         self.skip_remaining[slot] = 0
         self.skipped[slot] = 0
         self.threshold_scale[slot] = 1.0
+        self.left_out[slot] = 0
+        self.scale_map[slot].zero_()
         self.similarity[:, slot] = float("nan")
 
     def start_decoding(self, slot: int) -> None:
@@ -297,19 +320,38 @@ class DecodeState:
         blocks = plan is not None and bool(plan.gated_layers)
         self.gate_mode[slot] = 1 + GATE_MODES.index(plan.mode) if plan and blocks else 0
         self.gated[:, slot] = 0
-        if plan is None or not blocks:
+        self._set_neuron_plan(slot, plan.neurons if plan else None)
+        if plan is None:
+            return
+        # the first generated token comes out of the prompt's last position, and a prompt runs every FFN
+        self.warmup_tokens[slot] = max(1, plan.warmup_tokens)
+        if not blocks:
             return
         self.gated[list(plan.gated_layers), slot] = 1
         self.first_gated[slot] = plan.gated_layers[0]
         self.gate_threshold[:, slot] = torch.tensor(plan.thresholds or 0.0)
         self.gate_span[slot] = plan.span
-        # the first generated token comes out of the prompt's last position, and a prompt runs every FFN
-        self.warmup_tokens[slot] = max(1, plan.warmup_tokens)
         self.batch_rule[slot] = BATCH_RULES.index(plan.batch_rule)
         self.gate_probability[slot] = plan.probability
         self.gate_seed[slot] = plan.seed
         self.target_ratio[slot] = plan.target_ratio
-        self.ramp_tokens[slot] = plan.ramp_tokens
+        if plan.target_ratio:
+            self.ramp_tokens[slot] = plan.ramp_tokens
+
+    def _set_neuron_plan(self, slot: int, plan: NeuronPlan | None) -> None:
+        for buffer, values in (
+            (self.neuron_gate_threshold, plan.gate_thresholds if plan else 0.0),
+            (self.neuron_product_threshold, plan.product_thresholds if plan else 0.0),
+        ):
+            buffer[:, slot] = torch.tensor(values)
+        self.neuron_target_ratio[slot] = plan.target_ratio if plan else 0.0
+        self.ramp_tokens[slot] = plan.ramp_tokens if plan else 0
+
+    def unread_map(self, slot: int, tokens: int) -> torch.Tensor:
+        """The share of each FFN's bytes that the first ``tokens`` generated tokens of ``slot`` did not read: f32
+        [tokens, layers], 1 where the FFN was skipped."""
+        run_map, scale_map, kept_map = (each[slot, :tokens] for each in (self.run_map, self.scale_map, self.kept_map))
+        return unread_share(run_map, scale_map, kept_map, self.intermediate.shape[1])
 
     def set_blocks(self, slot: int, blocks: Sequence[int], first: int = 0) -> None:
         """Writes ``blocks`` into the table of ``slot``, from its entry ``first`` on; entries after them are emptied."""
@@ -330,6 +372,7 @@ class DecodeState:
         token_ids: torch.Tensor,
         *,
         run_map: torch.Tensor | None = None,
+        neuron_scale: torch.Tensor | None = None,
         embeddings: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
     ) -> None:
@@ -340,6 +383,7 @@ class DecodeState:
             token_ids: i32 [tokens].
             run_map: u8 [tokens, layers]: which FFNs run, for tokens that were generated under a policy and are computed
                 again; None: all.
+            neuron_scale: f32 [tokens]: the factor on the thresholds for neurons, for the same; None: keep all.
             embeddings: f32 [tokens, hidden], in place of the tokens' own.
             positions: i32 [3, tokens], for models that rotate by three axes; None: the tokens' own positions.
         """
@@ -351,6 +395,7 @@ class DecodeState:
         self.row_position[chosen] = own
         self.active[chosen] = 1
         self.run_ffn[:, chosen] = 1 if run_map is None else (run_map.T != 0).to(self.run_ffn)
+        self.neuron_scale[chosen] = 0.0 if neuron_scale is None else neuron_scale.to(self.neuron_scale)
         if embeddings is not None:
             self.prompt_embeddings[first : first + tokens] = embeddings
         self.prompt_positions[first : first + tokens] = own[:, None] if positions is None else positions.T
@@ -359,3 +404,13 @@ class DecodeState:
         """Waits until the device has done all it was given: from then on the host may write to its buffers."""
         if self.active.is_cuda:
             torch.cuda.synchronize(self.active.device)
+
+
+def unread_share(
+    run_map: torch.Tensor, scale_map: torch.Tensor, kept_map: torch.Tensor, intermediate_size: int
+) -> torch.Tensor:
+    """The share of each FFN's bytes that was not read, f32 [tokens, layers], from ``DecodeState``'s maps of a sequence:
+    run_map u8 [tokens, layers], scale_map f32 [tokens], kept_map i32 [tokens, layers, 2]. gate_proj, a third, is always
+    read; where scale_map is 0 all neurons are, and kept_map means nothing."""
+    unread = torch.where(scale_map[:, None] > 0, (2 - kept_map.sum(-1) / intermediate_size) / 3, 0)
+    return torch.where(run_map == 0, 1, unread).float()

@@ -142,6 +142,34 @@ OPS: dict[str, Op] = {
             rows="num_sequences",
         ),
         Op(
+            "neuron_gate",
+            """Sets the factor on each sequence's thresholds for neurons in this step: neuron_scale of its decode row, 0
+            (keep all) in its warm-up, then ``threshold_scale``, which stays 1 unless a ratio is held. Recorded in
+            scale_map under ``num_generated``, so that a token can be computed again as it was.
+
+            ``neuron_target_ratio`` above 0 makes the sequence's running share of FFN bytes not read hold that value.
+            Counted in neurons' rows of the three matrices, a token has 3 intermediate_size num_hidden_layers of them;
+            ``left_out`` are those not read so far in FFNs that ran, and each FFN in ``skipped`` adds 3
+            intermediate_size. behind = (owed - those) / a token's, within -1 and 1, where owed grows as in skip_gate,
+            from ``ramp_tokens`` on for the warm-up too. threshold_scale grows by the factor 1 + behind / 4, and
+            neuron_scale is threshold_scale (1 + 2 behind), or threshold_scale / (1 - 2 behind) where that is negative.
+            Every operation is one fp32 rounding.
+            """,
+            {
+                "neuron_scale": _t("f32 num_rows", "inout"),
+                "num_generated": _t("i32 num_sequences"),
+                "warmup_tokens": _t("i32 num_sequences"),
+                "ramp_tokens": _t("i32 num_sequences"),
+                "neuron_target_ratio": _t("f32 num_sequences"),
+                "threshold_scale": _t("f32 num_sequences", "inout"),
+                "skipped": _t("i32 num_sequences"),
+                "left_out": _t("i64 num_sequences"),
+                "scale_map": _t("f32 num_sequences max_seq_len", "inout", on_host=True),
+            },
+            {"num_hidden_layers": int, "intermediate_size": int},
+            rows="num_sequences",
+        ),
+        Op(
             "qkv_rope_append",
             """query = rope(q), and k = rope(k), v into the paged cache at the row's position, of
             qkv_proj(rms_norm(hidden_states)).
@@ -259,6 +287,77 @@ OPS: dict[str, Op] = {
                 "similarity_partials": _t("f32 num_partials num_sequences three", "out", optional=True),
             },
             {"multiplier": float, "rms_norm_eps": float, "rows_per_partial": int},
+        ),
+        Op(
+            "gate_proj_act",
+            "intermediate = act(gate_proj(x)) of x = rms_norm(hidden_states), of every neuron; gate_proj holds floats.",
+            {
+                "hidden_states": _t("f32 num_rows hidden_size"),
+                "post_attention_layernorm": _t("f32 hidden_size"),
+                "gate_proj": _t("matrix intermediate_size hidden_size"),
+                "intermediate": _t("f32 num_rows intermediate_size", "out"),
+            },
+            {"rms_norm_eps": float, "activation": int},
+        ),
+        Op(
+            "select_neurons",
+            """Leaves neurons out (CATS, arXiv 2404.08763; TEAL, arXiv 2408.14690): intermediate = 0 where its magnitude
+            is below ``neuron_threshold[layer, the row's sequence] * neuron_scale``, for each row by itself. ``neurons``
+            lists, in ascending order, those that are not 0 in some row, ``num_neurons`` their number: a neuron that is
+            exactly 0 everywhere adds nothing, and is not read either. The list's rest is undefined.
+
+            What a decode row keeps is recorded in kept_map under (num_generated, layer, ``stage``), and what it leaves
+            out added to ``left_out``. stage 0 is what up_proj reads, after gate_proj_act, 1 what down_proj reads.
+            """,
+            {
+                "intermediate": _t("f32 num_rows intermediate_size", "inout"),
+                "neuron_threshold": _t("f32 num_hidden_layers num_sequences"),
+                "row_sequence": _t("i32 num_rows"),
+                "neuron_scale": _t("f32 num_rows"),
+                "num_generated": _t("i32 num_sequences"),
+                "neurons": _t("i32 intermediate_size", "out"),
+                "num_neurons": _t("i32 one", "out"),
+                "left_out": _t("i64 num_sequences", "inout"),
+                "kept_map": _t("i32 num_sequences max_seq_len num_hidden_layers two", "inout", on_host=True),
+            },
+            {"layer": int, "stage": int},
+            (
+                ("num_neurons holds 1 number", lambda s: s["one"] == 1),
+                ("kept_map holds 2 stages", lambda s: s["two"] == 2),
+            ),
+        ),
+        Op(
+            "up_proj_mul",
+            """intermediate *= up_proj(x) of x = rms_norm(hidden_states), for the neurons of the list, where it is not
+            0. No other row of up_proj, which holds floats, is read.
+            """,
+            {
+                "hidden_states": _t("f32 num_rows hidden_size"),
+                "post_attention_layernorm": _t("f32 hidden_size"),
+                "up_proj": _t("matrix intermediate_size hidden_size"),
+                "neurons": _t("i32 intermediate_size"),
+                "num_neurons": _t("i32 one"),
+                "intermediate": _t("f32 num_rows intermediate_size", "inout"),
+            },
+            {"rms_norm_eps": float},
+        ),
+        Op(
+            "down_proj_neurons_add",
+            """down_proj_add over a down_proj of floats that lies transposed, one neuron a row: only the rows of the
+            list's neurons are read, without a list all.
+
+            The sum over neurons is cut into chunks of ``neuron_chunk`` neurons, added in their order, so that a row's
+            bits depend neither on the list of its neighbours nor on the number of workers.
+            """,
+            {
+                "intermediate": _t("f32 num_rows intermediate_size"),
+                "neurons": _t("i32 intermediate_size", optional=True),
+                "num_neurons": _t("i32 one", optional=True),
+                "down_proj": _t("matrix intermediate_size hidden_size"),
+                "hidden_states": _t("f32 num_rows hidden_size", "inout"),
+                "similarity_partials": _t("f32 num_partials num_sequences three", "out", optional=True),
+            },
+            {"rows_per_partial": int, "neuron_chunk": int},
         ),
         Op(
             "lm_head",

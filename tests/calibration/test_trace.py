@@ -71,7 +71,9 @@ def test_layers_that_do_not_fit_follow_in_another_block(skipping: Generation) ->
 
 def test_control_characters_are_made_visible() -> None:
     shown = TraceMap.of(
-        Generation([10, 9, 65], "\n\tA", "length", 1, np.zeros((3, 2), bool), np.zeros((3, 2), np.float32), 0.1, []),
+        Generation(
+            [10, 9, 65], "\n\tA", "length", 1, np.zeros((3, 2), bool), *[np.zeros((3, 2), np.float32)] * 2, 0.1, []
+        ),
         byte_tokenizer(),
     )
     assert shown.tokens == ("⏎", "⇥", "A")

@@ -11,6 +11,7 @@ from skipkernels.executors.reference import ReferenceExecutor
 from skipkernels.model.config import ModelConfig
 from skipkernels.model.weights import ModelWeights, allocate_weights
 from skipkernels.program import Program, build_program
+from skipkernels.program.program import Variant
 from skipkernels.program.state import LAYOUTS, DecodeState, Layout
 from skipkernels.program.table import OPS, Instruction
 from skipkernels.skipping.policy import Policy
@@ -62,6 +63,7 @@ class Case:
     multiplier: float = 1.0  # of embeddings and of branches
     multi_axis: bool = False  # prompt rows rotate by three positions
     num_layers: int = 4
+    neuron_rows: bool = False
     layout: Layout = LAYOUTS["cpu"]
 
     @property
@@ -105,7 +107,7 @@ class Case:
 
     def weights(self) -> ModelWeights:
         generator = torch.Generator().manual_seed(self.seed)
-        weights = allocate_weights(self.config(), self.dtype, self.max_seq_len)
+        weights = allocate_weights(self.config(), self.dtype, self.max_seq_len, neuron_rows=self.neuron_rows)
 
         def filled(tensor: torch.Tensor | None) -> torch.Tensor | None:
             if tensor is None:
@@ -116,6 +118,8 @@ class Case:
         for layer in weights.layers:
             for item in fields(layer):
                 setattr(layer, item.name, _in_dtype(filled(getattr(layer, item.name))))
+            if self.neuron_rows:
+                layer.down_proj = guarded(layer.down_proj.T).T
         for name in ("embed_tokens", "norm", "lm_head"):
             setattr(weights, name, _in_dtype(filled(getattr(weights, name))))
         half = torch.arange(self.head_dim // 2)
@@ -159,6 +163,7 @@ class Case:
             state.set_policy(slot, self.policies[slot % len(self.policies)].plan(self.num_layers))
             state.skipped[slot] = int(draw(0, 8))
             state.threshold_scale[slot] = draw(0.1, 10.0)
+            state.left_out[slot] = int(draw(0, 12 * self.intermediate_size))
             state.max_new_tokens[slot] = int(draw(1, 8))
             state.eos_token_ids[slot, 0] = int(draw(0, self.vocab_size))
             cached = torch.arange(seq_len - chunk)
@@ -189,16 +194,19 @@ class Case:
         if not chunk:
             return
         run_map = torch.randint(2, (chunk, self.num_layers), generator=generator) if slot % 3 == 1 else None
+        scale = torch.rand(chunk, generator=generator) if slot % 3 == 1 else None
         embeddings = torch.randn(chunk, self.hidden_size, generator=generator) if slot % 3 == 2 else None
         positions = None
         if self.multi_axis:
             low, high = 1 - self.max_seq_len, self.max_seq_len
             positions = torch.randint(low, high, (3, chunk), generator=generator, dtype=torch.int32)
-        state.set_prompt_rows(row, slot, start, tokens, run_map=run_map, embeddings=embeddings, positions=positions)
+        state.set_prompt_rows(
+            row, slot, start, tokens, run_map=run_map, neuron_scale=scale, embeddings=embeddings, positions=positions
+        )
 
     def program(self, weights: ModelWeights, state: DecodeState) -> Program:
-        gated = any(policy.plan(self.num_layers) is not None for policy in self.policies)
-        return build_program(self.config(), weights, state, gated=gated)
+        variant = Variant.for_plans(policy.plan(self.num_layers) for policy in self.policies)
+        return build_program(self.config(), weights, state, gated=variant.gated, neurons=variant.neurons)
 
 
 def _in_dtype(tensor: torch.Tensor | None) -> Any:
@@ -214,7 +222,16 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-MATRIX_OPS = ("qkv_rope_append", "o_proj_add", "gate_up_act", "down_proj_add", "lm_head")
+MATRIX_OPS = (
+    "qkv_rope_append",
+    "o_proj_add",
+    "gate_up_act",
+    "down_proj_add",
+    "gate_proj_act",
+    "up_proj_mul",
+    "down_proj_neurons_add",
+    "lm_head",
+)
 
 
 def compare_instruction(
@@ -241,6 +258,9 @@ def compare_instruction(
             reference = getattr(expected, name)
             if ins.op == "skip_gate" and name == "similarity":
                 assert_close(now, reference, "square root", what)
+            elif name == "neurons":  # behind its number a list is undefined
+                listed = int(expected.num_neurons)
+                assert same_bits(now[:listed], reference[:listed]), f"{what} differs from the reference"
             elif now.is_floating_point() and ins.op not in ("advance", "embed"):
                 assert_close(now, reference, "bf16 activations" if rounded else name_of(now.dtype), what)
             else:
@@ -293,6 +313,8 @@ def _assert_other_rows_untouched(
     acted_on = (before["active"] if ins.op == "advance" else ins.row_mask) != 0
     for name in written:
         now, then = getattr(state, name), before[name]
+        if name in ("neurons", "num_neurons"):  # of all rows together
+            continue
         if name.endswith("_cache"):
             untouched = torch.ones(now.shape[1], now.shape[3], dtype=torch.bool)
             for row in acted_on.nonzero()[:, 0]:

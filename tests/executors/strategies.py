@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from skipkernels.model.config import ACTIVATIONS
 from skipkernels.program.state import LAYOUTS, Layout
-from skipkernels.skipping.policy import BATCH_RULES, DensePolicy, FixedPolicy, RandomPolicy, SkipPolicy, TimingPolicy
+from skipkernels.skipping.policy import (
+    BATCH_RULES,
+    DensePolicy,
+    FixedPolicy,
+    NeuronPolicy,
+    RandomPolicy,
+    SkipPolicy,
+    TimingPolicy,
+)
 from tests.executors.programs import Case
 
 policies = st.one_of(
@@ -41,8 +49,22 @@ policies = st.one_of(
 )
 
 
+thresholds = st.sampled_from([(), (0.0,) * 4, (0.0, 0.2, 0.5, 1.5), (0.3,) * 4])
+neuron_policies = st.one_of(
+    st.builds(
+        NeuronPolicy,
+        gate_thresholds=thresholds,
+        product_thresholds=st.sampled_from([(0.0, 0.2, 0.5, 1.5), (0.3,) * 4]),
+        warmup_tokens=st.sampled_from([0, 2]),
+        target_ratio=st.sampled_from([None, 0.1]),
+    ),
+    st.builds(SkipPolicy, threshold=st.sampled_from([0.3, 0.9]), gate_thresholds=thresholds, warmup_tokens=st.just(0)),
+    st.builds(FixedPolicy, layers=st.just((1, 3)), gate_thresholds=thresholds, warmup_tokens=st.just(0)),
+)
+
+
 @st.composite
-def cases(draw: st.DrawFn, layout: Layout = LAYOUTS["cpu"], max_sequences: int = 16) -> Case:
+def cases(draw: st.DrawFn, layout: Layout = LAYOUTS["cpu"], max_sequences: int = 16, neurons: bool = True) -> Case:
     """Any program over small buffers cut by ``layout``, with cache blocks of any size."""
     split = layout.kv_split_size
     longest = draw(st.sampled_from([5, 40, split, 2 * split + 40]))
@@ -51,6 +73,10 @@ def cases(draw: st.DrawFn, layout: Layout = LAYOUTS["cpu"], max_sequences: int =
     active = draw(st.lists(st.sampled_from([True, True, False]), min_size=sequences, max_size=sequences))
     with_prompts = draw(st.booleans())
     prompt_rows = [draw(st.integers(0, min(length, 9))) if with_prompts else 0 for length in seq_lens]
+    chosen = draw(st.lists(policies, min_size=1, max_size=3))
+    neuron_rows = neurons and draw(st.booleans())
+    if neuron_rows and draw(st.sampled_from([True, True, False])):
+        chosen += draw(st.lists(neuron_policies, min_size=1, max_size=2))
     return Case(
         seq_lens=tuple(seq_lens),
         active=tuple(active),
@@ -65,7 +91,8 @@ def cases(draw: st.DrawFn, layout: Layout = LAYOUTS["cpu"], max_sequences: int =
         qkv_bias=draw(st.booleans()),
         o_proj_bias=draw(st.booleans()),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
-        policies=tuple(draw(st.lists(policies, min_size=1, max_size=3))),
+        policies=tuple(chosen),
+        neuron_rows=neuron_rows,
         seed=draw(st.integers(0, 1 << 30)),
         prompt_rows=tuple(prompt_rows),
         multi_axis=draw(st.booleans()),

@@ -115,7 +115,7 @@ def test_prompt_rows_take_no_part_in_what_is_done_for_sequences() -> None:
     with pytest.raises(ValueError, match=r"lm_head: row_mask must be int32 \[2\], got torch.int32 \[5\]"):
         lm_head(num_rows=5, num_sequences=2, flags=5)
     of_sequences = [name for name, op in OPS.items() if op.rows == "num_sequences"]
-    assert of_sequences == ["skip_gate", "lm_head", "sample"]
+    assert of_sequences == ["skip_gate", "neuron_gate", "lm_head", "sample"]
 
 
 def test_both_caches_share_a_dtype() -> None:

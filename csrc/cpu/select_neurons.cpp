@@ -1,0 +1,50 @@
+// intermediate = 0 below each row's own threshold, and the list of what is not 0 in some row. One thread does it: a few
+// microseconds, where the rows of weights that follow take hundreds.
+#include "pack.h"
+
+namespace skipkernels::SKIPKERNELS_ISA {
+
+int64_t select_neurons_tasks(const Instruction&, const Scratch&) { return 1; }
+
+constexpr auto select_neurons_pack = static_cast<decltype(cpu::Kernel::pack)>(nullptr);
+
+// values = 0 below the threshold; adds a bit to `kept` (one word for a vector) for each that is not 0, and counts them
+static int64_t leave_out(float* values, int64_t size, float threshold, uint32_t* kept) {
+    const Vec least = splat(threshold);
+    int64_t count = 0;
+    for (int64_t j = 0; j < size; j += Vec::width) {
+        const int n = static_cast<int>(size - j < Vec::width ? size - j : Vec::width);
+        const Vec value = zero_below(load_some(values + j, n), least);
+        store_some(values + j, value, n);
+        const uint32_t bits = nonzero_bits(value);
+        kept[j / Vec::width] |= bits;
+        count += __builtin_popcount(bits);
+    }
+    return count;
+}
+
+void select_neurons_run(const Instruction& ins, int64_t, int64_t, Scratch& s) {
+    const SelectNeurons& op = ins.select_neurons;
+    const int64_t size = op.intermediate_size, words = (size + Vec::width - 1) / Vec::width;
+    auto* kept = reinterpret_cast<uint32_t*>(s.op_scratch);
+    for (int64_t word = 0; word < words; ++word) kept[word] = 0;
+    for (int i = 0; i < s.num_rows; ++i) {
+        const int row = s.rows[i];
+        const float* thresholds = op.neuron_threshold + op.layer * op.num_sequences;
+        const float threshold = thresholds[op.row_sequence[row]] * op.neuron_scale[row];
+        const int64_t count = leave_out(op.intermediate + row * size, size, threshold, kept);
+        if (row < op.num_sequences) {
+            const int64_t token = row * op.max_seq_len + op.num_generated[row];
+            op.kept_map[(token * op.num_hidden_layers + op.layer) * 2 + op.stage] = static_cast<int32_t>(count);
+            op.left_out[row] += size - count;
+        }
+    }
+    int32_t listed = 0;
+    for (int64_t j = 0; j < size; ++j) {  // without a branch: which neurons are kept cannot be predicted
+        op.neurons[listed] = static_cast<int32_t>(j);
+        listed += static_cast<int32_t>(kept[j / Vec::width] >> (j % Vec::width) & 1u);
+    }
+    *op.num_neurons = listed;
+}
+
+}  // namespace skipkernels::SKIPKERNELS_ISA

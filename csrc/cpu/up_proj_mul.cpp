@@ -1,0 +1,109 @@
+// intermediate (rows, intermediate) *= up @ x for the listed neurons, x = rms_norm(hidden_states); no other row of
+// up_proj (intermediate, hidden) is read. A task is a panel of the list.
+//
+// Each (neuron, row) pair has one vector accumulator that walks k in order, as in linear.h: what a neuron gets does not
+// depend on the list it stands in, and with every neuron listed the bits are those of gate_up_silu.
+#include "linear.h"
+
+namespace skipkernels::SKIPKERNELS_ISA {
+
+int64_t up_proj_mul_tasks(const Instruction& ins, const Scratch&) { return num_panels(*ins.up_proj_mul.num_neurons); }
+
+void up_proj_mul_pack(const Instruction& ins, int begin, int end, Scratch& s) {
+    const UpProjMul& op = ins.up_proj_mul;
+    pack_rms_norm(op.up_proj, op.hidden_states, op.hidden_size, op.post_attention_layernorm, op.rms_norm_eps, begin,
+                  end, s);
+}
+
+// out (N, kPanelRows) = w[R] (k) * x; rows `ahead`, which the next call takes, are fetched meanwhile
+template <class T, int R, int N>
+static void listed_rows(const T* const* w, const T* const* ahead, int64_t k, const typename Multiply<T>::Activation* x,
+                        float* out) {
+    using M = Multiply<T>;
+    constexpr int W = M::width, kLine = 64 / static_cast<int>(sizeof(T));
+    Vec acc[R][N];
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) acc[r][n] = splat(0.0f);
+    auto step = [&](int64_t from, auto load_weight) {
+        decltype(load_weight(w[0])) weight[R];
+        for (int r = 0; r < R; ++r) weight[r] = load_weight(w[r] + from);
+        for (int n = 0; n < N; ++n) {
+            const auto activation = M::activation(x + from * N + n * W);
+            for (int r = 0; r < R; ++r) acc[r][n] = M::add(weight[r], activation, acc[r][n]);
+        }
+    };
+    int64_t j = 0;
+    for (; j + kLine <= k; j += kLine) {
+        for (int r = 0; r < R; ++r) prefetch_l1(reinterpret_cast<const char*>(ahead[r] + j));
+        for (int u = 0; u < kLine; u += W) step(j + u, [](const T* p) { return M::weight(p); });
+    }
+    for (; j + W <= k; j += W) step(j, [](const T* p) { return M::weight(p); });
+    if (j < k) {
+        const int left = static_cast<int>(k - j);
+        step(j, [left](const T* p) { return M::weight_first(p, left); });
+    }
+    reduce_tile<R, N>(acc, out);
+}
+
+template <class T, int R, int... N>
+static void listed_rows_of(int n, std::integer_sequence<int, N...>, const T* const* w, const T* const* ahead, int64_t k,
+                           const typename Multiply<T>::Activation* x, float* out) {
+    ((n == N + 1 ? listed_rows<T, R, N + 1>(w, ahead, k, x, out) : void()), ...);
+}
+
+// out (active rows, kPanelRows) of `count` neurons from list[0] on; the list goes on to `end`
+template <class T>
+static void listed_panel(const T* up, const int32_t* list, int count, const int32_t* end, int64_t k, Scratch& s) {
+    constexpr int R = 4;
+    constexpr auto kRows = std::make_integer_sequence<int, cpu::kMaxTile>{};
+    const Tiles tiles(s.num_rows);
+    for (int at = 0; at < count; at += R) {
+        const T *w[R], *ahead[R];
+        const int height = count - at < R ? count - at : R;
+        for (int r = 0; r < R; ++r) {
+            const int32_t *own = list + at + r, *next = own + R;
+            w[r] = up + *(own < end ? own : end - 1) * k;
+            ahead[r] = next < end ? up + *next * k : w[r];
+        }
+        for (int tile = 0; tile < tiles.count; ++tile) {
+            const int begin = tiles.begin(tile), n = tiles.size(tile);
+            const auto* x = packed_tile<T>(s, k, begin);
+            float* out = s.panel + begin * cpu::kPanelRows + at;
+            if (height == R) {
+                listed_rows_of<T, R>(n, kRows, w, ahead, k, x, out);
+            } else {
+                for (int r = 0; r < height; ++r) listed_rows_of<T, 1>(n, kRows, w + r, ahead + r, k, x, out + r);
+            }
+        }
+    }
+}
+
+void up_proj_mul_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
+    const UpProjMul& op = ins.up_proj_mul;
+    const int64_t k = op.hidden_size;
+    const int32_t* list_end = op.neurons + *op.num_neurons;
+    with_float_type(op.up_proj.format, [&](auto type) {
+        const auto* up = static_cast<const decltype(type)*>(op.up_proj.data);
+        for (int64_t panel = begin; panel < end; ++panel) {
+            const int32_t* list = op.neurons + panel * cpu::kPanelRows;
+            if (list >= list_end) return;  // none is listed
+            const int count = static_cast<int>(list_end - list < cpu::kPanelRows ? list_end - list : cpu::kPanelRows);
+            if (list[count - 1] - list[0] == count - 1) {  // neighbours, as where prompts keep all
+                const auto* w = up + list[0] * k;
+                linear_panel(w, k, count, w + count * k, s.panel, s);
+            } else {
+                listed_panel(up, list, count, list_end, k, s);
+            }
+            for (int i = 0; i < s.num_rows; ++i) {
+                float* values = op.intermediate + s.rows[i] * op.intermediate_size;
+                const float* products = s.panel + i * cpu::kPanelRows;
+                for (int r = 0; r < count; ++r) {
+                    float& value = values[list[r]];
+                    if (value != 0.0f) value *= products[r];
+                }
+            }
+        }
+    });
+}
+
+}  // namespace skipkernels::SKIPKERNELS_ISA
