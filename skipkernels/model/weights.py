@@ -261,8 +261,9 @@ def _rope_table(
             of_kind = copy.copy(hf_config)
             of_kind.rope_parameters = rope
             rotary = LlamaRotaryEmbedding(cast("LlamaConfig", of_kind))
-            if module is not None:
-                own, prefix = module.get_decoder().rotary_emb, f"{kind}_" if kind else ""
+            own = None if module is None else module.get_decoder().rotary_emb
+            prefix = f"{kind}_" if kind else ""
+            if own is not None and (kind is None or hasattr(own, prefix + "inv_freq")):  # else no layer is of the kind
                 rotary.inv_freq = getattr(own, prefix + "inv_freq").detach().cpu().clone()
                 rotary.attention_scaling = getattr(own, prefix + "attention_scaling")
             cos, sin = rotary(torch.empty(1, dtype=torch.float32), torch.arange(positions)[None])
