@@ -7,7 +7,7 @@ So two policies see the same tokens at every position, and their logits can be c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,6 @@ import numpy.typing as npt
 import torch
 
 from skipkernels.calibration.passages import Passage
-from skipkernels.decoding.prefill import prefill
 from skipkernels.errors import RequestError
 from skipkernels.skipping.policy import Policy
 
@@ -33,6 +32,7 @@ class Score:
     """
 
     skip_map: npt.NDArray[np.bool_]  # [positions, layers]
+    unread_map: npt.NDArray[np.float32]  # [positions, layers], share of the FFN's bytes not read
     similarity_map: npt.NDArray[np.float32]  # [positions, layers], NaN where not measured
     argmax: npt.NDArray[np.int64]  # [positions]
     log_probs: npt.NDArray[np.float32]  # [positions]
@@ -90,27 +90,6 @@ def score(
     return scores
 
 
-def dense_similarities(engine: Engine, passages: Sequence[Passage]) -> Iterator[npt.NDArray[np.float32]]:
-    """For each passage the similarity of every layer at every decoded position, [positions, layers], nothing skipped.
-
-    The cosine, in fp32, of the residual stream before and after the FFN, as the prefill computes them.
-    """
-    for passage in passages:
-        _check(engine, passage)
-        chunks: list[list[torch.Tensor]] = [[] for _ in engine.weights.layers]
-
-        def observe(
-            layer: int, before: torch.Tensor, after: torch.Tensor, chunks: list[list[torch.Tensor]] = chunks
-        ) -> None:
-            chunks[layer].append(_cosine(before.float(), after.float()).cpu())
-
-        tokens = torch.tensor(passage.token_ids[:-1], dtype=torch.int32)
-        with engine.loop.own_rows() as own:
-            prefill(engine.config, engine.weights, own.state, 0, tokens, observe=observe)
-        similarities = torch.stack([torch.cat(parts) for parts in chunks], dim=1)
-        yield similarities[passage.prompt_tokens - 1 :].numpy()
-
-
 class _Row:
     """One row of the engine's state while it is decoded by force."""
 
@@ -149,6 +128,7 @@ class _Row:
         positions = self._passage.decoded_tokens
         return Score(
             skip_map=self._state.run_map[self._index, :positions].numpy() == 0,
+            unread_map=self._state.unread_map(self._index, positions).numpy(),
             similarity_map=self._state.similarity_map[self._index, :positions].numpy().copy(),
             argmax=self._argmax.numpy(),
             log_probs=self._log_probs.numpy(),
@@ -161,13 +141,14 @@ class _Row:
 class Comparison:
     """A policy beside the dense model on the same passages."""
 
-    skip_ratio: float  # skipped FFNs over layers x decoded tokens, warm-up included
+    skip_ratio: float  # share of the FFN bytes not read, over layers x decoded tokens, warm-up included
     skip_ratio_past_warmup: float
     top1_agreement: float  # share of positions past the warm-up with the dense model's most likely token
     kl: float  # mean KL(dense || policy) past the warm-up, nats
     perplexity: float  # over all decoded tokens
     dense_perplexity: float
     tokens: int  # decoded
+    layers: int
 
 
 def compare(dense: Sequence[Score], policy: Sequence[Score], warmup_tokens: int) -> Comparison:
@@ -177,8 +158,8 @@ def compare(dense: Sequence[Score], policy: Sequence[Score], warmup_tokens: int)
     past = [slice(max(1, warmup_tokens), None)] * len(policy)
     kl = np.concatenate([s.kl[cut] for s, cut in zip(policy, past, strict=True) if s.kl is not None])
     agree = np.concatenate([s.argmax[cut] == d.argmax[cut] for s, d, cut in zip(policy, dense, past, strict=True)])
-    skipped = np.concatenate([s.skip_map for s in policy])
-    skipped_past = np.concatenate([s.skip_map[cut] for s, cut in zip(policy, past, strict=True)])
+    skipped = np.concatenate([s.unread_map for s in policy])
+    skipped_past = np.concatenate([s.unread_map[cut] for s, cut in zip(policy, past, strict=True)])
     return Comparison(
         skip_ratio=float(skipped.mean()),
         skip_ratio_past_warmup=float(skipped_past.mean()),
@@ -187,16 +168,12 @@ def compare(dense: Sequence[Score], policy: Sequence[Score], warmup_tokens: int)
         perplexity=_perplexity(policy),
         dense_perplexity=_perplexity(dense),
         tokens=len(skipped),
+        layers=skipped.shape[1],
     )
 
 
 def _perplexity(scores: Sequence[Score]) -> float:
     return math.exp(-float(np.concatenate([score.log_probs for score in scores]).mean()))
-
-
-def _cosine(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Row by row for [tokens, hidden]; a zero vector has similarity 0."""
-    return torch.nn.functional.cosine_similarity(before, after, dim=-1)
 
 
 def _check(engine: Engine, passage: Passage) -> None:

@@ -10,8 +10,6 @@ import numpy as np
 from skipkernels.errors import PolicyError
 from skipkernels.skipping.policy import BatchRule, SkipPolicy
 
-WARMUPS = (1, 4, 8, 16, 25)
-"""Warm-ups to try where none is given. 1 is the same as none: the first generated token always runs every FFN."""
 _GRID = 24
 _SPANS = 12
 
@@ -24,7 +22,7 @@ class SearchSpace:
     spans: tuple[int | None, ...] | None = None
     first_dense_layers: int | None = None
     last_dense_layers: int | None = None
-    warmup_tokens: int | None = None
+    warmup_tokens: int = 1  # the same as none: the first generated token always runs every FFN
     batch_rule: BatchRule = "per_row"
 
     def __post_init__(self) -> None:
@@ -37,7 +35,7 @@ class SearchSpace:
         return SkipPolicy(
             first_dense_layers=self.first_dense_layers or 0,
             last_dense_layers=self.last_dense_layers or 0,
-            warmup_tokens=WARMUPS[0] if self.warmup_tokens is None else self.warmup_tokens,
+            warmup_tokens=self.warmup_tokens,
             batch_rule=self.batch_rule,
         )
 
@@ -66,20 +64,15 @@ class SearchSpace:
                 if self.spans is not None or span is None or span < self._gated(policy):
                     yield policy
 
-    def neighbours(self, policy: SkipPolicy) -> Iterator[SkipPolicy]:
-        """``policy`` with one bound or its span moved by a layer, unless that is given or impossible."""
-        moves: list[SkipPolicy] = []
-        for step in (-1, 1):
-            if self.first_dense_layers is None and policy.first_dense_layers + step >= 0:
-                moves.append(replace(policy, first_dense_layers=policy.first_dense_layers + step))
-            if self.last_dense_layers is None and policy.last_dense_layers + step >= 0:
-                moves.append(replace(policy, last_dense_layers=policy.last_dense_layers + step))
-            span = step + (self._gated(policy) if policy.span is None else policy.span)
-            if self.spans is None and span >= 1:
-                moves.append(replace(policy, span=span))
-        for moved in moves:
-            if (gated := self._gated(moved)) > 0:
-                yield replace(moved, span=None) if self.spans is None and (moved.span or 0) >= gated else moved
+    @property
+    def reachable_ratio(self) -> float:
+        """The highest skip ratio of a token after the warm-up."""
+        return max(replace(self.widest, span=span).reachable_ratio(self.layers) for span in self.tried_spans)
+
+    @property
+    def label(self) -> str:
+        widest = self.widest
+        return f"first_dense_layers={widest.first_dense_layers}, last_dense_layers={widest.last_dense_layers}"
 
     def _gated(self, policy: SkipPolicy) -> int:
         """Layers that ``policy`` may skip."""

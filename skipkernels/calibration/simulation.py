@@ -67,11 +67,13 @@ def _scaled(policy: SkipPolicy, log_factor: float) -> SkipPolicy:
     return replace(policy, layer_thresholds=tuple(scaled(threshold) for threshold in policy.layer_thresholds))
 
 
-def rank(similarities: Similarities, policies: Iterable[SkipPolicy], ratio: float) -> list[SkipPolicy]:
-    """The policies that can skip about ``ratio``, each tuned to it, the smallest simulated change first.
+def rank(
+    similarities: Similarities, block_kl: npt.NDArray[np.float32], policies: Iterable[SkipPolicy], ratio: float
+) -> list[SkipPolicy]:
+    """The policies that can skip about ``ratio``, each tuned to it, the smallest simulated cost first.
 
-    A skipped FFN changes the output by 1 - similarity. Where a policy misses the ratio, its change is scaled with the
-    square of the ratio. Of policies that skip the same FFNs, one is kept.
+    A skipped FFN costs what ``block_kl`` [positions, layers] says that it costs alone. Where a policy misses the ratio,
+    its cost is scaled with the square of the ratio. Of policies that skip the same FFNs, one is kept.
     """
     costs: dict[bytes, tuple[float, SkipPolicy]] = {}
     for policy in policies:
@@ -81,6 +83,6 @@ def rank(similarities: Similarities, policies: Iterable[SkipPolicy], ratio: floa
         skipped = simulate(similarities, candidate)
         if not skipped.any():
             continue
-        left_out = float(((1.0 - similarities) * skipped).sum(axis=1).mean())
-        costs[np.packbits(skipped).tobytes()] = (left_out * float(ratio / skipped.mean()) ** 2, candidate)
+        cost = float((block_kl * skipped).sum(axis=1).mean())
+        costs[np.packbits(skipped).tobytes()] = (cost * float(ratio / skipped.mean()) ** 2, candidate)
     return [policy for _, policy in sorted(costs.values(), key=lambda entry: entry[0])]

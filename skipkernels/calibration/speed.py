@@ -19,7 +19,7 @@ class Speed:
     """One row's decode under one policy."""
 
     tokens_per_s: float  # median of the rounds, without the first token
-    skip_ratio: float
+    skip_ratio: float  # share of FFN bytes not read
 
 
 def measure_speeds(
@@ -44,4 +44,4 @@ def measure_speeds(
                 [list(prompt)], max_new_tokens=new_tokens, sampling=sampling, eos_token_ids=(), policy=policy
             )
             on_run((turn * len(policies) + index + 1) / (rounds * len(policies)))
-    return [Speed(median(run.tokens_per_s for run in same), same[0].skip_ratio) for same in runs]
+    return [Speed(median(run.tokens_per_s for run in same), same[0].unread_ratio) for same in runs]

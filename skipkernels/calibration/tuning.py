@@ -1,123 +1,113 @@
-"""Tunes a policy to a wanted skip ratio by decoding, because skipping shifts later similarities."""
+"""Tunes a policy to a wanted saving by decoding, because what is left out shifts what comes after."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from skipkernels.calibration.passages import Passage
 from skipkernels.calibration.scoring import Comparison, Score, compare, score
-from skipkernels.calibration.simulation import Similarities, tuned
-from skipkernels.skipping.policy import DensePolicy, SkipPolicy
+from skipkernels.errors import PolicyError
+from skipkernels.skipping.policy import DensePolicy, Policy
 
 if TYPE_CHECKING:
     from skipkernels.engine import Engine
 
-RATIO_TOLERANCE = 0.01
-"""The largest deviation of a measured skip ratio that counts as reached."""
+Kind = Literal["neurons", "similarity", "mixed", "fixed", "random"]
+KINDS: tuple[Kind, ...] = ("neurons", "similarity", "mixed", "fixed", "random")
+"""What leaves out work: single neurons; blocks by similarity; neurons beside blocks; fixed or random blocks."""
+TOLERANCE = 0.01
+"""The largest deviation of a measured saving that counts as reached."""
 CLOSE = 0.003
 """The deviation at which the search for a threshold stops."""
-_MAX_RUNS = 8  # decodes to find one threshold
-_KL_EXPONENT = (
-    2  # KL grows with this power of the skip ratio; measured on the demo model, ratios 0.23 to 0.27: 1.8 to 2
-)
+_MAX_RUNS = 6  # decodes to find one threshold
+KL_EXPONENT = 2.5
+"""KL grows with this power of the saving: blocks of the demo model 1.8 to 2, neurons of SmolLM2 2.6 to 3."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A policy at the threshold that brought it closest to the wanted ratio, beside the dense model."""
+    """A policy beside the dense model on some passages."""
 
-    policy: SkipPolicy
+    kind: Kind
+    policy: Policy
     comparison: Comparison
-    kl: float  # mean KL(dense || policy) over all decoded tokens, warm-up included, nats
-    wanted_ratio: float
-    bias: float  # measured less simulated skip ratio
+    passage_kl: tuple[float, ...]  # mean KL(dense || policy) of each passage over its tokens, warm-up included, nats
+    wanted: float
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(dense || policy) over all decoded tokens, warm-up included, nats."""
+        return float(np.mean(self.passage_kl))
 
     @property
     def missed(self) -> float:
-        return abs(self.comparison.skip_ratio - self.wanted_ratio)
+        return abs(self.comparison.skip_ratio - self.wanted)
 
     @property
-    def cost(self) -> float:
-        """``kl`` extrapolated to the wanted ratio, assuming that it grows with the square of the ratio."""
+    def costs(self) -> npt.NDArray[np.float64]:
+        """``passage_kl`` as it would be at the wanted saving, from how KL grows with it."""
         ratio = self.comparison.skip_ratio
-        return self.kl * (self.wanted_ratio / ratio) ** _KL_EXPONENT if ratio else float("inf")
+        factor = (self.wanted / ratio) ** KL_EXPONENT if ratio else float("inf")
+        return np.array(self.passage_kl) * factor
 
     @property
-    def rank(self) -> tuple[float, float]:
-        """Smaller is better: the wanted ratio first, then the least divergence from the dense model."""
-        return max(0.0, self.missed - RATIO_TOLERANCE), self.cost
+    def rank(self) -> tuple[bool, float]:
+        """Smaller is better: what reaches the saving (half a block may be missing) first, then the least divergence."""
+        half_a_block = 0.5 / self.comparison.layers
+        return self.missed > max(TOLERANCE, half_a_block) + TOLERANCE, float(self.costs.mean())
 
 
-class Tuner:
+class Decoder:
     """Decodes the same passages under one policy after the other, beside the dense model."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        passages: Sequence[Passage],
-        similarities: Similarities,
-        wanted_ratio: float,
-        on_step: Callable[[int], None],
-        dense: Sequence[Score] | None = None,
-    ) -> None:
-        """``similarities`` are the dense model's at the decoded positions of these passages, or of more text;
-        ``on_step`` is called with the number of tokens each step decoded; ``dense`` is computed if not given."""
-        self.similarities = similarities
-        self.wanted_ratio = wanted_ratio
+    def __init__(self, engine: Engine, passages: Sequence[Passage], on_step: Callable[[int], None]) -> None:
+        """``on_step`` is called with the number of tokens each step decoded."""
         self._engine = engine
         self._passages = passages
         self._on_step = on_step
-        self._dense = dense or score(engine, passages, DensePolicy(), keep_log_probs=True, on_step=on_step)
+        self._dense = score(engine, passages, DensePolicy(), keep_log_probs=True, on_step=on_step)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens decoded under each policy."""
-        return sum(passage.decoded_tokens for passage in self._passages)
+    def share_past_warmup(self, warmup_tokens: int) -> float:
+        """Share of the decoded tokens that may leave something out. The first one never does."""
+        counts = [passage.decoded_tokens for passage in self._passages]
+        return sum(max(0, count - max(1, warmup_tokens)) for count in counts) / sum(counts)
 
-    def on_part(self, passages: int) -> Tuner:
-        """A tuner on about so many of the passages, evenly spread."""
-        step = max(1, len(self._passages) // passages)
-        return Tuner(
-            self._engine,
-            self._passages[::step],
-            self.similarities,
-            self.wanted_ratio,
-            self._on_step,
-            self._dense[::step],
-        )
+    def try_out(self, kind: Kind, policy: Policy, wanted: float, warmup_tokens: int) -> Trial:
+        scores: list[Score] = score(self._engine, self._passages, policy, reference=self._dense, on_step=self._on_step)
+        passage_kl = tuple(float(s.kl.mean(dtype=np.float64)) for s in scores if s.kl is not None)
+        return Trial(kind, policy, compare(self._dense, scores, warmup_tokens), passage_kl, wanted)
 
-    def share_past_warmup(self, policy: SkipPolicy) -> float:
-        """Share of the decoded tokens that may skip. The first one never does."""
-        warmup = max(1, policy.warmup_tokens)
-        return sum(max(0, passage.decoded_tokens - warmup) for passage in self._passages) / self.tokens
+    def tune(
+        self, kind: Kind, policy_at: Callable[[float], Policy], wanted: float, warmup_tokens: int, runs: int = _MAX_RUNS
+    ) -> Trial:
+        """The trial closest to ``wanted``. ``policy_at`` makes a policy for a saving of the tokens past the warm-up,
+        from dense activations; what the decode saves more or less corrects the saving asked of it. Where that does not
+        converge, it is bisected.
 
-    def tune(self, policy: SkipPolicy, bias: float = 0.0, *, close: float = CLOSE, runs: int = _MAX_RUNS) -> Trial:
-        """Moves the threshold of ``policy`` until it skips the wanted ratio within ``close``.
-
-        The simulation gives the threshold to try; the difference between decoded and simulated ratio, initially
-        ``bias``, corrects the goal of the next simulation. Where that does not converge, goals are bisected.
+        Raises:
+            PolicyError: no policy is possible.
         """
-        share = self.share_past_warmup(policy)
-        goal, low, high = self.wanted_ratio - bias, 0.0, 1.0
+        share = self.share_past_warmup(warmup_tokens)
+        goal, low, high = wanted, 0.0, share
         trials: list[Trial] = []
         for _ in range(runs):
-            candidate = tuned(self.similarities, policy, goal / share)
+            try:
+                candidate = policy_at(goal / share)
+            except PolicyError:
+                if trials:
+                    break
+                raise
             if any(candidate == trial.policy for trial in trials):
-                break  # no threshold lies between too low and too high
-            trials.append(self._try(candidate, goal))
-            error = trials[-1].comparison.skip_ratio - self.wanted_ratio
-            if abs(error) <= close:
+                break  # nothing lies between too low and too high
+            trials.append(self.try_out(kind, candidate, wanted, warmup_tokens))
+            error = trials[-1].comparison.skip_ratio - wanted
+            if abs(error) <= CLOSE:
                 break
             low, high = (low, goal) if error > 0 else (goal, high)
             goal = goal - error if low < goal - error < high else (low + high) / 2
         return min(trials, key=lambda trial: trial.missed)
-
-    def _try(self, policy: SkipPolicy, goal: float) -> Trial:
-        skipping = score(self._engine, self._passages, policy, reference=self._dense, on_step=self._on_step)
-        comparison = compare(self._dense, skipping, policy.warmup_tokens)
-        kl = np.concatenate([passage.kl for passage in skipping if passage.kl is not None])
-        return Trial(policy, comparison, float(kl.mean()), self.wanted_ratio, comparison.skip_ratio - goal)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from skipkernels.decoding.generation import SamplingParams
+from skipkernels.chat.grammar import GrammarText
+from skipkernels.decoding.generation import SamplingParams, TokenLogprob
 from skipkernels.modality.job import Request
 from skipkernels.modality.strategy import ModalityModel
 
-DEFAULT_NEW_TOKENS = 128
-"""Default of ``Chat.max_new_tokens``: a long answer would delay the rest of its batch."""
+EXPECTED_NEW_TOKENS = 256
+"""What an answer without a limit of its own is taken to cost when requests are scheduled."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,15 +34,16 @@ class Audio:
 
 
 Part = str | Image | Audio
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """One turn."""
+    """One turn. ``fields``: what else the chat template may look at, like ``tool_calls``."""
 
     role: Role
     parts: tuple[Part, ...]
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -55,14 +57,22 @@ class Chat:
 
     Args:
         messages: at least one.
-        max_new_tokens: None: ``DEFAULT_NEW_TOKENS``, or fewer if the context is full before.
+        max_new_tokens: None: as many as the context has room for, and never more.
         stop: strings that end the answer; they are not part of it.
+        grammar: what the answer has to follow.
+        tools: as OpenAI writes them; for the chat template.
+        continues: the last message, an assistant's, is the begin of the answer.
+        template_options: further arguments of the chat template.
     """
 
     messages: tuple[Message, ...]
     max_new_tokens: int | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
+    grammar: GrammarText | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    continues: bool = False
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,11 @@ class Completion:
     prompt_tokens: int
     new_tokens: int
     skip_ratio: float  # skipped FFN executions over layers x new tokens
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None  # where they were asked
+    after_first_ms: float | None = None  # from the first token to the last
+    gaps_ms: tuple[float, ...] = ()  # between two tokens
+    bytes_not_read: int = 0  # of weights
 
     @property
     def total_tokens(self) -> int:

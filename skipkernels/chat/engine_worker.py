@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
 from typing import Protocol
 
 from skipkernels.chat.chat import Completion
+from skipkernels.chat.grammar import Grammars
 from skipkernels.chat.progress import progress_of
 from skipkernels.decoding.generation import Generation
 from skipkernels.decoding.handle import Handle
@@ -41,7 +45,9 @@ class EngineWorker:
     def __init__(self, model: EngineModel) -> None:
         self.slots = model.engine.max_batch_size
         self._model = model
-        self._engine = model.engine
+        self._engine = engine = model.engine
+        assert engine.tokenizer is not None, "an engine for chats has a tokenizer"
+        self._grammars = Grammars(engine.tokenizer, engine.config.vocab_size, tuple(engine.default_eos_token_ids))
         self._replies: dict[int, _Reply] = {}  # by the identity of the inputs
         self._changed = threading.Condition()  # guards what is above and below
         self._closing = False
@@ -93,11 +99,15 @@ class EngineWorker:
         progress = progress_of(inputs)
         progress.restart()
         asked = inputs["text"]
+        sampling = asked.sampling
+        if asked.grammar is not None:  # each answer goes its own way through it
+            sampling = replace(sampling, grammar=self._grammars.grammar(asked.grammar))
         handle = self._engine.submit(
             self._model.prompt(inputs, strategy),
             max_new_tokens=asked.max_new_tokens,
-            sampling=asked.sampling,
+            sampling=sampling,
             stop=asked.stop,
+            eos_token_ids=asked.eos_token_ids,
             policy=self._model.policy(strategy),
             deadline=deadline_ms,
         )
@@ -145,6 +155,7 @@ class _Reply:
         self._inputs = inputs  # kept: their identity is the key
         self._progress = progress_of(inputs)
         self._settle = settle
+        self._token_times: list[float] = []
 
     def move(self, policy: Policy) -> None:
         self._handle.set_plan(self._engine.plan_of(policy))
@@ -160,10 +171,13 @@ class _Reply:
             if self._progress.given_up:
                 self.drop()
             for chunk in self._handle.take_chunks():
-                if chunk.text:
-                    self._progress.add(chunk.text)
+                if chunk.token_id is not None:
+                    self._token_times.append(time.perf_counter())
+                told = [] if chunk.logprob is None or chunk.token_id is None else [(chunk.token_id, chunk.logprob)]
+                if chunk.text or told:
+                    self._progress.add(chunk.text, told)
                 if chunk.generation is not None:
-                    self._settle(completion_of(chunk.generation))
+                    self._settle(self._completion(chunk.generation))
                     return True
         except Exception as error:
             self.fail(error)
@@ -176,12 +190,24 @@ class _Reply:
         failure.__cause__ = error
         self._settle(failure)
 
+    def _completion(self, generation: Generation) -> Completion:
+        times = self._token_times
+        skipped = int(generation.skip_map.sum())
+        return Completion(
+            text=generation.text,
+            finish_reason=generation.finish_reason,
+            prompt_tokens=generation.prompt_tokens,
+            new_tokens=len(generation.token_ids),
+            skip_ratio=generation.skip_ratio,
+            token_ids=tuple(generation.token_ids),
+            logprobs=None if generation.logprobs is None else tuple(generation.logprobs),
+            after_first_ms=(times[-1] - times[0]) * 1e3 if times else None,
+            gaps_ms=tuple((later - earlier) * 1e3 for earlier, later in pairwise(times)),
+            bytes_not_read=skipped * _ffn_bytes(self._engine),
+        )
 
-def completion_of(generation: Generation) -> Completion:
-    return Completion(
-        text=generation.text,
-        finish_reason=generation.finish_reason,
-        prompt_tokens=generation.prompt_tokens,
-        new_tokens=len(generation.token_ids),
-        skip_ratio=generation.skip_ratio,
-    )
+
+def _ffn_bytes(engine: Engine) -> int:
+    """Weights of one layer's FFN, on the mean."""
+    layers = engine.weights.layers
+    return sum(layer.gate_up_proj.nbytes + layer.down_proj.nbytes for layer in layers) // len(layers)

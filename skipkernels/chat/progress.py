@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from skipkernels.decoding.generation import TokenLogprob
 from skipkernels.modality.strategy import Inputs
+
+SampledToken = tuple[int, TokenLogprob]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text of an answer, which is number ``index`` of its job's."""
+
+    index: int
+    text: str
+    logprobs: tuple[SampledToken, ...] = ()
 
 
 class Progress(Protocol):
@@ -21,8 +34,8 @@ class Progress(Protocol):
         """The answer starts, or starts again after its worker was lost."""
         ...
 
-    def add(self, text: str) -> None:
-        """The next piece of the answer."""
+    def add(self, text: str, logprobs: Sequence[SampledToken] = ()) -> None:
+        """The next piece of the answer; the tokens it ends with, where their log probabilities were asked."""
         ...
 
 
@@ -34,7 +47,7 @@ class Unwatched:
     def restart(self) -> None:
         pass
 
-    def add(self, text: str) -> None:
+    def add(self, text: str, logprobs: Sequence[SampledToken] = ()) -> None:
         pass
 
 
@@ -58,30 +71,37 @@ class LiveProgress:
     differs, nothing more is passed on: the reader finds out when it compares with the whole answer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pieces: asyncio.Queue[Piece | None] | None = None, index: int = 0) -> None:
+        """``pieces``: where to put them, None: into a queue of its own."""
         self._loop = asyncio.get_running_loop()
-        self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        self._pieces = asyncio.Queue[Piece | None]() if pieces is None else pieces
+        self._index = index
         self._handed_on = ""
         self._position = 0
+        self._tokens_handed_on = 0
+        self._tokens = 0
         self._differs = False
         self.given_up = False
 
     def restart(self) -> None:
-        self._position = 0
+        self._position = self._tokens = 0
 
-    def add(self, text: str) -> None:
+    def add(self, text: str, logprobs: Sequence[SampledToken] = ()) -> None:
         known = self._handed_on[self._position : self._position + len(text)]
         fresh = text[len(known) :]
         self._differs = self._differs or not text.startswith(known)
         self._position += len(text)
-        if fresh and not self._differs:
+        new_tokens = tuple(logprobs[max(0, self._tokens_handed_on - self._tokens) :])
+        self._tokens += len(logprobs)
+        if (fresh or new_tokens) and not self._differs:
             self._handed_on += fresh
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, fresh)
+            self._tokens_handed_on += len(new_tokens)
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, Piece(self._index, fresh, new_tokens))
 
     def end(self) -> None:
         """No more pieces will come. Called in the event loop."""
         self._pieces.put_nowait(None)
 
-    async def next_piece(self) -> str | None:
+    async def next_piece(self) -> Piece | None:
         """The next piece; None once, after the last."""
         return await self._pieces.get()

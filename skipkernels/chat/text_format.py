@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
-from skipkernels.chat.chat import DEFAULT_NEW_TOKENS, Chat
+from skipkernels.chat.chat import EXPECTED_NEW_TOKENS, Chat
+from skipkernels.chat.grammar import GrammarText, KnownTokens
+from skipkernels.chat.reply_parser import ReplyForm, ToolForm
 from skipkernels.decoding.generation import SamplingParams
 from skipkernels.errors import RequestError
 from skipkernels.modality.job import Request
@@ -21,16 +25,19 @@ PROFILED_PROMPT_TOKENS, PROFILED_NEW_TOKENS = 32, RAMP_TOKENS
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """The ``text`` modality of a request: what to decode from, and how."""
+    """The ``text`` modality of a request: what to decode from, and how. ``eos_token_ids`` None: the model's own."""
 
     token_ids: tuple[int, ...]
     max_new_tokens: int
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
+    grammar: GrammarText | KnownTokens | None = None
+    eos_token_ids: tuple[int, ...] | None = None
 
 
 class TextFormat:
-    """A ``ChatFormat``: the tokenizer's chat template, or else a single message that is the prompt itself.
+    """A ``ChatFormat``: the tokenizer's chat template, or else a single message that is the prompt itself. Several
+    threads may use it.
 
     Args:
         max_seq_len: positions that the model's cache holds.
@@ -40,37 +47,125 @@ class TextFormat:
     modalities: tuple[str, ...] = ("text",)
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_seq_len: int, prefill_share: float) -> None:
-        self._tokenizer = copy.deepcopy(tokenizer)  # a copy, because the model uses its own in another thread
-        self._max_seq_len = max_seq_len
+        self._original = copy.deepcopy(tokenizer)  # copies, because the model uses its own in another thread
+        self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+        self.max_seq_len = max_seq_len
         self._prefill_share = prefill_share
+        self._own = threading.local()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_own", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._own, self._lock = threading.local(), threading.Lock()
+
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        """This thread's: a tokenizer refuses two at a time."""
+        if not hasattr(self._own, "tokenizer"):
+            with self._lock:
+                self._own.tokenizer = copy.deepcopy(self._original)
+        return self._own.tokenizer
 
     def request(self, chat: Chat) -> Request:
-        token_ids = self._encode(chat)
-        new_tokens = allowed_new_tokens(chat, len(token_ids), self._max_seq_len)
-        prompt = TextPrompt(tuple(token_ids), new_tokens, chat.sampling, chat.stop)
-        return Request({"text": prompt}, work=work_of(len(token_ids), new_tokens, self._prefill_share))
+        return self.prompt_request(
+            self._encode(chat), chat.max_new_tokens, chat.sampling, stop=chat.stop, grammar=chat.grammar
+        )
+
+    def prompt_request(
+        self,
+        token_ids: Sequence[int],
+        max_new_tokens: int | None,
+        sampling: SamplingParams,
+        *,
+        stop: tuple[str, ...] = (),
+        grammar: GrammarText | KnownTokens | None = None,
+        eos_token_ids: tuple[int, ...] | None = None,
+    ) -> Request:
+        """A request that is a prompt already; ``max_new_tokens`` as in ``Chat``."""
+        new_tokens = allowed_new_tokens(max_new_tokens, len(token_ids), self.max_seq_len)
+        prompt = TextPrompt(tuple(token_ids), new_tokens, sampling, stop, grammar, eos_token_ids)
+        expected = min(new_tokens, max_new_tokens or EXPECTED_NEW_TOKENS)
+        return Request({"text": prompt}, work=work_of(len(token_ids), expected, self._prefill_share))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """
+        Raises:
+            RequestError: it has more characters than the longest tokens make up; it is not encoded at all.
+        """
+        most = self.max_seq_len * self._longest_token
+        if len(text) > most:
+            raise RequestError(
+                f"the prompt has {len(text):,} characters; this model takes {self.max_seq_len} tokens, which are "
+                f"{most:,} characters at most; shorten it"
+            )
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokenizer's own; the model may have more."""
+        return () if self._original.eos_token_id is None else (self._original.eos_token_id,)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids)))
+
+    def check_tokens(self, token_ids: Sequence[int]) -> None:
+        """Raises RequestError for an id outside of the vocabulary."""
+        size = len(self._original)
+        outside = [token for token in token_ids if not 0 <= token < size]
+        if outside:
+            raise RequestError(f"token id {outside[0]} is outside the vocabulary of {size}")
+
+    def reply_form(self, chat: Chat) -> ReplyForm:
+        """How the model writes its answer to this chat."""
+        template = str(self._original.chat_template or "")
+        thinks = "<think>" in template
+        thinking = thinks and not chat.continues and self._rendered(chat).rstrip().endswith("<think>")
+        return ReplyForm(self.tool_form if chat.tools else None, thinks, thinking)
+
+    @property
+    def tool_form(self) -> ToolForm | None:
+        """How the model was trained to call tools; None: its template knows none."""
+        template = str(self._original.chat_template or "")
+        if "tools" not in template:
+            return None
+        return "hermes" if "<tool_call>" in template else "llama3"
 
     def _encode(self, chat: Chat) -> list[int]:
-        if not any(message.text for message in chat.messages):
+        if not any(message.text or message.fields for message in chat.messages):
             raise RequestError("the messages hold no text; say something")
-        if self._tokenizer.chat_template:
-            return self._apply_template(chat)
+        if self._original.chat_template:
+            return self.encode(self._rendered(chat), add_special_tokens=False)
         if len(chat.messages) != 1 or chat.messages[0].role != "user":
             raise RequestError(
                 f"this model has no chat template: its prompt is the text of one user message, got "
                 f"{len(chat.messages)} messages, the first by {chat.messages[0].role!r}"
             )
-        return list(self._tokenizer.encode(chat.messages[0].text))
+        return self.encode(chat.messages[0].text)
 
-    def _apply_template(self, chat: Chat) -> list[int]:
-        messages = [{"role": message.role, "content": message.text} for message in chat.messages]
+    def _rendered(self, chat: Chat) -> str:
+        if chat.tools and self.tool_form is None:
+            raise RequestError("this model's chat template knows no tools; leave tools out, or serve a model that does")
+        messages: list[Mapping[str, Any]] = [
+            {"role": message.role, "content": message.text, **message.fields} for message in chat.messages
+        ]
         try:
-            encoded = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages,  # type: ignore[arg-type]
+                    tools=[dict(tool) for tool in chat.tools] or None,
+                    add_generation_prompt=not chat.continues,
+                    continue_final_message=chat.continues,
+                    tokenize=False,
+                    **chat.template_options,
+                )
+            )
         except ImportError:
             raise
         except Exception as error:  # templates raise anything for messages they do not support
             raise RequestError(f"this model's chat template refuses these messages: {error}") from error
-        return list(cast(dict[str, list[int]], encoded)["input_ids"])
 
 
 def work_of(prompt_tokens: int, new_tokens: int, prefill_share: float) -> float:
@@ -83,20 +178,13 @@ def work_of(prompt_tokens: int, new_tokens: int, prefill_share: float) -> float:
     return (new_tokens + prefill_share * prompt_tokens) / profiled
 
 
-def allowed_new_tokens(chat: Chat, prompt_tokens: int, max_seq_len: int) -> int:
-    """The number of new tokens that a chat may have.
+def allowed_new_tokens(asked: int | None, prompt_tokens: int, max_seq_len: int) -> int:
+    """The number of new tokens that an answer may have: what was asked for, or less where the context is full before.
 
     Raises:
-        RequestError: the prompt, or what the chat asks for after it, does not fit a cache of ``max_seq_len``.
+        RequestError: the prompt does not fit a cache of ``max_seq_len``.
     """
     room = max_seq_len - prompt_tokens + 1  # the last token is not cached
     if room < 1:
         raise RequestError(f"the prompt has {prompt_tokens} tokens, this model takes {max_seq_len}; shorten it")
-    if chat.max_new_tokens is None:
-        return min(DEFAULT_NEW_TOKENS, room)
-    if chat.max_new_tokens > room:
-        raise RequestError(
-            f"{chat.max_new_tokens} new tokens do not fit: the prompt's {prompt_tokens} leave room for {room} in a "
-            f"context of {max_seq_len}; ask for fewer or shorten the prompt"
-        )
-    return chat.max_new_tokens
+    return room if asked is None else min(asked, room)

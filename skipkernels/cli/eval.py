@@ -29,9 +29,12 @@ class MethodOptions:
     """The methods, and the ratios to measure them at."""
 
     methods: Annotated[
-        str, typer.Option(help="full, skip, held, random, fixed, skipdecode, shortgpt, exit; separated by commas.")
-    ] = "full,skip,random,fixed,skipdecode,shortgpt,exit"
-    ratios: Annotated[str, typer.Option(help="Ratios of FFN executions, or of layers, to skip.")] = "0.1,0.2,0.25,0.35"
+        str,
+        typer.Option(
+            help="full, neuron, skip, mixed, held, cats, teal, random, fixed, skipdecode, shortgpt, exit; with commas."
+        ),
+    ] = "full,neuron,skip,mixed,cats,teal,random,fixed,skipdecode,shortgpt,exit"
+    ratios: Annotated[str, typer.Option(help="Shares of FFN bytes, or of layers, to leave out.")] = "0.1,0.2,0.25,0.35"
     policy: Annotated[
         Path | None, typer.Option(help="A file of `skipkernels calibrate` for the method skip, instead of --ratios.")
     ] = None
@@ -86,15 +89,16 @@ def evaluate(
 ) -> None:
     """Measure what leaving out work costs: facts, perplexity, generation and more, on every method at every ratio.
 
-    A ratio is the share of FFN executions for methods that skip FFNs, and the share of layers for methods that skip
-    layers. Tables show the share of FFN executions and of weight bytes that were skipped. Run it once per model.
+    A ratio is the share of FFN bytes for methods that leave out neurons or FFNs, and the share of layers for methods
+    that skip layers. Tables show the share of FFN bytes and of all layers' bytes that were not read. Run it once per
+    model.
     """
     method_options.ratio_list()  # raises for a wrong command line before a model is loaded
     if resume and json is None:
         raise typer.BadParameter("--resume continues the file of --json; give both")
     require_folder(None if json == _STDOUT else json)
     require_picture(plot)
-    engine = model_options.load(max_batch_size=_ROWS)
+    engine = model_options.load(max_batch_size=_ROWS, neuron_rows=model_options.device == "cpu")
 
     from skipkernels.evaluation.evaluation import evaluate as fill_cells
     from skipkernels.evaluation.results_file import ResultsFile
@@ -161,8 +165,8 @@ def _print_tables(cells: list[dict[str, Any]], tasks: Sequence[Task], warmup_tok
         if by_kind := group_table(cells, task.name, task.metrics[0]):
             _print_table(by_kind[0], *by_kind[1])
     out.print(
-        f"[dim]FFNs: executions skipped. Bytes: of the layers' weights, not read. Both per generated token, of which "
-        f"the first {warmup_tokens} of every answer run in full. In brackets: 95 %, bootstrap over items.[/]"
+        f"[dim]FFN: share of its bytes not read. Bytes: of all the layers' weights. Both per generated token, "
+        f"of which the first {warmup_tokens} of every answer run in full. In brackets: 95 %, bootstrap over items.[/]"
     )
     for line in unreachable(cells):
         err.print(f"[yellow]not measured:[/] {line}", markup=True)

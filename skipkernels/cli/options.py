@@ -59,12 +59,12 @@ PolicyFile = Annotated[
 ]
 SkipRatio = Annotated[
     float | None,
-    typer.Option(help="Calibrate first, for this ratio of skipped FFNs.", rich_help_panel=_POLICY_PANEL),
+    typer.Option(help="Calibrate first, for this share of FFN bytes not read.", rich_help_panel=_POLICY_PANEL),
 ]
 Text = Annotated[
-    Path | None,
+    list[Path] | None,
     typer.Option(
-        help="Text to calibrate on; default: documentation of Python's standard library.",
+        help="Text to calibrate on, any number of files; default: reference, docstrings and source code of Python.",
         rich_help_panel=_POLICY_PANEL,
     ),
 ]

@@ -69,7 +69,7 @@ def serve(
         with starting as served:
             # the profile may come from a file, with another name
             profile = replace(served.profile, model=server.name_of(model_options))
-            service = Service(profile, served.format, served.backend, limits=limits.limits(), api_key=server.api_key)
+            service = Service(profile, served.format, served.backend, limits=limits.limits(), **server.service_options)
 
             def on_started() -> None:
                 _announce(profile, listener, server)
@@ -141,7 +141,7 @@ def _here(load: ChatModelLoader, scheduling: SchedulingOptions, chats: Chats) ->
         profile = _profile(model, scheduling, chats, run, resumable=True)
     worker = EngineWorker(cast("EngineModel", model))
     runtime = Runtime(profile, [worker], scheduling.selection, **scheduling.runtime_options)
-    served = Served(profile, model.format, Embedded(runtime))
+    served = Served(profile, model.format, Embedded(runtime, cast("EngineModel", model).engine.loop.cache_status))
     if profiling is None:
         yield served
         return

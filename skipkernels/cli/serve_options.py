@@ -41,6 +41,21 @@ class ServerOptions:
             rich_help_panel=_SERVER_PANEL,
         ),
     ] = None
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Refuse fields that are not known, instead of ignoring them with a header that names them.",
+            rich_help_panel=_SERVER_PANEL,
+        ),
+    ] = False
+    cors_origins: Annotated[
+        str | None,
+        typer.Option(
+            help="Origins of web pages that may use this server, like https://example.org,https://example.com; *: all.",
+            rich_help_panel=_SERVER_PANEL,
+        ),
+    ] = None
     grace_s: Annotated[
         float,
         typer.Option(
@@ -51,6 +66,12 @@ class ServerOptions:
     def __post_init__(self) -> None:
         if self.api_key is not None and not self.api_key.strip():
             raise typer.BadParameter("--api-key is empty: give a key, or leave the option out")
+
+    @property
+    def service_options(self) -> dict[str, Any]:
+        """Keyword arguments of ``Service``."""
+        origins = tuple(origin.strip() for origin in (self.cors_origins or "").split(",") if origin.strip())
+        return {"api_key": self.api_key, "strict": self.strict, "cors_origins": origins}
 
     def name_of(self, model: ModelOptions) -> str:
         if self.served_model_name is not None:

@@ -1,10 +1,11 @@
-"""``skipkernels trace``: a map of the FFNs that each generated token ran and skipped."""
+"""``skipkernels trace``: a map of what each generated token ran, skipped and left out of its FFNs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from skipkernels.cli import options as opt
@@ -25,11 +26,11 @@ def trace(
     chat: opt.Chat = False,
     json: opt.Json = False,
 ) -> None:
-    """Show which FFNs each generated token ran and skipped: a line per token, a character per layer."""
+    """Show what each generated token left out of its FFNs: a line per token, a character per layer."""
     from skipkernels.calibration.trace import Cell, TraceMap, legend, render
 
     require_picture(png)
-    engine = model_options.load()
+    engine = model_options.load(neuron_rows=policy_options.needs_neuron_rows(model_options))
     chosen = policy_options.choose(engine, model_options)
     (generation,) = engine.generate(
         [[{"role": "user", "content": prompt}] if chat else prompt],
@@ -39,7 +40,7 @@ def trace(
         policy=chosen,
     )
     trace_map = TraceMap.of(generation, engine.tokenizer)
-    summary = f"{percent(generation.skip_ratio)} of the FFNs skipped: {chosen.label}"
+    summary = f"{percent(generation.unread_ratio)} of the FFN bytes not read: {chosen.label}"
     if png is not None:
         from skipkernels.calibration.plots import plot_trace
 
@@ -54,6 +55,8 @@ def trace(
                 "tokens": trace_map.tokens,
                 "token_ids": generation.token_ids,
                 "skip_ratio": generation.skip_ratio,
+                "unread_ratio": generation.unread_ratio,
+                "unread": np.round(generation.unread_map, 4).tolist(),
                 "skipped": trace_map.skipped.tolist(),
                 "triggered": (trace_map.cells == Cell.TRIGGERED).tolist(),
                 "similarity": generation.similarity_map.tolist(),
@@ -61,7 +64,7 @@ def trace(
         )
         return
     out.print(render(trace_map, out.width), soft_wrap=True, end="")
-    out.print(legend())
+    out.print(legend(trace_map))
     out.print(summary)
     if png is not None:
         out.print(f"wrote {png}")

@@ -35,6 +35,7 @@ class BlockPool:
         self.block_size = block_size
         self.block_bytes = block_bytes
         self.on_evict: Callable[[int], None] | None = None  # told of an idle block before it is handed out again
+        self.evictions = 0
         self._references = [0] * num_blocks
         self._free = list(reversed(range(num_blocks)))  # the end is taken first: block 0 before block 1
         self._indexed: set[int] = set()
@@ -56,6 +57,11 @@ class BlockPool:
     @property
     def num_used(self) -> int:
         return self.num_blocks - self.num_available
+
+    @property
+    def num_shared(self) -> int:
+        """Blocks with more than one reference."""
+        return sum(count > 1 for count in self._references)
 
     def blocks_for(self, positions: int) -> int:
         """Blocks that so many positions fill or begin."""
@@ -120,6 +126,7 @@ class BlockPool:
     def _take(self) -> int:
         if not self._free:
             oldest = next(iter(self._idle))
+            self.evictions += 1
             self.mark_unindexed(oldest)
             if self.on_evict:
                 self.on_evict(oldest)

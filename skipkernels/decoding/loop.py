@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from skipkernels.decoding.block_pool import BlockPool
+from skipkernels.decoding.cache_status import CacheStatus
 from skipkernels.decoding.generation import SamplingParams, TokenLogprob
 from skipkernels.decoding.handle import Handle
 from skipkernels.decoding.own_rows import OwnRows
@@ -126,6 +127,20 @@ class DecodeLoop:
     def idle(self) -> bool:
         """Nothing is in flight and nothing waits."""
         return not (self._inbox or self._handles)
+
+    def cache_status(self) -> CacheStatus:
+        """Roughly now: nobody is waited for."""
+        pool, scheduler = self.pool, self.scheduler
+        return CacheStatus(
+            blocks=pool.num_blocks,
+            used=pool.num_used,
+            shared=pool.num_shared,
+            idle=pool.num_idle,
+            evictions=pool.evictions,
+            prefix_hits=scheduler.prefix_hits,
+            prefix_queries=scheduler.prefix_queries,
+            preemptions=scheduler.preemptions,
+        )
 
     def step(self, wish: int | None = None) -> bool:
         """Runs a step of every sequence in flight, or up to ``wish`` of them (None: as many as the answers may want)

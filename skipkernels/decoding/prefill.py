@@ -7,6 +7,7 @@ which is built for them; and calibration looks at the residual stream of every l
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ CHUNK = 512
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 """Called as (layer, before, after) with the residual stream [tokens, hidden] around each FFN."""
 
+Products = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Called as (layer, activated gate, up), each [tokens, intermediate]; returns what goes into down_proj."""
+
 
 @torch.inference_mode()
 def prefill(
@@ -38,6 +42,8 @@ def prefill(
     neuron_scale: torch.Tensor | None = None,
     embedded: EmbeddedPrompt | None = None,
     observe: Observer | None = None,
+    products: Products | None = None,
+    resume: tuple[int, torch.Tensor] | None = None,
 ) -> None:
     """Caches consecutive tokens of the sequence in ``slot``, whose blocks are in the table.
 
@@ -48,6 +54,8 @@ def prefill(
             again; None: all.
         neuron_scale: f32 [tokens]: the factor on the slot's thresholds for neurons, for the same; None: keep all.
         embedded: the whole prompt's embeddings and positions, in place of the tokens' own.
+        products: takes the place of activated gate times up.
+        resume: a layer, and the residual stream before it: the layers below are left out. At most ``CHUNK`` tokens.
     """
     device = weights.embed_tokens.device
     ids = tokens.to(device).long()
@@ -60,24 +68,32 @@ def prefill(
         hidden = hidden * config.embed_scale_in(weights.dtype)
         if embedded:
             hidden = embedded.embeddings[first:last].to(hidden)
-        for index, layer in enumerate(weights.layers):
+        begin, hidden = resume or (0, hidden)
+        for index, layer in enumerate(weights.layers[begin:], start=begin):
             rope = _rope(config, weights, index, first, last, axes)
             cache = _PagedLayer(state, index, slot, last)
             attended = _attention(config, layer, index, hidden, first, rope, cache)
             hidden = hidden + _branch(config, layer.attention_branch_norm, attended)
-            thresholds = None
+            multiply = None if products is None else partial(products, index)
             if neuron_scale is not None:
                 scale = neuron_scale[offset:end, None].to(device)
-                thresholds = (
+                multiply = partial(
+                    _multiply_kept,
                     state.neuron_gate_threshold[index, slot] * scale,
                     state.neuron_product_threshold[index, slot] * scale,
                 )
-            change = _branch(config, layer.ffn_branch_norm, _ffn(config, layer, hidden, thresholds))
+            change = _branch(config, layer.ffn_branch_norm, _ffn(config, layer, hidden, multiply or torch.mul))
             if run_map is not None:
                 change = torch.where(run_map[offset:end, index, None].to(device) != 0, change, 0)
             before, hidden = hidden, hidden + change
             if observe:
                 observe(index, before, hidden)
+
+
+def final_logits(config: ModelConfig, weights: ModelWeights, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [tokens, vocab] of the residual stream after the last layer, [tokens, hidden]."""
+    x = _rms_norm(hidden, weights.norm, config.rms_norm_eps)
+    return F.linear(x, as_tensor(weights.lm_head, hidden.dtype))
 
 
 class _PagedLayer:
@@ -166,19 +182,21 @@ def _ffn(
     config: ModelConfig,
     layer: LayerWeights,
     hidden: torch.Tensor,
-    thresholds: tuple[torch.Tensor, torch.Tensor] | None = None,
+    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """The FFN branch of a layer for [tokens, hidden], without the residual. ``thresholds`` [tokens, 1] of gates and of
-    products: neurons below them are left out."""
+    """The FFN branch of a layer for [tokens, hidden], without the residual. ``multiply`` makes down_proj's input of the
+    activated gates and the ups."""
     x = _rms_norm(hidden, layer.post_attention_layernorm, config.rms_norm_eps)
     gate, up = F.linear(x, as_tensor(layer.gate_up_proj, hidden.dtype)).chunk(2, dim=-1)
-    gate = activation_of(config.activation)(gate)
-    if thresholds is not None:
-        gate = gate.where(gate.abs() >= thresholds[0], 0)
-    products = gate * up
-    if thresholds is not None:
-        products = products.where(products.abs() >= thresholds[1], 0)
-    return F.linear(products, as_tensor(layer.down_proj, hidden.dtype))
+    return F.linear(multiply(activation_of(config.activation)(gate), up), as_tensor(layer.down_proj, hidden.dtype))
+
+
+def _multiply_kept(
+    gate_threshold: torch.Tensor, product_threshold: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> torch.Tensor:
+    """The products, 0 for the neurons below thresholds [tokens, 1]."""
+    products = gate.where(gate.abs() >= gate_threshold, 0) * up
+    return products.where(products.abs() >= product_threshold, 0)
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

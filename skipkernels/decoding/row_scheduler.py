@@ -67,6 +67,7 @@ class RowScheduler:
         self._running: list[Sequence] = []  # by admission, which is by arrival too
         self._free_slots = list(range(slots))  # a heap: the lowest is taken first
         self._planned: Step | None = None
+        self.prefix_hits = self.prefix_queries = self.preemptions = 0  # tokens, tokens, sequences
 
     @property
     def num_waiting(self) -> int:
@@ -209,6 +210,8 @@ class RowScheduler:
             sequence.status = Status.RUNNING
             self._running.append(sequence)
             admitted.append(sequence)
+            self.prefix_queries += sequence.num_tokens
+            self.prefix_hits += sequence.num_cached
         return admitted
 
     def _reserve(self, newcomer: Sequence) -> int:
@@ -268,6 +271,7 @@ class RowScheduler:
         sequence = self._running[-1]
         slot = self._vacate(sequence)
         sequence.status = Status.PREEMPTED
+        self.preemptions += 1
         self._waiting.appendleft(sequence)
         return slot, sequence
 

@@ -13,8 +13,19 @@ from skipkernels.evaluation.results_file import Cell
 from skipkernels.methods.method import FULL
 from skipkernels.support.pictures import pyplot, save
 
-_COLOURS = ("#2f6db5", "#f0a030", "#8a5fb0", "#c0504d", "#3a9a5b", "#7a6a55", "#d070a0")
-_MARKERS = "osv^DPX"
+_COLOURS = (
+    "#2f6db5",
+    "#f0a030",
+    "#8a5fb0",
+    "#c0504d",
+    "#3a9a5b",
+    "#7a6a55",
+    "#d070a0",
+    "#20a0a8",
+    "#707070",
+    "#90b030",
+)
+_MARKERS = "osv^DPX<>*"
 _COLUMNS = 3
 
 
@@ -83,5 +94,5 @@ def _draw(axes: Any, cells: Sequence[Cell], metric: Metric) -> None:
     elif metric.unit == "share":
         axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.set_xlim(0, None)
-    axes.set_xlabel("FFN executions skipped (%); a skipped layer skips its FFN", fontsize=7)
+    axes.set_xlabel("FFN bytes not read (%); a skipped layer reads none of its FFN", fontsize=7)
     axes.tick_params(which="both", labelsize=7)

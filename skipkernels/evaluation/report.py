@@ -21,7 +21,7 @@ def tables(cells: Sequence[Cell], task: str, metrics: Sequence[Metric]) -> Itera
     for start in range(0, len(metrics), _METRICS_PER_TABLE):
         shown = metrics[start : start + _METRICS_PER_TABLE]
         compared = len(metrics) == 1 and any("relative_to_full" in cell for cell in chosen)
-        headings = ["method", "at", "FFNs", "bytes", *(metric.name for metric in shown)]
+        headings = ["method", "at", "FFN", "bytes", *(metric.name for metric in shown)]
         rows = []
         for cell in chosen:
             row = [*_name(cell), f"{cell['ffn_skip_ratio']:.1%}", f"{cell['layer_bytes_saved']:.1%}"]

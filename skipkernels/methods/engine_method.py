@@ -10,7 +10,7 @@ from skipkernels.calibration.scoring import Score, score
 from skipkernels.engine import Engine
 from skipkernels.methods.method import Answer, Found, Method, OnItem, Reading, ignore
 from skipkernels.methods.setup import Setup
-from skipkernels.methods.work import SkipMap, Work
+from skipkernels.methods.work import UnreadMap, Work
 from skipkernels.skipping.policy import Policy, policy_from_dict
 
 
@@ -40,7 +40,7 @@ class EngineMethod:
                 eos_token_ids=eos_token_ids,
                 policy=self._policy_of(number),
             )
-            answers += [Answer(g.token_ids, g.text, self._work(g.skip_map)) for g in generations]
+            answers += [Answer(g.token_ids, g.text, self._work(g.unread_map)) for g in generations]
             on_item(len(batch))
         return answers
 
@@ -63,12 +63,14 @@ class EngineMethod:
                 reference=None if reference is None else cast("Sequence[Score]", reference[batch]),
                 keep_log_probs=keep_log_probs,
             )
-            readings += [Reading(s.argmax, s.log_probs, s.kl, s.all_log_probs, self._work(s.skip_map)) for s in scores]
+            readings += [
+                Reading(s.argmax, s.log_probs, s.kl, s.all_log_probs, self._work(s.unread_map)) for s in scores
+            ]
             on_item(len(scores))
         return readings
 
-    def _work(self, skip_map: SkipMap) -> Work:
-        return Work.of_ffns(self._engine.config, self._engine.weights.dtype, skip_map)
+    def _work(self, unread_map: UnreadMap) -> Work:
+        return Work.of_ffns(self._engine.config, self._engine.weights.dtype, unread_map)
 
 
 class PolicyKind:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import numpy as np
-
 from skipkernels.calibration.passages import Passage
-from skipkernels.calibration.scoring import dense_similarities
 from skipkernels.methods.engine_method import EngineMethod, PolicyKind
 from skipkernels.methods.lengths import Lengths
 from skipkernels.methods.method import FULL, Found, Method, Progress, RatioOf, ignore
@@ -36,7 +33,7 @@ class RandomSkip:
 
     name: ClassVar[str] = "random"
     source: ClassVar[str] = "random FFN skip, a baseline of FFN-SkipLLM (arXiv 2404.03865)"
-    ratio_of: ClassVar[RatioOf] = "FFN executions"
+    ratio_of: ClassVar[RatioOf] = "FFN bytes"
 
     def find(self, setup: Setup, ratio: float, alike: Sequence[Passage], progress: Progress = ignore) -> Found:
         past_warmup = Lengths.of(alike).share_past(ratio, setup.warmup_tokens)
@@ -50,24 +47,19 @@ class RandomSkip:
 
 
 class FixedSkip(PolicyKind):
-    """The same FFNs for every token: those of the highest mean similarity on the calibration text."""
+    """The same FFNs for every token: those that cost least alone on the calibration text."""
 
     name: ClassVar[str] = "fixed"
     source: ClassVar[str] = "non-adaptive FFN skip, a baseline of FFN-SkipLLM (arXiv 2404.03865)"
-    ratio_of: ClassVar[RatioOf] = "FFN executions"
+    ratio_of: ClassVar[RatioOf] = "FFN bytes"
 
     def find(self, setup: Setup, ratio: float, alike: Sequence[Passage], progress: Progress = ignore) -> Found:
         layers = setup.engine.config.num_hidden_layers
         count = round_half_up(Lengths.of(alike).share_past(ratio, setup.warmup_tokens) * layers)
-        similarities = setup.remember("mean similarity", lambda: _mean_similarity(setup))
-        chosen = sorted(range(layers), key=lambda layer: -similarities[layer])[:count]
+        costs = setup.remember("cost of each block", lambda: setup.neuron_profile.block_kl.mean(axis=0).tolist())
+        chosen = sorted(range(layers), key=lambda layer: costs[layer])[:count]
         policy = FixedPolicy(tuple(chosen), warmup_tokens=setup.warmup_tokens)
         return {"policy": policy.to_dict()}
-
-
-def _mean_similarity(setup: Setup) -> list[float]:
-    similarities = np.concatenate(list(dense_similarities(setup.engine, setup.text_passages)))
-    return [round(value, 6) for value in similarities.mean(axis=0).tolist()]
 
 
 def round_half_up(value: float) -> int:

@@ -153,9 +153,19 @@ class LayerDecoder:
 
     def _ffn(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
         """The FFN branch [tokens, hidden], without the residual."""
-        x = rms_norm(hidden, layer.post_attention_layernorm, self.config.rms_norm_eps)
+        x = self._ffn_input(rms_norm(hidden, layer.post_attention_layernorm, self.config.rms_norm_eps))
         gate, up = F.linear(x, float_tensor(layer.gate_up_proj)).chunk(2, dim=-1)
-        return F.linear(activation_of(self.config.activation)(gate) * up, float_tensor(layer.down_proj))
+        return F.linear(
+            self._down_input(activation_of(self.config.activation)(gate) * up), float_tensor(layer.down_proj)
+        )
+
+    def _ffn_input(self, x: torch.Tensor) -> torch.Tensor:
+        """What gate_proj and up_proj read; methods that leave out columns override it."""
+        return x
+
+    def _down_input(self, x: torch.Tensor) -> torch.Tensor:
+        """What down_proj reads."""
+        return x
 
 
 def _in_fp32(layer: LayerWeights) -> LayerWeights:

@@ -25,7 +25,7 @@ OnItem = Callable[[int], None]
 """Called with the number of prompts or passages that were finished."""
 Progress = Callable[[str, float], None]
 """Called as (what is being done, share that is done)."""
-RatioOf = Literal["nothing", "FFN executions", "layers"]
+RatioOf = Literal["nothing", "FFN bytes", "layers"]
 """What a method's ratio is a share of."""
 Found = dict[str, Any]
 """Parameters of a method at a ratio, found on the calibration text; plain JSON."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from skipkernels.calibration.neuron_profile import NeuronProfile, profile_neurons
 from skipkernels.calibration.passages import Passage, cut_passages
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
@@ -54,6 +55,11 @@ class Setup:
             RequestError: there is not enough text.
         """
         return cut_passages(self.engine, self.texts, self.passages, self.prompt_tokens, self.new_tokens)[0]
+
+    @cached_property
+    def neuron_profile(self) -> NeuronProfile:
+        """What leaving out neurons and blocks costs on ``text_passages``."""
+        return profile_neurons(self.engine, self.text_passages)
 
     def remember(self, what: str, find: Callable[[], Any]) -> Any:
         """The cached result of this description, or that of ``find``; plain JSON."""

@@ -10,8 +10,8 @@ import torch
 
 from skipkernels.model.config import ModelConfig
 
-SkipMap = npt.NDArray[np.bool_]
-"""[tokens, layers], True where the FFN or layer was skipped."""
+UnreadMap = npt.NDArray[np.float32] | npt.NDArray[np.bool_]
+"""[tokens, layers], the share of the FFN's or layer's bytes that was not read; True: all."""
 
 
 @dataclass(frozen=True)
@@ -24,30 +24,30 @@ class Work:
 
     tokens: int = 0
     ffns: int = 0
-    ffns_skipped: int = 0
+    ffns_skipped: float = 0.0  # parts of FFNs count as such
     layer_bytes: int = 0
-    layer_bytes_skipped: int = 0
+    layer_bytes_skipped: float = 0.0
 
     @classmethod
-    def of_ffns(cls, config: ModelConfig, dtype: torch.dtype, skipped: SkipMap) -> Work:
-        """The work of a method that skips FFNs only."""
-        return cls._of(config, dtype, skipped, config.ffn_bytes(dtype))
+    def of_ffns(cls, config: ModelConfig, dtype: torch.dtype, unread: UnreadMap) -> Work:
+        """The work of a method that leaves out FFNs or neurons only."""
+        return cls._of(config, dtype, unread, config.ffn_bytes(dtype))
 
     @classmethod
-    def of_layers(cls, config: ModelConfig, dtype: torch.dtype, skipped: SkipMap, *, fills_cache: bool) -> Work:
+    def of_layers(cls, config: ModelConfig, dtype: torch.dtype, unread: UnreadMap, *, fills_cache: bool) -> Work:
         """The work of a method that skips whole layers; ``fills_cache``: it still reads their k_proj and v_proj."""
         kv_bytes = 2 * config.num_key_value_heads * config.head_dim * config.hidden_size * dtype.itemsize
         layer = config.attention_bytes(dtype) + config.ffn_bytes(dtype)
-        return cls._of(config, dtype, skipped, layer - kv_bytes * fills_cache)
+        return cls._of(config, dtype, unread, layer - kv_bytes * fills_cache)
 
     @classmethod
-    def _of(cls, config: ModelConfig, dtype: torch.dtype, skipped: SkipMap, bytes_each: int) -> Work:
-        count = int(skipped.sum())
+    def _of(cls, config: ModelConfig, dtype: torch.dtype, unread: UnreadMap, bytes_each: int) -> Work:
+        count = float(unread.sum(dtype=np.float64))
         return cls(
-            tokens=len(skipped),
-            ffns=skipped.size,
+            tokens=len(unread),
+            ffns=unread.size,
             ffns_skipped=count,
-            layer_bytes=skipped.size * (config.attention_bytes(dtype) + config.ffn_bytes(dtype)),
+            layer_bytes=unread.size * (config.attention_bytes(dtype) + config.ffn_bytes(dtype)),
             layer_bytes_skipped=count * bytes_each,
         )
 
@@ -56,7 +56,7 @@ class Work:
 
     @property
     def ffn_skip_ratio(self) -> float:
-        """Skipped FFN executions over layers x tokens; a layer that is skipped skips its FFN."""
+        """Share of the FFN bytes not read, over layers x tokens; a layer that is skipped reads none of its FFN."""
         return self.ffns_skipped / self.ffns if self.ffns else 0.0
 
     @property

@@ -46,11 +46,13 @@ class Job:
         min_accuracy: lower bound on the mean accuracy that the strategies of the job's requests promise, in [0, 1]. A
             promise is a lower confidence bound on the model's mean score over inputs like the validation set's. It is a
             guarantee on the average, not for each request.
+        skip_level: None: any; else only strategies of this level are chosen.
     """
 
     requests: Sequence[Request]
     deadline_ms: float = math.inf
     min_accuracy: float = 0.0
+    skip_level: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "requests", tuple(self.requests))

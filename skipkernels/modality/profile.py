@@ -165,7 +165,7 @@ class Profile:
         if missing:
             raise ProfileError(f"the profile holds {missing[0]}, which {model.name} does not offer; profile this model")
 
-    def usable(self, modalities: Collection[str]) -> list[StrategyProfile]:
+    def usable(self, modalities: Collection[str], skip_level: float | None = None) -> list[StrategyProfile]:
         """The strategies that run on requests of these ``modalities``, dominated ones included.
 
         Raises:
@@ -175,17 +175,25 @@ class Profile:
         if not entries:
             known = ", ".join(sorted({"+".join(entry.strategy.modalities) for entry in self.strategies}))
             raise JobError(f"nothing runs on {'+'.join(sorted(modalities))} alone; this model takes {known}")
-        return entries
+        if skip_level is None:
+            return entries
+        levels = sorted({entry.strategy.skip_level for entry in entries})
+        if skip_level not in levels:
+            raise JobError(
+                f"no strategy has skip_level {skip_level:g}; there are {', '.join(map('{:g}'.format, levels))}"
+            )
+        return [entry for entry in entries if entry.strategy.skip_level == skip_level]
 
-    def full(self, modalities: Collection[str]) -> StrategyProfile:
+    def full(self, modalities: Collection[str], skip_level: float | None = None) -> StrategyProfile:
         """The strategy that leaves out the least: most modalities, then the lowest skip level."""
         return min(
-            self.usable(modalities), key=lambda entry: (-len(entry.strategy.modalities), entry.strategy.skip_level)
+            self.usable(modalities, skip_level),
+            key=lambda entry: (-len(entry.strategy.modalities), entry.strategy.skip_level),
         )
 
-    def frontier(self, modalities: Collection[str]) -> list[StrategyProfile]:
+    def frontier(self, modalities: Collection[str], skip_level: float | None = None) -> list[StrategyProfile]:
         """The usable strategies that no other one dominates, most accurate first."""
-        return prune_dominated(self.usable(modalities))
+        return prune_dominated(self.usable(modalities, skip_level))
 
 
 def prune_dominated(entries: Iterable[StrategyProfile]) -> list[StrategyProfile]:

@@ -88,9 +88,9 @@ class Scheduler:
         self._forecast = Forecast()
         self._planner = Planner(self.selection, self.latency, self._promised, self._forecast)
         everything = profile.modalities
-        self._options = {
-            everything: StrategyOptions(profile, everything, self.latency)
-        }  # by modalities; more are added when jobs come with other subsets
+        self._options: dict[tuple[frozenset[str], float | None], StrategyOptions] = {
+            (everything, None): StrategyOptions(profile, everything, self.latency)
+        }  # by modalities and skip level; more are added when jobs come with others
         self._queue: list[tuple[float, int, Ticket]] = []  # by deadline, then arrival
         self._late: list[Ticket] = []  # deadline cannot be met any more, in the order in which that was found
         self._retries: deque[tuple[Ticket, int, int]] = deque()  # ticket, position of the request, strategy
@@ -285,10 +285,13 @@ class Scheduler:
         del self._running[worker]
 
     def _options_for(self, job: Job) -> StrategyOptions:
-        options = self._options.get(job.modalities)
+        wanted = (job.modalities, job.skip_level)
+        options = self._options.get(wanted)
         if options is None:
             job.check_modalities(self.profile.modalities)
-            options = self._options[job.modalities] = StrategyOptions(self.profile, job.modalities, self.latency)
+            options = self._options[wanted] = StrategyOptions(
+                self.profile, job.modalities, self.latency, job.skip_level
+            )
         return options
 
     def _check_deadline(self, ticket: Ticket, index: int) -> None:

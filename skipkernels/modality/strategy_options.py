@@ -15,17 +15,24 @@ class StrategyOptions:
 
     Args:
         modalities: of the requests.
+        skip_level: None: any.
 
     Raises:
-        JobError: no strategy runs on these modalities.
+        JobError: no strategy runs on these modalities, or has this level.
     """
 
-    def __init__(self, profile: Profile, modalities: Collection[str], latency: LatencyModel) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        modalities: Collection[str],
+        latency: LatencyModel,
+        skip_level: float | None = None,
+    ) -> None:
         position = {entry.strategy: index for index, entry in enumerate(profile.strategies)}
-        frontier = profile.frontier(modalities)
+        frontier = profile.frontier(modalities, skip_level)
         self.strategies = [position[entry.strategy] for entry in frontier]
         self.promised = [entry.promised_accuracy for entry in profile.strategies]  # by position in the profile
-        self._full = position[profile.full(modalities).strategy]
+        self._full = position[profile.full(modalities, skip_level).strategy]
         self._table = SplitTable(
             [entry.promised_accuracy for entry in frontier],
             [latency.batch_ms[strategy] for strategy in self.strategies],

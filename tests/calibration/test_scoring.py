@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from skipkernels.calibration.forced_reading import read_dense
 from skipkernels.calibration.passages import Passage
-from skipkernels.calibration.scoring import compare, dense_similarities, score
+from skipkernels.calibration.scoring import compare, score
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
 from skipkernels.skipping.policy import DensePolicy, SkipPolicy
@@ -81,9 +82,15 @@ def test_dense_similarities_are_those_that_a_decode_measures() -> None:
     engine, given = tiny_engine(), passage(5, 30)
     never = SkipPolicy(threshold=1.0, cold_start=0, cold_end=0)
     (decoded,) = score(engine, [given], never)
-    (similarities,) = dense_similarities(engine, [given])
+    similarities = read_dense(engine, given).similarities
     assert similarities.shape == (30, 4)
     np.testing.assert_allclose(similarities[:, :-1], decoded.similarity_map[:, :-1], atol=1e-5)
+
+
+def test_a_dense_reading_predicts_as_a_decode() -> None:
+    engine, given = tiny_engine(), passage(5, 30)
+    (decoded,) = score(engine, [given], DensePolicy(), keep_log_probs=True)
+    torch.testing.assert_close(read_dense(engine, given).log_probs, decoded.all_log_probs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +99,5 @@ def test_dense_similarities_are_those_that_a_decode_measures() -> None:
 )
 def test_an_impossible_passage_is_refused(prompt_tokens: int, new_tokens: int, message: str) -> None:
     engine: Engine = tiny_engine()
-    for attempt in (lambda p: score(engine, p), lambda p: list(dense_similarities(engine, p))):
-        with pytest.raises(RequestError, match=message):
-            attempt([passage(prompt_tokens, new_tokens)])
+    with pytest.raises(RequestError, match=message):
+        score(engine, [passage(prompt_tokens, new_tokens)])

@@ -20,6 +20,11 @@ def similarities(positions: int = 200, seed: int = 0) -> np.ndarray:
     return (middle + rng.normal(0, 0.02, (positions, LAYERS))).clip(-1, 1).astype(np.float32)
 
 
+def change(rows: np.ndarray) -> np.ndarray:
+    """A block costs what it changes."""
+    return 1 - rows
+
+
 def literal(row: np.ndarray, policy: SkipPolicy) -> list[bool]:
     """One token, as ffn-skipllm's description reads."""
     skipped = [False] * LAYERS
@@ -83,21 +88,21 @@ def test_a_ratio_out_of_reach_makes_every_test_pass() -> None:
 
 def test_rank_prefers_windows_where_the_similarity_is_high() -> None:
     policies = [SkipPolicy(first_dense_layers=start, last_dense_layers=end) for start, end in ((0, 6), (3, 3), (5, 1))]
-    best, *_ = rank(similarities(), policies, 0.3)
+    best, *_ = rank(similarities(), change(similarities()), policies, 0.3)
     assert (best.first_dense_layers, best.last_dense_layers) == (3, 3)
 
 
 def test_rank_drops_what_cannot_reach_the_ratio_and_what_is_the_same() -> None:
     rows = similarities()
     wide, narrow, other = SkipPolicy(span=1), SkipPolicy(span=1, first_dense_layers=8), SkipPolicy(span=2)
-    ranked = rank(rows, [wide, wide, narrow, other], 0.4)
+    ranked = rank(rows, change(rows), [wide, wide, narrow, other], 0.4)
     assert sorted(policy.span for policy in ranked) == [1, 2]
 
 
 def test_rank_keeps_a_set_of_layers_that_all_but_reaches_the_ratio() -> None:
     fixed = SkipPolicy(first_dense_layers=4, last_dense_layers=4)  # layers 5, 6 and 7: 0.25
-    assert rank(similarities(), [fixed], 0.255)[0].threshold == -1.0
-    assert rank(similarities(), [fixed], 0.27) == []
+    assert rank(similarities(), change(similarities()), [fixed], 0.255)[0].threshold == -1.0
+    assert rank(similarities(), change(similarities()), [fixed], 0.27) == []
 
 
 def test_rank_does_not_prefer_what_misses_the_ratio() -> None:
@@ -108,4 +113,4 @@ def test_rank_does_not_prefer_what_misses_the_ratio() -> None:
         SkipPolicy(first_dense_layers=3, last_dense_layers=0),
         SkipPolicy(first_dense_layers=5, last_dense_layers=3),
     )  # 0.33 and 0.25
-    assert rank(rows, [half, whole], 0.255)[0].first_dense_layers == 5
+    assert rank(rows, change(rows), [half, whole], 0.255)[0].first_dense_layers == 5

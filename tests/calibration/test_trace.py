@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from skipkernels.calibration.trace import GLYPHS, Cell, TraceMap, render
+from skipkernels.calibration.trace import GLYPHS, Cell, TraceMap, legend, render
 from skipkernels.decoding.generation import Generation
-from skipkernels.skipping.policy import FixedPolicy, Policy, SkipPolicy
+from skipkernels.skipping.policy import FixedPolicy, NeuronPolicy, Policy, SkipPolicy
 from tests.models import byte_tokenizer, random_prompt, tiny_engine, tiny_module
 
 LAYERS, TOKENS = 24, 20
 
 
 def generation(policy: Policy) -> Generation:
-    engine = tiny_engine(module=tiny_module(num_hidden_layers=LAYERS))
+    engine = tiny_engine(module=tiny_module(num_hidden_layers=LAYERS), neuron_rows=True)
     return engine.generate([random_prompt(5)], max_new_tokens=TOKENS, eos_token_ids=(), policy=policy)[0]
 
 
@@ -58,7 +58,7 @@ def test_one_line_a_token_one_character_a_layer(skipping: Generation) -> None:
     assert len(printed) == 2 + TOKENS + 1
     for line, cells in zip(printed[2:-1], trace.cells, strict=True):
         assert line[20 : 20 + LAYERS] == "".join(GLYPHS[Cell(cell)][0] for cell in cells)
-        assert line.split()[-1] == str((cells == Cell.SKIPPED).sum())
+        assert line.split()[-1] == f"{(cells == Cell.SKIPPED).mean():.0%}"
     assert max(map(len, printed)) <= 80
 
 
@@ -67,6 +67,22 @@ def test_layers_that_do_not_fit_follow_in_another_block(skipping: Generation) ->
     printed = lines(trace, 42)
     assert len(printed) > 2 * TOKENS
     assert max(map(len, printed)) <= 42
+
+
+def test_neurons_left_out_are_shown_by_the_share_of_bytes_read() -> None:
+    rule = {"gate_thresholds": (0.0,) * 12 + (0.3,) * 12, "product_thresholds": (0.0,) * 24}
+    trace = TraceMap.of(generation(NeuronPolicy(**rule, warmup_tokens=3)), byte_tokenizer())
+    assert not trace.skipped.any()
+    assert (trace.left_out[3:, 12:] > 0).all()
+    assert not trace.left_out[:3].any()
+    printed = lines(trace, 80)
+    assert set(printed[2][20:44]) == {"█"}
+    for line, shares in zip(printed[5:-1], trace.unread[3:], strict=True):
+        assert line[20:32] == "█" * 12
+        assert set(line[32:44]) <= set("▁▂▃▄▅▆▇")
+        assert line.split()[-1] == f"{shares.mean():.0%}"
+    assert "left out neurons" in legend(trace).plain
+    assert "skipped" not in legend(trace).plain
 
 
 def test_control_characters_are_made_visible() -> None:

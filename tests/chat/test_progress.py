@@ -12,7 +12,7 @@ from skipkernels.chat.progress import ChatInputs, LiveProgress, Unwatched, progr
 async def read(progress: LiveProgress) -> list[str]:
     pieces = []
     while (piece := await progress.next_piece()) is not None:
-        pieces.append(piece)
+        pieces.append(piece.text)
     return pieces
 
 

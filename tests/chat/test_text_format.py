@@ -77,10 +77,14 @@ def test_room_for_the_answer(plain: TextFormat) -> None:
     assert prompt(plain, chat(("user", "x" * 29))).max_new_tokens == 11
     assert prompt(plain, chat(("user", "x" * 39))).max_new_tokens == 1
     assert prompt(plain, chat(("user", "x" * 29), max_new_tokens=11)).max_new_tokens == 11
-    with pytest.raises(RequestError, match="12 new tokens do not fit: the prompt's 30 leave room for 11"):
-        plain.request(chat(("user", "x" * 29), max_new_tokens=12))
+    assert prompt(plain, chat(("user", "x" * 29), max_new_tokens=12)).max_new_tokens == 11  # clipped
     with pytest.raises(RequestError, match="the prompt has 41 tokens, this model takes 40"):
         plain.request(chat(("user", "x" * 40)))
+
+
+def test_a_text_that_no_tokens_can_make_up_is_not_even_encoded(plain: TextFormat) -> None:
+    with pytest.raises(RequestError, match="has 30,000,000 characters; this model takes 40 tokens"):
+        plain.request(chat(("user", "x" * 30_000_000)))
 
 
 def test_work_counts_new_tokens_and_a_share_of_the_prompt(plain: TextFormat) -> None:

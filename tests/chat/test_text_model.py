@@ -37,7 +37,7 @@ class Recorded:
     def restart(self) -> None:
         self.restarts += 1
 
-    def add(self, text: str) -> None:
+    def add(self, text: str, logprobs: object = ()) -> None:
         self.pieces.append(text)
 
 

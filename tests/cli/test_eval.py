@@ -56,7 +56,7 @@ def test_a_command_measures_every_method_at_every_ratio(run: Run, checkpoint: st
             assert cell["ffn_skip_ratio"] == pytest.approx(cell["ratio"], abs=0.08)  # four passages
         if cell["method"] == "full":
             assert (cell["ffn_skip_ratio"], cell["layer_bytes_saved"]) == (0.0, 0.0)
-    assert {cell["ratio_of"] for cell in written["cells"]} == {"nothing", "FFN executions", "layers"}
+    assert {cell["ratio_of"] for cell in written["cells"]} == {"nothing", "FFN bytes", "layers"}
 
     again = run(*words, "--resume")
     assert again.exit_code == 0, again.output

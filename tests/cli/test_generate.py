@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from typer.testing import Result
 
 from skipkernels import Engine, SkipPolicy, TimingPolicy, save_policy
+from skipkernels.skipping.policy import policy_from_dict
 from tests.cli.conftest import LAYERS, run_process
 
 Run = Callable[..., Result]
@@ -57,7 +59,7 @@ def test_json_holds_what_the_engine_gives(run: Run, checkpoint: str) -> None:
     generation = expected(checkpoint)
     assert values["token_ids"] == generation.token_ids
     assert values["skip_ratio"] == generation.skip_ratio > 0
-    assert values["policy"] == POLICY.to_dict()
+    assert policy_from_dict(values["policy"]) == POLICY
     assert values["speedup"] == values["tokens_per_s"] / values["dense_tokens_per_s"]
 
 
@@ -104,8 +106,8 @@ def test_a_stop_string_ends_the_text(run: Run, checkpoint: str) -> None:
 def test_a_policy_file_is_used_and_parameters_override_it(run: Run, checkpoint: str) -> None:
     save_policy("mine.json", POLICY, fingerprint=Engine.from_pretrained(checkpoint).fingerprint, measured={})
     words = ["generate", checkpoint, "Hello", "--max-new-tokens", "5", "--json", "--policy", "mine.json"]
-    assert document(run(*words))["policy"] == POLICY.to_dict()
-    assert document(run(*words, "--span", "all"))["policy"] == POLICY.to_dict() | {"span": None}
+    assert policy_from_dict(document(run(*words))["policy"]) == POLICY
+    assert policy_from_dict(document(run(*words, "--span", "all"))["policy"]) == replace(POLICY, span=None)
 
 
 def test_another_models_policy_file_is_refused(run: Run, checkpoint: str) -> None:
@@ -128,8 +130,8 @@ def test_skip_ratio_calibrates_first(run: Run, checkpoint: str, prose: str) -> N
     result = run("generate", checkpoint, "Hello", *words)
     values = document(result)
     assert f"calibrated on {prose}" in " ".join(result.stderr.split())
-    assert values["policy"]["span"] == 2
-    assert 0.05 < values["skip_ratio"] < 0.35
+    assert policy_from_dict(values["policy"]).label == values["policy_label"]
+    assert 0.05 < values["unread_ratio"] < 0.35
 
 
 def test_no_policy_is_dense_and_says_so(run: Run, checkpoint: str) -> None:
@@ -145,7 +147,7 @@ def test_trace_shows_the_skip_map(run: Run, checkpoint: str) -> None:
     assert len(values["tokens"]) == len(values["triggered"]) == len(values["similarity"]) == 30
     printed = run(*words)
     assert printed.exit_code == 0
-    assert f"{generation.skip_ratio:.1%} of the FFNs skipped: {POLICY.label}" in printed.stdout
+    assert f"{generation.skip_ratio:.1%} of the FFN bytes not read: {POLICY.label}" in printed.stdout
     assert len([line for line in printed.stdout.splitlines() if line[20 : 20 + LAYERS].strip("█◆·") == ""]) >= 30
 
 

@@ -116,7 +116,7 @@ def test_tables_state_both_savings_and_the_interval(setup: Setup, tmp_path: Path
     results = new_file(tmp_path / "out.json", [task])
     evaluate(setup, plan(), [task], results)
     ((headings, rows),) = tables(results.cells, task.name, task.metrics)
-    assert headings == ["method", "at", "FFNs", "bytes", "share right", "of full"]
+    assert headings == ["method", "at", "FFN", "bytes", "share right", "of full"]
     assert rows[0] == ["full", "", "25.0%", "15.0%", "100.0% (100.0..100.0)", "100.0% (100.0..100.0)"]
     assert rows[1][:4] == ["fake", "10%", "25.0%", "15.0%"]
     assert rows[1][4].startswith("75.0% (")

@@ -19,7 +19,7 @@ PAST_WARMUP = 1 - 5 / 140  # five of their 140 tokens come out of the prompt
 @pytest.fixture(scope="package")
 def setup() -> Setup:
     module = tiny_module(num_hidden_layers=LAYERS)
-    engine = tiny_engine(module=module, max_batch_size=8, tokenizer=byte_tokenizer())
+    engine = tiny_engine(module=module, max_batch_size=8, tokenizer=byte_tokenizer(), neuron_rows=True)
     return Setup(engine, [random_prompt(4000)], prompt_tokens=8, new_tokens=40, passages=8)
 
 

@@ -6,15 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from skipkernels.calibration.neuron_profile import profile_neurons
 from skipkernels.calibration.passages import Passage
-from skipkernels.calibration.scoring import dense_similarities
 from skipkernels.errors import PolicyError
 from skipkernels.methods.ffn_methods import FixedSkip, Full, RandomSkip
 from skipkernels.methods.ffn_skip import FFNSkip, HeldSkip
 from skipkernels.methods.matching import skip_ratio
 from skipkernels.methods.method import Found, Method
+from skipkernels.methods.methods import METHODS
 from skipkernels.methods.setup import Setup
-from skipkernels.skipping.policy import FixedPolicy, RandomPolicy, SkipPolicy, policy_from_dict
+from skipkernels.skipping.policy import FixedPolicy, NeuronPolicy, RandomPolicy, SkipPolicy, policy_from_dict
 from tests.methods.conftest import ALIKE, LAYERS, PAST_WARMUP, RATIO
 from tests.models import random_prompt
 
@@ -35,11 +36,11 @@ def test_the_full_model_skips_nothing(setup: Setup) -> None:
         assert (answer.work.tokens, answer.work.ffns_skipped) == (9, 0)
 
 
-def test_fixed_takes_the_layers_of_the_highest_mean_similarity(setup: Setup, found: Callable[[str], Found]) -> None:
+def test_fixed_takes_the_blocks_that_cost_least_alone(setup: Setup, found: Callable[[str], Found]) -> None:
     policy = policy_from_dict(found("fixed")["policy"])
     assert isinstance(policy, FixedPolicy)
-    similarities = np.concatenate(list(dense_similarities(setup.engine, setup.text_passages)))
-    best = sorted(range(LAYERS), key=lambda layer: -similarities[:, layer].mean())[:3]
+    costs = profile_neurons(setup.engine, setup.text_passages).block_kl.mean(axis=0)
+    best = sorted(range(LAYERS), key=lambda layer: costs[layer])[:3]
     assert set(policy.layers) == set(best)
     assert policy.warmup_tokens == 1
     assert measured_ratio(FixedSkip().build(setup, found("fixed"))) == pytest.approx(RATIO * 39 / 40)
@@ -62,7 +63,7 @@ def test_skip_is_calibrated_on_the_text_and_matched_on_what_is_alike(
     setup: Setup, found: Callable[[str], Found]
 ) -> None:
     policy = policy_from_dict(found("skip")["policy"])
-    calibrated = policy_from_dict(setup.memory[f"calibration at {RATIO}"])
+    calibrated = policy_from_dict(setup.memory[f"calibration of similarity at {RATIO}"])
     assert isinstance(policy, SkipPolicy)
     assert policy == replace(calibrated, threshold=policy.threshold)
     assert policy.warmup_tokens == 1
@@ -85,7 +86,7 @@ def test_thresholds_per_layer_are_moved_together(setup: Setup) -> None:
         warmup_tokens=1,
         layer_thresholds=tuple(0.9 + layer / 1000 for layer in range(LAYERS)),
     )
-    other = Setup(setup.engine, [], memory={"calibration at 0.2": per_layer.to_dict()})
+    other = Setup(setup.engine, [], memory={"calibration of similarity at 0.2": per_layer.to_dict()})
     found = FFNSkip().find(other, 0.2, ALIKE)
     policy = policy_from_dict(found["policy"])
     assert isinstance(policy, SkipPolicy)
@@ -98,25 +99,49 @@ def test_thresholds_per_layer_are_moved_together(setup: Setup) -> None:
 def test_a_calibrated_policy_that_cannot_reach_the_ratio_gives_way_to_one_that_can(setup: Setup) -> None:
     narrow = SkipPolicy(span=1, first_dense_layers=5, last_dense_layers=2, warmup_tokens=1).to_dict()
     wide = SkipPolicy(span=None, first_dense_layers=1, last_dense_layers=1, warmup_tokens=1).to_dict()
-    memory = {"calibration at 0.3": narrow, "calibration at 0.35": wide}
+    memory = {"calibration of similarity at 0.3": narrow, "calibration of similarity at 0.35": wide}
     found = FFNSkip().find(Setup(setup.engine, [], memory=memory), 0.3, ALIKE)
     assert found["policy"]["first_dense_layers"] == 1
     assert skip_ratio(FFNSkip().build(setup, found).score(ALIKE)) == pytest.approx(0.3, abs=0.01)
-    with pytest.raises(PolicyError, match=r"span 1, dense 5\+2, calibrated on the text, skips at most 0\.09"):
+    with pytest.raises(PolicyError, match=r"span 1, dense 5\+2, calibrated on the text, saves at most 0\.09"):
         FFNSkip().find(Setup(setup.engine, [], memory=dict.fromkeys(memory, narrow)), 0.3, ALIKE)
 
 
-def test_the_controller_holds_the_ratio_in_every_row(setup: Setup) -> None:
-    exact = SkipPolicy(span=1, first_dense_layers=3, last_dense_layers=0, warmup_tokens=1)
-    assert exact.reachable_ratio(LAYERS) == 0.3  # which leaves a controller no room
-    wide = SkipPolicy(span=None, first_dense_layers=1, last_dense_layers=1, warmup_tokens=1)
-    memory = {"calibration at 0.3": exact.to_dict(), "calibration at 0.35": wide.to_dict()}
-    other = Setup(setup.engine, [], memory=memory)
-    found = HeldSkip().find(other, 0.3, ALIKE)
-    assert found["policy"] == replace(wide, target_ratio=0.3).to_dict()
+@pytest.mark.parametrize("name", ["neuron", "mixed", "cats", "teal"])
+def test_methods_that_leave_out_neurons_reach_the_share_of_bytes(
+    setup: Setup, found: Callable[[str], Found], name: str
+) -> None:
+    method = METHODS[name].build(setup, found(name))
+    assert skip_ratio(method.score(ALIKE)) == pytest.approx(RATIO, abs=0.015)
+
+
+def test_cats_thresholds_gates_alone_and_neuron_both(found: Callable[[str], Found]) -> None:
+    cats, neuron = (policy_from_dict(found(name)["policy"]) for name in ("cats", "neuron"))
+    assert isinstance(cats, NeuronPolicy)
+    assert isinstance(neuron, NeuronPolicy)
+    assert cats.product_thresholds == ()
+    assert min(neuron.gate_thresholds) > 0
+    assert min(neuron.product_thresholds) > 0
+
+
+def test_neurons_cost_less_than_gates_alone_or_whole_blocks(setup: Setup, found: Callable[[str], Found]) -> None:
+    dense = Full().build(setup, Full().find(setup, 0.0, ALIKE)).score(ALIKE, keep_log_probs=True)
+
+    def kl(name: str) -> float:
+        readings = METHODS[name].build(setup, found(name)).score(ALIKE, reference=dense)
+        return float(np.mean([reading.kl.mean() for reading in readings if reading.kl is not None]))
+
+    assert kl("neuron") < kl("cats")
+    assert kl("neuron") < kl("fixed") / 2
+
+
+def test_the_controller_holds_the_share_of_bytes_in_every_row(setup: Setup, found: Callable[[str], Found]) -> None:
+    policy = policy_from_dict(found("held")["policy"])
+    assert isinstance(policy, NeuronPolicy)
+    assert policy.target_ratio == RATIO
     long = [Passage(tuple(random_prompt(8 + 80, seed)), 8) for seed in range(3)]
-    for reading in HeldSkip().build(other, found).score(long):
-        assert reading.work.ffn_skip_ratio == pytest.approx(0.3, abs=0.02)
+    for reading in HeldSkip().build(setup, found("held")).score(long):
+        assert reading.work.ffn_skip_ratio == pytest.approx(RATIO, abs=0.02)
 
 
 def test_a_batch_is_read_against_its_own_reference(setup: Setup) -> None:

@@ -90,7 +90,7 @@ def test_a_prompt_that_does_not_fit_is_refused(setup: Setup, found: Callable[[st
 
 
 def test_an_unknown_method_names_the_known_ones() -> None:
-    with pytest.raises(RequestError, match=r"'skipp'.*full, skip, held, random, fixed, skipdecode, shortgpt, exit"):
+    with pytest.raises(RequestError, match=r"'skipp'.*full, neuron, skip, mixed, held, cats, teal, random, fixed"):
         method_kind("skipp")
 
 

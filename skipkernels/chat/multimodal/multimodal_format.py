@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from skipkernels.chat.chat import Audio, Chat, Image, Part, modalities_of, modality_of
+from skipkernels.chat.chat import EXPECTED_NEW_TOKENS, Audio, Chat, Image, Part, modalities_of, modality_of
+from skipkernels.chat.grammar import GrammarText, KnownTokens
 from skipkernels.chat.text_format import allowed_new_tokens, work_of
 from skipkernels.decoding.generation import SamplingParams
 from skipkernels.errors import RequestError
@@ -35,6 +36,8 @@ class MultimodalPrompt:
     max_new_tokens: int
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
+    grammar: GrammarText | KnownTokens | None = None
+    eos_token_ids: tuple[int, ...] | None = None
 
 
 class MultimodalFormat:
@@ -72,9 +75,9 @@ class MultimodalFormat:
             elif len(kept) == 1:
                 tensors[kept[0]] = {name: features[name] for name in features if name not in of_text}
         prompt_tokens = max(map(len, token_ids.values()))
-        new_tokens = allowed_new_tokens(chat, prompt_tokens, self._max_seq_len)
-        prompt = MultimodalPrompt(token_ids, new_tokens, chat.sampling, chat.stop)
-        work = work_of(prompt_tokens, new_tokens, self._prefill_share)
+        new_tokens = allowed_new_tokens(chat.max_new_tokens, prompt_tokens, self._max_seq_len)
+        prompt = MultimodalPrompt(token_ids, new_tokens, chat.sampling, chat.stop, chat.grammar)
+        work = work_of(prompt_tokens, min(new_tokens, chat.max_new_tokens or EXPECTED_NEW_TOKENS), self._prefill_share)
         return Request({"text": prompt, **tensors}, work=work)
 
     def _check(self, chat: Chat, given: Collection[str]) -> None:

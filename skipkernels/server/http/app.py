@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import re
+import uuid
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import Depends, FastAPI, Header, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from skipkernels import __version__
 from skipkernels.errors import SkipkernelsError
+from skipkernels.server.http.body import read_body
 from skipkernels.server.http.completion_response import CompletionResponse
 from skipkernels.server.http.errors import HttpError
-from skipkernels.server.http.schema import ChatCompletionRequest
+from skipkernels.server.http.schema import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ResponsesRequest,
+    TokenizeRequest,
+)
 from skipkernels.server.http.service import Service
 
-_BODY = {"content": {"application/json": {"schema": ChatCompletionRequest.model_json_schema()}}, "required": True}
+_REQUEST_ID = "x-request-id"
+_COMPRESSED_BYTES = 1024  # from here on it pays
 
 
 def create_app(service: Service) -> FastAPI:
@@ -35,39 +49,130 @@ def create_app(service: Service) -> FastAPI:
 
     # no interactive documentation: its pages load scripts from other hosts
     app = FastAPI(title="skipkernels", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.router.redirect_slashes = False
     guarded = [Depends(check_key)]
+    converter = service.converter
 
-    @app.post("/v1/chat/completions", dependencies=guarded, openapi_extra={"requestBody": _BODY})
+    def read(path: str, **options: Any) -> Any:
+        return app.api_route(path, methods=["GET", "HEAD"], **options)
+
+    def post(path: str, body: type[BaseModel]) -> Any:
+        schema = {"content": {"application/json": {"schema": _inlined(body)}}, "required": True}
+        return app.post(path, dependencies=guarded, openapi_extra={"requestBody": schema})
+
+    @post("/v1/chat/completions", ChatCompletionRequest)
     async def chat_completions() -> Response:
         """A chat's answer, whole or as server-sent events."""
-        return CompletionResponse(service)
+        return CompletionResponse(service, converter.chat_completion)
 
-    @app.get("/v1/models", dependencies=guarded)
+    @post("/v1/completions", CompletionRequest)
+    async def completions() -> Response:
+        """What follows a text, whole or as server-sent events."""
+        return CompletionResponse(service, converter.completion)
+
+    @post("/v1/responses", ResponsesRequest)
+    async def responses() -> Response:
+        """A chat's answer as a response, whole or as server-sent events."""
+        return CompletionResponse(service, converter.response)
+
+    @post("/tokenize", TokenizeRequest)
+    async def tokenize(request: Request) -> dict[str, Any]:
+        """The tokens of a prompt, or of a chat."""
+        return await _converted(service, converter.tokenize, request)
+
+    @post("/detokenize", DetokenizeRequest)
+    async def detokenize(request: Request) -> dict[str, Any]:
+        """The text of tokens."""
+        return await _converted(service, converter.detokenize, request)
+
+    @read("/v1/models", dependencies=guarded)
     async def models() -> dict[str, Any]:
         """The served model and its strategies."""
         return {"object": "list", "data": [service.model_document()]}
 
-    @app.get("/v1/models/{name:path}", dependencies=guarded)
+    @read("/v1/models/{name:path}", dependencies=guarded)
     async def model(name: str) -> dict[str, Any]:
         """The served model, when it has this name."""
         service.check_model(name)
         return service.model_document()
 
-    @app.get("/metrics", dependencies=guarded)
+    @read("/metrics", dependencies=guarded)
     async def metrics() -> Response:
         """In Prometheus's text format."""
         return Response(service.metrics.render(await service.backend.status()), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/health")
+    @read("/health")
     async def health() -> JSONResponse:
         """200 while requests are accepted, else 503."""
         workers = 0 if service.closing else (await service.backend.status()).workers
         return JSONResponse({"status": "ok" if workers else "unavailable"}, 200 if workers else 503)
 
+    async def answer_ours(request: Request, error: Exception) -> Response:
+        assert isinstance(error, SkipkernelsError)
+        failure = HttpError.of(error)
+        service.metrics.failed(failure.status, failure.code)
+        return _answer(failure)
+
     app.add_exception_handler(HTTPException, _answer_http)
-    app.add_exception_handler(SkipkernelsError, _answer_ours)
+    app.add_exception_handler(SkipkernelsError, answer_ours)
     app.add_exception_handler(Exception, _answer_bug)
+    app.add_middleware(GZipMiddleware, minimum_size=_COMPRESSED_BYTES)
+    if service.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(service.cors_origins),
+            allow_methods=["GET", "HEAD", "POST", "OPTIONS"],
+            allow_headers=["*"],
+            expose_headers=[_REQUEST_ID, "x-skipkernels-ignored"],
+        )
+    app.add_middleware(_Requests)
     return app
+
+
+def _inlined(body: type[BaseModel]) -> dict[str, Any]:
+    """A schema without references, which would point to nowhere in the document of the routes."""
+    schema = body.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def resolve(node: Any) -> Any:
+        if isinstance(node, dict):
+            if "$ref" in node:
+                return resolve(definitions[node["$ref"].rsplit("/", 1)[1]])
+            return {name: resolve(value) for name, value in node.items()}
+        return [resolve(item) for item in node] if isinstance(node, list) else node
+
+    return dict(resolve(schema))
+
+
+async def _converted(
+    service: Service, conversion: Callable[[bytes], dict[str, Any]], request: Request
+) -> dict[str, Any]:
+    with service.request_slot():
+        return await service.convert(conversion, await read_body(request, service.limits))
+
+
+class _Requests:
+    """Every request and its answer have an id, the client's where it sends one. A slash at the end of a path means
+    nothing."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if len(scope["path"]) > 1:
+            scope["path"] = scope["path"].rstrip("/") or "/"
+        given = dict(scope["headers"]).get(_REQUEST_ID.encode(), b"")
+        own = given if re.fullmatch(rb"[\w.:-]{1,128}", given) else f"req_{uuid.uuid4().hex}".encode()
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (_REQUEST_ID.encode(), own)]
+            await send(message)
+
+        await self._app(scope, receive, send_named)
 
 
 def _answer(error: HttpError) -> JSONResponse:
@@ -76,14 +181,13 @@ def _answer(error: HttpError) -> JSONResponse:
 
 async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if request.method == "OPTIONS" and error.status_code == 405:
+        return Response(status_code=204, headers=error.headers)
     codes = {404: "not_found", 405: "method_not_allowed"}
     message = f"{request.method} {request.url.path[:80]}: {error.detail}"
-    return _answer(HttpError(error.status_code, codes.get(error.status_code, "http_error"), message))
-
-
-async def _answer_ours(request: Request, error: Exception) -> Response:
-    assert isinstance(error, SkipkernelsError)
-    return _answer(HttpError.of(error))
+    answer = _answer(HttpError(error.status_code, codes.get(error.status_code, "http_error"), message))
+    answer.headers.update(error.headers or {})
+    return answer
 
 
 async def _answer_bug(request: Request, error: Exception) -> Response:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from skipkernels.decoding.cache_status import CacheStatus
 from skipkernels.modality.counters import Counters
 from skipkernels.modality.job import Job, JobAnswer
 from skipkernels.modality.profile import Profile
@@ -17,7 +19,9 @@ class Status:
 
     counters: Counters
     waiting_requests: int
+    running_requests: int
     workers: int
+    cache: CacheStatus | None = None
 
 
 class Backend(Protocol):
@@ -48,10 +52,11 @@ class Backend(Protocol):
 
 
 class Embedded:
-    """A ``Backend`` in this process."""
+    """A ``Backend`` in this process; ``cache`` tells how the model's cache is used."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, cache: Callable[[], CacheStatus] | None = None) -> None:
         self._runtime = runtime
+        self._cache = cache
 
     async def start(self) -> None:
         await self._runtime.__aenter__()
@@ -61,7 +66,9 @@ class Embedded:
 
     async def status(self) -> Status:
         scheduler = self._runtime.scheduler
-        return Status(scheduler.counters, scheduler.waiting_requests, scheduler.workers)
+        cache = self._cache() if self._cache is not None else None
+        waiting, running = scheduler.waiting_requests, scheduler.running_requests
+        return Status(scheduler.counters, waiting, running, scheduler.workers, cache)
 
     def adopt(self, profile: Profile) -> None:
         self._runtime.scheduler.adopt(profile)

@@ -20,6 +20,9 @@ async def read_body(request: Request, limits: RequestLimits) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise HttpError(415, "unsupported_media_type", f"content-type must be application/json, got {kind or 'none'}")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise HttpError(415, "unsupported_encoding", f"content-encoding {encoding[:40]} is not read; send it as it is")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limits.max_body_bytes:
         raise _too_large(limits)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
+import re
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,20 +17,27 @@ from starlette.types import Receive, Scope, Send
 from skipkernels.errors import SkipkernelsError
 from skipkernels.server.http.body import read_body
 from skipkernels.server.http.conversion import ParsedRequest
-from skipkernels.server.http.documents import DONE, Documents, event
+from skipkernels.server.http.dialect import event
 from skipkernels.server.http.errors import HttpError
-from skipkernels.server.http.pending_request import PendingRequest, completion_of, rest_of
+from skipkernels.server.http.pending_request import PendingRequest
 from skipkernels.server.http.service import Service
 
 logger = logging.getLogger(__name__)
 
+_MOST_NAMED = 400  # characters of a header
+
 
 class CompletionResponse(Response):
-    """A response that is computed while it is sent. However it ends, its slot is freed and its job ends."""
+    """A response that is computed while it is sent. However it ends, its slot is freed and its job ends.
 
-    def __init__(self, service: Service) -> None:
+    Args:
+        conversion: a method of ``Converter``.
+    """
+
+    def __init__(self, service: Service, conversion: Callable[[bytes], ParsedRequest]) -> None:
         super().__init__()
         self._service = service
+        self._conversion = conversion
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -43,49 +51,36 @@ class CompletionResponse(Response):
             await self._refuse(self._service.error(error), send)
 
     async def _answer(self, body: bytes, send: Send) -> None:
-        parsed = await self._service.convert(body)
-        writer = _Writer(send, self._service.limits.client_timeout_s)
+        parsed = await self._service.convert(self._conversion, body)
+        writer = _Writer(send, self._service.limits.client_timeout_s, parsed.ignored)
         async with self._service.submit(parsed) as pending:
             if parsed.stream:
                 await self._stream(parsed, pending, writer)
             else:
                 answer = await pending.answer()
                 self._service.metrics.answered(answer)
-                await writer.whole(200, self._service.documents().whole(answer))
+                await writer.whole(200, parsed.dialect.whole(answer))
 
     async def _stream(self, parsed: ParsedRequest, pending: PendingRequest, writer: _Writer) -> None:
         """The HTTP status is sent with the first piece of text, so errors before it get their own status."""
-        started = time.perf_counter()
-        documents = self._service.documents()
-        text = await pending.next_piece()
-        if text is None:
+        piece = await pending.next_piece()
+        if piece is None:
             await pending.answer()  # raises if the job failed
-        self._service.metrics.first_token(time.perf_counter() - started)
         await writer.begin_events()
-        await writer.event(documents.first())
+        await writer.events(parsed.dialect.begin())
         try:
-            await self._stream_rest(parsed, pending, documents, text, writer)
+            while piece is not None:
+                await writer.events(parsed.dialect.piece(piece))
+                piece = await pending.next_piece()
+            answer = await pending.answer()
+            documents = parsed.dialect.end(answer)
+            self._service.metrics.answered(answer)
+            await writer.events(documents)
         except SkipkernelsError as error:
             failure = self._service.error(error)
             self._service.metrics.failed(failure.status, failure.code)
-            await writer.event(failure.document)
-        await writer.end_events()
-
-    async def _stream_rest(
-        self, parsed: ParsedRequest, pending: PendingRequest, documents: Documents, text: str | None, writer: _Writer
-    ) -> None:
-        sent = ""
-        while text is not None:
-            sent += text
-            await writer.event(documents.piece(text))
-            text = await pending.next_piece()
-        answer = await pending.answer()
-        if rest := rest_of(completion_of(answer)[1], sent):
-            await writer.event(documents.piece(rest))
-        self._service.metrics.answered(answer)
-        await writer.event(documents.last(answer))
-        if parsed.include_usage:
-            await writer.event(documents.usage(answer))
+            await writer.events([failure.document])
+        await writer.end_events(parsed.dialect.last_event)
 
     async def _refuse(self, error: HttpError, send: Send) -> None:
         self._service.metrics.failed(error.status, error.code)
@@ -120,25 +115,33 @@ async def _disconnected(receive: Receive) -> None:
 class _Writer:
     """Sends, with a timeout for clients that do not read."""
 
-    def __init__(self, send: Send, timeout_s: float) -> None:
+    def __init__(self, send: Send, timeout_s: float, ignored: Sequence[str] = ()) -> None:
+        """``ignored``: fields of the request, for a header."""
         self._send_message = send
         self._timeout_s = timeout_s
+        # their names are the client's, and a header is no place for whatever it sends
+        named = ", ".join(re.sub(r"[^\w.-]", "?", name, flags=re.ASCII) for name in ignored)
+        self._warning = [(b"x-skipkernels-ignored", named[:_MOST_NAMED].rstrip().encode())] if ignored else []
 
     async def whole(self, status: int, document: dict[str, Any]) -> None:
         body = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        headers += self._warning
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 
     async def begin_events(self) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        headers += self._warning
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
-    async def event(self, document: dict[str, Any]) -> None:
-        await self._send({"type": "http.response.body", "body": event(document), "more_body": True})
+    async def events(self, documents: Sequence[dict[str, Any]]) -> None:
+        if documents:
+            body = b"".join(map(event, documents))
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
-    async def end_events(self) -> None:
-        await self._send({"type": "http.response.body", "body": DONE})
+    async def end_events(self, last: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": last})
 
     async def _send(self, message: dict[str, Any]) -> None:
         try:

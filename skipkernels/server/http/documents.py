@@ -1,74 +1,146 @@
-"""The JSON of answers: OpenAI's fields, and an object ``skipkernels`` for everything else."""
+"""The JSON of chat completions: OpenAI's fields, and an object ``skipkernels`` for everything else."""
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from skipkernels.chat.chat import Completion
+from skipkernels.chat.progress import Piece, SampledToken
+from skipkernels.chat.reply_parser import Called, ReplyForm, ReplyParser, ReplyPart, Said, Thought
 from skipkernels.modality.job import JobAnswer
 from skipkernels.modality.profile import Profile
-from skipkernels.server.http.pending_request import completion_of
-
-DONE = b"data: [DONE]\n\n"
+from skipkernels.server.http.dialect import DONE, Naming, completions_of, joined, rest_of, strategy_of, usage_of
 
 
-@dataclass(frozen=True)
-class Documents:
-    """Makes the JSON documents of one request."""
+class ChatDocuments:
+    """A ``Dialect``.
 
-    model: str
-    fingerprint: str
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
+    Args:
+        form: how the model writes.
+        n: answers.
+        usage: whether a stream ends with the counts of tokens.
+        token_text: of one token.
+    """
 
-    def whole(self, job_answer: JobAnswer) -> dict[str, Any]:
-        """The answer without streaming."""
-        _, completion = completion_of(job_answer)
-        message = {"role": "assistant", "content": completion.text}
-        choice = {"index": 0, "message": message, "finish_reason": completion.finish_reason, "logprobs": None}
+    last_event = DONE
+
+    def __init__(
+        self,
+        naming: Naming,
+        form: ReplyForm,
+        n: int,
+        *,
+        logprobs: bool,
+        usage: bool,
+        token_text: Callable[[int], str],
+    ) -> None:
+        self._naming = naming
+        self._form = form
+        self._logprobs = logprobs
+        self._usage = usage
+        self._token_text = token_text
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._sent = [""] * n
+        self._parsers = [ReplyParser(form) for _ in range(n)]
+        self._calls = [0] * n
+
+    def whole(self, answer: JobAnswer) -> dict[str, Any]:
+        choices = [self._choice(index, completion) for index, completion in enumerate(completions_of(answer))]
         return self._head("chat.completion") | {
-            "choices": [choice],
-            "usage": _usage(completion),
-            "skipkernels": _strategy(job_answer),
+            "choices": choices,
+            "usage": usage_of(answer),
+            "skipkernels": strategy_of(answer),
         }
 
-    def first(self) -> dict[str, Any]:
-        return self._chunk({"role": "assistant", "content": ""}, None)
+    def begin(self) -> list[dict[str, Any]]:
+        return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(len(self._sent))]
 
-    def piece(self, text: str) -> dict[str, Any]:
-        return self._chunk({"content": text}, None)
+    def piece(self, piece: Piece) -> list[dict[str, Any]]:
+        self._sent[piece.index] += piece.text
+        return self._deltas(piece.index, self._parsers[piece.index].feed(piece.text), piece.logprobs)
 
-    def last(self, job_answer: JobAnswer) -> dict[str, Any]:
-        """The last chunk of the answer."""
-        _, completion = completion_of(job_answer)
-        return self._chunk({}, completion.finish_reason) | {"skipkernels": _strategy(job_answer)}
+    def end(self, answer: JobAnswer) -> list[dict[str, Any]]:
+        documents = []
+        for index, completion in enumerate(completions_of(answer)):
+            parser = self._parsers[index]
+            parts = [*parser.feed(rest_of(completion, self._sent[index])), *parser.end()]
+            documents += self._deltas(index, parts, ())
+            documents.append(self._chunk(index, {}, "tool_calls" if self._calls[index] else completion.finish_reason))
+        documents[-1]["skipkernels"] = strategy_of(answer)
+        if self._usage:
+            documents.append(self._head("chat.completion.chunk") | {"choices": [], "usage": usage_of(answer)})
+        return documents
 
-    def usage(self, job_answer: JobAnswer) -> dict[str, Any]:
-        """The chunk after the last, for ``stream_options.include_usage``."""
-        _, completion = completion_of(job_answer)
-        return self._head("chat.completion.chunk") | {"choices": [], "usage": _usage(completion)}
+    def _choice(self, index: int, completion: Completion) -> dict[str, Any]:
+        parser = ReplyParser(self._form)
+        parts = [*parser.feed(completion.text), *parser.end()]
+        calls = [part for part in parts if isinstance(part, Called)]
+        said = "".join(part.text for part in parts if isinstance(part, Said))
+        message: dict[str, Any] = {"role": "assistant", "content": (said or None) if calls else said, "refusal": None}
+        if thought := joined([part.text for part in parts if isinstance(part, Thought)]):
+            message["reasoning_content"] = thought
+        if calls:
+            message["tool_calls"] = [_call(call) for call in calls]
+        told = None
+        if self._logprobs and completion.logprobs is not None:
+            told = self._told(list(zip(completion.token_ids, completion.logprobs, strict=True)))
+        return {
+            "index": index,
+            "message": message,
+            "finish_reason": "tool_calls" if calls else completion.finish_reason,
+            "logprobs": told,
+        }
 
-    def _chunk(self, delta: dict[str, str], finish_reason: str | None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+    def _deltas(self, index: int, parts: Sequence[ReplyPart], logprobs: Sequence[SampledToken]) -> list[dict[str, Any]]:
+        documents = []
+        for part in parts:
+            if isinstance(part, Called):
+                delta: dict[str, Any] = {"tool_calls": [{"index": self._calls[index], **_call(part)}]}
+                self._calls[index] += 1
+            else:
+                delta = {"content" if isinstance(part, Said) else "reasoning_content": part.text}
+            documents.append(self._chunk(index, delta))
+        if self._logprobs and logprobs:
+            if not documents:
+                documents.append(self._chunk(index, {"content": ""}))
+            documents[-1]["choices"][0]["logprobs"] = self._told(logprobs)
+        return documents
+
+    def _told(self, tokens: Sequence[SampledToken]) -> dict[str, Any]:
+        content = []
+        for token, own in tokens:
+            top = [self._token(other, logprob) for other, logprob in own.top]
+            content.append(self._token(token, own.logprob) | {"top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._token_text(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    def _chunk(self, index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
         return self._head("chat.completion.chunk") | {"choices": [choice]}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
-            "id": self.id,
+            "id": self._id,
             "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
+            "created": self._created,
+            "model": self._naming.model,
+            "system_fingerprint": self._naming.fingerprint,
         }
 
 
-def event(document: dict[str, Any]) -> bytes:
-    """A server-sent event."""
-    return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+def _call(call: Called) -> dict[str, Any]:
+    return {
+        "id": f"call_{uuid.uuid4().hex[:24]}",
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
 
 
 def model_document(profile: Profile, modalities: tuple[str, ...], created: int) -> dict[str, Any]:
@@ -93,25 +165,4 @@ def model_document(profile: Profile, modalities: tuple[str, ...], created: int) 
                 for entry in profile.strategies
             ],
         },
-    }
-
-
-def _usage(completion: Completion) -> dict[str, int]:
-    return {
-        "prompt_tokens": completion.prompt_tokens,
-        "completion_tokens": completion.new_tokens,
-        "total_tokens": completion.total_tokens,
-    }
-
-
-def _strategy(job_answer: JobAnswer) -> dict[str, Any]:
-    """How the request was answered; ``time_ms`` counts from the moment the scheduler accepted it."""
-    answer, completion = completion_of(job_answer)
-    return {
-        "strategy": answer.strategy.name,
-        "promised_accuracy": answer.promised_accuracy,
-        "time_ms": answer.time_ms,
-        "deadline_met": job_answer.deadline_met,
-        "retried": answer.retried,
-        "skip_ratio": completion.skip_ratio,
     }

@@ -1,8 +1,10 @@
-"""The request body of a chat completion: the fields of OpenAI's that are supported. Others are refused, not ignored."""
+"""Request bodies: OpenAI's fields, where values that change nothing are always accepted. Other fields are ignored, and
+named in the answer's header ``x-skipkernels-ignored``; with ``--strict`` they are refused."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
@@ -13,32 +15,51 @@ Text = Annotated[str, Field(max_length=1 << 22)]
 
 
 class Strict(BaseModel):
-    """Unknown fields are refused, and so are values of other types and numbers that are not finite."""
+    """Values of other types are refused, and so are numbers that are not finite and unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class TextPart(Strict):
+class Lenient(BaseModel):
+    """As ``Strict``, but unknown fields are kept, for ``unknown_fields`` to find."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+def unknown_fields(value: object, path: str = "") -> Iterator[str]:
+    """Paths of the fields of a body that mean nothing here; those that are null are as good as absent."""
+    if isinstance(value, BaseModel):
+        for name, extra in (value.model_extra or {}).items():
+            if extra is not None:
+                yield f"{path}{name}"
+        for name in type(value).model_fields:
+            yield from unknown_fields(getattr(value, name), f"{path}{name}.")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from unknown_fields(item, f"{path}{number}.")
+
+
+class TextPart(Lenient):
     type: Literal["text"]
     text: Text
 
 
-class ImageUrl(Strict):
+class ImageUrl(Lenient):
     url: str
     detail: Literal["auto", "high"] = "auto"
 
 
-class ImagePart(Strict):
+class ImagePart(Lenient):
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-class InputAudio(Strict):
+class InputAudio(Lenient):
     data: str
     format: Literal["wav", "mp3", "flac", "ogg"]
 
 
-class AudioPart(Strict):
+class AudioPart(Lenient):
     type: Literal["input_audio"]
     input_audio: InputAudio
 
@@ -64,54 +85,187 @@ AnyPart = Annotated[
 ]
 
 
-class ChatMessage(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Annotated[Text, Tag("(text)")]
-        | Annotated[list[AnyPart], Field(min_length=1, max_length=MOST_ITEMS), Tag("(list)")],
-        Discriminator(
-            _tag_of_text,
-            custom_error_type="content",
-            custom_error_message="content must be a text or an array of parts",
-        ),
-    ]
+class FunctionCall(Lenient):
+    name: str
+    arguments: str
+
+
+class ToolCall(Lenient):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+Content = Annotated[
+    Annotated[Text, Tag("(text)")]
+    | Annotated[list[AnyPart], Field(min_length=1, max_length=MOST_ITEMS), Tag("(list)")],
+    Discriminator(
+        _tag_of_text,
+        custom_error_type="content",
+        custom_error_message="content must be a text or an array of parts",
+    ),
+]
+
+
+class ChatMessage(Lenient):
+    """``content`` may be null beside ``tool_calls`` only."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
 
 
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
+Stop = Annotated[
+    Annotated[StopText, Tag("(text)")] | Annotated[list[StopText], Field(max_length=16), Tag("(list)")],
+    Discriminator(
+        _tag_of_text, custom_error_type="stop", custom_error_message="stop must be a text or an array of texts"
+    ),
+]
 
 
-class StreamOptions(Strict):
+class StreamOptions(Lenient):
     include_usage: bool = False
 
 
-class ChatCompletionRequest(Strict):
-    """OpenAI's fields; vLLM's ``top_k``, ``min_p``, ``repetition_penalty``; this project's ``deadline_ms``,
-    ``min_accuracy``. Decoding is greedy unless a temperature is given; accuracies are promised for greedy decoding."""
+class JsonSchema(Lenient):
+    name: str = "answer"
+    # an alias: BaseModel has a method of this name
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Lenient):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class Function(Lenient):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Lenient):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Lenient):
+    name: str
+
+
+class ToolChoice(Lenient):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class Sampled(Lenient):
+    """What every request for an answer may say. OpenAI's fields; vLLM's ``top_k``, ``min_p``, ``repetition_penalty``,
+    ``guided_*``; this project's ``deadline_ms``, ``min_accuracy`` and ``skip_level``. Decoding is greedy unless a
+    temperature is given; accuracies are promised for greedy decoding."""
 
     model: str
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_ITEMS)
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=0)
     temperature: float | None = Field(default=None, ge=0.0, le=2.0)
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     top_k: int | None = Field(default=None, ge=-1, lt=1 << 31)
     min_p: float | None = Field(default=None, ge=0.0, le=1.0)
     repetition_penalty: float | None = Field(default=None, gt=0.0, le=2.0)
+    frequency_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
+    presence_penalty: float | None = Field(default=None, ge=-2.0, le=2.0)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]] | None = Field(default=None, max_length=1024)
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
-    stop: (
-        Annotated[
-            Annotated[StopText, Tag("(text)")] | Annotated[list[StopText], Field(max_length=4), Tag("(list)")],
-            Discriminator(
-                _tag_of_text, custom_error_type="stop", custom_error_message="stop must be a text or an array of texts"
-            ),
-        ]
-        | None
-    ) = None
-    n: int | None = Field(default=None, ge=1, le=1)
-    frequency_penalty: float | None = Field(default=None, ge=0.0, le=0.0)
-    presence_penalty: float | None = Field(default=None, ge=0.0, le=0.0)
+    stop: Stop | None = None
+    n: int | None = Field(default=None, ge=1, le=16)
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+    guided_choice: list[str] | None = Field(default=None, min_length=1, max_length=256)
     user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
     deadline_ms: float | None = Field(default=None, gt=0.0)
     min_accuracy: float | None = Field(default=None, ge=0.0, le=1.0)
+    skip_level: float | None = Field(default=None, ge=0.0, lt=1.0)
+
+
+class ChatCompletionRequest(Sampled):
+    """``/v1/chat/completions``."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_ITEMS)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+Tokens = Annotated[list[int], Field(max_length=1 << 20)]
+
+
+class CompletionRequest(Sampled):
+    """``/v1/completions``."""
+
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=128)] | Tokens | list[Tokens]
+    echo: bool | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    best_of: int | None = Field(default=None, ge=1)
+    suffix: str | None = None
+
+
+class InputMessage(Lenient):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[dict[str, Any]]
+    type: Literal["message"] = "message"
+
+
+class Reasoning(Lenient):
+    effort: str | None = None
+
+
+class ResponsesRequest(Lenient):
+    """``/v1/responses``: text, whole or streamed."""
+
+    model: str
+    input: Text | Annotated[list[InputMessage], Field(min_length=1, max_length=MOST_ITEMS)]
+    instructions: str | None = None
+    stream: bool | None = None
+    max_output_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0.0, le=2.0)
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    deadline_ms: float | None = Field(default=None, gt=0.0)
+    min_accuracy: float | None = Field(default=None, ge=0.0, le=1.0)
+    skip_level: float | None = Field(default=None, ge=0.0, lt=1.0)
+
+
+class TokenizeRequest(Lenient):
+    """``/tokenize``: of a prompt, or of a chat with its template."""
+
+    model: str | None = None
+    prompt: Text | None = None
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=MOST_ITEMS)
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(Lenient):
+    """``/detokenize``."""
+
+    model: str | None = None
+    tokens: Tokens

@@ -5,23 +5,27 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from skipkernels.chat.chat import ChatFormat
 from skipkernels.errors import SkipkernelsError
 from skipkernels.modality.errors import ServiceClosed
 from skipkernels.modality.profile import Profile
 from skipkernels.server.http.backend import Backend
-from skipkernels.server.http.conversion import ParsedRequest, check_model, convert
-from skipkernels.server.http.documents import Documents, model_document
+from skipkernels.server.http.conversion import Converter, ParsedRequest, check_model
+from skipkernels.server.http.dialect import Naming
+from skipkernels.server.http.documents import model_document
 from skipkernels.server.http.errors import JOB_FAILED, HttpError
 from skipkernels.server.http.limits import RequestLimits
 from skipkernels.server.http.metrics import Metrics
 from skipkernels.server.http.pending_request import PendingRequest
+
+T = TypeVar("T")
+_CONVERSIONS = 4
 
 
 class Service:
@@ -31,6 +35,8 @@ class Service:
         profile: of the served model; its ``model`` is the name that clients ask for.
         chat_format: of that model.
         api_key: the bearer token that clients have to send; None: none.
+        strict: whether fields that are not known are refused; else they are ignored and named in a header.
+        cors_origins: web pages of which origins may use this server; ``*``: all.
     """
 
     def __init__(
@@ -41,16 +47,21 @@ class Service:
         *,
         limits: RequestLimits | None = None,
         api_key: str | None = None,
+        strict: bool = False,
+        cors_origins: Sequence[str] = (),
     ) -> None:
         self.backend = backend
         self.limits = limits or RequestLimits()
         self.metrics = Metrics()
         self.profile = profile
+        self.cors_origins = tuple(cors_origins)
         self._format = chat_format
+        naming = Naming(profile.model, profile.fingerprint)
+        self.converter = Converter(naming, chat_format, self.limits, strict)
         self._api_key = None if api_key is None else api_key.encode()
         self._created = int(time.time())
-        # one thread: requests are decoded one at a time
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="skipkernels-requests")
+        # a few: a long text holds only one of them up
+        self._threads = ThreadPoolExecutor(_CONVERSIONS, thread_name_prefix="skipkernels-requests")
         self._requests = 0
         self._pending: set[PendingRequest] = set()
         self._closing: asyncio.Task[None] | None = None
@@ -64,7 +75,7 @@ class Service:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close(0.0)
-        self._thread.shutdown()
+        self._threads.shutdown()
 
     def adopt(self, profile: Profile) -> None:
         """More is known of the same model; called in the event loop."""
@@ -137,10 +148,9 @@ class Service:
         finally:
             self._requests -= 1
 
-    async def convert(self, body: bytes) -> ParsedRequest:
-        """Checks and decodes a body, in a thread."""
-        arguments = (body, self.profile.model, self._format, self.limits)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, convert, *arguments)
+    async def convert(self, conversion: Callable[[bytes], T], body: bytes) -> T:
+        """Checks and decodes a body with a method of ``converter``, in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, conversion, body)
 
     def submit(self, parsed: ParsedRequest) -> PendingRequest:
         """Hands a request to the backend."""
@@ -154,9 +164,6 @@ class Service:
         if self.closing and answer.code == JOB_FAILED:
             return HttpError.of(ServiceClosed(str(error)))  # 503, so that the client may try another server
         return answer
-
-    def documents(self) -> Documents:
-        return Documents(self.profile.model, self.profile.fingerprint)
 
     def check_model(self, name: str) -> None:
         """Raises HttpError when a model of this name is not served."""

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from skipkernels.chat.chat import ChatModel
-from skipkernels.chat.progress import ChatInputs
+from skipkernels.chat.progress import ChatInputs, SampledToken
 from skipkernels.modality.profile import Profile
 from skipkernels.modality.strategy import Inputs, Strategy
 from skipkernels.server.ray.events import Description, ModelFailure, Outputs, Pieces
@@ -84,6 +84,6 @@ class _Sender:
     def restart(self) -> None:
         """Nothing to do: the sender of a batch restarts the progress itself."""
 
-    def add(self, text: str) -> None:
+    def add(self, text: str, logprobs: Sequence[SampledToken] = ()) -> None:
         if text:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (self._position, text))

@@ -50,7 +50,7 @@ class SchedulerDeployment:
         try:
             async with PendingRequest(self._embedded, job, lambda _: None) as pending:
                 while (piece := await pending.next_piece()) is not None:
-                    yield piece
+                    yield piece.text
                 yield await pending.answer()
         except SkipkernelsError as error:
             failure = HttpError.of(error)

@@ -118,14 +118,15 @@ class EchoModel:
             prompt_tokens=len(inputs["text"][1].split()),
             new_tokens=len(answer),
             skip_ratio=strategy.skip_level,
+            after_first_ms=1.0,
         )
 
 
 def echo_service(model: EchoModel | None = None, limits: RequestLimits | None = None, **options: Any) -> Service:
-    """Options of ``Runtime``, and ``api_key``."""
-    api_key = options.pop("api_key", None)
+    """Options of ``Runtime``, and ``api_key`` and ``strict``."""
+    api_key, strict = options.pop("api_key", None), options.pop("strict", False)
     runtime = Runtime(PROFILE, [ThreadWorker(model or EchoModel())], **options)
-    return Service(PROFILE, EchoFormat(), Embedded(runtime), limits=limits, api_key=api_key)
+    return Service(PROFILE, EchoFormat(), Embedded(runtime), limits=limits, api_key=api_key, strict=strict)
 
 
 @contextlib.asynccontextmanager

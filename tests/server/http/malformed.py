@@ -41,10 +41,10 @@ IMPOSSIBLE: dict[str, list[Any]] = {
     "min_p": [-0.1, 1.1, "x", math.nan],
     "repetition_penalty": [0, -1, 3, "x", math.inf],
     "seed": [1.5, "x", 1 << 63, -(1 << 63) - 1, 10**400, []],
-    "stop": [5, "", [""], [5], ["a"] * 5, {}, "x" * 300, [["a"]]],
-    "n": [0, 2, -1, 1.5, "1", []],
-    "frequency_penalty": [0.1, -0.1, "0", math.nan],
-    "presence_penalty": [1, -2, [], "x"],
+    "stop": [5, "", [""], [5], ["a"] * 17, {}, "x" * 300, [["a"]]],
+    "n": [0, 17, -1, 1.5, "1", []],
+    "frequency_penalty": [2.1, -2.1, "0", math.nan],
+    "presence_penalty": [3, -3, [], "x"],
     "user": [5, [], {}, True],
     "deadline_ms": [0, -5, math.nan, math.inf, -math.inf, "soon", [], True, -1e-300],
     "min_accuracy": [-0.1, 1.1, math.nan, math.inf, "high", [], 0.95, 1],  # the best reachable is below 0.8
@@ -59,7 +59,7 @@ URLS: list[Any] = [
     "data:text/plain;base64,eA==", "data:image/png;base64,%%%", "data:image/png;base64,eA", "DATA:image/png;base64,e",
     5, None, [], {},
 ]  # fmt: skip
-ROLES = [None, 5, "", "tool", "function", "User", [], {}, "x" * 100]
+ROLES = [None, 5, "", "oracle", "function", "User", [], {}, "x" * 100]
 ROUTES = [
     ("GET", COMPLETIONS), ("PUT", COMPLETIONS), ("DELETE", COMPLETIONS), ("HEAD", COMPLETIONS),
     ("OPTIONS", COMPLETIONS), ("POST", "/"),
@@ -141,7 +141,8 @@ def _missing_field(rng: random.Random) -> Malformed:
 def _unknown_field(rng: random.Random) -> Malformed:
     asked = _valid(rng)
     name = "".join(rng.choices(string.printable, k=rng.randint(8, 20)))
-    rng.choice([asked, *asked["messages"]])[name] = _anything(rng)
+    value = _anything(rng)
+    rng.choice([asked, *asked["messages"]])[name] = 0 if value is None else value  # null is as good as nothing
     return _dumped(f"unknown {name!r}", asked)
 
 
@@ -216,9 +217,9 @@ def _wrong_key(rng: random.Random) -> Malformed:
 def _too_many(rng: random.Random) -> Malformed:
     asked = _valid(rng)
     if rng.random() < 0.5:
-        asked["messages"] *= 100
+        asked["messages"] *= 1100
         return _dumped("messages", asked)
-    asked["messages"][-1]["content"] = [text_part()] * rng.randint(65, 2000)
+    asked["messages"][-1]["content"] = [text_part(), *([IMAGE] * rng.randint(65, 90))]
     return _dumped("parts", asked)
 
 

@@ -41,7 +41,7 @@ def test_a_whole_answer() -> None:
     assert answer["object"] == "chat.completion"
     assert answer["model"] == "echo"
     (choice,) = answer["choices"]
-    assert choice["message"] == {"role": "assistant", "content": "one two three "}
+    assert choice["message"] == {"role": "assistant", "content": "one two three ", "refusal": None}
     assert choice["finish_reason"] == "stop"
     assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
     extension = answer["skipkernels"]

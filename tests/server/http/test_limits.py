@@ -1,17 +1,19 @@
 """A server holds no more than it said it would, and reads no more than it has to."""
 
 import asyncio
+import io
 import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
+from PIL import Image as PillowImage
 
 from skipkernels.server.http.app import create_app
 from skipkernels.server.http.limits import RequestLimits
 from tests.server.http.fakes import COMPLETIONS, EchoModel, body, client_of, echo_service
-from tests.server.http.media import text_part
+from tests.server.http.media import image_part, text_part
 
 JSON = {"content-type": "application/json"}
 
@@ -65,10 +67,12 @@ def test_a_body_that_does_not_arrive_is_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize(("parts", "status"), [(6, 200), (7, 413)])
-def test_parts_of_all_messages_count(parts: int, status: int) -> None:
+def test_pictures_of_all_messages_count_and_texts_do_not(parts: int, status: int) -> None:
+    file = io.BytesIO()
+    PillowImage.new("RGB", (2, 2)).save(file, "PNG")
     messages = [
-        {"role": "system", "content": "one part"},
-        {"role": "user", "content": [text_part()] * (parts - 1)},
+        *({"role": "system", "content": "plain text"} for _ in range(70)),
+        {"role": "user", "content": [text_part(), *([image_part(file.getvalue())] * parts)]},
     ]
 
     async def exchange() -> httpx.Response:

@@ -52,7 +52,8 @@ def test_metrics_count_what_happened() -> None:
     assert value("e2e_request_latency_seconds_count") == 5
     assert sum(count for (name, _), count in samples.items() if "per_output_token_seconds_count" in name) == 5
     assert value("request_time_per_output_token_seconds_count", strategy="text@0.5") >= 1
-    assert value("time_to_first_token_seconds_count") == 2
+    assert value("time_to_first_token_seconds_count") == 5
+    assert value("requests_in_time_total") == 4
     by_strategy = {dict(labels)["strategy"]: count for (name, labels), count in samples.items() if "by_strat" in name}
     assert sum(by_strategy.values()) == 5
     assert by_strategy["text@0.5"] >= 1

@@ -46,7 +46,8 @@ def remote(url: str) -> list[dict[str, Any]]:
         ({"min_accuracy": math.nan}, "min_accuracy", "finite"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": "hello"}, "messages", "array"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "user"),
+        ({"messages": [{"role": "oracle", "content": "x"}]}, "messages.0.role", "user"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages.0.content", "required"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "required"),
         ({"text": 5}, "messages.0.content", "a text or an array of parts"),
         ({"text": []}, "messages.0.content", "at least 1"),
@@ -59,18 +60,27 @@ def remote(url: str) -> list[dict[str, Any]]:
         ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
         ({"temperature": 1e-40}, None, "at least 0.01"),
         ({"top_p": 0}, "top_p", "greater than 0"),
-        ({"n": 2}, "n", "less than or equal to 1"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "less than or equal to 0"),
+        ({"n": 17}, "n", "less than or equal to 16"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "less than or equal to 100"),
+        ({"logit_bias": {"a": 1}}, "logit_bias", "keys are token ids"),
+        ({"top_logprobs": 2}, "top_logprobs", "logprobs: true only"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"skip_level": 1.0}, "skip_level", "less than 1"),
+        ({"skip_level": 0.25}, None, "no strategy has skip_level 0.25; there are 0, 0.5"),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, None, "give one"),
+        ({"continue_final_message": True}, "continue_final_message", "assistant"),
+        ({"tool_choice": "required"}, "tool_choice", "names no tool"),
         ({"seed": 1 << 63}, "seed", "less than"),
-        ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4"),
+        ({"stop": ["a"] * 17}, "stop", "at most 16"),
         ({"stop": ""}, "stop", "at least 1"),
         ({"stop": 5}, "stop", "a text or an array of texts"),
         ({"stop": ["a", 5]}, "stop.1", "string"),
         ({"text": [{"type": "image_url", "image_url": {}}]}, "messages.0.content.0.image_url.url", "required"),
         ({"stream": "yes"}, "stream", "boolean"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true only"),
-        ({"tools": []}, "tools", "not permitted"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not permitted"),
+        ({"tools": [{"type": "retrieval"}]}, "tools.0.type", "function"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "needs a schema"),
         ({"text": remote("https://example.org/cat.png")}, "messages.0.content.1.image_url.url", "fetches nothing"),
         ({"text": remote("file:///etc/passwd")}, "messages.0.content.1.image_url.url", "data URI"),
         ({"text": remote("data:text/html;base64,AAAA")}, "messages.0.content.1.image_url.url", "data URI"),
@@ -143,7 +153,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_where_that_is_wanted() -> None
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/", 404), ("POST", "/v1/completions", 404), ("GET", COMPLETIONS, 405), ("DELETE", "/v1/models", 405)],
+    [("GET", "/", 404), ("POST", "/v1/embeddings", 404), ("GET", COMPLETIONS, 405), ("DELETE", "/v1/models", 405)],
 )
 def test_other_routes(method: str, path: str, status: int) -> None:
     async def exchange() -> httpx.Response:
@@ -156,7 +166,7 @@ def test_other_routes(method: str, path: str, status: int) -> None:
 
 
 def test_a_bug_is_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skipkernels.server.http.service.convert", lambda *_: 1 / 0)
+    monkeypatch.setattr("skipkernels.server.http.conversion.Converter.chat_completion", lambda *_: 1 / 0)
 
     async def exchange() -> httpx.Response:
         async with client_of(echo_service(), raise_app_exceptions=False) as client:

@@ -21,7 +21,7 @@ HEAD = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     limits = RequestLimits(max_requests=4, max_body_bytes=1 << 20, client_timeout_s=60.0)
-    with running(echo_service(EchoModel(), api_key=KEY, limits=limits)) as server:
+    with running(echo_service(EchoModel(), api_key=KEY, strict=True, limits=limits)) as server:
         yield server
         with httpx.Client(base_url=server.url, headers=HEADERS) as client:
             assert client.post(COMPLETIONS, json=body()).status_code == 200
@@ -111,4 +111,6 @@ def test_malformed_requests_on_a_real_socket(server: Running) -> None:
                 response = client.request(request.method, request.path, content=request.content, headers=headers)
             except httpx.WriteError:  # refused before all was sent
                 continue
+            if request.method == "OPTIONS" and response.status_code == 204:
+                continue  # it says which methods there are
             assert response.status_code in REFUSED, f"seed {seed}, {request.kind}: {response.text[:300]}"

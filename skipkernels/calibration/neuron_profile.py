@@ -1,0 +1,154 @@
+"""What leaving out neurons of each layer saves and costs, measured once, and thresholds for any saving from it.
+
+Leaving out a product m of layer l costs about (k_l m)^2 nats; k_l comes from what its smaller half costs.
+So product thresholds b_l = t / k_l, and gate thresholds a_l = split b_l / u_l with u_l the root mean square of up, make
+what the last byte costs the same in every layer: as far as costs add up, no others cost less at their saving.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from skipkernels.calibration.forced_reading import Reading, divergence, read_dense
+from skipkernels.calibration.passages import Passage
+from skipkernels.engine import Engine
+from skipkernels.skipping.policy import NeuronPolicy
+
+_SAMPLES = 1 << 19  # gates and products kept per layer
+_PROBED_PASSAGES = 3
+_PROBED_SHARE = 0.5  # of a layer's products; less would drown in the rounding of bf16
+_BISECTIONS = 30
+
+
+@dataclass(frozen=True)
+class NeuronProfile:
+    """Of one model on one text. ``gates`` and ``products`` are sampled magnitudes per layer, f32 [samples], paired."""
+
+    gates: list[torch.Tensor]
+    products: list[torch.Tensor]
+    up_rms: list[float]
+    sensitivity: list[float]  # k_l
+    block_kl: npt.NDArray[np.float32]  # [positions, layers], KL where the FFN of one layer alone is left out
+    similarities: npt.NDArray[np.float32]  # [positions, layers], dense, at the same positions
+
+    @property
+    def layers(self) -> int:
+        return len(self.gates)
+
+    def thresholds(self, saving: float, split: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Of gates and of products, one per layer, that leave ``saving`` of the FFN bytes unread on this text."""
+        low, high = (math.log(bound * min(self.sensitivity)) for bound in (1e-9, 1e9))
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.unread(*self._at(middle, split)) > saving else (middle, high)
+        return self._at(low, split)
+
+    def _at(self, log_t: float, split: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        products = [math.exp(log_t) / k for k in self.sensitivity]
+        return tuple(split * b / u for b, u in zip(products, self.up_rms, strict=True)), tuple(products)
+
+    def unread(self, gate_thresholds: Sequence[float], product_thresholds: Sequence[float]) -> float:
+        """The share of FFN bytes that thresholds leave unread on this text; gate_proj, a third, is always read."""
+        shares = []
+        for gate, product, a, b in zip(self.gates, self.products, gate_thresholds, product_thresholds, strict=True):
+            up = gate >= a
+            down = up & (product >= b)
+            shares.append(float(2 - up.float().mean() - down.float().mean()) / 3)
+        return float(np.mean(shares))
+
+    def policy(self, saving: float, split: float, warmup_tokens: int) -> NeuronPolicy:
+        gates, products = self.thresholds(saving, split)
+        return NeuronPolicy(
+            gate_thresholds=tuple(map(_rounded, gates)),
+            product_thresholds=tuple(map(_rounded, products)),
+            warmup_tokens=warmup_tokens,
+        )
+
+    def uniform_gates(self, saving: float, warmup_tokens: int) -> NeuronPolicy:
+        """CATS (arXiv 2404.08763): the same share of every layer's gates."""
+        gates = tuple(_rounded(_quantile(gate, 1.5 * saving)) for gate in self.gates)
+        return NeuronPolicy(gate_thresholds=gates, warmup_tokens=warmup_tokens)
+
+
+def profile_neurons(
+    engine: Engine, passages: Sequence[Passage], on_layer: Callable[[int], None] = lambda layers: None
+) -> NeuronProfile:
+    """Reads ``passages``, and some of them again with one layer changed at a time; ``on_layer`` is called with 1 for
+    each of these."""
+    layers, size = engine.config.num_hidden_layers, engine.config.intermediate_size
+    gates: list[list[torch.Tensor]] = [[] for _ in range(layers)]
+    products: list[list[torch.Tensor]] = [[] for _ in range(layers)]
+    squares = np.zeros(layers)
+    positions = sum(passage.decoded_tokens - 1 for passage in passages)
+    step = max(1, math.ceil(positions * size / _SAMPLES))
+    readings: list[Reading] = []
+    for passage in passages:
+        acting = slice(passage.prompt_tokens, None)
+
+        def record(layer: int, gate: torch.Tensor, up: torch.Tensor, acting: slice = acting) -> torch.Tensor:
+            whole = gate * up
+            squares[layer] += float(up[acting].float().square().mean(-1).sum())
+            gates[layer].append(gate[acting][::step].abs().float().flatten().cpu())
+            products[layer].append(whole[acting][::step].abs().float().flatten().cpu())
+            return whole
+
+        reading = read_dense(engine, passage, record)
+        if len(readings) < _PROBED_PASSAGES:
+            readings.append(reading)
+    all_gates, all_products = [torch.cat(part) for part in gates], [torch.cat(part) for part in products]
+    sensitivity, block_kl = [], []
+    for layer in range(layers):
+        half = _SmallLeftOut(_quantile(all_products[layer], _PROBED_SHARE))
+        whole = _SmallLeftOut(math.inf)
+        cost, alone = [], []
+        for reading in readings:
+            half.prompt_tokens = whole.prompt_tokens = reading.passage.prompt_tokens
+            cost.append(divergence(engine, reading, layer, half)[1:])
+            alone.append(divergence(engine, reading, layer, whole)[1:])
+            on_layer(1)
+        energy = max(half.energy / sum(map(len, cost)), 1e-12)
+        sensitivity.append(math.sqrt(max(float(torch.cat(cost).mean()), 1e-12) / energy))
+        block_kl.append(torch.cat(alone).numpy())
+    return NeuronProfile(
+        all_gates,
+        all_products,
+        [max(1e-6, math.sqrt(value / positions)) for value in squares],
+        sensitivity,
+        np.stack(block_kl, axis=1),
+        torch.cat([reading.similarities[1:] for reading in readings]).numpy(),
+    )
+
+
+class _SmallLeftOut:
+    """Products below a threshold are left out past the prompt; ``energy`` sums up their squares."""
+
+    def __init__(self, threshold: float) -> None:
+        self._threshold = threshold
+        self.prompt_tokens = 0
+        self.energy = 0.0
+
+    def __call__(self, layer: int, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        products = gate * up
+        small = products.abs() < self._threshold
+        small[: self.prompt_tokens] = False
+        self.energy += float(products[small].float().square().sum())
+        return products.masked_fill(small, 0)
+
+
+def probes(passages: Sequence[Passage], layers: int) -> int:
+    """How often ``profile_neurons`` calls ``on_layer``."""
+    return layers * min(len(passages), _PROBED_PASSAGES)
+
+
+def _quantile(values: torch.Tensor, share: float) -> float:
+    return float(values.kthvalue(max(1, min(len(values), round(share * len(values)) + 1))).values)
+
+
+def _rounded(threshold: float) -> float:
+    return float(f"{threshold:.6g}")
