@@ -88,6 +88,8 @@ int64_t rows_per_partial(const Instruction& ins) {
             return ins.down_proj_add.rows_per_partial;
         case OpCode::down_proj_neurons_add:
             return ins.down_proj_neurons_add.rows_per_partial;
+        case OpCode::branch_add:
+            return ins.branch_add.rows_per_partial;
         default:
             return kPanelRows;
     }
