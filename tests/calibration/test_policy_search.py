@@ -78,7 +78,7 @@ def test_fixed_takes_the_blocks_that_cost_least() -> None:
 
 
 def test_similarity_leaves_the_last_blocks_alone_though_they_change_the_stream_least() -> None:
-    """What went wrong on SmolLM2: ranked by the change of the stream, the last blocks came first."""
+    """Ranked by the change of the stream, as before, the last blocks would come first."""
     for trial in found(Landscape(lambda kind, policy: 0.1), kinds=("similarity",)):
         gated = trial.policy.plan(LAYERS).gated_layers
         assert not {10, 11} & set(gated)
