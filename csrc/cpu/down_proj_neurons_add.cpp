@@ -54,9 +54,10 @@ void down_proj_neurons_add_pack(const Instruction& ins, int begin, int end, Scra
     });
 }
 
-// y (N rows of `stride`) += P units over columns [begin, end), whose y are in steps; `ahead` is fetched meanwhile
+// y (N rows of `stride`) += P units over columns [begin, end), whose y are in steps; what is `ahead` is fetched
+// meanwhile
 template <class T, int P, int N>
-static void add_units(const Unit<T>* units, const Unit<T>* ahead, const typename Multiply<T>::Activation* x,
+static void add_units(const Unit<T>* units, RowsAhead<T> ahead, const typename Multiply<T>::Activation* x,
                       int64_t x_stride, int64_t begin, int64_t end, float* y, int64_t stride) {
     using U = Unit<T>;
     decltype(U::factor(x)) factors[P][N];
@@ -78,8 +79,11 @@ static void add_units(const Unit<T>* units, const Unit<T>* ahead, const typename
     int64_t column = begin;
     for (; column + U::columns <= end; column += U::columns) {
         if (column % kLine == 0) {
-            for (int p = 0; p < P; ++p)
-                for (const T* row : ahead[p].rows) prefetch_l1(reinterpret_cast<const char*>(row + column));
+            ahead.fetch(P * U::neurons);
+            if (N <= 2) {
+                for (int p = 0; p < P; ++p)
+                    for (const T* row : units[p].rows) prefetch_l1(reinterpret_cast<const char*>(row + column) + 512);
+            }
         }
         step(column, [=](const U& unit) { return unit.load(column); });
     }
@@ -89,28 +93,35 @@ static void add_units(const Unit<T>* units, const Unit<T>* ahead, const typename
     }
 }
 
-// y (N rows) += all units
+// y (N rows) += `count` units; of those that follow, up to `known`, the first are fetched
 template <class T, int N>
-static void add_all(const Unit<T>* units, int64_t count, const typename Multiply<T>::Activation* x, int64_t x_stride,
-                    int64_t columns, float* y, int64_t stride) {
+static void add_all(const Unit<T>* units, int64_t count, int64_t known, const typename Multiply<T>::Activation* x,
+                    int64_t x_stride, int64_t columns, float* y, int64_t stride) {
     constexpr int P = 8 / Unit<T>::neurons;           // 8 rows of weights for one load and store of y
     constexpr int64_t kBlock = N <= 2 ? 2048 : 1024;  // columns, so that y stays in the first-level cache
     for (int64_t begin = 0; begin < columns; begin += kBlock) {
         const int64_t end = begin + kBlock < columns ? begin + kBlock : columns;
         int64_t at = 0;
         for (; at + P <= count; at += P) {
-            const Unit<T>* ahead = at + 2 * P <= count ? units + at + P : units + at;
-            add_units<T, P, N>(units + at, ahead, x, x_stride, begin, end, y, stride);
+            const T* coming[P * Unit<T>::neurons];
+            int rows = 0;
+            for (int64_t next = at + P; next < at + 2 * P && next < known; ++next) {
+                for (const T* row : units[next].rows) {
+                    if (rows == 0 || coming[rows - 1] != row) coming[rows++] = row;
+                }
+            }
+            add_units<T, P, N>(units + at, {coming, rows, begin, end}, x, x_stride, begin, end, y, stride);
         }
-        for (; at < count; ++at) add_units<T, 1, N>(units + at, units + at, x, x_stride, begin, end, y, stride);
+        for (; at < count; ++at)
+            add_units<T, 1, N>(units + at, {nullptr, 0, begin, end}, x, x_stride, begin, end, y, stride);
     }
 }
 
 template <class T, int... N>
-static void add_all_of(int n, std::integer_sequence<int, N...>, const Unit<T>* units, int64_t count,
+static void add_all_of(int n, std::integer_sequence<int, N...>, const Unit<T>* units, int64_t count, int64_t known,
                        const typename Multiply<T>::Activation* x, int64_t x_stride, int64_t columns, float* y,
                        int64_t stride) {
-    ((n == N + 1 ? add_all<T, N + 1>(units, count, x, x_stride, columns, y, stride) : void()), ...);
+    ((n == N + 1 ? add_all<T, N + 1>(units, count, known, x, x_stride, columns, y, stride) : void()), ...);
 }
 
 // A panel's columns of y, in order, to the residual stream
@@ -161,11 +172,14 @@ static void run_chunks(const DownProjNeuronsAdd& op, int64_t begin, int64_t end,
         const int64_t first = chunk * op.neuron_chunk;
         const int64_t last = first + op.neuron_chunk < size ? first + op.neuron_chunk : size;
         const int64_t count = collect_units(w, op.hidden_size, op.neurons, list_end, first, last, units);
+        const int64_t after = last + cpu::kNeuronsAhead < size ? last + cpu::kNeuronsAhead : size;
+        const int64_t known =
+            count + collect_units(w, op.hidden_size, op.neurons, list_end, last, after, units + count);
         float* sums = s.neuron_sums + chunk * s.num_rows * stride;
         std::memset(sums, 0, sizeof(float) * s.num_rows * stride);
         for (int tile = 0; tile < tiles.count; ++tile) {
             const int top = tiles.begin(tile);
-            add_all_of<T>(tiles.size(tile), std::make_integer_sequence<int, cpu::kMaxTile>{}, units, count,
+            add_all_of<T>(tiles.size(tile), std::make_integer_sequence<int, cpu::kMaxTile>{}, units, count, known,
                           packed_row<T>(s, size, top), x_stride, op.hidden_size, sums + top * stride, stride);
         }
     }

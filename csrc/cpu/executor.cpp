@@ -99,8 +99,9 @@ struct Needs {
             const size_t hidden = (op.hidden_size + kNeuronStep - 1) / kNeuronStep * kNeuronStep;
             // a step of weights and its number for every neuron, a chunk's units, its end, and a panel of every row
             const size_t step = kNeuronStep, unit = 6;
-            op_scratch = std::max(op_scratch, (op.intermediate_size + 1) * (step + 1) + op.neuron_chunk * unit +
-                                                  2 * chunks + num_rows * kNeuronPanel);
+            op_scratch = std::max(op_scratch, (op.intermediate_size + 1) * (step + 1) +
+                                                  (op.neuron_chunk + kNeuronsAhead) * unit + 2 * chunks +
+                                                  num_rows * kNeuronPanel);
             neuron_sums = std::max(neuron_sums, chunks * std::min<size_t>(num_rows, kFewRows) * hidden);
             arrivals = std::max<size_t>(arrivals, 1);
         }

@@ -18,6 +18,7 @@ constexpr int kFewRows = 8;            // that each thread packs for itself; mor
 constexpr int kAttentionQueries = 32;  // query heads of a tile of rows that share one read of keys and values
 constexpr int kNeuronStep = 32;        // columns: a multiple of every step over the rows of a transposed matrix
 constexpr int kNeuronPanel = 96;       // columns computed together, of whole steps and of whole panels
+constexpr int kNeuronsAhead = 32;      // of the chunk after the one at hand, whose rows are fetched
 constexpr int kAttentionBlock = 64;    // most positions whose keys are transposed together
 
 struct Positions {

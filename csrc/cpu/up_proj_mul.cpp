@@ -4,6 +4,7 @@
 // Each (neuron, row) pair has one vector accumulator that walks k in order, as in linear.h: what a neuron gets does not
 // depend on the list it stands in, and with every neuron listed the bits are those of gate_up_silu.
 #include "linear.h"
+#include "neuron_rows.h"
 
 namespace skipkernels::SKIPKERNELS_ISA {
 
@@ -15,9 +16,9 @@ void up_proj_mul_pack(const Instruction& ins, int begin, int end, Scratch& s) {
                   end, s);
 }
 
-// out (N, kPanelRows) = w[R] (k) * x; rows `ahead`, which the next call takes, are fetched meanwhile
+// out (N, kPanelRows) = w[R] (k) * x; what is `ahead` is fetched meanwhile
 template <class T, int R, int N>
-static void listed_rows(const T* const* w, const T* const* ahead, int64_t k, const typename Multiply<T>::Activation* x,
+static void listed_rows(const T* const* w, RowsAhead<T>& ahead, int64_t k, const typename Multiply<T>::Activation* x,
                         float* out) {
     using M = Multiply<T>;
     constexpr int W = M::width, kLine = 64 / static_cast<int>(sizeof(T));
@@ -34,7 +35,10 @@ static void listed_rows(const T* const* w, const T* const* ahead, int64_t k, con
     };
     int64_t j = 0;
     for (; j + kLine <= k; j += kLine) {
-        for (int r = 0; r < R; ++r) prefetch_l1(reinterpret_cast<const char*>(ahead[r] + j));
+        ahead.fetch(R);
+        if (N <= 2) {
+            for (int r = 0; r < R; ++r) prefetch_l1(reinterpret_cast<const char*>(w[r] + j) + 512);
+        }
         for (int u = 0; u < kLine; u += W) step(j + u, [](const T* p) { return M::weight(p); });
     }
     for (; j + W <= k; j += W) step(j, [](const T* p) { return M::weight(p); });
@@ -46,7 +50,7 @@ static void listed_rows(const T* const* w, const T* const* ahead, int64_t k, con
 }
 
 template <class T, int R, int... N>
-static void listed_rows_of(int n, std::integer_sequence<int, N...>, const T* const* w, const T* const* ahead, int64_t k,
+static void listed_rows_of(int n, std::integer_sequence<int, N...>, const T* const* w, RowsAhead<T>& ahead, int64_t k,
                            const typename Multiply<T>::Activation* x, float* out) {
     ((n == N + 1 ? listed_rows<T, R, N + 1>(w, ahead, k, x, out) : void()), ...);
 }
@@ -54,17 +58,19 @@ static void listed_rows_of(int n, std::integer_sequence<int, N...>, const T* con
 // out (active rows, kPanelRows) of `count` neurons from list[0] on; the list goes on to `end`
 template <class T>
 static void listed_panel(const T* up, const int32_t* list, int count, const int32_t* end, int64_t k, Scratch& s) {
-    constexpr int R = 4;
+    constexpr int R = 4, kDistance = 2 * R;  // rows, of which the second-level cache holds many
     constexpr auto kRows = std::make_integer_sequence<int, cpu::kMaxTile>{};
     const Tiles tiles(s.num_rows);
     for (int at = 0; at < count; at += R) {
-        const T *w[R], *ahead[R];
+        const T *w[R], *coming[R];
         const int height = count - at < R ? count - at : R;
+        int fetched = 0;
         for (int r = 0; r < R; ++r) {
-            const int32_t *own = list + at + r, *next = own + R;
+            const int32_t *own = list + at + r, *next = own + kDistance;
             w[r] = up + *(own < end ? own : end - 1) * k;
-            ahead[r] = next < end ? up + *next * k : w[r];
+            if (next < end) coming[fetched++] = up + *next * k;
         }
+        RowsAhead<T> ahead(coming, fetched, 0, k);
         for (int tile = 0; tile < tiles.count; ++tile) {
             const int begin = tiles.begin(tile), n = tiles.size(tile);
             const auto* x = packed_tile<T>(s, k, begin);
@@ -72,7 +78,7 @@ static void listed_panel(const T* up, const int32_t* list, int count, const int3
             if (height == R) {
                 listed_rows_of<T, R>(n, kRows, w, ahead, k, x, out);
             } else {
-                for (int r = 0; r < height; ++r) listed_rows_of<T, 1>(n, kRows, w + r, ahead + r, k, x, out + r);
+                for (int r = 0; r < height; ++r) listed_rows_of<T, 1>(n, kRows, w + r, ahead, k, x, out + r);
             }
         }
     }
