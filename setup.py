@@ -50,8 +50,10 @@ CPU_SOURCES = [
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 X86_SOURCES = {
     "csrc/cpu/isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "csrc/cpu/isa_avx_vnni.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
     "csrc/cpu/isa_avx512.cpp": AVX512_FLAGS,
-    "csrc/cpu/isa_avx512_bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16"],
+    "csrc/cpu/isa_avx512_vnni.cpp": [*AVX512_FLAGS, "-mavx512vnni"],
+    "csrc/cpu/isa_avx512_bf16.cpp": [*AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16"],
 }
 CUDA_SOURCES = [
     str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cuda/*")) if path.suffix in (".cpp", ".cu")

@@ -50,7 +50,8 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
 #define SKIPKERNELS_EMBED(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                                    \
   TENSOR(float, hidden_states) MATRIX(embed_tokens) TENSOR(const int32_t, input_ids)                       \
   TENSOR(const float, prompt_embeddings)                                                                               \
-  SIZE(num_rows) SIZE(hidden_size) SIZE(vocab_size) SIZE(num_prompt_rows)
+  SIZE(num_rows) SIZE(hidden_size) SIZE(vocab_size) SIZE(num_prompt_rows)                                              \
+  FLOAT(scale)
 
 #define SKIPKERNELS_SKIP_GATE(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                                \
   TENSOR(int32_t, run_ffn) TENSOR(int32_t, skip_remaining) TENSOR(float, similarity)                                   \
@@ -106,6 +107,11 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
   TENSOR(float, similarity_partials)                                                                                   \
   SIZE(num_rows) SIZE(intermediate_size) SIZE(hidden_size) SIZE(num_partials) SIZE(num_sequences) SIZE(three)                            \
   INT(rows_per_partial)
+
+#define SKIPKERNELS_BRANCH_ADD(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                       \
+  TENSOR(float, branch) TENSOR(const float, norm) TENSOR(float, hidden_states) TENSOR(float, similarity_partials)      \
+  SIZE(num_rows) SIZE(hidden_size) SIZE(num_partials) SIZE(num_sequences) SIZE(three)                                  \
+  FLOAT(multiplier) FLOAT(rms_norm_eps) INT(rows_per_partial)
 
 #define SKIPKERNELS_GATE_PROJ_ACT(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                    \
   TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) MATRIX(gate_proj)                  \
@@ -168,6 +174,7 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
   OP(o_proj_add, OProjAdd, SKIPKERNELS_O_PROJ_ADD)                                                                     \
   OP(gate_up_act, GateUpAct, SKIPKERNELS_GATE_UP_ACT)                                                               \
   OP(down_proj_add, DownProjAdd, SKIPKERNELS_DOWN_PROJ_ADD)                                                            \
+  OP(branch_add, BranchAdd, SKIPKERNELS_BRANCH_ADD)                                                                    \
   OP(gate_proj_act, GateProjAct, SKIPKERNELS_GATE_PROJ_ACT)                                                            \
   OP(select_neurons, SelectNeurons, SKIPKERNELS_SELECT_NEURONS)                                                        \
   OP(up_proj_mul, UpProjMul, SKIPKERNELS_UP_PROJ_MUL)                                                                  \

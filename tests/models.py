@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -16,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from skipkernels.decoding.own_rows import OwnRows
@@ -46,6 +49,13 @@ _LLAMA3_ROPE = _rope(
     "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
 
+_GEMMA3_ROPE = {
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+    }
+}
+
 # every irregularity that ModelConfig absorbs
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
@@ -71,6 +81,25 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "sliding_window": 12,
             "max_window_layers": 1,
         },
+    ),
+    # five sliding layers to one full; the full ones' rotary embeddings turn more slowly
+    "gemma3_text": (
+        Gemma3TextConfig,
+        {"num_hidden_layers": 7, "head_dim": 20, "sliding_window": 12, "query_pre_attn_scalar": 24, **_GEMMA3_ROPE},
+    ),
+    "granite": (
+        GraniteConfig,
+        {
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "smollm3": (SmolLM3Config, {"no_rope_layer_interval": 2}),
+    "smollm3 with sliding layers": (
+        SmolLM3Config,
+        {"no_rope_layer_interval": 3, "use_sliding_window": True, "sliding_window": 12},
     ),
 }
 

@@ -65,14 +65,16 @@ constexpr BlockTraits block_traits(Format format) {
 struct GroupLayout {
     int64_t scales, codes, bytes;
 
-    constexpr GroupLayout(const BlockTraits& traits, int64_t columns) : scales(0), codes(0), bytes(0) {
+    // inlined everywhere: the linker may keep one copy, compiled for an instruction set that this processor lacks
+    [[gnu::always_inline]] constexpr GroupLayout(const BlockTraits& traits, int64_t columns)
+        : scales(0), codes(0), bytes(0) {
         const int64_t blocks = columns / kBlockColumns;
         const int64_t supers = (columns + kSuperColumns - 1) / kSuperColumns;
         scales = lines(supers * traits.super_bytes());
         codes = scales + lines(blocks * traits.scale_bytes());
         bytes = codes + blocks * traits.code_bytes();
     }
-    static constexpr int64_t lines(int64_t size) { return (size + 63) / 64 * 64; }
+    [[gnu::always_inline]] static constexpr int64_t lines(int64_t size) { return (size + 63) / 64 * 64; }
 };
 
 inline int64_t num_groups(int64_t rows) { return (rows + kLanes - 1) / kLanes; }

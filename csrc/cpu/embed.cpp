@@ -1,5 +1,5 @@
-// hidden_states (rows, hidden) = embed_tokens (vocab, hidden)[input_ids (rows)], or for a prompt row without a token
-// its row of prompt_embeddings
+// hidden_states (rows, hidden) = scale * embed_tokens (vocab, hidden)[input_ids (rows)], or for a prompt row without
+// a token its row of prompt_embeddings
 #include "blocks.h"
 #include "kernels.h"
 #include "numbers.h"
@@ -28,6 +28,7 @@ void embed_run(const Instruction& ins, int64_t, int64_t, Scratch& s) {
             continue;
         }
         copy_weights(op.embed_tokens, op.hidden_size, op.input_ids[row], to);
+        for (int64_t j = 0; j < op.hidden_size; ++j) to[j] *= op.scale;
     }
 }
 

@@ -7,6 +7,9 @@
 #include <utility>
 
 #include "../checks.h"
+#if SKIPKERNELS_HAVE_AVX_VNNI
+#    include <cpuid.h>
+#endif
 
 namespace skipkernels::cpu {
 
@@ -16,16 +19,30 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
+#if SKIPKERNELS_HAVE_AVX_VNNI
+// GCC 12 does not know the name: leaf 7, subleaf 1, bit 4 of EAX. The registers it needs are AVX2's.
+bool has_avx_vnni() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return false;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+}
+#endif
+
 std::vector<const KernelSet*> usable_kernels() {
     std::vector<const KernelSet*> sets;
 #if SKIPKERNELS_HAVE_AVX512 && SKIPKERNELS_HAVE_AVX512_BF16
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
-        if (__builtin_cpu_supports("avx512bf16")) sets.push_back(&avx512_bf16_kernels());
+        const bool vnni = __builtin_cpu_supports("avx512vnni");
+        if (vnni && __builtin_cpu_supports("avx512bf16")) sets.push_back(&avx512_bf16_kernels());
+        if (vnni) sets.push_back(&avx512_vnni_kernels());
         sets.push_back(&avx512_kernels());
     }
 #endif
 #if SKIPKERNELS_HAVE_AVX2
+#    if SKIPKERNELS_HAVE_AVX_VNNI
+    if (has_avx_vnni()) sets.push_back(&avx_vnni_kernels());
+#    endif
     // every AVX2 processor has F16C
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&avx2_kernels());
 #endif
@@ -71,6 +88,8 @@ int64_t rows_per_partial(const Instruction& ins) {
             return ins.down_proj_add.rows_per_partial;
         case OpCode::down_proj_neurons_add:
             return ins.down_proj_neurons_add.rows_per_partial;
+        case OpCode::branch_add:
+            return ins.branch_add.rows_per_partial;
         default:
             return kPanelRows;
     }

@@ -2,6 +2,7 @@
 // ones, into its KernelSet. What these files share with others must be static or in the instruction set's namespace,
 // and no template of the standard library may be left un-inlined: the linker keeps one copy of those, possibly one that
 // this processor cannot run.
+#include "branch_add.cpp"
 #include "decode_attention.cpp"
 #include "down_proj_add.cpp"
 #include "down_proj_neurons_add.cpp"

@@ -83,8 +83,12 @@ const KernelSet& generic_kernels();
 #if SKIPKERNELS_HAVE_AVX2
 const KernelSet& avx2_kernels();
 #endif
+#if SKIPKERNELS_HAVE_AVX_VNNI
+const KernelSet& avx_vnni_kernels();
+#endif
 #if SKIPKERNELS_HAVE_AVX512
 const KernelSet& avx512_kernels();
+const KernelSet& avx512_vnni_kernels();
 #endif
 #if SKIPKERNELS_HAVE_AVX512_BF16
 const KernelSet& avx512_bf16_kernels();

@@ -1,4 +1,4 @@
-// hidden_states (rows, hidden) = embed_tokens (vocab, hidden)[input_ids (rows)]; where a prompt row has no token, its
+// hidden_states (rows, hidden) = scale * embed_tokens (vocab, hidden)[input_ids (rows)]; where a prompt row has no token, its
 // row of prompt_embeddings (prompt rows, hidden)
 #include <algorithm>
 
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
         const int64_t channel = first + i * kThreads;
         if (channel >= op.hidden_size) return;
         to[channel] = token < 0 ? op.prompt_embeddings[prompt_row * op.hidden_size + channel]
-                                : to_float(weights[token * op.hidden_size + channel]);
+                                : to_float(weights[token * op.hidden_size + channel]) * op.scale;
     }
 }
 

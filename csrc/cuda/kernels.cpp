@@ -113,6 +113,14 @@ void check(const Instruction& ins) {
                   "; allocate the state for a CUDA device");
             break;
         }
+        case OpCode::branch_add: {
+            const BranchAdd& op = ins.branch_add;
+            check_size("branch_add", "hidden_size", op.hidden_size);
+            check(!op.similarity_partials || op.rows_per_partial == kRowsPerPartial,
+                  "branch_add: rows_per_partial must be ", kRowsPerPartial, " on CUDA, got ", op.rows_per_partial,
+                  "; allocate the state for a CUDA device");
+            break;
+        }
         case OpCode::lm_head:
             check_size("lm_head", "hidden_size", ins.lm_head.hidden_size);
             check_size("lm_head", "vocab_size", ins.lm_head.vocab_size);

@@ -56,6 +56,8 @@ def bytes_of(ins: Instruction) -> int:
             return t[name].nbytes
     if ins.op == "embed":
         return rows * s["hidden_size"] * (t["embed_tokens"].element_size() + 4)
+    if ins.op == "branch_add":
+        return rows * s["hidden_size"] * 16  # branch and hidden_states, read and written
     if ins.op == "sample":
         return rows * s["vocab_size"] * 5  # logits and seen
     if ins.op == "skip_gate":

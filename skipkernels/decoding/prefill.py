@@ -16,7 +16,7 @@ from skipkernels.model.config import ModelConfig
 from skipkernels.model.matrix import as_tensor, weight_rows
 from skipkernels.model.prompt import EmbeddedPrompt, shifted
 from skipkernels.model.weights import LayerWeights, ModelWeights
-from skipkernels.program.reference import apply_rope
+from skipkernels.program.reference import activation_of, apply_rope
 from skipkernels.program.state import DecodeState
 
 CHUNK = 512
@@ -65,13 +65,15 @@ def prefill(
         end = min(offset + CHUNK, ids.numel())
         first, last = start + offset, start + end
         hidden = weight_rows(weights.embed_tokens, ids[offset:end]).to(weights.dtype)
+        hidden = hidden * config.embed_scale_in(weights.dtype)
         if embedded:
             hidden = embedded.embeddings[first:last].to(hidden)
-        rope = _rope(config, weights, first, last, axes)
         begin, hidden = resume or (0, hidden)
         for index, layer in enumerate(weights.layers[begin:], start=begin):
+            rope = _rope(config, weights, index, first, last, axes)
             cache = _PagedLayer(state, index, slot, last)
-            hidden = hidden + _attention(config, layer, index, hidden, first, rope, cache)
+            attended = _attention(config, layer, index, hidden, first, rope, cache)
+            hidden = hidden + _branch(config, layer.attention_branch_norm, attended)
             multiply = None if products is None else partial(products, index)
             if neuron_scale is not None:
                 scale = neuron_scale[offset:end, None].to(device)
@@ -80,7 +82,7 @@ def prefill(
                     state.neuron_gate_threshold[index, slot] * scale,
                     state.neuron_product_threshold[index, slot] * scale,
                 )
-            change = _ffn(config, layer, hidden, multiply or torch.mul)
+            change = _branch(config, layer.ffn_branch_norm, _ffn(config, layer, hidden, multiply or torch.mul))
             if run_map is not None:
                 change = torch.where(run_map[offset:end, index, None].to(device) != 0, change, 0)
             before, hidden = hidden, hidden + change
@@ -145,7 +147,12 @@ def _attention(
     offsets = torch.arange(start, end, device=hidden.device)[:, None] - positions
     mask = offsets >= 0 if window is None else (offsets >= 0) & (offsets < window)
     attended = F.scaled_dot_product_attention(
-        apply_rope(query, *rope)[None], keys[None], values[None], attn_mask=mask, enable_gqa=heads != kv_heads
+        apply_rope(query, *rope)[None],
+        keys[None],
+        values[None],
+        attn_mask=mask,
+        scale=config.scaling,
+        enable_gqa=heads != kv_heads,
     )
     o_bias = None if layer.o_proj_bias is None else layer.o_proj_bias.to(dtype)
     attended = attended[0].transpose(0, 1).reshape(len(hidden), -1)
@@ -153,15 +160,22 @@ def _attention(
 
 
 def _rope(
-    config: ModelConfig, weights: ModelWeights, start: int, end: int, positions: torch.Tensor | None
+    config: ModelConfig, weights: ModelWeights, layer: int, start: int, end: int, positions: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine [tokens, head_dim / 2] of a chunk, in the weights' dtype. With positions [3, tokens] each channel
     pair has a position of its own, that of its axis; negative ones are the tables' mirror images."""
-    cos, sin = weights.rope_cos[start:end], weights.rope_sin[start:end]
+    all_cos, all_sin = weights.rope_of(config, layer)
+    cos, sin = all_cos[start:end], all_sin[start:end]
     if positions is not None:
         at = positions[list(config.position_axes or ()), start:end].T
-        cos, sin = weights.rope_cos.gather(0, at.abs()), weights.rope_sin.gather(0, at.abs()) * at.sign()
+        cos, sin = all_cos.gather(0, at.abs()), all_sin.gather(0, at.abs()) * at.sign()
     return cos.to(weights.dtype), sin.to(weights.dtype)
+
+
+def _branch(config: ModelConfig, norm: torch.Tensor | None, change: torch.Tensor) -> torch.Tensor:
+    """What is added to the residual stream, of what attention or the FFN gave."""
+    normed = change if norm is None else _rms_norm(change, norm, config.rms_norm_eps)
+    return normed * config.residual_multiplier
 
 
 def _ffn(
@@ -174,7 +188,7 @@ def _ffn(
     activated gates and the ups."""
     x = _rms_norm(hidden, layer.post_attention_layernorm, config.rms_norm_eps)
     gate, up = F.linear(x, as_tensor(layer.gate_up_proj, hidden.dtype)).chunk(2, dim=-1)
-    return F.linear(multiply(F.silu(gate), up), as_tensor(layer.down_proj, hidden.dtype))
+    return F.linear(multiply(activation_of(config.activation)(gate), up), as_tensor(layer.down_proj, hidden.dtype))
 
 
 def _multiply_kept(

@@ -13,6 +13,9 @@ from skipkernels.program import Program
 from skipkernels.program.state import DecodeState
 from skipkernels.support.machine import default_threads
 
+_FLOAT_OPS = ("gate_proj_act", "up_proj_mul", "down_proj_neurons_add")
+"""Ops that read single rows of their matrices, which lie between others where weights are quantised."""
+
 
 class CpuExecutor:
     """Executes a program in C++ on ``num_threads`` threads (default: every processor this process may use)."""
@@ -24,6 +27,7 @@ class CpuExecutor:
     ) -> None:
         if state.active.device.type != "cpu":
             raise DeviceError(f"the cpu executor needs buffers on the cpu, got {state.active.device}")
+        require_formats(tuple(ins for ins in program if ins.op in _FLOAT_OPS), "cpu")
         require_formats(program, "cpu", (*FLOAT_FORMATS, *BLOCK_FORMATS))
         require_interleaved_int8(program, "cpu")
         self.program = program  # keeps the tensors alive whose addresses the native program holds

@@ -36,7 +36,7 @@ from skipkernels.engine import DEFAULT_MAX_SEQ_LEN, Engine
 from skipkernels.errors import ModelError, RequestError
 from skipkernels.model.config import ModelConfig
 from skipkernels.model.module_check import check_module, shares_embeddings
-from skipkernels.model.weights import expected_parameters, parameter_views, rope_tables
+from skipkernels.model.weights import as_packed, expected_parameters, parameter_views, rope_tables
 from skipkernels.skipping.policy import Policy
 from skipkernels.support.turns import Turns
 
@@ -306,15 +306,15 @@ def _is_current(engine: Engine, model: PreTrainedModel) -> bool:
     parameters = check_module(model, config, expected_parameters(config), model.device)
     if config != engine.config:
         return False
-    cos, sin = rope_tables(hf_config, 2, model)
     weights = engine.weights
+    (cos, sin), *_ = rope_tables(hf_config, 2, model)
     return (
         torch.equal(cos, weights.rope_cos[:2].cpu())
         and torch.equal(sin, weights.rope_sin[:2].cpu())
         and all(
             parameters[name].data_ptr() == view.data_ptr()
             if view.dim() == 2
-            else torch.equal(parameters[name].float(), view)
+            else torch.equal(as_packed(config, name, parameters[name]).float(), view)
             for name, view in parameter_views(engine.config, weights).items()
         )
     )

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from skipkernels.model.config import ModelConfig
 from skipkernels.model.matrix import dequantized, float_tensor, weight_rows
 from skipkernels.model.weights import LayerWeights, ModelWeights
-from skipkernels.program.reference import apply_rope, rms_norm
+from skipkernels.program.reference import activation_of, apply_rope, rms_norm
 
 _CHUNK = 512  # tokens processed at a time: bounds the memory of attention
 
@@ -60,7 +60,7 @@ class LayerDecoder:
         self._embed_tokens = weights.embed_tokens
         self._layers = [_in_fp32(layer) for layer in weights.layers]
         self._norm, self._lm_head = weights.norm, dequantized(weights.lm_head)
-        self._rope_cos, self._rope_sin = weights.rope_cos, weights.rope_sin
+        self._ropes = [weights.rope_of(config, index) for index in range(config.num_hidden_layers)]
         shape = (config.num_hidden_layers, config.num_key_value_heads, max_seq_len, config.head_dim)
         self._k_cache = torch.zeros(shape, dtype=weights.dtype, device=self._device)
         self._v_cache = torch.zeros_like(self._k_cache)
@@ -98,7 +98,7 @@ class LayerDecoder:
     def _read_chunk(
         self, tokens: torch.Tensor, rule: LayerRule, steps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = weight_rows(self._embed_tokens, tokens).float()
+        hidden = weight_rows(self._embed_tokens, tokens).float() * self.config.embed_scale_in(self.dtype)
         ran = torch.ones_like(tokens, dtype=torch.bool)
         maps = []
         for index, layer in enumerate(self._layers):
@@ -106,8 +106,8 @@ class LayerDecoder:
             maps.append(ran)
             query = self._project(index, layer, hidden)
             if ran.any():
-                after = hidden + self._attend(index, layer, query)
-                after = after + self._ffn(layer, after)
+                after = hidden + self._branch(layer.attention_branch_norm, self._attend(index, layer, query))
+                after = after + self._branch(layer.ffn_branch_norm, self._ffn(layer, after))
                 hidden = torch.where(ran[:, None], after, hidden)
         return hidden, torch.stack(maps, dim=1)
 
@@ -122,7 +122,7 @@ class LayerDecoder:
         if layer.q_norm is not None and layer.k_norm is not None:
             query = rms_norm(query, layer.q_norm, c.rms_norm_eps)
             key = rms_norm(key, layer.k_norm, c.rms_norm_eps)
-        cos, sin = self._rope_cos[start:end], self._rope_sin[start:end]
+        cos, sin = (table[start:end] for table in self._ropes[index])
         self._k_cache[index, :, start:end] = apply_rope(key, cos, sin)
         self._v_cache[index, :, start:end] = value
         return apply_rope(query, cos, sin)
@@ -140,16 +140,24 @@ class LayerDecoder:
             self._k_cache[None, index, :, begin : start + tokens].float(),
             self._v_cache[None, index, :, begin : start + tokens].float(),
             attn_mask=mask,
+            scale=self.config.scaling,
             enable_gqa=True,
         )
         attended = attended[0].transpose(0, 1).reshape(tokens, -1)
         return F.linear(attended, float_tensor(layer.o_proj), layer.o_proj_bias)
 
+    def _branch(self, norm: torch.Tensor | None, change: torch.Tensor) -> torch.Tensor:
+        """What is added to the residual stream, of what attention or the FFN gave."""
+        normed = change if norm is None else rms_norm(change, norm, self.config.rms_norm_eps)
+        return normed * self.config.residual_multiplier
+
     def _ffn(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
         """The FFN branch [tokens, hidden], without the residual."""
         x = self._ffn_input(rms_norm(hidden, layer.post_attention_layernorm, self.config.rms_norm_eps))
         gate, up = F.linear(x, float_tensor(layer.gate_up_proj)).chunk(2, dim=-1)
-        return F.linear(self._down_input(F.silu(gate) * up), float_tensor(layer.down_proj))
+        return F.linear(
+            self._down_input(activation_of(self.config.activation)(gate) * up), float_tensor(layer.down_proj)
+        )
 
     def _ffn_input(self, x: torch.Tensor) -> torch.Tensor:
         """What gate_proj and up_proj read; methods that leave out columns override it."""

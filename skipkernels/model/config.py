@@ -6,28 +6,24 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, cast
 
 import torch
 
 from skipkernels.errors import ModelError, RequestError
+from skipkernels.model.family import FAMILIES, Family, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_omni_text")
-_READ_ATTENTION_BIAS = ("llama", "qwen3")
-_QKV_BIAS = ("qwen2", "qwen2_5_omni_text")
-_READ_MLP_BIAS = ("llama",)
-_WINDOW_PER_LAYER = ("qwen2", "qwen3", "qwen2_5_omni_text")
-_ONE_WINDOW = ("mistral",)
-_THREE_AXES = ("qwen2_5_omni_text",)
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ACTIVATIONS = ("silu", "gelu_tanh")
 """Of the FFN's gate, in the order of the instruction set's numbers."""
+_ACTIVATION_NAMES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -75,6 +71,15 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...]
     rope_parameters: tuple[tuple[str, object], ...]
     activation: str = "silu"  # one of ACTIVATIONS
+    branch_norms: bool = False  # attention and FFN are normed once more before they are added
+    norm_offset: float = 0.0  # what is added to the weights of norms
+    attention_scaling: float | None = None  # None: 1 / sqrt(head_dim)
+    embed_scale: float = 1.0
+    rounds_embed_scale: bool = False
+    residual_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    second_rope_parameters: tuple[tuple[str, object], ...] = ()  # of some layers; none there: they do not rotate
+    second_rope_layers: tuple[bool, ...] = ()  # which; none: all layers rotate alike
 
     @classmethod
     def from_hf(cls, config: PreTrainedConfig) -> ModelConfig:
@@ -83,21 +88,21 @@ class ModelConfig:
         Raises:
             ModelError: the family, activation or rotary variant is not supported; the message says which are.
         """
-        family = config.model_type
-        if family not in SUPPORTED_FAMILIES:
-            raise ModelError(
-                f"model family {family!r} is not supported; supported are {', '.join(SUPPORTED_FAMILIES)} "
-                "(dense decoders with a gated SiLU FFN)"
-            )
+        kind = family_of(config)
+        family = kind.name
         refuse_quantised(config)
         if getattr(config, "is_causal", True) is False:
             raise ModelError(f"{family}: is_causal=False is not supported; a decoder attends to earlier tokens only")
-        activation = config.hidden_act
-        if activation not in ("silu", "swish"):
-            raise ModelError(f"{family}: hidden_act={activation!r} is not supported; supported is 'silu'")
-        if family in _READ_MLP_BIAS and config.mlp_bias:
+        for entry in kind.must_be_off:
+            if value := getattr(config, entry, None):
+                raise ModelError(f"{family}: {entry}={value} is not supported; the kernels do without")
+        activation = getattr(config, kind.activation)
+        if activation not in _ACTIVATION_NAMES:
+            known = ", ".join(_ACTIVATION_NAMES)
+            raise ModelError(f"{family}: {kind.activation}={activation!r} is not supported; supported: {known}")
+        if kind.reads_mlp_bias and config.mlp_bias:
             raise ModelError(f"{family}: mlp_bias=True is not supported; the FFN kernels have no bias")
-        rope = _rope_parameters(config)
+        rope, second_rope = _rope_parameters(config, kind)
         heads = _size(config, "num_attention_heads")
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -107,7 +112,7 @@ class ModelConfig:
             raise ModelError(f"{family}: head_dim must be even for rotary embeddings, got {head_dim}")
         if not (math.isfinite(config.rms_norm_eps) and config.rms_norm_eps >= 0):
             raise ModelError(f"{family}: rms_norm_eps must be a finite number of at least 0, got {config.rms_norm_eps}")
-        attention_bias = family in _READ_ATTENTION_BIAS and bool(config.attention_bias)
+        attention_bias = kind.attention_bias == "read" and bool(config.attention_bias)
         return cls(
             model_type=family,
             hidden_size=_size(config, "hidden_size"),
@@ -120,18 +125,42 @@ class ModelConfig:
             max_position_embeddings=_size(config, "max_position_embeddings"),
             rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=bool(config.tie_word_embeddings),
-            qkv_bias=attention_bias or family in _QKV_BIAS,
+            qkv_bias=attention_bias or kind.attention_bias == "qkv",
             o_proj_bias=attention_bias,
-            qk_norm=family == "qwen3",
-            sliding_windows=_sliding_windows(config),
-            rope_parameters=tuple(sorted((name, _hashable(value)) for name, value in rope.items())),
+            qk_norm=kind.qk_norm,
+            sliding_windows=_sliding_windows(config, kind),
+            rope_parameters=_hashable_rope(rope),
+            activation=_ACTIVATION_NAMES[activation],
+            branch_norms=kind.branch_norms,
+            norm_offset=kind.norm_offset,
+            attention_scaling=_unless(head_dim**-0.5, kind.scaling(config)),
+            embed_scale=kind.embed_scale(config),
+            rounds_embed_scale=kind.rounds_embed_scale,
+            residual_multiplier=kind.residual_multiplier(config),
+            logits_multiplier=kind.logits_multiplier(config),
+            second_rope_parameters=_hashable_rope(second_rope),
+            second_rope_layers=_second_rope_layers(config, kind),
         )
+
+    @property
+    def scaling(self) -> float:
+        """Of attention's scores."""
+        return self.head_dim**-0.5 if self.attention_scaling is None else self.attention_scaling
+
+    @property
+    def changes_branches(self) -> bool:
+        """Whether what attention and FFN give is changed as a whole before it is added to the residual stream."""
+        return self.branch_norms or self.residual_multiplier != 1.0
+
+    def embed_scale_in(self, dtype: torch.dtype) -> float:
+        """The factor of embeddings, as transformers has it in a model of ``dtype``."""
+        return float(torch.tensor(self.embed_scale, dtype=dtype)) if self.rounds_embed_scale else self.embed_scale
 
     @property
     def position_axes(self) -> tuple[int, ...] | None:
         """Which of a token's positions in time (0), height (1) and width (2) rotates each pair of channels; None where
         a token has one position (M-RoPE: Qwen2-VL, arXiv 2409.12191)."""
-        if self.model_type not in _THREE_AXES:
+        if self.model_type not in FAMILIES or not FAMILIES[self.model_type].three_axes:
             return None
         sections = cast("tuple[int, ...] | None", dict(self.rope_parameters).get("mrope_section"))
         return sections and tuple(axis for axis, pairs in enumerate(sections) for _ in range(pairs))
@@ -207,6 +236,14 @@ class ModelConfig:
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def _hashable_rope(rope: Mapping[str, object]) -> tuple[tuple[str, object], ...]:
+    return tuple(sorted((name, _hashable(value)) for name, value in rope.items()))
+
+
+def _unless(usual: float, value: float) -> float | None:
+    return None if value == usual else value
+
+
 def _hashable(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
@@ -230,8 +267,31 @@ def _size(config: PreTrainedConfig, name: str) -> int:
     return value
 
 
-def _rope_parameters(config: PreTrainedConfig) -> dict[str, object]:
-    family, rope = config.model_type, dict(config.rope_parameters or {})
+def rope_by_kind(config: PreTrainedConfig, kind: Family) -> dict[str | None, dict[str, object]]:
+    """Rotary parameters as transformers names them: by type of layer, or one set under None. The first is that of
+    layers with full attention."""
+    rope = dict(config.rope_parameters or {})
+    if not kind.rope_by_type:
+        return {None: rope}
+    return {name: dict(rope.get(name) or {}) for name in ("full_attention", "sliding_attention")}
+
+
+def _rope_parameters(config: PreTrainedConfig, kind: Family) -> tuple[dict[str, object], dict[str, object]]:
+    """Of most layers, and of those of ``_second_rope_layers``."""
+    checked = [_checked_rope(kind.name, rope) for rope in rope_by_kind(config, kind).values()]
+    return checked[0], checked[1] if len(checked) > 1 else {}
+
+
+def _second_rope_layers(config: PreTrainedConfig, kind: Family) -> tuple[bool, ...]:
+    if kind.rope_by_type:
+        return tuple(name == "sliding_attention" for name in config.layer_types)
+    if not kind.layers_without_rope:
+        return ()
+    flags = tuple(not flag for flag in config.no_rope_layers)  # 0 stands for a layer without
+    return flags if any(flags) else ()
+
+
+def _checked_rope(family: str, rope: dict[str, object]) -> dict[str, object]:
     nested = [name for name, value in rope.items() if isinstance(value, dict)]
     if nested or "rope_type" not in rope:
         raise ModelError(
@@ -251,16 +311,16 @@ def _rope_parameters(config: PreTrainedConfig) -> dict[str, object]:
     return rope
 
 
-def _sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+def _sliding_windows(config: PreTrainedConfig, kind: Family) -> tuple[int | None, ...]:
     """One window per layer, as the family's attention has it; entries that it does not read count for nothing."""
     family, layers = config.model_type, config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
-    if family in _WINDOW_PER_LAYER:
+    if kind.windows == "by type":
         windows = _windows_by_type(config, window)
     else:
-        if window is not None and family not in _ONE_WINDOW:
+        if window is not None and kind.windows == "none":
             logger.warning("%s has no sliding windows; sliding_window=%s is ignored", family, window)
-        windows = (window if family in _ONE_WINDOW else None,) * layers
+        windows = (window if kind.windows == "one" else None,) * layers
     if any(size is not None and size < 1 for size in windows):
         raise ModelError(f"{family}: sliding_window must be at least 1, got {window}")
     return windows

@@ -79,7 +79,8 @@ def _refuse_unknown(
     head: torch.nn.Module,
 ) -> None:
     extra = [name for name in parameters if name not in shapes and name != "lm_head.weight"]
-    extra += [f"model.{name}" for name, _ in decoder.named_buffers() if not name.startswith("rotary_emb.")]
+    known = ("rotary_emb.", "embed_tokens.embed_scale")
+    extra += [f"model.{name}" for name, _ in decoder.named_buffers() if not name.startswith(known)]
     extra += [f"lm_head.{name}" for name, _ in (*head.named_parameters(), *head.named_buffers()) if name != "weight"]
     if extra:
         raise ModelError(
@@ -91,7 +92,7 @@ def _check_part(name: str, part: torch.nn.Module, config: ModelConfig) -> None:
     """A submodule must be of a class that is known, compute by that class's own code and have no hooks."""
     title = name or type(part).__name__
     kind = type(part)
-    if name and not _is_known(name.rpartition(".")[2], kind):
+    if name and not _is_known(name.rpartition(".")[2], kind, config):
         raise ModelError(f"{title!r} is a {kind.__module__}.{kind.__name__}, which the decode program does not know")
     origin = inspect.unwrap(kind.forward).__module__ or ""
     if "forward" in vars(part) or not origin.startswith(("transformers.models.", "transformers.activations", "torch.")):
@@ -116,12 +117,18 @@ _TORCH_CLASSES: dict[str, type[torch.nn.Module]] = {
 }
 
 
-def _is_known(role: str, kind: type[torch.nn.Module]) -> bool:
+_ACTIVATION_CLASSES = {"silu": ("SiLU", "SiLUActivation"), "gelu_tanh": ("GELUTanh", "PytorchGELUTanh")}
+
+
+def _is_known(role: str, kind: type[torch.nn.Module], config: ModelConfig) -> bool:
+    own = kind.__module__.startswith("transformers.models.")
+    if role == "embed_tokens" and config.rounds_embed_scale:
+        return own and kind.__name__.endswith("ScaledWordEmbedding")
     if role in _TORCH_CLASSES:
         return kind is _TORCH_CLASSES[role]
     if role == "act_fn":
-        return kind.__name__ in ("SiLU", "SiLUActivation") and kind.__module__.startswith(("torch.", "transformers."))
-    own = kind.__module__.startswith("transformers.models.")
+        known = _ACTIVATION_CLASSES[config.activation]
+        return kind.__name__ in known and kind.__module__.startswith(("torch.", "transformers."))
     return own and (not role.endswith("norm") or kind.__name__.endswith("RMSNorm"))
 
 
@@ -133,12 +140,13 @@ def _expected_attributes(part: torch.nn.Module, config: ModelConfig) -> dict[str
     """What a part of a decoder remembers of the configuration it was made from."""
     kind = type(part).__name__
     if kind.endswith("RMSNorm"):
-        return {"variance_epsilon": config.rms_norm_eps}
+        return {"variance_epsilon" if hasattr(part, "variance_epsilon") else "eps": config.rms_norm_eps}
     if isinstance(part, torch.nn.Embedding):
-        return {"max_norm": None}
+        scale = {"scalar_embed_scale": config.embed_scale} if config.rounds_embed_scale else {}
+        return {"max_norm": None, **scale}
     if kind.endswith("Attention"):
         return {
-            "scaling": config.head_dim**-0.5,
+            "scaling": config.scaling,
             "is_causal": True,
             "head_dim": config.head_dim,
             "num_key_value_groups": config.num_attention_heads // config.num_key_value_heads,

@@ -6,6 +6,7 @@ of the packed matrices, so memory is not doubled.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from skipkernels.errors import DeviceError, ModelError
-from skipkernels.model.config import ModelConfig
+from skipkernels.model.config import ModelConfig, rope_by_kind
+from skipkernels.model.family import family_of
 from skipkernels.model.matrix import AnyMatrix, Matrix, StackedMatrix, float_tensor
 from skipkernels.model.module_check import check_module
 from skipkernels.model.shards import Shards
@@ -37,9 +39,11 @@ class LayerWeights:
     k_norm: torch.Tensor | None  # [head_dim]
     o_proj: AnyMatrix  # [hidden, heads head_dim]
     o_proj_bias: torch.Tensor | None  # [hidden]
-    post_attention_layernorm: torch.Tensor  # [hidden]
+    post_attention_layernorm: torch.Tensor  # [hidden], in front of the FFN; Gemma's pre_feedforward_layernorm
     gate_up_proj: AnyMatrix  # [2 intermediate, hidden]
     down_proj: AnyMatrix  # [hidden, intermediate]; with neuron_rows a view of storage that lies transposed
+    attention_branch_norm: torch.Tensor | None = None  # [hidden], of what attention adds to the residual stream
+    ffn_branch_norm: torch.Tensor | None = None  # [hidden], of what the FFN adds
 
 
 @dataclass
@@ -53,6 +57,8 @@ class ModelWeights:
     rope_cos: torch.Tensor  # [max_seq_len, head_dim / 2], fp32
     rope_sin: torch.Tensor  # [max_seq_len, head_dim / 2], fp32
     neuron_rows: bool = False  # down_proj lies transposed, one neuron a row, so that single neurons can be left out
+    second_rope_cos: torch.Tensor | None = None  # of the config's second_rope_layers
+    second_rope_sin: torch.Tensor | None = None
     contents: str = ""  # a hash over the values they were loaded with; none: random ones
     cache_dtype: torch.dtype = torch.bfloat16  # of the KV cache, where embed_tokens is quantised
 
@@ -60,6 +66,12 @@ class ModelWeights:
     def dtype(self) -> torch.dtype:
         """The floats that go with the weights: those of the KV cache."""
         return self.embed_tokens.dtype if isinstance(self.embed_tokens, torch.Tensor) else self.cache_dtype
+
+    def rope_of(self, config: ModelConfig, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of a layer."""
+        if config.second_rope_layers and config.second_rope_layers[layer]:
+            return cast("torch.Tensor", self.second_rope_cos), cast("torch.Tensor", self.second_rope_sin)
+        return self.rope_cos, self.rope_sin
 
     def tensors(self) -> Iterator[tuple[str, AnyMatrix]]:
         """Every distinct tensor or matrix of blocks with a readable name."""
@@ -149,6 +161,8 @@ def allocate_weights(
                 post_attention_layernorm=vector(hidden),
                 gate_up_proj=matrix(2 * c.intermediate_size, hidden),
                 down_proj=matrix(c.intermediate_size, hidden).T if neuron_rows else matrix(hidden, c.intermediate_size),
+                attention_branch_norm=vector(hidden) if c.branch_norms else None,
+                ffn_branch_norm=vector(hidden) if c.branch_norms else None,
             )
             for _ in range(c.num_hidden_layers)
         ],
@@ -156,6 +170,8 @@ def allocate_weights(
         lm_head=embed_tokens if c.tie_word_embeddings else matrix(c.vocab_size, hidden),
         rope_cos=rotary_table(),
         rope_sin=rotary_table(),
+        second_rope_cos=rotary_table() if c.second_rope_layers else None,
+        second_rope_sin=rotary_table() if c.second_rope_layers else None,
         neuron_rows=neuron_rows,
     )
 
@@ -175,13 +191,18 @@ def parameter_views(config: ModelConfig, weights: ModelWeights) -> dict[str, tor
         attention = prefix + "self_attn."
         named = {
             prefix + "input_layernorm.weight": layer.input_layernorm,
-            prefix + "post_attention_layernorm.weight": layer.post_attention_layernorm,
             attention + "o_proj.weight": float_tensor(layer.o_proj),
             attention + "o_proj.bias": layer.o_proj_bias,
             attention + "q_norm.weight": layer.q_norm,
             attention + "k_norm.weight": layer.k_norm,
             prefix + "mlp.down_proj.weight": float_tensor(layer.down_proj),
         }
+        if config.branch_norms:
+            named[prefix + "post_attention_layernorm.weight"] = layer.attention_branch_norm
+            named[prefix + "pre_feedforward_layernorm.weight"] = layer.post_attention_layernorm
+            named[prefix + "post_feedforward_layernorm.weight"] = layer.ffn_branch_norm
+        else:
+            named[prefix + "post_attention_layernorm.weight"] = layer.post_attention_layernorm
         for kind, packed in (("weight", float_tensor(layer.qkv_proj)), ("bias", layer.qkv_bias)):
             parts = packed.split([q_size, kv_size, kv_size]) if packed is not None else (None, None, None)
             for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
@@ -192,30 +213,62 @@ def parameter_views(config: ModelConfig, weights: ModelWeights) -> dict[str, tor
     return views
 
 
+def as_packed(config: ModelConfig, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """The values of a parameter as the packed weights hold them: what a family does to its norms is done once. A factor
+    of the logits goes into the final norm."""
+    if name.endswith("norm.weight") and config.norm_offset:
+        parameter = parameter.float() + config.norm_offset
+    if name == "model.norm.weight" and config.logits_multiplier != 1.0:
+        parameter = parameter.float() * config.logits_multiplier
+    return parameter
+
+
 def fill_rope(weights: ModelWeights, hf_config: PreTrainedConfig, module: PreTrainedModel | None = None) -> None:
     """Rotary tables by transformers' own embedding, which knows every scaling rule; with the frequencies of a loaded
     ``module``, which was perhaps cast to another dtype as a whole."""
-    cos, sin = rope_tables(hf_config, len(weights.rope_cos), module)
-    weights.rope_cos.copy_(cos)
-    weights.rope_sin.copy_(sin)
+    tables = rope_tables(hf_config, len(weights.rope_cos), module)
+    pairs = [(weights.rope_cos, weights.rope_sin), (weights.second_rope_cos, weights.second_rope_sin)]
+    for (own_cos, own_sin), (cos, sin) in zip(pairs, tables, strict=False):
+        if own_cos is not None and own_sin is not None:
+            own_cos.copy_(cos)
+            own_sin.copy_(sin)
 
 
 def rope_tables(
     hf_config: PreTrainedConfig, positions: int, module: PreTrainedModel | None = None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Cosines and sines [positions, head_dim / 2], fp32, of most layers and then those of the second_rope_layers."""
+    family = family_of(hf_config)
+    tables = [
+        _rope_table(hf_config, kind, rope, positions, module) for kind, rope in rope_by_kind(hf_config, family).items()
+    ]
+    if family.layers_without_rope:
+        tables.append((torch.ones_like(tables[0][0]), torch.zeros_like(tables[0][1])))  # an angle of 0 everywhere
+    return tables
+
+
+def _rope_table(
+    hf_config: PreTrainedConfig,
+    kind: str | None,
+    rope: dict[str, object],
+    positions: int,
+    module: PreTrainedModel | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [positions, head_dim / 2], fp32."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     try:
         with torch.inference_mode(False), torch.no_grad():
-            rotary = LlamaRotaryEmbedding(cast("LlamaConfig", hf_config))
-            if module is not None:
-                own = module.get_decoder().rotary_emb
-                rotary.inv_freq = own.inv_freq.detach().cpu().clone()
-                rotary.attention_scaling = own.attention_scaling
+            of_kind = copy.copy(hf_config)
+            of_kind.rope_parameters = rope
+            rotary = LlamaRotaryEmbedding(cast("LlamaConfig", of_kind))
+            own = None if module is None else module.get_decoder().rotary_emb
+            prefix = f"{kind}_" if kind else ""
+            if own is not None and (kind is None or hasattr(own, prefix + "inv_freq")):  # else no layer is of the kind
+                rotary.inv_freq = getattr(own, prefix + "inv_freq").detach().cpu().clone()
+                rotary.attention_scaling = getattr(own, prefix + "attention_scaling")
             cos, sin = rotary(torch.empty(1, dtype=torch.float32), torch.arange(positions)[None])
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"rotary parameters {hf_config.rope_parameters} cannot be used ({error})") from error
+        raise ModelError(f"rotary parameters {rope} cannot be used ({error})") from error
     half = cos.shape[-1] // 2
     return cos[0, :, :half], sin[0, :, :half]
 
@@ -238,7 +291,7 @@ def load_checkpoint(
     weights, contents = allocate_weights(config, dtype, max_seq_len, device, neuron_rows), WeightsHash()
     views = parameter_views(config, weights)
     for name, tensor in shards.tensors(views):
-        views[name].copy_(tensor)
+        views[name].copy_(as_packed(config, name, tensor))
         contents.add(name, tensor)
     warn_of_nan(views)
     weights.contents = contents.hexdigest()
@@ -267,7 +320,7 @@ def pack_module(
         views = parameter_views(config, weights)
         for name, view in views.items():
             contents.add(name, parameters[name])
-            view.copy_(parameters[name])
+            view.copy_(as_packed(config, name, parameters[name]))
             shared = view.dtype == parameters[name].dtype and view.dim() == 2
             if shared and not parameters[name].is_inference():  # one made in inference mode cannot change its storage
                 parameters[name].data = view

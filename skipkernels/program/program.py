@@ -67,13 +67,30 @@ def build_program(
     def record(op: str, row_mask: torch.Tensor = s.active, **operands: Operand) -> None:
         program.append(instruction(op, row_mask=row_mask, activations=activations, **operands))
 
+    def record_branch_add(rows: torch.Tensor, norm: torch.Tensor | None, partials: torch.Tensor | None) -> None:
+        record(
+            "branch_add",
+            row_mask=rows,
+            branch=s.branch,
+            norm=norm,
+            hidden_states=s.hidden_states,
+            similarity_partials=partials,
+            multiplier=config.residual_multiplier,
+            rms_norm_eps=eps,
+            rows_per_partial=s.layout.rows_per_partial,
+        )
+
+    partials = s.similarity_partials if gated else None
     record(
         "embed",
         hidden_states=s.hidden_states,
         embed_tokens=weights.embed_tokens,
         input_ids=s.input_ids,
         prompt_embeddings=s.prompt_embeddings,
+        scale=config.embed_scale_in(weights.dtype),
     )
+    # where a whole branch is normed or scaled before it is added, projections add into a buffer of its own
+    stream = s.branch if config.changes_branches else s.hidden_states
     if neurons:
         record(
             "neuron_gate",
@@ -93,6 +110,7 @@ def build_program(
     axes = config.position_axes
     position_axes = None if axes is None else torch.tensor(axes, dtype=torch.int32, device=s.active.device)
     for index, layer in enumerate(weights.layers):
+        rope_cos, rope_sin = weights.rope_of(config, index)
         if gated:
             record(
                 "skip_gate",
@@ -125,8 +143,8 @@ def build_program(
             qkv_bias=layer.qkv_bias,
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
-            rope_cos=weights.rope_cos,
-            rope_sin=weights.rope_sin,
+            rope_cos=rope_cos,
+            rope_sin=rope_sin,
             position_axes=position_axes,
             prompt_positions=None if position_axes is None else s.prompt_positions,
             query=s.query,
@@ -147,7 +165,7 @@ def build_program(
             row_position=s.row_position,
             attn_partials=s.attn_partials,
             attn_output=s.attn_output,
-            scaling=config.head_dim**-0.5,
+            scaling=config.scaling,
             sliding_window=config.sliding_windows[index] or 0,
             kv_split_size=s.layout.kv_split_size,
         )
@@ -156,8 +174,10 @@ def build_program(
             attn_output=s.attn_output,
             o_proj=layer.o_proj,
             o_proj_bias=layer.o_proj_bias,
-            hidden_states=s.hidden_states,
+            hidden_states=stream,
         )
+        if config.changes_branches:
+            record_branch_add(s.active, layer.attention_branch_norm, None)
         if neurons:
             _record_neurons(record, config, layer, state, index)
         else:
@@ -171,7 +191,6 @@ def build_program(
                 rms_norm_eps=eps,
                 activation=ACTIVATIONS.index(config.activation),
             )
-        partials = s.similarity_partials if gated else None
         if weights.neuron_rows:
             record(
                 "down_proj_neurons_add",
@@ -180,8 +199,8 @@ def build_program(
                 neurons=s.neurons if neurons else None,
                 num_neurons=s.num_neurons if neurons else None,
                 down_proj=float_tensor(layer.down_proj).T,
-                hidden_states=s.hidden_states,
-                similarity_partials=partials,
+                hidden_states=stream,
+                similarity_partials=None if config.changes_branches else partials,
                 rows_per_partial=s.layout.rows_per_partial,
                 neuron_chunk=neuron_chunk(config.intermediate_size),
             )
@@ -191,10 +210,12 @@ def build_program(
                 row_mask=s.run_ffn[index],
                 intermediate=s.intermediate,
                 down_proj=layer.down_proj,
-                hidden_states=s.hidden_states,
-                similarity_partials=partials,
+                hidden_states=stream,
+                similarity_partials=None if config.changes_branches else partials,
                 rows_per_partial=s.layout.rows_per_partial,
             )
+        if config.changes_branches:
+            record_branch_add(s.run_ffn[index], layer.ffn_branch_norm, partials)
     record(
         "lm_head",
         row_mask=s.decode_rows,

@@ -63,13 +63,13 @@ def linear(ins: Instruction, matrix: str, bias: torch.Tensor | None = None) -> C
 
 
 def embed(ins: Instruction) -> None:
-    t, s = ins.tensors, ins.sizes
+    t, s, scale = ins.tensors, ins.sizes, ins.scalars["scale"]
     for row in ins.rows:
         token = int(t["input_ids"][row])
         if token < 0:
             t["hidden_states"][row] = t["prompt_embeddings"][row - (s["num_rows"] - s["num_prompt_rows"])]
         else:
-            t["hidden_states"][row] = weight_rows(t["embed_tokens"], torch.tensor([token]))[0].float()
+            t["hidden_states"][row] = weight_rows(t["embed_tokens"], torch.tensor([token]))[0].float() * scale
 
 
 def skip_gate(ins: Instruction) -> None:
@@ -286,15 +286,14 @@ def o_proj_add(ins: Instruction) -> None:
         t["hidden_states"][row] += o_proj(t["attn_output"][row].flatten())
 
 
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
+def activation_of(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The gate's activation, one of ``ACTIVATIONS``."""
+    return F.silu if name == "silu" else partial(F.gelu, approximate="tanh")
 
 
 def gate_up_act(ins: Instruction) -> None:
     t, gate_up_proj = ins.tensors, linear(ins, "gate_up_proj")
-    activate = _ACTIVATIONS[ACTIVATIONS[int(ins.scalars["activation"])]]
+    activate = activation_of(ACTIVATIONS[int(ins.scalars["activation"])])
     for row in ins.rows:
         x = rms_norm(t["hidden_states"][row], t["post_attention_layernorm"], float(ins.scalars["rms_norm_eps"]))
         gate, up = gate_up_proj(x).chunk(2)
@@ -319,8 +318,18 @@ def _add_and_compare(ins: Instruction, row: int, branch: torch.Tensor) -> None:
         partials[:, row] = torch.stack([chunk.sum(0) for chunk in products.split(size)])
 
 
+def branch_add(ins: Instruction) -> None:
+    t = ins.tensors
+    for row in ins.rows:
+        change = t["branch"][row].clone()
+        if t["norm"] is not None:
+            change = rms_norm(change, t["norm"], float(ins.scalars["rms_norm_eps"]))
+        _add_and_compare(ins, row, change * float(ins.scalars["multiplier"]))
+        t["branch"][row] = 0
+
+
 def gate_proj_act(ins: Instruction) -> None:
-    t, activate = ins.tensors, _ACTIVATIONS[ACTIVATIONS[int(ins.scalars["activation"])]]
+    t, activate = ins.tensors, activation_of(ACTIVATIONS[int(ins.scalars["activation"])])
     for row in ins.rows:
         x = rms_norm(t["hidden_states"][row], t["post_attention_layernorm"], float(ins.scalars["rms_norm_eps"]))
         t["intermediate"][row] = activate(F.linear(x, t["gate_proj"].float()))

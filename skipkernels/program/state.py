@@ -121,6 +121,7 @@ class DecodeState:
     kept_map: torch.Tensor  # host, i32 [sequences, max_seq_len, layers, 2], neurons read of up_proj and of down_proj
     # activations
     hidden_states: torch.Tensor  # f32 [rows, hidden], the residual stream
+    branch: torch.Tensor  # f32 [rows, hidden], what goes to hidden_states by branch_add; zero between two steps
     query: torch.Tensor  # f32 [rows, heads, head_dim]
     attn_partials: torch.Tensor  # f32 [rows, heads, splits, head_dim + 2]: max, sum, output
     attn_output: torch.Tensor  # f32 [rows, heads, head_dim]
@@ -227,6 +228,7 @@ class DecodeState:
             scale_map=host_buffer(f32, sequences, max_seq_len),
             kept_map=host_buffer(i32, sequences, max_seq_len, layers, 2),
             hidden_states=buffer(f32, rows, config.hidden_size),
+            branch=buffer(f32, rows, config.hidden_size),
             query=buffer(f32, rows, heads, config.head_dim),
             attn_partials=buffer(f32, rows, heads, splits, config.head_dim + 2),
             attn_output=buffer(f32, rows, heads, config.head_dim),

@@ -84,8 +84,9 @@ OPS: dict[str, Op] = {
     for op in (
         Op(
             "embed",
-            """hidden_states = the embedding of each row's token. Where a prompt row's token is -1, its embedding stands
-            in prompt_embeddings (images and sounds), at the row's number among the prompt rows.
+            """hidden_states = ``scale`` times the embedding of each row's token. Where a prompt row's token is -1, its
+            embedding stands in prompt_embeddings (images and sounds), at the row's number among the prompt rows; it is
+            taken as it is.
             """,
             {
                 "hidden_states": _t("f32 num_rows hidden_size", "out"),
@@ -93,6 +94,7 @@ OPS: dict[str, Op] = {
                 "input_ids": _t("i32 num_rows"),
                 "prompt_embeddings": _t("f32 num_prompt_rows hidden_size"),
             },
+            {"scale": float},
         ),
         Op(
             "skip_gate",
@@ -270,6 +272,21 @@ OPS: dict[str, Op] = {
             },
             {"rows_per_partial": int},
             (),
+        ),
+        Op(
+            "branch_add",
+            """hidden_states += multiplier * rms_norm(branch), or multiplier * branch without a norm; then branch = 0.
+            For models that change a whole branch before they add it: a norm behind it (Gemma), a multiplier (Granite).
+            There o_proj_add and down_proj_add are given branch in the place of hidden_states, and add to its zeros.
+            similarity_partials as for down_proj_add.
+            """,
+            {
+                "branch": _t("f32 num_rows hidden_size", "inout"),
+                "norm": _t("f32 hidden_size", optional=True),
+                "hidden_states": _t("f32 num_rows hidden_size", "inout"),
+                "similarity_partials": _t("f32 num_partials num_sequences three", "out", optional=True),
+            },
+            {"multiplier": float, "rms_norm_eps": float, "rows_per_partial": int},
         ),
         Op(
             "gate_proj_act",

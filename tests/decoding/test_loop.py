@@ -15,6 +15,7 @@ from skipkernels.decoding.generation import Generation, SamplingParams
 from skipkernels.decoding.handle import Handle
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
+from skipkernels.program.program import Variant
 from skipkernels.skipping.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy, SkipPolicy
 from tests.models import random_prompt, stock_tokens, tiny_engine, tiny_module
 
@@ -242,7 +243,7 @@ def test_a_step_that_fails_loses_nobodys_answer(monkeypatch: pytest.MonkeyPatch,
     handles = [ask.submit(engine) for ask in requests]
     real = engine.loop._executor
     calls: list[int] = []
-    failing = {gated: Fails(real(gated), calls, call) for gated in (False, True)}
+    failing = {variant: Fails(real(variant), calls, call) for variant in (Variant(), Variant(gated=True))}
     engine.loop._executor = failing.__getitem__
     failed = 0
     while not engine.loop.idle:

@@ -46,19 +46,19 @@ def decode_literally(
     for generated in range(new_tokens):
         positions = torch.arange(position, position + token_ids.shape[1])[None]
         hidden = model.embed_tokens(token_ids)
-        cos_sin = model.rotary_emb(hidden, positions)
         dense = generated == 0 or generated < warmup_tokens  # the prefill gives the first token
         causal = torch.full((token_ids.shape[1],) * 2, -math.inf).triu(1)[None, None]
         to_skip = 0
         skipped, similarities = [], []
         for index, layer in enumerate(model.layers):
+            kind = (module.config.layer_types[index],) if module.config.model_type == "gemma3_text" else ()
             attended, _ = layer.self_attn(
                 hidden_states=layer.input_layernorm(hidden),
-                position_embeddings=cos_sin,
+                position_embeddings=model.rotary_emb(hidden, positions, *kind),
                 attention_mask=causal,
                 past_key_values=cache,
             )
-            h = hidden + attended
+            h = hidden + (layer.post_attention_layernorm(attended) if kind else attended)
             middle = cold_start <= index < layers - cold_end
             if middle and to_skip > 0:
                 to_skip -= 1
@@ -66,7 +66,10 @@ def decode_literally(
                 skipped.append(True)
                 similarities.append(math.nan)
                 continue
-            hidden = h + layer.mlp(layer.post_attention_layernorm(h))
+            if kind:  # the similarity is that across the whole branch, its second norm included
+                hidden = h + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(h)))
+            else:
+                hidden = h + layer.mlp(layer.post_attention_layernorm(h))
             similarity = float(F.cosine_similarity(h[0, -1], hidden[0, -1], dim=0))
             skipped.append(False)
             similarities.append(similarity)
@@ -110,6 +113,13 @@ def qwen3() -> PreTrainedModel:
     return tiny_module("qwen3", num_hidden_layers=LAYERS, attn_implementation="eager")
 
 
+@pytest.fixture(scope="module")
+def gemma3_text() -> PreTrainedModel:
+    """Full layers among sliding ones whose window holds all: they differ in their rotary embeddings."""
+    options = {"num_hidden_layers": LAYERS, "sliding_window": 256}
+    return tiny_module("gemma3_text", attn_implementation="eager", **options)
+
+
 def test_the_rendering_without_skips_is_stock_decoding(llama: PreTrainedModel) -> None:
     with torch.inference_mode():
         rendering = decode_literally(
@@ -137,7 +147,7 @@ RULES = [
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(map(str, rule.values())))
 @pytest.mark.parametrize("quantile", range(3))
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 def test_the_same_skips_and_tokens(family: str, quantile: int, rule: dict, request: pytest.FixtureRequest) -> None:
     module = request.getfixturevalue(family)
     policy = SkipPolicy(threshold=thresholds(module)[quantile], **rule)

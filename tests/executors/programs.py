@@ -59,6 +59,8 @@ class Case:
     prompt_rows: tuple[int, ...] = ()  # of every sequence: the positions right before its decode row
     idle_rows: int = 1  # prompt rows of no sequence
     activation: str = "silu"
+    branch_norms: bool = False
+    multiplier: float = 1.0  # of embeddings and of branches
     multi_axis: bool = False  # prompt rows rotate by three positions
     num_layers: int = 4
     neuron_rows: bool = False
@@ -89,6 +91,9 @@ class Case:
             o_proj_bias=self.o_proj_bias,
             qk_norm=self.qk_norm,
             activation=self.activation,
+            branch_norms=self.branch_norms,
+            embed_scale=self.multiplier,
+            residual_multiplier=self.multiplier,
             # the first layers slide, the last attends to all
             sliding_windows=(self.sliding_window,) * (self.num_layers - 1) + (None,),
             rope_parameters=self._rope_parameters(),
@@ -142,6 +147,7 @@ class Case:
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
         state.top_p.fill_(1.0)
+        state.branch.zero_()
         blocks = torch.randperm(state.num_blocks, generator=generator).tolist()
         row = 0
         for slot, (seq_len, active, chunk) in enumerate(zip(self.seq_lens, self.active, prompt_rows, strict=True)):

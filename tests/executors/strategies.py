@@ -98,4 +98,6 @@ def cases(draw: st.DrawFn, layout: Layout = LAYOUTS["cpu"], max_sequences: int =
         multi_axis=draw(st.booleans()),
         layout=replace(layout, block_size=draw(st.sampled_from([16, 32, 64]))),
         activation=draw(st.sampled_from(ACTIVATIONS)),
+        branch_norms=draw(st.booleans()),
+        multiplier=draw(st.sampled_from([1.0, 0.3])),
     )

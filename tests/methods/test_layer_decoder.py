@@ -39,7 +39,7 @@ def test_with_every_layer_it_is_the_engine(family: str, dtype: torch.dtype) -> N
     (expected,) = score(engine, [Passage(tuple(tokens), 1)], DensePolicy(), keep_log_probs=True)
     hidden, ran = decoder.read(torch.tensor(tokens[:-1]), EveryLayer(), 0)
     assert ran.all()
-    assert ran.shape == (PROMPT + TOKENS - 1, 4)
+    assert ran.shape == (PROMPT + TOKENS - 1, engine.config.num_hidden_layers)
     assert expected.all_log_probs is not None
     name = "logits after layers, fp32" if dtype == torch.float32 else "logits after layers, bf16"
     assert_close(decoder.logits(hidden).log_softmax(-1), expected.all_log_probs, name, family)

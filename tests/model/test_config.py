@@ -16,7 +16,7 @@ from tests.multimodal import omni_config
 @pytest.mark.parametrize("config", [GPT2Config(), MixtralConfig()], ids=lambda config: config.model_type)
 def test_another_family_is_named_with_what_is_supported(config: PreTrainedConfig) -> None:
     with pytest.raises(
-        ModelError, match=f"'{config.model_type}' is not supported; supported are llama, mistral, qwen2, qwen3"
+        ModelError, match=f"'{config.model_type}' is not supported; supported are llama, mistral.*docs/families.md"
     ):
         ModelConfig.from_hf(config)
 
@@ -31,7 +31,7 @@ def test_another_family_in_a_folder_is_refused_before_its_weights_are_looked_for
     ("overrides", "message"),
     [
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; supported is 'silu'"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; supported: silu, swish, gelu_pytorch_tanh"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "rope_type 'dynamic' is not supported; supported are default, linear, llama3, yarn",
@@ -54,7 +54,15 @@ def test_irregularities_of_the_families_are_absorbed() -> None:
     assert configs["mistral with a sliding window"].sliding_windows == (12,) * 4
     assert configs["qwen2 with sliding layers"].sliding_windows == (None, None, 12, 12)
     assert configs["qwen3 with sliding layers and bias"].sliding_windows == (None, 12, 12, 12)
-    assert [family for family, config in configs.items() if config.qk_norm] == [f for f in FAMILIES if "qwen3" in f]
+    assert [family for family, config in configs.items() if config.qk_norm] == [
+        family for family in FAMILIES if "qwen3" in family or "gemma3" in family
+    ]
+    assert configs["gemma3_text"].sliding_windows == (12, 12, 12, 12, 12, None, 12)
+    assert configs["gemma3_text"].second_rope_layers == (True, True, True, True, True, False, True)
+    assert configs["gemma3_text"].embed_scale_in(torch.bfloat16) == 6.3125 != configs["gemma3_text"].embed_scale
+    assert configs["smollm3"].second_rope_layers == (False, True, False, True)
+    assert configs["granite"].changes_branches
+    assert not configs["granite"].branch_norms
     assert configs["qwen2"].qkv_bias
     assert not configs["qwen2"].o_proj_bias
     assert configs["llama with attention bias"].o_proj_bias

@@ -15,7 +15,14 @@ from skipkernels.demo import demo_model_path
 from skipkernels.engine import Engine
 from skipkernels.errors import ModelError
 from skipkernels.model.config import ModelConfig
-from skipkernels.model.weights import ModelWeights, expected_parameters, pack_module, parameter_views, random_weights
+from skipkernels.model.weights import (
+    ModelWeights,
+    as_packed,
+    expected_parameters,
+    pack_module,
+    parameter_views,
+    random_weights,
+)
 from skipkernels.skipping.policy_file import load_policy
 from tests.models import FAMILIES, random_prompt, stock_tokens, tiny_config, tiny_engine, tiny_module
 
@@ -36,7 +43,7 @@ def test_every_parameter_is_packed(family: str, tied: bool) -> None:
     config, weights = packed(module)
     assert {name: tuple(parameter.shape) for name, parameter in before.items()} == expected_parameters(config)
     for name, view in parameter_views(config, weights).items():
-        assert torch.equal(view, before[name]), name
+        assert torch.equal(view, as_packed(config, name, before[name])), name
     assert sum(tensor.numel() for _, tensor in weights.tensors()) == sum(p.numel() for p in module.parameters())
 
 

@@ -16,6 +16,7 @@ from tests.tolerances import assert_close
 
 PROMPT = random_prompt(30)
 LAST = len(PROMPT) - 1
+BRANCHES = {"o_proj_add": "self_attn.o_proj", "down_proj_add": "mlp.down_proj"}
 MEASURED = SkipPolicy(threshold=1.0, cold_start=0, cold_end=0)  # every layer but the last is tested, none skipped
 
 
@@ -30,7 +31,7 @@ class Modules:
             module(torch.tensor([PROMPT]))
         for hook in hooks:
             hook.remove()
-        self.cos, self.sin = module.model.rotary_emb(torch.zeros(1), torch.arange(len(PROMPT))[None])
+        self._module = module
 
     def _hook(self, name: str) -> Callable[..., None]:
         def record(_: torch.nn.Module, args: tuple, kwargs: dict, output: object) -> None:
@@ -41,10 +42,17 @@ class Modules:
 
         return record
 
-    def rotated(self, projected: torch.Tensor, head_dim: int) -> torch.Tensor:
-        """Queries or keys [positions, heads, head_dim] at their positions."""
+    def rotated(self, projected: torch.Tensor, head_dim: int, layer: int) -> torch.Tensor:
+        """Queries or keys [positions, heads, head_dim] of a layer at their positions."""
         heads = projected.reshape(1, len(PROMPT), -1, head_dim).transpose(1, 2)
-        return apply_rotary_pos_emb(heads, heads, self.cos, self.sin)[0][0].transpose(0, 1)
+        if self._module.config.model_type == "gemma3_text":  # whose heads come first already when they are normed
+            heads = projected[None]
+        config, rotary = self._module.config, self._module.model.rotary_emb
+        if config.model_type == "smollm3" and not config.no_rope_layers[layer]:
+            return heads[0].transpose(0, 1)
+        kind = (config.layer_types[layer],) if config.model_type == "gemma3_text" else ()
+        cos, sin = rotary(torch.zeros(1), torch.arange(len(PROMPT))[None], *kind)
+        return apply_rotary_pos_emb(heads, heads, cos, sin)[0][0].transpose(0, 1)
 
 
 NEURON_OPS = {"neuron_gate", "gate_proj_act", "select_neurons", "up_proj_mul", "down_proj_neurons_add"}
@@ -61,13 +69,19 @@ def test_every_op_gives_what_its_module_gives(family: str) -> None:
     decoder.give_blocks(0)
     decoder.add_prompt_rows(0, 0, PROMPT[:-1])
     decoder.state.start_decoding(0)
-    compared, layer = set(), -1
+    compared, layer, projection = set(), -1, ""
     for index, ins in enumerate(decoder.program):
         layer += ins.op == "qkv_rope_append"
+        projection = ins.op if ins.op in BRANCHES else projection
         decoder.executor.run_instruction(index)
         compared.add(ins.op)
-        _compare(ins.op, decoder, expected, layer)
-    assert compared == set(OPS) - NEURON_OPS
+        if ins.op in BRANCHES and decoder.config.changes_branches:
+            output = expected.outputs[f"model.layers.{layer}.{BRANCHES[ins.op]}"]
+            assert_close(_positions(decoder.state.branch), output, "fp32", f"{ins.op} of layer {layer}")
+        else:  # branch_add adds to the residual stream what the projection adds elsewhere
+            _compare(projection if ins.op == "branch_add" else ins.op, decoder, expected, layer)
+    assert compared == set(OPS) - NEURON_OPS - (set() if decoder.config.changes_branches else {"branch_add"})
+    assert not decoder.state.branch.any()
 
 
 def _positions(rows: torch.Tensor) -> torch.Tensor:
@@ -80,11 +94,13 @@ def _compare(op: str, decoder: Decoder, expected: Modules, layer: int) -> None:
     prefix = f"model.layers.{layer}."
     attention = prefix + "self_attn."
     hidden = _positions(s.hidden_states)
+    ffn_norm = "pre_feedforward_layernorm" if config.branch_norms else "post_attention_layernorm"
     if op == "embed":
-        assert_close(hidden, expected.outputs["model.embed_tokens"], "fp32", what)
+        assert_close(hidden, expected.inputs["model.layers.0"], "fp32", what)
     elif op == "qkv_rope_append":
         normed = "_norm" if config.qk_norm else "_proj"
-        query, key = (expected.rotated(expected.outputs[attention + kind + normed], config.head_dim) for kind in "qk")
+        projected = (expected.outputs[attention + kind + normed] for kind in "qk")
+        query, key = (expected.rotated(heads, config.head_dim, layer) for heads in projected)
         value = expected.outputs[attention + "v_proj"].view(len(PROMPT), -1, config.head_dim)
         assert_close(_positions(s.query), query, "fp32", what + ", query")
         keys, values = (cache[layer].transpose(0, 1) for cache in decoder.cached(0, len(PROMPT)))
@@ -93,7 +109,7 @@ def _compare(op: str, decoder: Decoder, expected: Modules, layer: int) -> None:
     elif op == "decode_attention":
         assert_close(_positions(s.attn_output).flatten(1), expected.inputs[attention + "o_proj"], "fp32", what)
     elif op == "o_proj_add":
-        assert_close(hidden, expected.inputs[prefix + "post_attention_layernorm"], "fp32", what)
+        assert_close(hidden, expected.inputs[prefix + ffn_norm], "fp32", what)
     elif op == "gate_up_act":
         assert_close(_positions(s.intermediate), expected.inputs[prefix + "mlp.down_proj"], "fp32", what)
     elif op == "down_proj_add":
@@ -101,11 +117,11 @@ def _compare(op: str, decoder: Decoder, expected: Modules, layer: int) -> None:
     elif op == "skip_gate":  # stands in front of the next layer
         if layer < 0:
             return
-        before, after = expected.inputs[prefix + "post_attention_layernorm"], expected.outputs[prefix.removesuffix(".")]
+        before, after = expected.inputs[prefix + ffn_norm], expected.outputs[prefix.removesuffix(".")]
         similarity = F.cosine_similarity(before[LAST], after[LAST], dim=0)
         assert_close(s.similarity[layer, 0], similarity, "similarity", what)
     elif op == "lm_head":
-        assert_close(s.logits[0], expected.outputs["lm_head"][LAST], "fp32", what)
+        assert_close(s.logits[0], expected.outputs["lm_head"][LAST] * config.logits_multiplier, "fp32", what)
     elif op == "sample":
         assert int(s.next_token[0]) == int(expected.outputs["lm_head"][LAST].argmax())
     else:

@@ -145,7 +145,7 @@ def test_both_caches_share_a_dtype() -> None:
         ({"dtype": "fp8"}, "unknown cache dtype 'fp8'; use fp32, bf16 or fp16"),
         ({"num_rows": 0}, "num_rows must be at least 1, got 0"),
         ({"row_mask": 0}, "row_mask is a null pointer"),
-        ({"operands": {}}, "embed takes 8 operands, got 0"),
+        ({"operands": {}}, "embed takes 9 operands, got 0"),
     ],
 )
 def test_native_instructions_are_checked_too(change: dict[str, Any], message: str) -> None:

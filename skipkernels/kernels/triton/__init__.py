@@ -18,6 +18,7 @@ except ImportError as error:
     raise DeviceError("the triton kernels need Triton (Linux): pip install skipkernels[triton]") from error
 
 from skipkernels.kernels.triton.advance import advance
+from skipkernels.kernels.triton.branch_add import branch_add
 from skipkernels.kernels.triton.decode_attention import decode_attention
 from skipkernels.kernels.triton.down_proj_add import down_proj_add
 from skipkernels.kernels.triton.embed import embed
@@ -39,6 +40,7 @@ LAUNCHES: dict[str, Callable[[Instruction], tuple[Launch, ...]]] = {
         o_proj_add,
         gate_up_act,
         down_proj_add,
+        branch_add,
         lm_head,
         sample,
         advance,

@@ -20,6 +20,7 @@ def embed_kernel(
     row_mask,
     num_rows,
     num_prompt_rows,
+    scale,
     hidden_size: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -31,6 +32,7 @@ def embed_kernel(
     token = tl.load(input_ids + row)
     if token >= 0:
         embedding = tl.load(embed_tokens + token.to(tl.int64) * hidden_size + channels, mask=inside).to(tl.float32)
+        embedding *= scale
     else:
         prompt_row = row - (num_rows - num_prompt_rows)
         embedding = tl.load(prompt_embeddings + prompt_row * hidden_size + channels, mask=inside)

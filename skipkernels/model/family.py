@@ -1,0 +1,107 @@
+"""Families of decoders as data: where a configuration of each says what ModelConfig holds, and what it always means.
+
+``docs/families.md`` shows how one is added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from skipkernels.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Number = Callable[["PreTrainedConfig"], float]
+
+
+def _one(_: PreTrainedConfig) -> float:
+    return 1.0
+
+
+def _by_head_dim(config: PreTrainedConfig) -> float:
+    return float((getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) ** -0.5)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One ``model_type`` of Hugging Face. The defaults are Llama's, without what its configuration leaves open."""
+
+    name: str
+    attention_bias: Literal["never", "read", "qkv"] = "never"  # read: as `attention_bias` says, also of o_proj
+    reads_mlp_bias: bool = False  # one that `mlp_bias` asks for is refused: the FFN kernels have none
+    windows: Literal["none", "one", "by type"] = "none"  # by type: layers that `layer_types` calls sliding
+    three_axes: bool = False  # positions in time, height and width (M-RoPE)
+    qk_norm: bool = False  # of each head of q and k
+    activation: str = "hidden_act"  # the entry that names the gate's
+    branch_norms: bool = False  # attention and FFN are normed once more, as a whole, before they are added
+    norm_offset: float = 0.0  # Gemma's norms multiply by 1 + weight
+    rope_by_type: bool = False  # sliding and full layers have rotary parameters of their own
+    layers_without_rope: bool = False  # those whose `no_rope_layers` is 0
+    scaling: Number = _by_head_dim  # of scores
+    embed_scale: Number = _one
+    rounds_embed_scale: bool = False  # to the dtype of the embeddings
+    residual_multiplier: Number = _one  # of what attention and FFN add
+    logits_multiplier: Number = _one
+    must_be_off: tuple[str, ...] = ()  # entries that would change the model in ways the kernels do not know
+
+
+def _granite(name: str) -> Number:
+    return lambda config: float(getattr(config, name))
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("llama", attention_bias="read", reads_mlp_bias=True),
+        Family("mistral", windows="one"),
+        Family("ministral", windows="by type"),
+        Family("qwen2", attention_bias="qkv", windows="by type"),
+        Family("qwen3", attention_bias="read", windows="by type", qk_norm=True),
+        Family("qwen2_5_omni_text", attention_bias="qkv", windows="by type", three_axes=True),
+        Family(
+            "gemma3_text",
+            attention_bias="read",
+            windows="by type",
+            qk_norm=True,
+            activation="hidden_activation",
+            branch_norms=True,
+            norm_offset=1.0,
+            rope_by_type=True,
+            scaling=lambda config: float(config.query_pre_attn_scalar**-0.5),
+            embed_scale=lambda config: math.sqrt(config.hidden_size),
+            rounds_embed_scale=True,
+            must_be_off=("use_bidirectional_attention", "attn_logit_softcapping", "final_logit_softcapping"),
+        ),
+        Family(
+            "granite",
+            attention_bias="read",
+            reads_mlp_bias=True,
+            scaling=_granite("attention_multiplier"),
+            embed_scale=_granite("embedding_multiplier"),
+            residual_multiplier=_granite("residual_multiplier"),
+            logits_multiplier=lambda config: 1.0 / float(config.logits_scaling),
+        ),
+        Family(
+            "smollm3",
+            attention_bias="read",
+            reads_mlp_bias=True,
+            windows="by type",
+            layers_without_rope=True,
+        ),
+    )
+}
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """Raises ModelError for a family that is not known, saying how one is added."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ModelError(
+            f"model family {config.model_type!r} is not supported; supported are {', '.join(FAMILIES)} (dense decoders "
+            "with a gated FFN). A near relative of one of them is added as data: see docs/families.md"
+        )
+    return family
