@@ -36,6 +36,11 @@ class RayBackend:
         await self.status()
 
     async def submit(self, job: Job) -> JobAnswer:
+        prompt = job.requests[0].inputs.get("text")
+        sampling = getattr(prompt, "sampling", None)
+        if len(job.requests) > 1 or getattr(prompt, "grammar", None) or getattr(sampling, "logprobs", None) is not None:
+            message = "on a cluster, a request has one answer, without log probabilities or a grammar"
+            raise HttpError(400, "invalid_request", message)
         (request,) = job.requests
         progress = progress_of(request.inputs)
         progress.restart()

@@ -1,9 +1,14 @@
 """/metrics tells what happened, and only of its own server."""
 
 import asyncio
+import json
+import re
+from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+import skipkernels
+from skipkernels.decoding.cache_status import CacheStatus
 from tests.server.http.fakes import COMPLETIONS, EchoModel, body, client_of, echo_service
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -79,3 +84,19 @@ def test_what_waits_and_runs_is_shown_while_it_does() -> None:
     samples = asyncio.run(exchange())
     assert samples["num_requests_running", ()] == 1
     assert samples["num_requests_waiting", ()] == 3
+
+
+def test_the_dashboard_shows_metrics_that_there_are() -> None:
+    async def exchange() -> str:
+        service = echo_service(EchoModel())
+        service.backend._cache = lambda: CacheStatus(*range(8))  # type: ignore[attr-defined]
+        async with client_of(service) as client:
+            await client.post(COMPLETIONS, json=body())
+            await client.post(COMPLETIONS, content=b"{", headers={"content-type": "application/json"})
+            return (await client.get("/metrics")).text
+
+    there = {name for name, _ in parse(asyncio.run(exchange()))}
+    dashboard = json.loads((Path(skipkernels.__file__).parent / "server" / "grafana_dashboard.json").read_text())
+    shown = {name for panel in dashboard["panels"] for name in re.findall(r"skipkernels:(\w+)", json.dumps(panel))}
+    assert len(shown) > 15
+    assert shown <= there
