@@ -20,7 +20,7 @@ import torch
 from skipkernels.benchmark.shapes import SHAPES, shape_config
 from skipkernels.executors.cpu import CpuExecutor
 from skipkernels.model.config import ModelConfig
-from skipkernels.model.weights import random_weights
+from skipkernels.model.weights import ModelWeights, random_weights
 from skipkernels.program import build_program
 from skipkernels.program.program import Variant
 from skipkernels.program.state import DecodeState
@@ -34,7 +34,16 @@ POSITION = 32
 class Contender:
     """A program over weights of its own layout, ready to run steps."""
 
-    def __init__(self, name: str, config, weights, rows: int, variant: Variant, isa: str, prompt_rows: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        weights: ModelWeights,
+        rows: int,
+        variant: Variant,
+        isa: str,
+        prompt_rows: int = 0,
+    ) -> None:
         self.name = name
         self.config = config
         self.state = DecodeState.allocate(
@@ -82,7 +91,7 @@ class Contender:
         return float((2 - kept / size) / 3), (2 - sum(union) / size / layers) / 3
 
 
-def ffn_share(config) -> float:
+def ffn_share(config: ModelConfig) -> float:
     """Of the bytes of weights that a step reads."""
     ffn = 3 * config.intermediate_size * config.hidden_size
     attention = (config.qkv_size + config.attention_size) * config.hidden_size

@@ -58,7 +58,6 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family("llama", attention_bias="read", reads_mlp_bias=True),
         Family("mistral", windows="one"),
-        Family("ministral", windows="by type"),
         Family("qwen2", attention_bias="qkv", windows="by type"),
         Family("qwen3", attention_bias="read", windows="by type", qk_norm=True),
         Family("qwen2_5_omni_text", attention_bias="qkv", windows="by type", three_axes=True),
