@@ -1,8 +1,8 @@
 """The search for the policy closest to the dense model at a wanted saving, over every kind.
 
 Similarity policies are ranked by simulating the rule and adding up what each block that it skips costs alone, measured
-token by token. The change of the residual stream (1 - similarity) does not rank them: on SmolLM2-135M block 28 changes it
-as little as block 8 and costs five times as many nats.
+token by token. The change of the residual stream (1 - similarity) does not rank them: on SmolLM2-135M block 28 changes
+it as little as block 8 and costs five times as many nats.
 """
 
 from __future__ import annotations
