@@ -63,13 +63,13 @@ class SkipkernelsSystem:
         seconds = answers[0].seconds_per_token[1:]
         ran = ~np.stack([answer.skip_map[1:] for answer in answers])  # [batch, steps, layers]
         loaded = ran.any(axis=0).sum(axis=1).mean()  # an FFN is read once for all rows, if any wants it
-        config, dtype = self._engine.config, self._engine.weights.dtype
+        config, weights = self._engine.config, self._engine.weights
+        cached = cached_step_bytes(config, weights.dtype, self.batch_size, prompt_tokens, new_tokens)
         skipped_ffns = config.num_hidden_layers - float(loaded)
         return Measurement(
             seconds=seconds,
             skip_ratio=1.0 - float(ran.mean()),
-            bytes_per_step=dense_step_bytes(config, dtype, self.batch_size, prompt_tokens, new_tokens)
-            - skipped_ffns * config.ffn_bytes(dtype),
+            bytes_per_step=weights.decode_nbytes() + cached - skipped_ffns * weights.ffn_nbytes(),
             first_token_s=max(answer.time_to_first_token_s for answer in answers),
         )
 
@@ -143,9 +143,16 @@ def dense_step_bytes(
     config: ModelConfig, dtype: torch.dtype, batch_size: int, prompt_tokens: int, new_tokens: int
 ) -> float:
     """Bytes the mean step past the first reads with every FFN: weights once, cached keys and values of all rows."""
-    lengths = range(prompt_tokens + 1, prompt_tokens + new_tokens)
-    cached = batch_size * sum(config.kv_bytes(length, dtype) for length in lengths) / max(1, len(lengths))
+    cached = cached_step_bytes(config, dtype, batch_size, prompt_tokens, new_tokens)
     return config.decode_weight_bytes(dtype) + cached
+
+
+def cached_step_bytes(
+    config: ModelConfig, dtype: torch.dtype, batch_size: int, prompt_tokens: int, new_tokens: int
+) -> float:
+    """Bytes of cached keys and values, of all rows, that the mean step past the first reads."""
+    lengths = range(prompt_tokens + 1, prompt_tokens + new_tokens)
+    return batch_size * sum(config.kv_bytes(length, dtype) for length in lengths) / max(1, len(lengths))
 
 
 def policies_for(ratios: list[float], calibrated: Policy | None, with_test_only: bool) -> list[Policy]:

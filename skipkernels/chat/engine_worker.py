@@ -203,11 +203,5 @@ class _Reply:
             logprobs=None if generation.logprobs is None else tuple(generation.logprobs),
             after_first_ms=(times[-1] - times[0]) * 1e3 if times else None,
             gaps_ms=tuple((later - earlier) * 1e3 for earlier, later in pairwise(times)),
-            bytes_not_read=skipped * _ffn_bytes(self._engine),
+            bytes_not_read=round(skipped * self._engine.weights.ffn_nbytes()),
         )
-
-
-def _ffn_bytes(engine: Engine) -> int:
-    """Weights of one layer's FFN, on the mean."""
-    layers = engine.weights.layers
-    return sum(layer.gate_up_proj.nbytes + layer.down_proj.nbytes for layer in layers) // len(layers)

@@ -87,6 +87,16 @@ class ModelWeights:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for _, tensor in self.tensors())
 
+    def ffn_nbytes(self) -> float:
+        """Bytes of one layer's FFN matrices as they are stored, in the mean over layers."""
+        return sum(layer.gate_up_proj.nbytes + layer.down_proj.nbytes for layer in self.layers) / len(self.layers)
+
+    def decode_nbytes(self) -> float:
+        """Bytes of matrices one dense decode step reads as they are stored: every layer, lm_head, one embedding row."""
+        attention = sum(layer.qkv_proj.nbytes + layer.o_proj.nbytes for layer in self.layers)
+        row = self.embed_tokens.nbytes / self.embed_tokens.shape[0]
+        return attention + len(self.layers) * self.ffn_nbytes() + self.lm_head.nbytes + row
+
     def fingerprint(self, config: ModelConfig) -> str:
         """Binds a policy file to a model: the same checkpoint has the same one in every dtype."""
         return fingerprint(config.architecture_hash(), (self.layers[0].input_layernorm, self.norm), self.contents)

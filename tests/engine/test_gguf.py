@@ -51,6 +51,15 @@ def test_the_file_s_own_formats_answer(path: Path) -> None:
     assert "Paris" in answer.text
 
 
+def test_bytes_are_those_of_the_formats(path: Path, dequantised: Engine) -> None:
+    weights, config = Engine.from_pretrained(path, max_seq_len=64).weights, dequantised.config
+    assert dequantised.weights.decode_nbytes() == config.decode_weight_bytes(torch.float32)
+    assert dequantised.weights.ffn_nbytes() == config.ffn_bytes(torch.float32)
+    # Q4_1 is 5 bits a weight; the file holds some matrices in wider formats
+    assert 5 / 32 <= weights.decode_nbytes() / config.decode_weight_bytes(torch.float32) < 8.5 / 32
+    assert 5 / 32 <= weights.ffn_nbytes() / config.ffn_bytes(torch.float32) < 8.5 / 32
+
+
 def test_chat_template_and_special_tokens(path: Path, dequantised: Engine) -> None:
     stock = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for prompt in PROMPTS[:2]:
