@@ -1,5 +1,5 @@
-// hidden_states (rows, hidden) = scale * embed_tokens (vocab, hidden)[input_ids (rows)]; where a prompt row has no token, its
-// row of prompt_embeddings (prompt rows, hidden)
+// hidden_states (rows, hidden) = scale * embed_tokens (vocab, hidden)[input_ids (rows)]; where a prompt row has no
+// token, its row of prompt_embeddings (prompt rows, hidden)
 #include <algorithm>
 
 #include "common.cuh"
