@@ -18,7 +18,9 @@ namespace {
 
 constexpr int kTokensOfBlock = 4096;
 
-__global__ void __launch_bounds__(kSampleThreads)
+// One block on an SM: with two, log probabilities and penalties beside the draw spill 20 bytes (80 registers, 64
+// there).
+__global__ void __launch_bounds__(kSampleThreads, 1)
     sample_kernel(const __grid_constant__ Sample op, const int32_t* row_mask, int* arrivals, Winners* of_blocks,
                   int blocks, const __grid_constant__ Prefetch next, Stamps stamps) {
     Clock clock(stamps);
