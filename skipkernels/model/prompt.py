@@ -39,7 +39,8 @@ class EmbeddedPrompt:
                 f"embeddings have shape {tuple(self.embeddings.shape)}, expected {(tokens, config.hidden_size)}"
             )
         last = weight_rows(embed_tokens, torch.tensor([self.token_ids[-1]]))[0]
-        if not bool((self.embeddings[-1].to(last) == last).all()):
+        own = last.float() * config.embed_scale_in(last.dtype)
+        if not bool((self.embeddings[-1].to(last) == own.to(last)).all()):
             raise RequestError(
                 f"the prompt's last token, {self.token_ids[-1]}, is not embedded as the model embeds it; "
                 "end the prompt with text"

@@ -21,8 +21,9 @@ NEW_TOKENS = 12
 
 
 def own(engine: Engine, tokens: list[int], positions: torch.Tensor | None = None) -> EmbeddedPrompt:
-    """The tokens' own embeddings."""
-    return EmbeddedPrompt(tokens, engine.weights.embed_tokens[tokens], positions)
+    """The tokens' own embeddings, scaled as the model scales them."""
+    scale = engine.config.embed_scale_in(engine.weights.dtype)
+    return EmbeddedPrompt(tokens, engine.weights.embed_tokens[tokens].float() * scale, positions)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ Run = Callable[[Instruction], None]
 HIDDEN = 5
 
 
-def embedding(input_ids: list[int], row_mask: list[int], prompt_rows: int) -> Instruction:
+def embedding(input_ids: list[int], row_mask: list[int], prompt_rows: int, scale: float = 1.0) -> Instruction:
     """Channel c of token n is 100 n + c, that of prompt row n's embedding -100 n - c - 1; a hidden state is -7."""
     channels = torch.arange(HIDDEN)
     return instruction(
@@ -24,6 +24,7 @@ def embedding(input_ids: list[int], row_mask: list[int], prompt_rows: int) -> In
         embed_tokens=torch.arange(4)[:, None] * 100.0 + channels,
         input_ids=torch.tensor(input_ids, dtype=torch.int32),
         prompt_embeddings=-1.0 - (torch.arange(prompt_rows)[:, None] * 100.0 + channels),
+        scale=scale,
     )
 
 
@@ -56,3 +57,10 @@ def test_a_step_may_have_no_prompt_rows(run: Run) -> None:
     ins = embedding([2, 1], [1, 1], prompt_rows=0)
     run(ins)
     assert ins.tensors["hidden_states"][:, 0].tolist() == [200, 100]
+
+
+@RUNS
+def test_the_scale_is_for_tokens_alone(run: Run) -> None:
+    ins = embedding([3, -1, 2], [1, 1, 1], prompt_rows=2, scale=2.0)
+    run(ins)
+    assert ins.tensors["hidden_states"][:, 1].tolist() == [602, -2, 402]

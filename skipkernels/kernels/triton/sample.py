@@ -152,8 +152,10 @@ def logprobs_kernel(
     """Log softmax of the model's own logits: of the token, then of the likeliest, each found by a pass of its own. A
     kernel of its own, because the two together need more registers than there are."""
     index = tl.program_id(0)
+    if tl.load(row_mask + index) == 0:
+        return
     count = tl.load(num_logprobs + index)
-    if (tl.load(row_mask + index) == 0) | (count == 0):
+    if count == 0:
         return
     logits += index.to(tl.int64) * vocab_size
     step = index.to(tl.int64) * max_seq_len + tl.load(num_generated + index)

@@ -79,9 +79,8 @@ def test_where_no_row_is_wanted_nothing_is_read_but_the_flags(op: str, rows: int
 def test_nothing_of_other_rows_is_read(op: str, addresses: list[np.ndarray]) -> None:
     """The second of three sequences is idle, and so is the last of five prompt rows: no other axis is as long."""
     policy = SkipPolicy(threshold=0.5, span=1, cold_start=0, cold_end=0, warmup_tokens=0, target_ratio=0.1)
-    instructions, state = program(
-        3, active=(True, False, True), prompt_rows=(2, 0, 2), seq_lens=(4, 7, 9), num_layers=4, policies=(policy,)
-    )
+    rows = {"active": (True, False, True), "prompt_rows": (2, 0, 2), "seq_lens": (4, 7, 9)}
+    instructions, state = program(3, **rows, num_layers=4, policies=(policy,), branch_norms=op == "branch_add")
     TRITON[op](instructions[op])
     idle = {state.num_rows: (1, -1), state.num_sequences: (1,), state.num_prompt_rows: (-1,)}
     for name, buffer in state.buffers():
