@@ -13,9 +13,8 @@ from skipkernels.benchmark.torch_ops import bytes_of, torch_counterpart
 from skipkernels.cli.app import app
 from skipkernels.engine import Engine
 from skipkernels.executors.cpu import CpuExecutor
-from skipkernels.program.table import OPS
 from skipkernels.skipping.policy import TimingPolicy
-from tests.benchmark.test_decode_bench import TINY
+from tests.benchmark.test_decode_bench import OF_A_LLAMA, TINY
 from tests.models import own_rows, random_prompt, tiny_engine, tiny_module
 
 POSITIONS = 12
@@ -39,7 +38,7 @@ def program():
 def test_an_op_moves_its_matrix_or_the_cache_of_all_rows():
     engine, instructions = program()
     config, bf16 = engine.config, torch.bfloat16
-    assert set(instructions) == set(OPS)
+    assert set(instructions) == OF_A_LLAMA
     layer = sum(bytes_of(instructions[op]) for op in ("qkv_rope_append", "o_proj_add"))
     assert layer == config.attention_bytes(bf16)
     assert sum(bytes_of(instructions[op]) for op in ("gate_up_act", "down_proj_add")) == config.ffn_bytes(bf16)
@@ -60,7 +59,7 @@ def test_torch_has_a_counterpart_for_what_costs():
     _, instructions = program()
     with torch.inference_mode():
         results = {op: call() for op, ins in instructions.items() if (call := torch_counterpart(ins)) is not None}
-    assert set(OPS) - set(results) == {"skip_gate", "advance"}
+    assert OF_A_LLAMA - set(results) == {"skip_gate", "advance"}
     assert results["down_proj_add"].shape == (2, 40)
     assert results["decode_attention"].shape == (2, 4, 1, 10)
 
@@ -78,7 +77,7 @@ def test_the_command_writes_rows_and_picture(monkeypatch: pytest.MonkeyPatch, tm
     assert result.exit_code == 0, result.output
     assert "down_proj_add" in result.stdout
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 2 * 2 * len(OPS)
+    assert len(rows) == 2 * 2 * len(OF_A_LLAMA)
     assert {(row["batch_size"], row["kv_len"]) for row in rows} == {(1, 5), (1, 9), (3, 5), (3, 9)}
     for row in rows:
         assert row["us"] > 0
