@@ -21,10 +21,13 @@ SKIPKERNELS_HOST_DEVICE inline float clamp_to(float value, float low, float high
     return value < low ? low : value > high ? high : value;
 }
 
-struct RatioController {
-    static constexpr float kGain = 0.25f;
-    static constexpr float kScaleBound = 1048576.0f;  // 2^20
+// threshold_scale for the token that begins, where what was owed before is `behind` of a token, in [-1, 1].
+SKIPKERNELS_HOST_DEVICE inline float adapted_scale(float scale, float behind) {
+    constexpr float kGain = 0.25f, kBound = 1048576.0f;  // 2^20
+    return clamp_to(scale * (1.0f + behind * kGain), 1.0f / kBound, kBound);
+}
 
+struct RatioController {
     float layers, slack, owed_before, owed_now;
 
     SKIPKERNELS_HOST_DEVICE RatioController(const SkipGate& op, int row)
@@ -39,10 +42,8 @@ struct RatioController {
         return owed_after(tokens, per_token, op.warmup_tokens[row], op.ramp_tokens[row]);
     }
 
-    // threshold_scale for the token that begins
     SKIPKERNELS_HOST_DEVICE float adapted(float scale) const {
-        const float behind = clamp_to(owed_before / layers, -1.0f, 1.0f);
-        return clamp_to(scale * (1.0f + behind * kGain), 1.0f / kScaleBound, kScaleBound);
+        return adapted_scale(scale, clamp_to(owed_before / layers, -1.0f, 1.0f));
     }
 
     // FFNs the row may still skip before it runs ahead too far
@@ -63,7 +64,7 @@ struct RatioController {
 // Holds one sequence's share of FFN bytes not read: the arithmetic of neuron_gate with neuron_target_ratio, whose
 // definition is NeuronController in skipkernels/program/reference.py. Units as above.
 struct NeuronController {
-    static constexpr float kGain = 0.25f, kSteer = 2.0f;
+    static constexpr float kSteer = 2.0f;
 
     float behind;  // in tokens
 
@@ -76,11 +77,7 @@ struct NeuronController {
         behind = clamp_to((owed - static_cast<float>(unread)) / per_token, -1.0f, 1.0f);
     }
 
-    // threshold_scale for the token that begins
-    SKIPKERNELS_HOST_DEVICE float adapted(float scale) const {
-        constexpr float kBound = RatioController::kScaleBound;
-        return clamp_to(scale * (1.0f + behind * kGain), 1.0f / kBound, kBound);
-    }
+    SKIPKERNELS_HOST_DEVICE float adapted(float scale) const { return adapted_scale(scale, behind); }
 
     SKIPKERNELS_HOST_DEVICE float neuron_scale(float scale) const {
         const float steer = behind * kSteer;

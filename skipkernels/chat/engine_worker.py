@@ -192,7 +192,6 @@ class _Reply:
 
     def _completion(self, generation: Generation) -> Completion:
         times = self._token_times
-        skipped = int(generation.skip_map.sum())
         return Completion(
             text=generation.text,
             finish_reason=generation.finish_reason,
@@ -203,5 +202,5 @@ class _Reply:
             logprobs=None if generation.logprobs is None else tuple(generation.logprobs),
             after_first_ms=(times[-1] - times[0]) * 1e3 if times else None,
             gaps_ms=tuple((later - earlier) * 1e3 for earlier, later in pairwise(times)),
-            bytes_not_read=round(skipped * self._engine.weights.ffn_nbytes()),
+            bytes_not_read=round(float(generation.unread_map.sum()) * self._engine.weights.ffn_nbytes()),
         )

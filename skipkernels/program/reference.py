@@ -117,12 +117,13 @@ def _gate_by_similarity(ins: Instruction, layer: int, warm: dict[int, bool]) -> 
             t["run_ffn"][layer, row] = 0
 
 
+SCALE_GAIN = 0.25
+"""Share by which threshold_scale grows in a token that is one token's FFNs behind."""
+SCALE_BOUND = 2.0**20
+
+
 class RatioController:
     """Holds one sequence's running skip ratio at ``target_ratio``, as ``program.table`` describes; fp32 throughout."""
-
-    GAIN = 0.25
-    """Share by which threshold_scale grows in a token that is one token's FFNs behind."""
-    SCALE_BOUND = 2.0**20
 
     def __init__(self, ins: Instruction, row: int) -> None:
         t = ins.tensors
@@ -139,8 +140,7 @@ class RatioController:
         return owed_after(tokens, self._target * self._layers, int(self._warmup), int(self._ramp))
 
     def adapt(self) -> None:
-        behind = (self._owed_before / self._layers).clamp(-1, 1)
-        self._scale.copy_((self._scale * (1 + behind * self.GAIN)).clamp(1 / self.SCALE_BOUND, self.SCALE_BOUND))
+        self._scale.copy_(adapted_scale(self._scale, (self._owed_before / self._layers).clamp(-1, 1)))
 
     @property
     def allowed(self) -> int:
@@ -160,7 +160,6 @@ class NeuronController:
     """Holds one sequence's share of FFN bytes not read at ``neuron_target_ratio``, as ``program.table`` describes; fp32
     throughout."""
 
-    GAIN = 0.25
     STEER = 2.0
 
     def __init__(self, ins: Instruction, row: int) -> None:
@@ -179,10 +178,14 @@ class NeuronController:
 
     def adapt(self) -> torch.Tensor:
         """threshold_scale moves on; returns neuron_scale."""
-        bound = RatioController.SCALE_BOUND
-        self._scale.copy_((self._scale * (1 + self._behind * self.GAIN)).clamp(1 / bound, bound))
+        self._scale.copy_(adapted_scale(self._scale, self._behind))
         steer = self._behind * self.STEER
         return self._scale[0] * (1 + steer) if steer >= 0 else self._scale[0] / (1 - steer)
+
+
+def adapted_scale(scale: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+    """threshold_scale for the token that begins, where what was owed before is ``behind`` of a token, in [-1, 1]."""
+    return (scale * (1 + behind * SCALE_GAIN)).clamp(1 / SCALE_BOUND, SCALE_BOUND)
 
 
 def owed_after(tokens: int, per_token: torch.Tensor, warmup: int, ramp: int) -> torch.Tensor:

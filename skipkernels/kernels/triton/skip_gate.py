@@ -12,7 +12,7 @@ import triton.language as tl
 from skipkernels.kernels.triton.launch import Launch
 from skipkernels.kernels.triton.philox import GATE_STREAM, philox_uniform
 from skipkernels.kernels.triton.rows import wanted_rows
-from skipkernels.program.reference import RatioController
+from skipkernels.program.reference import SCALE_BOUND, SCALE_GAIN
 from skipkernels.program.table import Instruction
 from skipkernels.skipping.policy import BATCH_RULES, GATE_MODES
 
@@ -22,8 +22,8 @@ RANDOM = tl.constexpr(1 + GATE_MODES.index("random"))
 PER_ROW = tl.constexpr(BATCH_RULES.index("per_row"))
 ALL = tl.constexpr(BATCH_RULES.index("all"))
 MAJORITY = tl.constexpr(BATCH_RULES.index("majority"))
-GAIN = tl.constexpr(RatioController.GAIN)
-SCALE_BOUND = tl.constexpr(RatioController.SCALE_BOUND)
+GAIN = tl.constexpr(SCALE_GAIN)
+BOUND = tl.constexpr(SCALE_BOUND)
 
 SEQUENCES_PER_WARP = 16
 MOST_WARPS = 8
@@ -150,7 +150,7 @@ def skip_gate_kernel(
         owed_now = owed(tokens + 1, target * layers, warmup, ramp) - so_far.to(tl.float32)
         behind = clamp(tl.div_rn(owed_before, layers), -1.0, 1.0)
         adapts = holds & warm & (layer == tl.load(first_gated + sequences, mask=holds, other=0))
-        scale = tl.where(adapts, clamp(scale * (1.0 + behind * GAIN), 1.0 / SCALE_BOUND, SCALE_BOUND), scale)
+        scale = tl.where(adapts, clamp(scale * (1.0 + behind * GAIN), 1.0 / BOUND, BOUND), scale)
         behind = tl.div_rn(owed_now, slack)
         allowed = tl.maximum(tl.floor(owed_now + slack), 0.0).to(tl.int32)
         limit = tl.where(holds, 1.0 - threshold, 0.0) * scale

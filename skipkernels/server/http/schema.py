@@ -165,17 +165,29 @@ class ToolChoice(Lenient):
     function: FunctionName
 
 
-class Sampled(Lenient):
-    """What every request for an answer may say. OpenAI's fields; vLLM's ``top_k``, ``min_p``, ``repetition_penalty``,
-    ``guided_*``; this project's ``deadline_ms``, ``min_accuracy`` and ``skip_level``. Decoding is greedy unless a
-    temperature is given; accuracies are promised for greedy decoding."""
+class Generating(Lenient):
+    """What every request for an answer may say: OpenAI's fields, and this project's ``deadline_ms``, ``min_accuracy``
+    and ``skip_level``. Decoding is greedy unless a temperature is given; accuracies are promised for greedy
+    decoding."""
 
     model: str
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(default=None, ge=0)
     temperature: float | None = Field(default=None, ge=0.0, le=2.0)
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    deadline_ms: float | None = Field(default=None, gt=0.0)
+    min_accuracy: float | None = Field(default=None, ge=0.0, le=1.0)
+    skip_level: float | None = Field(default=None, ge=0.0, lt=1.0)
+
+
+class Sampled(Generating):
+    """What chats and completions may say: more of OpenAI's fields, and vLLM's ``top_k``, ``min_p``,
+    ``repetition_penalty`` and ``guided_*``."""
+
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(default=None, ge=0)
     top_k: int | None = Field(default=None, ge=-1, lt=1 << 31)
     min_p: float | None = Field(default=None, ge=0.0, le=1.0)
     repetition_penalty: float | None = Field(default=None, gt=0.0, le=2.0)
@@ -189,12 +201,6 @@ class Sampled(Lenient):
     guided_regex: str | None = None
     guided_grammar: str | None = None
     guided_choice: list[str] | None = Field(default=None, min_length=1, max_length=256)
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    deadline_ms: float | None = Field(default=None, gt=0.0)
-    min_accuracy: float | None = Field(default=None, ge=0.0, le=1.0)
-    skip_level: float | None = Field(default=None, ge=0.0, lt=1.0)
 
 
 class ChatCompletionRequest(Sampled):
@@ -237,22 +243,12 @@ class Reasoning(Lenient):
     effort: str | None = None
 
 
-class ResponsesRequest(Lenient):
+class ResponsesRequest(Generating):
     """``/v1/responses``: text, whole or streamed."""
 
-    model: str
     input: Text | Annotated[list[InputMessage], Field(min_length=1, max_length=MOST_ITEMS)]
     instructions: str | None = None
-    stream: bool | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0.0, le=2.0)
-    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    deadline_ms: float | None = Field(default=None, gt=0.0)
-    min_accuracy: float | None = Field(default=None, ge=0.0, le=1.0)
-    skip_level: float | None = Field(default=None, ge=0.0, lt=1.0)
 
 
 class TokenizeRequest(Lenient):
