@@ -14,6 +14,7 @@ from skipkernels.chat.text_format import TextPrompt
 from skipkernels.chat.text_model import TextModel, exact_match
 from skipkernels.engine import Engine
 from skipkernels.modality.errors import JobFailed
+from skipkernels.skipping.policy import DensePolicy, NeuronPolicy
 from tests.chat.test_text_model import DENSE, LAYERS, POLICIES, SKIPS, Recorded, prompts
 from tests.models import tiny_engine, tiny_module
 
@@ -65,6 +66,24 @@ def test_each_request_is_answered_as_the_engine_answers_it_alone(model: TextMode
         assert (answer.bytes_not_read > 0) == (answer.skip_ratio > 0)
         assert "".join(one.pieces) == answer.text
         assert one.restarts == 1
+
+
+def test_bytes_not_read_are_also_those_of_single_neurons(tokenizer: PreTrainedTokenizerBase) -> None:
+    module = tiny_module(num_hidden_layers=LAYERS)
+    engine = tiny_engine(module=module, tokenizer=tokenizer, max_seq_len=200, neuron_rows=True)
+    all_of_them = NeuronPolicy(product_thresholds=(1e9,) * LAYERS)  # nothing of down_proj is read
+    (prompt,) = prompts(1)
+
+    async def ask() -> Completion:
+        worker = EngineWorker(TextModel("tiny", engine, {0.0: DensePolicy(), 0.3: all_of_them}, exact_match))
+        answer = await worker.answer(ChatInputs({"text": prompt}, Recorded()), SKIPS, 0.0)
+        await worker.close()
+        return answer
+
+    answer = asyncio.run(ask())
+    assert answer.skip_ratio == 0
+    down_proj = sum(layer.down_proj.nbytes for layer in engine.weights.layers)
+    assert answer.bytes_not_read == pytest.approx((answer.new_tokens - 1) * down_proj, rel=1e-5)
 
 
 def long_prompt(**fields: Any) -> TextPrompt:
