@@ -71,7 +71,7 @@ def test_each_request_is_answered_as_the_engine_answers_it_alone(model: TextMode
 def test_bytes_not_read_are_also_those_of_single_neurons(tokenizer: PreTrainedTokenizerBase) -> None:
     module = tiny_module(num_hidden_layers=LAYERS)
     engine = tiny_engine(module=module, tokenizer=tokenizer, max_seq_len=200, neuron_rows=True)
-    all_of_them = NeuronPolicy(product_thresholds=(1e9,) * LAYERS)  # nothing of down_proj is read
+    all_of_them = NeuronPolicy(product_thresholds=(1e9,) * LAYERS, warmup_tokens=1)  # nothing of down_proj is read
     (prompt,) = prompts(1)
 
     async def ask() -> Completion:
