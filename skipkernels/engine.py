@@ -37,7 +37,7 @@ from skipkernels.model.checkpoint import (
     load_tokenizer,
     resolve_checkpoint,
 )
-from skipkernels.model.config import ModelConfig, dtype_name, resolve_dtype
+from skipkernels.model.config import ModelConfig, resolve_dtype
 from skipkernels.model.gguf_file import GgufFile
 from skipkernels.model.gguf_tensors import GgufTensors
 from skipkernels.model.gguf_tokenizer import load_gguf_tokenizer
@@ -229,7 +229,8 @@ class Engine:
 
     @property
     def dtype(self) -> str:
-        return dtype_name(self.weights.dtype)
+        """What the weights hold: "bf16", or the formats of a GGUF file, "q4_1+q8_0"."""
+        return self.weights.formats
 
     def executor_for(self, policy: Policy) -> Executor:
         """The executor of the program that ``policy`` needs: dense, with gates, or with instructions that leave neurons

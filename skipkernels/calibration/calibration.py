@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -175,6 +176,8 @@ def calibrate(
         raise PolicyError("give either the wanted saving or the largest divergence")
     if wanted_ratio is not None and not 0.0 < wanted_ratio < 1.0:
         raise PolicyError(f"the wanted saving must lie in (0, 1), got {wanted_ratio}")
+    if max_kl == math.inf:
+        raise PolicyError("max_kl must be finite, got inf")
     for name, value in (("max_kl", max_kl), ("warn_kl", warn_kl)):
         if value is not None and not value > 0.0:
             raise PolicyError(f"{name} must be a divergence above 0 nats, got {value}")

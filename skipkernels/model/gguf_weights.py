@@ -41,7 +41,10 @@ def load_gguf(
         for name, view in views.items():
             tensors.copy_floats(name, view)
     elif neuron_rows:
-        raise ModelError(f"{tensors.file.path}: neurons are left out of float weights only; load it with dtype bf16")
+        raise ModelError(
+            f"{tensors.file.path}: neurons are left out of float weights only; load it with "
+            "dtype bf16, or leave out whole blocks only"
+        )
     else:
         weights = _in_own_formats(tensors, config, max_seq_len, device)
         views = {name: tensor for name, tensor in weights.tensors() if isinstance(tensor, torch.Tensor)}

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from skipkernels.errors import DeviceError, ModelError
-from skipkernels.model.config import ModelConfig, rope_by_kind
+from skipkernels.model.config import ModelConfig, dtype_name, rope_by_kind
 from skipkernels.model.family import family_of
-from skipkernels.model.matrix import AnyMatrix, Matrix, StackedMatrix, float_tensor
+from skipkernels.model.matrix import FLOAT_FORMATS, AnyMatrix, Matrix, StackedMatrix, float_tensor, formats_of
 from skipkernels.model.module_check import check_module
 from skipkernels.model.shards import Shards
 from skipkernels.skipping.fingerprint import WeightsHash, fingerprint
@@ -66,6 +66,15 @@ class ModelWeights:
     def dtype(self) -> torch.dtype:
         """The floats that go with the weights: those of the KV cache."""
         return self.embed_tokens.dtype if isinstance(self.embed_tokens, torch.Tensor) else self.cache_dtype
+
+    @property
+    def formats(self) -> str:
+        """What the matrices hold: a dtype ("bf16"), or the formats of a quantised file ("q4_1+q8_0")."""
+        matrices = [self.embed_tokens, self.lm_head]
+        for layer in self.layers:
+            matrices += [layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj]
+        found = {name for matrix in matrices for name in formats_of(matrix)}
+        return "+".join(sorted(dtype_name(FLOAT_FORMATS[name]) if name in FLOAT_FORMATS else name for name in found))
 
     def rope_of(self, config: ModelConfig, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of a layer."""

@@ -19,6 +19,7 @@ from skipkernels.model.weights import fill_rope, random_weights
 from skipkernels.program.table import OPS
 from skipkernels.skipping.policy import DensePolicy, FixedPolicy, TimingPolicy
 from skipkernels.support.report import with_peak_floor
+from tests.real_models import smollm2_gguf
 
 NEURON_OPS = {"neuron_gate", "gate_proj_act", "select_neurons", "up_proj_mul", "down_proj_neurons_add"}
 OF_A_LLAMA = set(OPS) - NEURON_OPS - {"branch_add"}
@@ -191,3 +192,26 @@ def test_the_command_writes_rows_and_picture(monkeypatch, tmp_path):
 def test_unknown_shapes_name_the_known_ones():
     with pytest.raises(RequestError, match=r"unknown shapes 'gpt-5'.*tinyllama-1\.1b"):
         shapes.shape_config("gpt-5", 8)
+
+
+def test_a_gguf_file_is_timed_in_its_own_formats() -> None:
+    options = [
+        "bench",
+        "--model",
+        str(smollm2_gguf()),
+        "--skip-ratio",
+        "0",
+        "--rounds",
+        "1",
+        "--new-tokens",
+        "4",
+        "--prompt-tokens",
+        "4",
+    ]
+    result = CliRunner().invoke(app, [*options, "--json", "-"])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)["rows"]
+    assert row["dtype"] == "q4_1+q8_0"
+    result = CliRunner().invoke(app, [*options, "--against", "transformers"])
+    assert result.exit_code == 2
+    assert "needs a Hugging Face checkpoint" in result.output

@@ -122,6 +122,7 @@ def test_where_the_best_costs_too_much_the_affordable_saving_is_named() -> None:
         (None, {}, "either the wanted saving or the largest divergence"),
         (0.2, {"max_kl": 0.1}, "either the wanted saving or the largest divergence"),
         (None, {"max_kl": 0.0}, "max_kl must be a divergence above 0 nats"),
+        (None, {"max_kl": float("inf")}, "max_kl must be finite"),
         (0.2, {"warn_kl": float("nan")}, "warn_kl must be a divergence above 0 nats"),
         (0.2, {"spans": ()}, "spans is empty"),
     ],

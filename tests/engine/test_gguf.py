@@ -52,7 +52,9 @@ def test_the_file_s_own_formats_answer(path: Path) -> None:
 
 
 def test_bytes_are_those_of_the_formats(path: Path, dequantised: Engine) -> None:
-    weights, config = Engine.from_pretrained(path, max_seq_len=64).weights, dequantised.config
+    engine = Engine.from_pretrained(path, max_seq_len=64)
+    weights, config = engine.weights, dequantised.config
+    assert (engine.dtype, dequantised.dtype) == ("q4_1+q8_0", "fp32")
     assert dequantised.weights.decode_nbytes() == config.decode_weight_bytes(torch.float32)
     assert dequantised.weights.ffn_nbytes() == config.ffn_bytes(torch.float32)
     # Q4_1 is 5 bits a weight; the file holds some matrices in wider formats

@@ -84,11 +84,14 @@ def decode(
     length = prompt_tokens + new_tokens
     with err.status(f"loading {shapes or model} ..."):
         if shapes is not None:
+            module: PreTrainedModel | None
             engine, module = _random_model(shapes, dtype or "bf16", length, execution)
             prompt = list(range(1, length))
             policies = policies_for(ratios, None, test_only)
         else:
             engine, module, folder = _trained_model(str(model), dtype, length, execution)
+            if module is None and peers:
+                raise typer.BadParameter(f"--against {against} needs a Hugging Face checkpoint; {model} is a GGUF file")
             prompt = _prompt(engine, length)
             skipping = any(ratio > 0 for ratio in ratios)
             calibrated = _policy_of(engine, policy or folder / POLICY_FILE, str(model)) if skipping else None
@@ -97,7 +100,8 @@ def decode(
         for batch_size in batches:
             sized = engine.with_rows(batch_size)
             systems += [SkipkernelsSystem(sized, chosen, batch_size, prompt) for chosen in policies]
-            systems += [_peer(name, module, engine.config, batch_size, prompt) for name in peers]
+            if module is not None:
+                systems += [_peer(name, module, engine.config, batch_size, prompt) for name in peers]
     facts = environment(execution)
     settings = {
         "model": shapes or model,
@@ -175,8 +179,9 @@ def _random_model(shapes: str, dtype: str, length: int, execution: Execution) ->
 
 def _trained_model(
     model: str, dtype: str | None, length: int, execution: Execution
-) -> tuple[Engine, PreTrainedModel, Path]:
-    """A checkpoint as a transformers module, an engine on the same storage, and the checkpoint's folder."""
+) -> tuple[Engine, PreTrainedModel | None, Path]:
+    """A checkpoint as a transformers module, an engine on the same storage, and the checkpoint's folder. No module of a
+    GGUF file, whose formats transformers does not compute with."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -185,6 +190,8 @@ def _trained_model(
     from skipkernels.model.config import resolve_dtype
 
     folder = resolve_checkpoint(ModelOptions(model).path)
+    if folder.suffix == ".gguf":
+        return Engine.from_pretrained(folder, dtype=dtype, max_seq_len=length, **asdict(execution)), None, folder.parent
     transformers_logging.disable_progress_bar()
     module = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(dtype) if dtype else "auto")
     module.to(execution.device)  # type: ignore[arg-type]  # transformers wraps torch's signature

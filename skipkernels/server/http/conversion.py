@@ -110,7 +110,7 @@ class Converter:
             raise HttpError(400, "invalid_request", "this model cannot fill in before a suffix; leave it out", "suffix")
         if request.best_of not in (None, request.n or 1):
             raise HttpError(400, "invalid_request", "best_of must be n: every answer is given", "best_of")
-        sampling = _sampling(request, request.logprobs)
+        sampling = self._sampling(request, request.logprobs)
         grammar = _grammar(request)
         if grammar is not None:
             check_grammar(grammar)
@@ -155,7 +155,7 @@ class Converter:
             for number, message in enumerate(request.input):
                 messages.append(Message(_ROLES[message.role], (_input_text(message.content, number),)))
         sampled = Sampled(model=request.model, temperature=request.temperature, top_p=request.top_p)
-        chat = Chat(tuple(messages), max_new_tokens=request.max_output_tokens, sampling=_sampling(sampled, None))
+        chat = Chat(tuple(messages), max_new_tokens=request.max_output_tokens, sampling=self._sampling(sampled, None))
         asked = self.chat_format.request(chat)
         form = self.chat_format.reply_form(chat) if isinstance(self.chat_format, TextFormat) else ReplyForm()
         job = _job([asked], request)
@@ -194,6 +194,12 @@ class Converter:
             raise HttpError(400, "invalid_request", f"{ignored[0]}: this server knows no such field", ignored[0])
         return request, ignored
 
+    def _sampling(self, request: Sampled, logprobs: int | None) -> SamplingParams:
+        sampling = _sampling(request, logprobs)
+        if isinstance(self.chat_format, TextFormat):
+            self.chat_format.check_tokens([token for token, _ in sampling.logit_bias])
+        return sampling
+
     def _chat(self, request: ChatCompletionRequest) -> Chat:
         messages = decode_messages(request.messages, self.limits, self.chat_format.modalities)
         if request.max_tokens is not None and request.max_completion_tokens is not None:
@@ -206,7 +212,7 @@ class Converter:
         return Chat(
             messages=messages,
             max_new_tokens=request.max_completion_tokens or request.max_tokens,
-            sampling=_sampling(request, (request.top_logprobs or 0) if request.logprobs else None),
+            sampling=self._sampling(request, (request.top_logprobs or 0) if request.logprobs else None),
             stop=_stop(request),
             grammar=_grammar(request),
             tools=tuple(tool.model_dump(exclude_none=True) for tool in tools),

@@ -183,6 +183,16 @@ def test_completions_echo_the_prompt_with_its_log_probabilities(engine: Engine) 
         assert part in refused.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [(COMPLETIONS, {"messages": [{"role": "user", "content": "the quick"}]}), ("/v1/completions", {"prompt": "fox"})],
+)
+def test_a_bias_of_a_token_that_does_not_exist_is_refused(engine: Engine, path: str, asked: dict[str, Any]) -> None:
+    refused = ask(real_service(engine), path, {"model": "tiny", "logit_bias": {"999999": 5}} | asked)
+    assert refused.status_code == 400
+    assert "token id 999999 is outside the vocabulary" in refused.json()["error"]["message"]
+
+
 def test_a_skip_level_can_be_asked_for(engine: Engine) -> None:
     document = {"model": "tiny", "prompt": "the quick brown fox", "max_tokens": 60, "skip_level": 0.3}
     asked = ask(real_service(engine), "/v1/completions", document).json()["skipkernels"]
