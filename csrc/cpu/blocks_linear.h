@@ -16,6 +16,9 @@
 #include "int8_vec.h"
 #include "kernels.h"
 
+// of the small pieces of a kernel: as calls they would pass their vectors through memory
+#define SKIPKERNELS_INLINE __attribute__((always_inline))
+
 namespace skipkernels::SKIPKERNELS_ISA {
 
 using cpu::Scratch;
@@ -23,7 +26,7 @@ using cpu::Scratch;
 struct ActivationBlock {
     int8_t q[cpu::kBlockColumns];
     float scale, scaled_sum;  // x is about scale * q; scale * (sum of q)
-    int16_t sums[2];          // of the first 16 q, and of the others
+    int32_t sums[2];          // of the first 16 q, and of the others
 };
 static_assert(sizeof(ActivationBlock) <= cpu::kBlockColumns * sizeof(float), "packed activations fit where floats do");
 
@@ -50,7 +53,7 @@ inline void quantise_block(const float* x, float factor, const float* norm, Acti
     for (int i = 0; i < cpu::kBlockColumns; ++i) sums[i / 16] += out.q[i];
     out.scale = most / 127.0f;
     out.scaled_sum = out.scale * static_cast<float>(sums[0] + sums[1]);
-    out.sums[0] = static_cast<int16_t>(sums[0]), out.sums[1] = static_cast<int16_t>(sums[1]);
+    out.sums[0] = sums[0], out.sums[1] = sums[1];
 }
 
 inline int64_t activation_blocks(int64_t columns) { return columns / cpu::kBlockColumns; }
@@ -73,6 +76,16 @@ inline void quantise_rows(const float* source, int64_t columns, const float* nor
     }
 }
 
+// f(0), ..., f(N - 1) without a loop: what they index stays in registers.
+template <class F, int... I>
+[[gnu::always_inline]] inline void each_of(F f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+[[gnu::always_inline]] inline void each(F f) {
+    each_of(f, std::make_integer_sequence<int, N>{});
+}
+
 // The codes of quad j of a block; `codes` is the block's first vector, at this half of the lanes.
 template <int bits, int j>
 inline Ints quad_of(const uint8_t* codes) {
@@ -87,18 +100,36 @@ inline Ints quad_of(const uint8_t* codes) {
     }
 }
 
-// Sums of products of codes and activations: N rows, `lanes` lanes.
+// Vectors that hold a number of each of a group's rows.
+constexpr int kHalves = cpu::kLanes / Ints::lanes;
+
+// Sums of products of codes and activations, of N rows. Both halves of a group go together, so that a quad of
+// activations is broadcast once.
 template <int bits, int N>
 struct Dots {
-    Ints sums[N];
+    Ints sums[kHalves][N];
+
+    // both quads of a vector of 4-bit codes follow each other, so that it is loaded once; q6_k's halves have scales of
+    // their own
+    static constexpr int quad_at(int i) { return bits == 4 || bits == 5 ? i % 2 * 4 + i / 2 : i; }
+
+    template <int j>
+    static void load_quads(const uint8_t* codes, Ints (&quads)[kHalves]) {
+        each<kHalves>([&](auto h) SKIPKERNELS_INLINE { quads[h] = quad_of<bits, j>(codes + 4 * h * Ints::lanes); });
+    }
 
 #if defined(SKIPKERNELS_ISA_VNNI) || !(defined(SKIPKERNELS_ISA_AVX512) || defined(SKIPKERNELS_ISA_AVX2))
     static constexpr bool kIsSigned = false;
     template <int first, int last>
-    void add(const uint8_t* codes, const ActivationBlock* const (&x)[N]) {
+    [[gnu::always_inline]] void add(const uint8_t* codes, const ActivationBlock* const (&x)[N]) {
         if constexpr (first < last) {
-            const Ints quad = quad_of<bits, first>(codes);
-            for (int n = 0; n < N; ++n) sums[n] = add_dot(sums[n], quad, broadcast_quad(x[n]->q + 4 * first));
+            Ints quads[kHalves];
+            load_quads<quad_at(first)>(codes, quads);
+            each<N>([&](auto n) SKIPKERNELS_INLINE {
+                const Ints activations = broadcast_quad(x[n]->q + 4 * quad_at(first));
+                each<kHalves>([&](auto h)
+                                  SKIPKERNELS_INLINE { sums[h][n] = add_dot(sums[h][n], quads[h], activations); });
+            });
             add<first + 1, last>(codes, x);
         }
     }
@@ -108,81 +139,97 @@ struct Dots {
     static constexpr int kRoom = bits == 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
 
     template <int first, int last>
-    void add(const uint8_t* codes, const ActivationBlock* const (&x)[N]) {
+    [[gnu::always_inline]] void add(const uint8_t* codes, const ActivationBlock* const (&x)[N]) {
         if constexpr (first < last) {
             constexpr int stop = first + kRoom < last ? first + kRoom : last;
-            Ints words[N];
+            Ints words[kHalves][N];
             add_words_of<first, stop, true>(codes, x, words);
-            for (int n = 0; n < N; ++n) sums[n] = add_ints(sums[n], multiply_words(words[n], splat_words(1, 1)));
+            each<N>([&](auto n) SKIPKERNELS_INLINE {
+                each<kHalves>([&](auto h) SKIPKERNELS_INLINE {
+                    sums[h][n] = add_ints(sums[h][n], multiply_words(words[h][n], splat_words(1, 1)));
+                });
+            });
             add<stop, last>(codes, x);
         }
     }
 
   private:
     template <int at, int stop, bool is_first>
-    static void add_words_of(const uint8_t* codes, const ActivationBlock* const (&x)[N], Ints (&words)[N]) {
+    [[gnu::always_inline]] static void add_words_of(const uint8_t* codes, const ActivationBlock* const (&x)[N],
+                                                    Ints (&words)[kHalves][N]) {
         if constexpr (at < stop) {
-            const Ints quad = quad_of<bits, at>(codes);
-            for (int n = 0; n < N; ++n) {
-                const Ints activations = broadcast_quad(x[n]->q + 4 * at);
-                Ints products;
-                if constexpr (kIsSigned) {
-                    const Ints weights = flip_signs(quad);
-                    products = multiply_bytes(magnitude(weights), with_sign_of(activations, weights));
-                } else {
-                    products = multiply_bytes(quad, activations);
-                }
-                words[n] = is_first ? products : add_words(words[n], products);
-            }
+            Ints quads[kHalves];
+            load_quads<quad_at(at)>(codes, quads);
+            if constexpr (kIsSigned) each<kHalves>([&](auto h) SKIPKERNELS_INLINE { quads[h] = flip_signs(quads[h]); });
+            each<N>([&](auto n) SKIPKERNELS_INLINE {
+                const Ints activations = broadcast_quad(x[n]->q + 4 * quad_at(at));
+                each<kHalves>([&](auto h) SKIPKERNELS_INLINE {
+                    const Ints products = kIsSigned
+                                              ? multiply_bytes(magnitude(quads[h]), with_sign_of(activations, quads[h]))
+                                              : multiply_bytes(quads[h], activations);
+                    words[h][n] = is_first ? products : add_words(words[h][n], products);
+                });
+            });
             add_words_of<at + 1, stop, false>(codes, x, words);
         }
     }
 #endif
 };
 
-// What the offset of a code takes off: -offset * the sum of a block's activations, or of the half given.
-template <int offset>
-inline Ints offset_sum(const ActivationBlock& x, bool first, bool second) {
-    if constexpr (offset == 0) return zero_ints();
-    return multiply_words(broadcast_quad(reinterpret_cast<const int8_t*>(x.sums)),
-                          splat_words(first ? -offset : 0, second ? -offset : 0));
-}
-
 inline Vec load_halves(const uint8_t* p) { return load(reinterpret_cast<const fp16*>(p)); }
 
-// One block of columns, `Ints::lanes` lanes from `lane` on: acc[n] += weights * x[n].
+// One block of columns: acc[h][n] += weights * x[n].
 template <Format format, int N>
-inline void add_block(const uint8_t* super, const uint8_t* scales, const uint8_t* codes, int lane,
-                      const ActivationBlock* const (&x)[N], Vec (&acc)[N]) {
+[[gnu::always_inline]] inline void add_block(const uint8_t* super, const uint8_t* scales, const uint8_t* codes,
+                                             const ActivationBlock* const (&x)[N], Vec (&acc)[kHalves][N]) {
     constexpr cpu::BlockTraits kTraits = cpu::block_traits(format);
     using BlockDots = Dots<kTraits.code_bits, N>;
     constexpr int kOffset = BlockDots::kIsSigned ? 0 : kTraits.offset;
-    const uint8_t* own_codes = codes + 4 * lane;
-    auto add_scaled = [&](const Vec& scale, const BlockDots& dots) {
-        for (int n = 0; n < N; ++n) acc[n] = fma(to_floats(dots.sums[n]), scale * splat(x[n]->scale), acc[n]);
-    };
     BlockDots dots;
+    // what the codes' offset takes off: its product with the sum of the activations
+    auto begin_sums = [&](auto sum_of) {
+        each<N>([&](auto n) SKIPKERNELS_INLINE {
+            const Ints sum = kOffset == 0 ? zero_ints() : splat_int(-kOffset * sum_of(*x[n]));
+            each<kHalves>([&](auto h) SKIPKERNELS_INLINE { dots.sums[h][n] = sum; });
+        });
+    };
+    auto lane = [](int h) { return h * Ints::lanes; };
+    auto add_scaled = [&](auto scale_of) {
+        each<kHalves>([&](auto h) SKIPKERNELS_INLINE {
+            const Vec scale = scale_of(lane(h));
+            each<N>([&](auto n) SKIPKERNELS_INLINE {
+                acc[h][n] = fma(to_floats(dots.sums[h][n]), scale * splat(x[n]->scale), acc[h][n]);
+            });
+        });
+    };
+    auto add_minimum = [&](auto minimum_of, auto sum_of) {
+        each<kHalves>([&](auto h) SKIPKERNELS_INLINE {
+            const Vec minimum = minimum_of(lane(h));
+            each<N>([&](auto n) SKIPKERNELS_INLINE { acc[h][n] = fma(minimum, splat(sum_of(*x[n])), acc[h][n]); });
+        });
+    };
+    using Block = ActivationBlock;
     if constexpr (kTraits.scales == cpu::Scales::q6_k) {
-        const Vec d = load_halves(super + 2 * lane);
-        for (int n = 0; n < N; ++n) dots.sums[n] = offset_sum<kOffset>(*x[n], true, false);
-        dots.template add<0, cpu::kQuads / 2>(own_codes, x);
-        add_scaled(d * load_i8(scales + lane), dots);
-        for (int n = 0; n < N; ++n) dots.sums[n] = offset_sum<kOffset>(*x[n], false, true);
-        dots.template add<cpu::kQuads / 2, cpu::kQuads>(own_codes, x);
-        add_scaled(d * load_i8(scales + cpu::kLanes + lane), dots);
+        for (int part = 0; part < 2; ++part) {
+            begin_sums([part](const Block& block) { return block.sums[part]; });
+            if (part == 0) dots.template add<0, cpu::kQuads / 2>(codes, x);
+            if (part == 1) dots.template add<cpu::kQuads / 2, cpu::kQuads>(codes, x);
+            add_scaled([&](int at) { return load_halves(super + 2 * at) * load_i8(scales + part * cpu::kLanes + at); });
+        }
+        return;
+    }
+    begin_sums([](const Block& block) { return block.sums[0] + block.sums[1]; });
+    dots.template add<0, cpu::kQuads>(codes, x);
+    if constexpr (kTraits.scales == cpu::Scales::k) {
+        add_scaled([&](int at) { return load_halves(super + 2 * at) * load_u8(scales + at); });
+        add_minimum(
+            [&](int at) { return load_halves(super + 2 * (cpu::kLanes + at)) * load_u8(scales + cpu::kLanes + at); },
+            [](const Block& block) { return -block.scaled_sum; });
     } else {
-        for (int n = 0; n < N; ++n) dots.sums[n] = offset_sum<kOffset>(*x[n], true, true);
-        dots.template add<0, cpu::kQuads>(own_codes, x);
-        if constexpr (kTraits.scales == cpu::Scales::k) {
-            add_scaled(load_halves(super + 2 * lane) * load_u8(scales + lane), dots);
-            const Vec minimum = load_halves(super + 2 * (cpu::kLanes + lane)) * load_u8(scales + cpu::kLanes + lane);
-            for (int n = 0; n < N; ++n) acc[n] = fma(minimum, splat(-x[n]->scaled_sum), acc[n]);
-        } else {
-            add_scaled(load_halves(scales + 2 * lane), dots);
-            if constexpr (kTraits.scales == cpu::Scales::half_and_min) {
-                const Vec minimum = load_halves(scales + 2 * (cpu::kLanes + lane));
-                for (int n = 0; n < N; ++n) acc[n] = fma(minimum, splat(x[n]->scaled_sum), acc[n]);
-            }
+        add_scaled([&](int at) { return load_halves(scales + 2 * at); });
+        if constexpr (kTraits.scales == cpu::Scales::half_and_min) {
+            add_minimum([&](int at) { return load_halves(scales + 2 * (cpu::kLanes + at)); },
+                        [](const Block& block) { return block.scaled_sum; });
         }
     }
 }
@@ -190,10 +237,9 @@ inline void add_block(const uint8_t* super, const uint8_t* scales, const uint8_t
 // A group of rows times N rows of activations -> out (N, kLanes); `fetches` weights ahead, which one of the tiles of
 // rows should do.
 template <Format format, int N>
-inline void group_times_rows(const uint8_t* group, int64_t columns, const ActivationBlock* first_row, bool fetches,
-                             float* out) {
+[[gnu::noinline]] void group_times_rows(const uint8_t* group, int64_t columns, const ActivationBlock* first_row,
+                                        bool fetches, float* out) {
     constexpr cpu::BlockTraits kTraits = cpu::block_traits(format);
-    constexpr int kHalves = cpu::kLanes / Ints::lanes;
     const cpu::GroupLayout layout(kTraits, columns);
     const int64_t blocks = activation_blocks(columns);
     Vec acc[kHalves][N];
@@ -210,11 +256,7 @@ inline void group_times_rows(const uint8_t* group, int64_t columns, const Activa
             ahead += kBlockBytes;
         }
         const uint8_t* super = group + block / (cpu::kSuperColumns / cpu::kBlockColumns) * kTraits.super_bytes();
-        for (int h = 0; h < kHalves; ++h) {
-            // the second half loads its activations again: kept from the first, they would not fit the registers
-            if (N > 1) asm volatile("" ::: "memory");
-            add_block<format, N>(super, scales, codes, h * Ints::lanes, x, acc[h]);
-        }
+        add_block<format, N>(super, scales, codes, x, acc);
         for (int n = 0; n < N; ++n) ++x[n];
         scales += kTraits.scale_bytes();
         codes += kTraits.code_bytes();

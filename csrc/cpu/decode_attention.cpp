@@ -2,15 +2,17 @@
 // up to the row's and within its window.
 //
 // A task is (tile of rows of one sequence, key/value head, split of kv_split_size positions): all query heads of the
-// group and all rows of a tile share one read of k and v. Keys are transposed block by block, so that a vector holds
-// the scores of neighbouring positions and no score costs a sum over lanes. Each split leaves its maximum, its sum and
-// its unnormalised output in attn_partials; the thread that finishes a tile's last split merges them in order.
+// group and all rows of a tile share one read of k and v. Both are arranged block by block: keys transposed, so that a
+// vector holds the scores of neighbouring positions and no score costs a sum over lanes; values in the numbers that are
+// multiplied (attend.h). Then scores and outputs are the same small matrix product, of a few queries at a time. Each
+// split leaves its maximum, its sum and its unnormalised output in attn_partials; the thread that finishes a tile's
+// last split merges them in order.
 //
 // What is computed for a row does not depend on its tile: a score walks head_dim in order, sums over positions have the
 // lane of the position in its split, outputs walk the row's own positions in order.
+#include "attend.h"
 #include "kernels.h"
 #include "paged_cache.h"
-#include "transpose.h"
 
 namespace skipkernels::SKIPKERNELS_ISA {
 
@@ -29,15 +31,15 @@ N smaller(N a, N b) {
     return a < b ? a : b;
 }
 
-// Queries (rows times heads of a group) of one task. More of them share the transposition of a key; 32 make it 5 % of
-// the work.
+// Queries (rows times heads of a group) of one task. More of them share the arrangement of a key and a value: 64 took
+// 4 % less time than 32 for the rows of a long prompt.
 constexpr int kQueries = cpu::kAttentionQueries;
-// Queries that share one walk over keys or values; what they accumulate stays in registers.
-constexpr int kQueryTile = 4;
-// Vectors of positions in a transposed block, and of columns in a walk over values.
-constexpr int kVectorTile = Vec::max_accumulators >= 24 ? 4 : 2;
-constexpr int kBlock = kVectorTile * Vec::width;
-static_assert(kBlock <= cpu::kAttentionBlock);
+// Queries and vectors of a small product, whose sums stay in registers.
+constexpr int kQueryTile = 6;
+constexpr int kVectorTile = Vec::max_accumulators / kQueryTile;
+constexpr int kKeys = kVectorTile * Vec::width;  // positions whose keys are arranged together
+constexpr int kValues = cpu::kAttentionBlock;    // the same of values
+static_assert(kKeys <= kValues && kValues % kKeys == 0);
 
 Range attended(const DecodeAttention& op, int row) {
     const int64_t end = op.row_position[row] + 1;
@@ -91,49 +93,102 @@ inline void for_runs(const PagedCache& where, const T* cache, int64_t kv_head, i
     }
 }
 
-// What is fetched into the second-level cache while scores are computed: a position's lines every few steps. Many at
-// once the processor drops.
-struct Coming {
-    const char* const* positions;
-    int64_t left, bytes, interval, wait;
+// What is fetched into the second-level cache while others are multiplied: the lines of some positions, spread evenly
+// over the steps. Many at once the processor drops.
+class Coming {
+  public:
+    Coming() = default;
+    Coming(const char* const* positions, int64_t count, int64_t bytes, int64_t steps)
+        : position_(positions),
+          end_(positions + count),
+          bytes_(bytes),
+          lines_(count * ((bytes + 63) / 64)),
+          steps_(steps) {}
+
     void step() {
-        if (left == 0 || --wait > 0) return;
-        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(*positions + i, 0, 2);
-        ++positions, --left;
-        wait = interval;
+        if (position_ == end_) return;
+        for (due_ += lines_; due_ >= steps_ && position_ != end_; due_ -= steps_) {
+            __builtin_prefetch(*position_ + at_, 0, 2);
+            at_ += 64;
+            if (at_ >= bytes_) ++position_, at_ = 0;
+        }
     }
+
+  private:
+    const char *const *position_ = nullptr, *const *end_ = nullptr;
+    int64_t bytes_ = 0, lines_ = 0, steps_ = 1, at_ = 0, due_ = 0;
 };
 
-// scores[g][0 .. V vectors) = scaling <query g, keys>, keys (head_dim, kBlock)
-template <int G, int V>
-void score_block(const Query* queries, const float* keys, int64_t d, float scaling, int64_t at, Coming coming) {
+// A matrix, or what lies from one of its elements on.
+template <class E>
+struct Numbers {
+    E* at;
+    int64_t stride;
+    Numbers from(int64_t row, int64_t column) const { return {at + row * stride + column, stride}; }
+};
+
+// out (G, V vectors) = a (G, steps) @ b (steps, V vectors), or += where it adds
+template <class T, int G, int V, class E>
+void multiply_tile(const Numbers<float>& a, const Numbers<const E>& b, int64_t steps, const Numbers<float>& out,
+                   bool adds, Coming coming) {
+    auto result = [&](int g, int v) { return out.at + g * out.stride + v * Vec::width; };
     Vec sum[G][V];
     for (int g = 0; g < G; ++g)
-        for (int v = 0; v < V; ++v) sum[g][v] = splat(0.0f);
-    for (int64_t j = 0; j < d; ++j) {
+        for (int v = 0; v < V; ++v) sum[g][v] = adds ? load(result(g, v)) : splat(0.0f);
+    const float* other[G];
+    for (int g = 0; g < G; ++g) other[g] = a.at + g * a.stride;
+    const E* row = b.at;
+    const int64_t stride = b.stride;
+    for (int64_t step = 0; step < steps; ++step, row += stride) {
         coming.step();
-        Vec key[V];
-        for (int v = 0; v < V; ++v) key[v] = load(keys + j * kBlock + v * Vec::width);
+        Vec number[V];
+        for (int v = 0; v < V; ++v) number[v] = load(row + v * Vec::width);
         for (int g = 0; g < G; ++g) {
-            const Vec query = splat(queries[g].at[j]);
-            for (int v = 0; v < V; ++v) sum[g][v] = fma(query, key[v], sum[g][v]);
+            const Vec factor = splat(other[g][step]);
+            for (int v = 0; v < V; ++v) sum[g][v] = Attend<T>::add(number[v], factor, sum[g][v]);
         }
     }
     for (int g = 0; g < G; ++g)
-        for (int v = 0; v < V; ++v) store(queries[g].scores + at + v * Vec::width, splat(scaling) * sum[g][v]);
+        for (int v = 0; v < V; ++v) store(result(g, v), sum[g][v]);
 }
 
-template <int G, int... V>
-void score_vectors(int vectors, std::integer_sequence<int, V...>, const Query* queries, const float* keys, int64_t d,
-                   float scaling, int64_t at, const Coming& coming) {
-    ((vectors == V + 1 ? score_block<G, V + 1>(queries, keys, d, scaling, at, coming) : void()), ...);
+// out (G, vectors) = a (G, steps) @ b (steps, vectors), or += where it adds
+template <class T, int G, class E, int... V>
+void multiply_columns(std::integer_sequence<int, V...>, int64_t vectors, const Numbers<float>& a,
+                      const Numbers<const E>& b, int64_t steps, const Numbers<float>& out, bool adds, Coming coming) {
+    int64_t at = 0;
+    for (; vectors >= kVectorTile; vectors -= kVectorTile, at += kVectorTile * Vec::width, coming = {}) {
+        multiply_tile<T, G, kVectorTile, E>(a, b.from(0, at), steps, out.from(0, at), adds, coming);
+    }
+    ((vectors == V + 1 ? multiply_tile<T, G, V + 1, E>(a, b.from(0, at), steps, out.from(0, at), adds, coming)
+                       : void()),
+     ...);
 }
 
-template <int... G>
-void score_queries(int count, std::integer_sequence<int, G...>, int vectors, const Query* queries, const float* keys,
-                   int64_t d, float scaling, int64_t at, const Coming& coming) {
-    constexpr std::make_integer_sequence<int, kVectorTile> tiles{};
-    ((count == G + 1 ? score_vectors<G + 1>(vectors, tiles, queries, keys, d, scaling, at, coming) : void()), ...);
+template <class T, class E, int... G>
+void multiply_queries(std::integer_sequence<int, G...>, int queries, int64_t vectors, const Numbers<float>& a,
+                      const Numbers<const E>& b, int64_t steps, const Numbers<float>& out, bool adds,
+                      const Coming& coming) {
+    constexpr std::make_integer_sequence<int, kVectorTile - 1> kRest{};
+    ((queries == G + 1 ? multiply_columns<T, G + 1>(kRest, vectors, a, b, steps, out, adds, coming) : void()), ...);
+}
+
+// out (queries <= kQueryTile, vectors) = a (queries, steps) @ b (steps, vectors), or += where it adds
+template <class T, class E>
+void multiply(int queries, int64_t vectors, const Numbers<float>& a, const Numbers<const E>& b, int64_t steps,
+              const Numbers<float>& out, bool adds, const Coming& coming = {}) {
+    constexpr std::make_integer_sequence<int, kQueryTile> kTiles{};
+    multiply_queries<T>(kTiles, queries, vectors, a, b, steps, out, adds, coming);
+}
+
+// use(first, count) for `queries` in tiles of nearly the same size
+template <class Use>
+void for_query_tiles(int queries, Use use) {
+    const int tiles = (queries + kQueryTile - 1) / kQueryTile;
+    for (int tile = 0; tile < tiles; ++tile) {
+        const int first = queries * tile / tiles;
+        use(first, queries * (tile + 1) / tiles - first);
+    }
 }
 
 int64_t rounded_down(int64_t n) { return n / Vec::width * Vec::width; }
@@ -143,125 +198,107 @@ void fill(float* p, int64_t begin, int64_t end, float value) {
     for (int64_t i = begin; i < end; ++i) p[i] = value;
 }
 
-// scores -> exp(scores - max) over the query's range, in place; max and their sum into the partials
-void exponentials(const Query& query) {
-    float* scores = query.scores;
+// scores -> exp(scores - max) over the query's range, in place, then packed; max and their sum into the partials
+template <class T>
+[[gnu::noinline]] void exponentials(const Query& query, float* scores) {
     const int64_t begin = query.range.begin, end = query.range.end;
     const int64_t first = rounded_down(begin), last = rounded_up(end);
     fill(scores, first, begin, scores[begin]);
     fill(scores, end, last, scores[begin]);
     Vec most = load(scores + first);
     for (int64_t i = first + Vec::width; i < last; i += Vec::width) most = max(most, load(scores + i));
-    alignas(64) float lanes[Vec::width];
-    store(lanes, most);
-    float largest = lanes[0];
-    for (float lane : lanes) largest = larger(largest, lane);
-    for (int64_t i = first; i < last; i += Vec::width) store(scores + i, exp(load(scores + i) - splat(largest)));
-    fill(scores, first, begin, 0.0f);
-    fill(scores, end, last, 0.0f);
+    const float largest = reduce_max(most);
     Vec total = splat(0.0f);
-    for (int64_t i = first; i < last; i += Vec::width) total = total + load(scores + i);
+    for (int64_t i = first; i < last; i += Vec::width) {
+        Vec value = exp(load(scores + i) - splat(largest));
+        store(scores + i, value);
+        if (i < begin || i + Vec::width > end) {
+            fill(scores, i, smaller(begin, i + Vec::width), 0.0f);
+            fill(scores, larger(end, i), i + Vec::width, 0.0f);
+            value = load(scores + i);
+        }
+        total = total + value;
+    }
     query.partials[0] = largest;
     query.partials[1] = reduce_add(total);
-}
-
-// Where values stand, and the position the weights of a split count from.
-template <class T>
-struct Values {
-    PagedCache where;
-    const T* cache;
-    int64_t kv_head, split_begin;
-    const T* keys;            // of the next split, to be fetched meanwhile; null: none
-    int64_t split_size, end;  // end of what may be fetched
-
-    // The keys `split_size` positions behind n neighbours from p on.
-    const char* coming(int64_t p, int64_t n) const {
-        if (!keys || p + split_size + n > end) return nullptr;
-        return reinterpret_cast<const char*>(keys + where.offset(kv_head, p + split_size));
-    }
-};
-
-// out[g][0 .. C vectors) += sum over n neighbouring positions of weights[g][first + p] values[p]; a last vector that is
-// not Whole has `left` columns. One loop: around two, GCC 12 keeps sums in memory.
-template <class T, int G, int C, bool Whole>
-void add_columns(const Query* queries, const T* values, int64_t first, int64_t n, int64_t d, int64_t column, int left,
-                 const char* coming) {
-    auto load_columns = [left](const auto* p) {
-        if constexpr (Whole) {
-            return load(p);
-        } else {
-            return load_first(p, left);
-        }
-    };
-    auto out = [&](int g, int c) { return queries[g].partials + 2 + column + c * Vec::width; };
-    const float* weights[G];
-    Vec sum[G][C];
-    for (int g = 0; g < G; ++g) {
-        weights[g] = queries[g].scores + first;
-        for (int c = 0; c < C; ++c) sum[g][c] = load_columns(out(g, c));
-    }
-    const int64_t bytes = d * static_cast<int64_t>(sizeof(T));
-    for (int64_t p = 0; p < n; ++p) {
-        if (coming) {
-            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(coming + p * bytes + i, 0, 2);
-        }
-        Vec value[C];
-        for (int c = 0; c < C; ++c) value[c] = load_columns(values + p * d + column + c * Vec::width);
-        for (int g = 0; g < G; ++g) {
-            const Vec weight = splat(weights[g][p]);
-            for (int c = 0; c < C; ++c) sum[g][c] = fma(weight, value[c], sum[g][c]);
-        }
-    }
-    for (int g = 0; g < G; ++g) {
-        for (int c = 0; c < C; ++c) {
-            if constexpr (Whole) {
-                store(out(g, c), sum[g][c]);
-            } else {
-                store_some(out(g, c), sum[g][c], left);
-            }
-        }
-    }
-}
-
-// outputs += sum over `range` of weights times values, for G queries
-template <class T, int G>
-void add_values(const Query* queries, const Values<T>& v, const Range& range) {
-    const int64_t d = v.where.head_dim, base = v.split_begin;
-    for_runs(v.where, v.cache, v.kv_head, base + range.begin, base + range.end, [&](const T* at, int64_t p, int64_t n) {
-        const char* coming = v.coming(p, n);
-        int64_t j = 0;
-        for (; j + kBlock <= d; j += kBlock, coming = nullptr)
-            add_columns<T, G, kVectorTile, true>(queries, at, p - base, n, d, j, Vec::width, coming);
-        for (; j + Vec::width <= d; j += Vec::width, coming = nullptr)
-            add_columns<T, G, 1, true>(queries, at, p - base, n, d, j, Vec::width, coming);
-        if (j < d) add_columns<T, G, 1, false>(queries, at, p - base, n, d, j, static_cast<int>(d - j), coming);
-    });
+    Attend<T>::pack_weights(scores, first, last);
 }
 
 Range common(const Range& a, const Range& b) { return {larger(a.begin, b.begin), smaller(a.end, b.end)}; }
 
-// Of the positions in `block`, those that all G queries attend to are walked once; those at the ends, by each alone.
-template <class T, int G>
-void add_values_of_tile(const Query* queries, const Values<T>& values, const Range& block) {
-    Range own[G], shared = block;
-    for (int g = 0; g < G; ++g) {
-        own[g] = common(block, queries[g].range);
-        shared = common(shared, own[g]);
-    }
-    if (shared.begin >= shared.end) shared = {block.end, block.end};
-    for (int g = 0; g < G; ++g) {
-        add_values<T, 1>(queries + g, values, {own[g].begin, smaller(own[g].end, shared.begin)});
-    }
-    add_values<T, G>(queries, values, shared);
-    for (int g = 0; g < G; ++g) {
-        add_values<T, 1>(queries + g, values, {larger(own[g].begin, shared.end), own[g].end});
+// What one task computes with; positions count from the split's first.
+struct Task {
+    const cpu::AttentionScratch& scratch;
+    int64_t head_dim;
+
+    int64_t vectors() const { return (head_dim + Vec::width - 1) / Vec::width; }
+    int64_t width() const { return vectors() * Vec::width; }
+    Numbers<float> queries(int q) const { return {scratch.packed_queries + q * width(), width()}; }
+    Numbers<float> scores(int q) const { return {scratch.scores + q * scratch.scores_stride, scratch.scores_stride}; }
+    Numbers<float> outputs(int q) const { return {scratch.outputs + q * width(), width()}; }
+    Numbers<const float> keys() const { return {scratch.arranged, kKeys}; }
+    Numbers<const float> values() const { return {scratch.arranged, width()}; }
+};
+
+// Values of neighbouring positions, arranged or, of one element a number, as they lie.
+template <class E>
+struct Values {
+    Numbers<const E> numbers;
+    Range positions;
+};
+
+// output += weight times value of position p, which does not fill its number
+template <class T>
+void add_part(const Task& task, int q, const Values<float>& values, int64_t p) {
+    constexpr int64_t together = Attend<T>::together;
+    const int64_t step = p / together;
+    const Vec weight = splat(task.scores(q).at[step]);
+    const float* value = values.numbers.from(step - values.positions.begin / together, 0).at;
+    float* out = task.outputs(q).at;
+    for (int64_t i = 0; i < task.width(); i += Vec::width) {
+        const Vec number = Attend<T>::only(load(value + i), p % together == 0);
+        store(out + i, Attend<T>::add(number, weight, load(out + i)));
     }
 }
 
-template <class T, int... G>
-void add_values_of(int count, std::integer_sequence<int, G...>, const Query* queries, const Values<T>& values,
-                   const Range& block) {
-    ((count == G + 1 ? add_values_of_tile<T, G + 1>(queries, values, block) : void()), ...);
+// outputs of query q += weights times values over `range`
+template <class T, class E>
+void add_own(const Task& task, int q, const Values<E>& values, const Range& range) {
+    constexpr int64_t together = Attend<T>::together;
+    for (int64_t p = range.begin; p < range.end;) {
+        const int64_t step = p / together, whole = range.end / together - step;
+        if (p % together == 0 && whole > 0) {
+            const auto from = values.numbers.from(step - values.positions.begin / together, 0);
+            multiply<T>(1, task.vectors(), task.scores(q).from(0, step), from, whole, task.outputs(q), true);
+            p += whole * together;
+        } else {
+            if constexpr (together > 1) add_part<T>(task, q, values, p);
+            ++p;
+        }
+    }
+}
+
+// Of the positions of `values`, those that all queries of the tile attend to are walked once; those at the ends, by
+// each alone.
+template <class T, class E>
+void add_values(const Task& task, int first, int count, const Values<E>& values, const Coming& coming) {
+    constexpr int64_t together = Attend<T>::together;
+    const Query* queries = task.scratch.queries + first;
+    const Range& all = values.positions;
+    Range shared = all;
+    for (int q = 0; q < count; ++q) shared = common(shared, queries[q].range);
+    int64_t begin = (shared.begin + together - 1) / together, end = shared.end / together;
+    if (begin >= end) begin = end = (all.end + together - 1) / together;
+    for (int q = 0; q < count; ++q) {
+        const Range own = common(all, queries[q].range);
+        add_own<T>(task, first + q, values, {own.begin, smaller(own.end, begin * together)});
+    }
+    multiply<T>(count, task.vectors(), task.scores(first).from(0, begin),
+                values.numbers.from(begin - all.begin / together, 0), end - begin, task.outputs(first), true, coming);
+    for (int q = 0; q < count; ++q) {
+        const Range own = common(all, queries[q].range);
+        add_own<T>(task, first + q, values, {larger(own.begin, end * together), own.end});
+    }
 }
 
 // partials (num_splits, head_dim + 2): max, sum, output -> out (head_dim)
@@ -279,8 +316,10 @@ void merge_splits(const float* partials, int64_t num_splits, int64_t d, float* o
     for (int64_t j = 0; j < d; ++j) out[j] /= total;
 }
 
-// The queries of the tile's rows that attend to positions of `split`; returns their number.
+// The queries of the tile's rows that attend to positions of `split`, packed; returns their number.
+template <class T>
 int find_queries(const DecodeAttention& op, const Scratch& s, int begin, int end, int64_t kv_head, int64_t split) {
+    const Task task{s.attention, op.head_dim};
     const int64_t d = op.head_dim, group = group_size(op), size = op.kv_split_size, first = split * size;
     int count = 0;
     for (int i = begin; i < end; ++i) {
@@ -290,9 +329,8 @@ int find_queries(const DecodeAttention& op, const Scratch& s, int begin, int end
         const int64_t number = split - splits_of(op, range).first;
         for (int64_t g = 0; g < group; ++g, ++count) {
             const int64_t head = s.rows[i] * op.num_attention_heads + kv_head * group + g;
-            float* partials = op.attn_partials + (head * op.num_splits + number) * (d + 2);
-            float* scores = s.attention.scores + count * s.attention.scores_stride;
-            s.attention.queries[count] = {op.query + head * d, own, scores, partials};
+            s.attention.queries[count] = {own, op.attn_partials + (head * op.num_splits + number) * (d + 2)};
+            Attend<T>::pack_query(op.query + head * d, d, op.scaling, task.queries(count).at);
         }
     }
     return count;
@@ -315,67 +353,115 @@ struct Split {
             for (int64_t i = 0; i < size; i += 64) (void)bytes[i];
         });
     }
+
+    // rows[i] = position range.begin + i
+    template <class P>
+    void find(const T* cache, const Range& range, P* rows) const {
+        for_runs(where, cache, kv_head, begin + range.begin, begin + range.end,
+                 [&](const T* p, int64_t first, int64_t n) {
+                     P* out = rows + (first - begin - range.begin);
+                     for (int64_t i = 0; i < n; ++i) out[i] = reinterpret_cast<P>(p + i * where.head_dim);
+                 });
+    }
 };
 
-// keys[j][lane] = key of position at + lane of the split, for `block` of them; zeros in the other lanes
-template <class T>
-void transpose_keys(const Split<T>& split, const Range& block, int64_t at, int vectors, const T** rows, float* keys) {
-    for_runs(split.where, split.k_cache, split.kv_head, split.begin + block.begin, split.begin + block.end,
-             [&](const T* p, int64_t first, int64_t n) {
-                 for (int64_t i = 0; i < n; ++i) rows[first - split.begin - at + i] = p + i * split.where.head_dim;
-             });
-    for (int v = 0; v < vectors; ++v) {
-        transpose(rows + v * Vec::width, split.where.head_dim, keys + v * Vec::width, kBlock);
+// Calls use(block, its positions in `all`) for the blocks of positions that `all` meets. Whole vectors count from the
+// split's first position, so a position's lane is the same for every row.
+template <class Use>
+void for_blocks(int64_t size, const Range& all, Use use) {
+    for (int64_t at = rounded_down(all.begin); at < all.end; at += size) {
+        const Range block{at, at + size};
+        use(block, common(block, all));
     }
 }
 
-// The queries' exponentials over the positions `all` of the split.
+// The queries' weights of the positions `all` of the split.
 template <class T>
-void weigh(const DecodeAttention& op, const Scratch& s, int count, const Split<T>& split, const Range& all) {
-    constexpr std::make_integer_sequence<int, kQueryTile> tiles{};
-    const Query* queries = s.attention.queries;
-    float* keys = s.attention.keys;
+void weigh(const DecodeAttention& op, const Task& task, int count, const Split<T>& split, const Range& all) {
     split.fetch(split.k_cache, all);  // the first split of several: those after it were fetched by the one before
-    // whole vectors count from the split's first position, so a position's lane is the same for every row
-    for (int64_t at = rounded_down(all.begin); at < all.end; at += kBlock) {
-        const Range block{larger(at, all.begin), smaller(at + kBlock, all.end)};
-        const int vectors = static_cast<int>((block.end - at + Vec::width - 1) / Vec::width);
-        const T* rows[kBlock] = {};
-        transpose_keys(split, block, at, vectors, rows, keys);
-        const char* values[kBlock];  // of the same positions
-        const int64_t n = block.end - block.begin, bytes = op.head_dim * static_cast<int64_t>(sizeof(T));
-        for (int64_t i = 0; i < n; ++i) {
-            values[i] = reinterpret_cast<const char*>(split.v_cache + (rows[block.begin - at + i] - split.k_cache));
+    const int64_t bytes = op.head_dim * static_cast<int64_t>(sizeof(T)), steps = op.head_dim / Attend<T>::together;
+    for_blocks(kKeys, all, [&](const Range& block, const Range& own) {
+        const T* rows[kKeys] = {};
+        split.find(split.k_cache, own, rows + (own.begin - block.begin));
+        const int64_t vectors = (own.end - block.begin + Vec::width - 1) / Vec::width;
+        for (int64_t v = 0; v < vectors; ++v) {
+            float* out = task.scratch.arranged + v * Vec::width;
+            Attend<T>::arrange_keys(rows + v * Vec::width, op.head_dim, out, kKeys);
         }
-        const int64_t interval = larger<int64_t>(1, op.head_dim / kBlock);
-        for (int q = 0; q < count; q += kQueryTile) {
-            const Coming coming{values, q == 0 ? n : 0, bytes, interval, 1};
-            score_queries(smaller(kQueryTile, count - q), tiles, vectors, queries + q, keys, op.head_dim, op.scaling,
-                          at, coming);
-        }
+        const char* values[kKeys];  // of the same positions
+        split.find(split.v_cache, own, values);
+        for_query_tiles(count, [&](int first, int n) {
+            const Coming coming(values, first == 0 ? own.end - own.begin : 0, bytes, steps);
+            multiply<T>(n, vectors, task.queries(first), task.keys(), steps, task.scores(first).from(0, block.begin),
+                        false, coming);
+        });
+    });
+    for (int q = 0; q < count; ++q) exponentials<T>(task.scratch.queries[q], task.scores(q).at);
+}
+
+// Keys of the next split, to be fetched while values of this one are added.
+template <class T>
+struct NextKeys {
+    const char* rows[kValues];
+    int64_t count, bytes;
+
+    NextKeys(const DecodeAttention& op, const Split<T>& split, const Range& now)
+        : bytes(op.head_dim * static_cast<int64_t>(sizeof(T))) {
+        const Range next{now.begin + op.kv_split_size, smaller(now.end + op.kv_split_size, split.end - split.begin)};
+        count = larger<int64_t>(0, next.end - next.begin);
+        if (count > 0) split.find(split.k_cache, next, rows);
     }
-    for (int q = 0; q < count; ++q) exponentials(queries[q]);
+    Coming over(int64_t steps) const { return {rows, count, bytes, steps}; }
+};
+
+// For few queries, values of one element a number are multiplied as they lie in the cache.
+template <class T>
+void add_in_place(const DecodeAttention& op, const Task& task, int count, const Split<T>& split, const Range& own) {
+    const NextKeys<T> keys(op, split, own);
+    for_runs(split.where, split.v_cache, split.kv_head, split.begin + own.begin, split.begin + own.end,
+             [&](const T* p, int64_t first, int64_t n) {
+                 const Values<T> values{{p, op.head_dim}, {first - split.begin, first - split.begin + n}};
+                 for_query_tiles(count, [&](int query, int tile) {
+                     add_values<T>(task, query, tile, values, query == 0 ? keys.over(n) : Coming());
+                 });
+             });
+}
+
+template <class T>
+void add_arranged(const DecodeAttention& op, const Task& task, int count, const Split<T>& split, const Range& block,
+                  const Range& own) {
+    constexpr int64_t together = Attend<T>::together;
+    const T* rows[kValues] = {};
+    split.find(split.v_cache, own, rows + (own.begin - block.begin));
+    for (int64_t i = own.begin / together * together - block.begin; i < own.end - block.begin; i += together) {
+        Attend<T>::arrange_values(rows + i, op.head_dim, task.scratch.arranged + i / together * task.width());
+    }
+    const NextKeys<T> keys(op, split, own);
+    for_query_tiles(count, [&](int first, int n) {
+        const Coming coming = first == 0 ? keys.over((own.end - own.begin) / together) : Coming();
+        add_values<T>(task, first, n, Values<float>{task.values(), block}, coming);
+    });
 }
 
 // The queries' outputs, of those weights.
 template <class T>
-void add_up(const DecodeAttention& op, const Scratch& s, int count, const Split<T>& split, const Range& all) {
-    constexpr std::make_integer_sequence<int, kQueryTile> tiles{};
-    const Query* queries = s.attention.queries;
-    Values<T> values{split.where,   split.v_cache,    split.kv_head, split.begin,
-                     split.k_cache, op.kv_split_size, split.end};
-    for (int q = 0; q < count; ++q) fill(queries[q].partials, 2, op.head_dim + 2, 0.0f);
-    for (int64_t at = rounded_down(all.begin); at < all.end; at += kBlock) {
-        for (int q = 0; q < count; q += kQueryTile) {
-            values.keys = q == 0 ? split.k_cache : nullptr;
-            add_values_of(smaller(kQueryTile, count - q), tiles, queries + q, values, {at, at + kBlock});
+void add_up(const DecodeAttention& op, const Task& task, int count, const Split<T>& split, const Range& all) {
+    const bool in_place = Attend<T>::together == 1 && count <= 2 * kQueryTile && op.head_dim % Vec::width == 0;
+    fill(task.outputs(0).at, 0, count * task.width(), 0.0f);
+    for_blocks(kValues, all, [&](const Range& block, const Range& own) {
+        if constexpr (Attend<T>::together == 1) {
+            if (in_place) return add_in_place(op, task, count, split, own);
         }
+        add_arranged(op, task, count, split, block, own);
+    });
+    for (int q = 0; q < count; ++q) {
+        std::memcpy(task.scratch.queries[q].partials + 2, task.outputs(q).at, op.head_dim * sizeof(float));
     }
 }
 
 template <class T>
 void attend_split(const DecodeAttention& op, const Scratch& s, int begin, int end, int64_t kv_head, int64_t split) {
-    const int count = find_queries(op, s, begin, end, kv_head, split);
+    const int count = find_queries<T>(op, s, begin, end, kv_head, split);
     if (count == 0) return;
     const Query* queries = s.attention.queries;
     Range all = queries[0].range;
@@ -388,8 +474,9 @@ void attend_split(const DecodeAttention& op, const Scratch& s, int begin, int en
                          kv_head,
                          split * op.kv_split_size,
                          attended_by_tile(op, s, begin, end).end};
-    weigh(op, s, count, place, all);
-    add_up(op, s, count, place, all);
+    const Task task{s.attention, op.head_dim};
+    weigh(op, task, count, place, all);
+    add_up(op, task, count, place, all);
 }
 
 void merge_rows(const DecodeAttention& op, const Scratch& s, int begin, int end, int64_t kv_head) {

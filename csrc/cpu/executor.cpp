@@ -98,7 +98,7 @@ int64_t rows_per_partial(const Instruction& ins) {
 // What a scratch must hold for the instructions it has seen. All but rows and arrivals in floats.
 struct Needs {
     size_t rows = 0, own_x = 0, shared_x = 0, panel = 0, op_scratch = 0, neuron_sums = 0;
-    size_t arrivals = 0, queries = 0, scores_stride = 0, keys = 0;  // of attention
+    size_t arrivals = 0, queries = 0, scores_stride = 0, padded_head = 0;  // of attention
 
     void add(const Instruction& ins) {
         const auto num_rows = static_cast<size_t>(ins.num_rows);
@@ -130,7 +130,7 @@ struct Needs {
             arrivals = std::max<size_t>(arrivals, num_rows * op.num_key_value_heads);
             queries = std::max(queries, std::max<size_t>(group, kAttentionQueries));
             scores_stride = std::max<size_t>(scores_stride, padded(op.kv_split_size) + kAttentionBlock);
-            keys = std::max<size_t>(keys, op.head_dim * kAttentionBlock);
+            padded_head = std::max<size_t>(padded_head, padded(op.head_dim));
         }
     }
 };
@@ -186,12 +186,13 @@ Executor::Executor(std::vector<Instruction> program, const int32_t* active, int6
     memory_.push_back(allocate_floats(needs.shared_x));
     memory_.push_back(allocate_floats(needs.neuron_sums));
     queries_.resize(num_threads * needs.queries);
-    const size_t scores = needs.queries * needs.scores_stride;
+    const size_t scores = needs.queries * needs.scores_stride, heads = needs.queries * needs.padded_head;
+    const size_t arranged = needs.padded_head * kAttentionBlock;
     constexpr size_t kAccumulators = kPanelRows * kMaxTile * kMaxVecWidth;
     for (int thread = 0; thread < num_threads; ++thread) {
         size_t floats = 0;
         for (size_t part :
-             {needs.own_x, kAccumulators, needs.panel, needs.panel, needs.op_scratch, scores, needs.keys}) {
+             {needs.own_x, kAccumulators, needs.panel, needs.panel, needs.op_scratch, scores, heads, heads, arranged}) {
             floats += Cutter::rounded(part);
         }
         memory_.push_back(allocate_floats(floats));
@@ -211,7 +212,9 @@ Executor::Executor(std::vector<Instruction> program, const int32_t* active, int6
         attention.queries = queries_.data() + thread * needs.queries;
         attention.scores = cutter.take(scores);
         attention.scores_stride = static_cast<int64_t>(needs.scores_stride);
-        attention.keys = cutter.take(needs.keys);
+        attention.packed_queries = cutter.take(heads);
+        attention.outputs = cutter.take(heads);
+        attention.arranged = cutter.take(arranged);
         scratch_.push_back(scratch);
     }
 }

@@ -20,6 +20,7 @@ inline Ints broadcast_quad(const int8_t* p) {
     return {_mm512_set1_epi32(quad)};
 }
 inline Ints zero_ints() { return {_mm512_setzero_si512()}; }
+inline Ints splat_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline Ints and_bytes(Ints a, int mask) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(static_cast<char>(mask)))}; }
 inline Ints flip_signs(Ints a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi8(static_cast<char>(0x80)))}; }
 inline Ints or_bytes(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
@@ -70,6 +71,7 @@ inline Ints broadcast_quad(const int8_t* p) {
     return {_mm256_set1_epi32(quad)};
 }
 inline Ints zero_ints() { return {_mm256_setzero_si256()}; }
+inline Ints splat_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
 inline Ints and_bytes(Ints a, int mask) { return {_mm256_and_si256(a.v, _mm256_set1_epi8(static_cast<char>(mask)))}; }
 inline Ints flip_signs(Ints a) { return {_mm256_xor_si256(a.v, _mm256_set1_epi8(static_cast<char>(0x80)))}; }
 inline Ints or_bytes(Ints a, Ints b) { return {_mm256_or_si256(a.v, b.v)}; }
@@ -129,6 +131,9 @@ inline Ints broadcast_quad(const int8_t* p) {
 inline Ints zero_ints() {
     return map_ints([](int) { return 0u; });
 }
+inline Ints splat_int(int32_t x) {
+    return map_ints([=](int) { return static_cast<uint32_t>(x); });
+}
 inline Ints and_bytes(const Ints& a, uint32_t mask) {
     return map_ints([&](int i) { return a.v[i] & mask * 0x01010101u; });
 }
@@ -176,13 +181,5 @@ inline Vec abs(const Vec& a) {
 }
 
 #endif
-
-inline float reduce_max(const Vec& a) {
-    alignas(64) float values[Vec::width];
-    store(values, a);
-    float largest = values[0];
-    for (int i = 1; i < Vec::width; ++i) largest = values[i] > largest ? values[i] : largest;
-    return largest;
-}
 
 }  // namespace skipkernels::SKIPKERNELS_ISA

@@ -15,11 +15,11 @@ constexpr int kPanelRows = 24;         // weight rows computed together; divisib
 constexpr int kBlockPanels = 2;        // panels of a task where weights are quantised: three groups of 16 rows
 constexpr int kMaxTile = 4;            // rows in one register tile
 constexpr int kFewRows = 8;            // that each thread packs for itself; more are packed once for all threads
-constexpr int kAttentionQueries = 32;  // query heads of a tile of rows that share one read of keys and values
+constexpr int kAttentionQueries = 64;  // query heads of a tile of rows that share one read of keys and values
 constexpr int kNeuronStep = 32;        // columns: a multiple of every step over the rows of a transposed matrix
 constexpr int kNeuronPanel = 96;       // columns computed together, of whole steps and of whole panels
 constexpr int kNeuronsAhead = 32;      // of the chunk after the one at hand, whose rows are fetched
-constexpr int kAttentionBlock = 64;    // most positions whose keys are transposed together
+constexpr int kAttentionBlock = 64;    // most positions whose keys and values are arranged together
 
 struct Positions {
     int64_t begin, end;
@@ -27,9 +27,7 @@ struct Positions {
 
 // A query head of a row, in one split of its positions, which count from the split's first.
 struct AttentionQuery {
-    const float* at;  // (head_dim)
     Positions range;
-    float* scores;    // by position
     float* partials;  // max, sum, output (head_dim)
 };
 
@@ -45,9 +43,11 @@ struct AttentionScratch {
     RowTiles* tiles;                 // shared by all threads, written by num_tasks
     std::atomic<int32_t>* arrivals;  // shared by all threads: a zeroed counter per (tile, key/value head)
     AttentionQuery* queries;
-    float* scores;  // (queries, scores_stride)
+    float* packed_queries;  // (queries, head_dim, padded)
+    float* scores;          // (queries, scores_stride), then the weights
     int64_t scores_stride;
-    float* keys;  // (head_dim, kAttentionBlock)
+    float* outputs;   // (queries, head_dim, padded)
+    float* arranged;  // keys (head_dim, kAttentionBlock) or values (kAttentionBlock, head_dim, padded)
 };
 
 // A thread's memory, and the rows of the instruction at hand. How much each pointer holds is counted in executor.cpp.

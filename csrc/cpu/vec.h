@@ -151,6 +151,11 @@ inline uint32_t nonzero_bits(const Vec& a) {
     for (int i = 0; i < Vec::width; ++i) bits |= static_cast<uint32_t>(a.v[i] != 0.0f) << i;
     return bits;
 }
+inline float reduce_max(const Vec& a) {
+    float largest = a.v[0];
+    for (float value : a.v) largest = value > largest ? value : largest;
+    return largest;
+}
 inline float reduce_add(const Vec& a) {
     return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
 }
@@ -162,6 +167,16 @@ inline float reduce_add(Vec a) {
     __m128 s = fold(a);
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float reduce_max(Vec a) {
+#    if defined(SKIPKERNELS_ISA_AVX512)
+    const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+#    else
+    const __m256 half = a.v;
+#    endif
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
 #endif
 

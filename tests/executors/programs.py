@@ -222,8 +222,9 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-MATRIX_OPS = (
+ROUNDED_OPS = (
     "qkv_rope_append",
+    "decode_attention",
     "o_proj_add",
     "gate_up_act",
     "down_proj_add",
@@ -244,9 +245,9 @@ def compare_instruction(
     """Every output of ``ins`` agrees; rows it does not act on and all other buffers keep their bits.
 
     ``ins`` is the one recorded over ``actual``; ``before`` is ``actual`` as it was before the instruction. Where the
-    executor ``rounds_activations`` to bf16 before it multiplies, its matrices agree within that.
+    executor ``rounds_activations`` to bf16 before it multiplies, its products agree within that.
     """
-    rounded = rounds_activations and ins.op in MATRIX_OPS
+    rounded = rounds_activations and ins.op in ROUNDED_OPS
     written = _written_fields(ins, actual)
     for name, now in actual.buffers():
         what = f"{name} after {ins.op}"
