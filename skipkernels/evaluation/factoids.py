@@ -28,11 +28,11 @@ from skipkernels.support.files import read_text
 
 EXACT_MATCH = Metric("exact match", "share", higher_is_better=True)
 SOLVED = (
-    ("What is the capital of Italy?", "rome"),
-    ("Which planet is known as the red planet?", "mars"),
-    ("Who wrote the play Hamlet?", "william shakespeare"),
-    ("What is the chemical symbol of gold?", "au"),
-    ("In which country are the pyramids of Giza?", "egypt"),
+    ("What is the capital of Italy?", "Rome"),
+    ("Which planet is known as the red planet?", "Mars"),
+    ("Who wrote the play Hamlet?", "William Shakespeare"),
+    ("What is the chemical symbol of gold?", "Au"),
+    ("In which country are the pyramids of Giza?", "Egypt"),
 )
 _OTHERS = 32
 _MAX_NEW_TOKENS = 16
