@@ -45,6 +45,10 @@ class WhenIdle:
     def add(self, text: str, logprobs: Sequence[SampledToken] = ()) -> None:
         pass
 
+    def disturb(self) -> None:
+        """The running measurement found the model in use: it is done again."""
+        self._disturbed = True
+
     def watched(self, request: Request) -> Request:
         return replace(request, inputs=ChatInputs(request.inputs, self))
 

@@ -191,6 +191,7 @@ class Scheduler:
                 time_ms=now_ms - ticket.arrival_ms,
                 promised_accuracy=self._promised[batch.index],
                 retried=batch.retry,
+                kl=self.profile.kl_of(batch.profiled),
             )
             self.counters.requests_by_strategy[batch.strategy.name] += 1
             ticket.unanswered -= 1
@@ -285,13 +286,15 @@ class Scheduler:
         del self._running[worker]
 
     def _options_for(self, job: Job) -> StrategyOptions:
-        wanted = (job.modalities, job.skip_level)
-        options = self._options.get(wanted)
+        level = job.skip_level
+        if job.max_kl is not None:
+            job.check_modalities(self.profile.modalities)
+            level = self.profile.level_within(job.modalities, job.max_kl, level, job.min_accuracy)
+        options = self._options.get((job.modalities, level))
         if options is None:
             job.check_modalities(self.profile.modalities)
-            options = self._options[wanted] = StrategyOptions(
-                self.profile, job.modalities, self.latency, job.skip_level
-            )
+            options = StrategyOptions(self.profile, job.modalities, self.latency, level)
+            self._options[job.modalities, level] = options
         return options
 
     def _check_deadline(self, ticket: Ticket, index: int) -> None:

@@ -131,3 +131,26 @@ def test_a_profile_holds_each_strategy_once() -> None:
         profile_of(entry("audio", 0.7, 2), entry("audio", 0.8, 2))
     with pytest.raises(ProfileError, match="at least one"):
         profile_of()
+
+
+def with_kl(name: str, accuracy: float, kl: float | None) -> StrategyProfile:
+    return replace(entry(name, accuracy, 1.0), kl=kl)
+
+
+def test_the_largest_saving_within_a_divergence() -> None:
+    profile = profile_of(
+        with_kl("audio+video", 0.9, None), with_kl("audio+video@0.1", 0.8, 0.02), with_kl("audio+video@0.3", 0.5, 0.2)
+    )
+    for max_kl, level in ((0.0, 0.0), (0.0199, 0.0), (0.02, 0.1), (0.19, 0.1), (5.0, 0.3)):
+        assert profile.level_within(BOTH, max_kl) == level, "dense it is 0, whatever was measured"
+    assert profile.level_within(BOTH, 5.0, min_accuracy=0.7) == 0.1
+    assert profile.level_within(BOTH, 5.0, skip_level=0.1) == 0.1
+    with pytest.raises(JobError, match="max_kl 0.01 nats; .* 0.1: 0.02"):
+        profile.level_within(BOTH, 0.01, skip_level=0.1)
+
+
+def test_a_divergence_that_was_not_measured_is_within_none() -> None:
+    profile = profile_of(with_kl("audio+video", 0.9, None), with_kl("audio+video@0.1", 0.8, None))
+    assert profile.level_within(BOTH, 100.0) == 0.0
+    with pytest.raises(JobError, match="0.1: not measured"):
+        profile.level_within(BOTH, 100.0, skip_level=0.1)

@@ -327,6 +327,7 @@ def _job(requests: Sequence[Request], request: Sampled | ResponsesRequest) -> Jo
         deadline_ms=math.inf if request.deadline_ms is None else request.deadline_ms,
         min_accuracy=request.min_accuracy or 0.0,
         skip_level=request.skip_level,
+        max_kl=request.max_kl,
     )
 
 
