@@ -121,7 +121,9 @@ class ChatModelLoader:
             return wanted
         if self.skip_levels is not None:
             raise PolicyError(f"skip level {wanted[0]:g} needs a policy file (--policy): {reason}")
-        logger.warning("%s is served dense, without skip levels: %s; a policy file (--policy) brings some", self.name, reason)
+        logger.warning(
+            "%s is served dense, without skip levels: %s; a policy file (--policy) brings some", self.name, reason
+        )
         return ()
 
     def _no_neurons(self, source: Path, config: PreTrainedConfig) -> str | None:

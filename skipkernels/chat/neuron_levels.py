@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from skipkernels.calibration.neuron_profile import NeuronProfile, profile_neurons
+from skipkernels.calibration.neuron_profile import profile_neurons
 from skipkernels.calibration.passages import Passage, cut_passages
 from skipkernels.calibration.scoring import score
 from skipkernels.chat.when_idle import WhenIdle
+from skipkernels.decoding.own_rows import OwnRows
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
 from skipkernels.skipping.policy import DensePolicy, Policy
@@ -28,6 +30,34 @@ _SPLIT = 1.0  # gate thresholds beside those of products; the middle of what a c
 _WARMUP_TOKENS = 1
 _LOG_PROBS_BYTES = 64 << 20  # of the dense model, kept while the levels are compared with it
 _MAKE = "neurons-1"  # another number where thresholds are made in another way
+
+
+class _Patient:
+    """An engine whose rows are taken while nobody asks the model anything. What a passage is read for is no time, so a
+    request between two readings spoils nothing."""
+
+    def __init__(self, engine: Engine, idle: WhenIdle) -> None:
+        self._engine = engine
+        self._idle = idle
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    @property
+    def loop(self) -> _Patient:
+        return self
+
+    @contextlib.contextmanager
+    def own_rows(self) -> Iterator[OwnRows]:
+        with contextlib.ExitStack() as stack:
+            while True:
+                self._idle.wait()
+                try:
+                    own = stack.enter_context(self._engine.loop.own_rows())
+                    break
+                except RequestError:  # somebody came just now
+                    self._idle.pause()
+            yield own
 
 
 class _Disturbed(Exception):
@@ -48,7 +78,8 @@ def neuron_policies(
         Stopped: see ``WhenIdle``.
     """
     read, _ = cut_passages(engine, texts, 2 * _READ_PASSAGES, PROMPT_TOKENS, NEW_TOKENS)
-    profile: NeuronProfile = _undisturbed(lambda check: profile_neurons(engine, read, lambda _: check()), engine, idle)
+    reader = engine if idle is None else cast("Engine", _Patient(engine, idle))
+    profile = profile_neurons(reader, read)
     return {
         level: replace(profile.policy(level, _SPLIT, _WARMUP_TOKENS), target_ratio=level) for level in sorted(levels)
     }
@@ -65,7 +96,7 @@ def measured_kl(
     room = max(1, _LOG_PROBS_BYTES // (4 * engine.config.vocab_size * NEW_TOKENS))
     for first in range(0, len(held_out), room):
         group = held_out[first : first + room]
-        for level, costs in _undisturbed(lambda check, group=group: _costs(engine, levels, group, check), engine, idle):
+        for level, costs in _undisturbed(partial(_costs, engine, levels, group), engine, idle):
             sums[level] += costs
     return {level: total / len(held_out) for level, total in sums.items()}
 

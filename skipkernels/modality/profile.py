@@ -204,7 +204,8 @@ class Profile:
                 f"{level:g}: {'not measured' if kl is None else f'{kl:.3g}'}" for level, kl in sorted(costs.items())
             )
             raise JobError(
-                f"no strategy stays within max_kl {max_kl:g} nats; measured KL from the dense model by skip level: {told}"
+                f"no strategy stays within max_kl {max_kl:g} nats; measured KL from the dense model, by skip level: "
+                f"{told}"
             )
         kept = [entry for entry in within if entry.promised_accuracy >= min_accuracy] or within
         return max(entry.strategy.skip_level for entry in kept)

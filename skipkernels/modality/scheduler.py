@@ -225,6 +225,17 @@ class Scheduler:
                 self.counters.retried_requests += 1
         return failed
 
+    def refuse(self, batch: Batch, reason: str) -> list[Ticket]:
+        """Records that the model cannot serve the only request of a batch, however often it is tried. Returns its
+        ticket, unless that is done."""
+        self._elapse()
+        self._running[batch.worker] = None
+        ((ticket, _),) = batch.members
+        if ticket.done:
+            return []
+        self.cancel(ticket, reason)
+        return [ticket]
+
     def review(self) -> list[Batch]:
         """Gives running requests whose deadline is in danger a cheaper strategy of the same modalities, where their
         job's requirement allows it and it brings them home in time; returns those whose strategy has changed. Only

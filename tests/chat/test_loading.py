@@ -66,9 +66,11 @@ def test_a_multimodal_checkpoint_loads_by_its_family(tmp_path: Path) -> None:
         "image+text@0",
         "image+text@0.1",
         "image+text@0.2",
+        "image+text@0.3",
         "text@0",
         "text@0.1",
         "text@0.2",
+        "text@0.3",
     ]
 
 
@@ -114,7 +116,7 @@ def test_neurons_of_block_formats_cannot_be_left_out(
     assert bool(model.open_levels) == (dtype is not None)
     assert ("served dense" in caplog.text) == (dtype is None)
     if dtype is None:
-        with pytest.raises(PolicyError, match="level 0.2 needs a policy file.*--dtype bf16"):
+        with pytest.raises(PolicyError, match=r"level 0.2 needs a policy file.*--dtype bf16"):
             loader_of(file, **options)()
 
 

@@ -52,10 +52,10 @@ def test_neurons_hold_what_their_thresholds_can() -> None:
 def test_a_file_says_its_share(tmp_path: Path) -> None:
     file, other = tmp_path / "a.json", tmp_path / "b.json"
     save_policy(file, FixedPolicy((1,)), fingerprint="", measured={})
-    with pytest.raises(PolicyError, match="a.json: says no share"):
+    with pytest.raises(PolicyError, match=r"a.json: says no share"):
         policies_of_files([file])
     for name in (file, other):
         save_policy(name, NeuronPolicy(product_thresholds=(1.0,), target_ratio=0.2), fingerprint="", measured={})
     assert list(policies_of_files([file])) == [0.0, 0.2]
-    with pytest.raises(PolicyError, match="a.json and .*b.json both leave out a share of 0.2"):
+    with pytest.raises(PolicyError, match=r"a.json and .*b.json both leave out a share of 0.2"):
         policies_of_files([file, other])

@@ -140,6 +140,7 @@ class Converter:
             logprobs=request.logprobs,
             usage=_wants_usage(request),
             token_text=self._token_text,
+            prompt_text=text_format.text_of_prompt,
             eos=text_format.eos_token_ids,
         )
         job = _job(_repeated(asked, request.n or 1), request)
