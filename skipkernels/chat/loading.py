@@ -128,9 +128,15 @@ class ChatModelLoader:
 
     def _no_neurons(self, source: Path, config: PreTrainedConfig) -> str | None:
         """Why single neurons cannot be left out of these weights; None: they can."""
+        import torch
+
+        from skipkernels.model.recipe import resolve_weights
+
         if self.options.get("device", "cpu") != "cpu":
             return "single neurons are left out on device cpu only"
         dtype = self.options.get("dtype")
+        if dtype is not None and not isinstance(resolve_weights(dtype), torch.dtype):
+            return f"single neurons are left out of float weights only, not of {dtype}"
         if source.is_file() and dtype is None:
             return "single neurons are left out of float weights only, and a GGUF file is float with --dtype bf16 only"
         if getattr(config, "quantization_config", None) is not None and dtype is None:
