@@ -27,6 +27,7 @@ from skipkernels.decoding.prompt_rows import ProgramRows, TorchRows
 from skipkernels.decoding.request import Request
 from skipkernels.errors import DeviceError, PolicyError, RequestError
 from skipkernels.executors import Executor, get_executor
+from skipkernels.executors.comparison import ComparingExecutor
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.support import refuse_while_capturing
 from skipkernels.model import gguf_config
@@ -240,6 +241,13 @@ class Engine:
             PolicyError: it is no policy, or one that is impossible on this model as it was loaded.
         """
         return self._executor(Variant.for_plans([self.plan_of(policy)]))
+
+    def compare_with_reference(self, policy: Policy) -> ComparingExecutor:
+        """From now on, each instruction of the steps that ``policy`` needs is run by the reference too. The result
+        gathers the differences. For debugging: it is slow, and cannot be taken back."""
+        variant = Variant.for_plans([self.plan_of(policy)])
+        self._executors[variant] = comparing = ComparingExecutor(self._executor(variant), self.state)
+        return comparing
 
     def plan_of(self, policy: Policy) -> GatePlan | None:
         """What ``Handle.set_plan`` takes: the policy as the gate reads it; None: nothing is skipped."""
