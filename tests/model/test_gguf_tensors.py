@@ -89,7 +89,7 @@ def test_gemma3_s_score_scaling_is_llama_cpp_s(tmp_path: Path) -> None:
 
 def test_soft_capping_in_a_file_is_refused(tmp_path: Path) -> None:
     metadata = {"gemma3.final_logit_softcapping": 30.0}
-    with pytest.raises(ModelError, match="final_logit_softcapping=30.0 is not supported"):
+    with pytest.raises(ModelError, match=r"final_logit_softcapping=30\.0 is not supported"):
         Engine.from_pretrained(write_gguf(tmp_path / "model.gguf", tiny_module("gemma3_text"), **metadata))
 
 
