@@ -112,6 +112,7 @@ class Engine:
                 num_prompt_rows=0 if on_gpu else PROMPT_ROWS,
                 max_seq_len=max_seq_len,
                 num_blocks=blocks,
+                neurons=weights.neuron_rows,
                 dtype=weights.dtype,
                 device=device,
             )
@@ -254,8 +255,10 @@ class Engine:
         if not isinstance(policy, Policy):
             raise PolicyError(f"a policy is wanted, got a {type(policy).__name__}; load_policy reads one from a file")
         plan = policy.plan(self.config.num_hidden_layers)
-        if plan is not None and plan.neurons is not None and not self.weights.neuron_rows:
-            raise PolicyError(NO_NEURON_ROWS)
+        if plan is not None and plan.neurons is not None:
+            plan.neurons.check_neurons(self.config.intermediate_size)
+            if not self.weights.neuron_rows:
+                raise PolicyError(NO_NEURON_ROWS)
         return plan
 
     def _executor(self, variant: Variant) -> Executor:
@@ -482,8 +485,9 @@ class _Wanted:
         """The dtype and the length; everything that can be refused is, before a byte of weights is read."""
         length = self.max_seq_len if self.max_seq_len is not None else min(config.reach, DEFAULT_MAX_SEQ_LEN)
         config.check_length(length)
-        if self.policy is not None:
-            self.policy.plan(config.num_hidden_layers)
+        plan = self.policy.plan(config.num_hidden_layers) if self.policy is not None else None
+        if plan is not None and plan.neurons is not None:
+            plan.neurons.check_neurons(config.intermediate_size)
         check_memory(config, dtype, length, self.device)
         return dtype, length
 
