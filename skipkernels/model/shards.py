@@ -63,7 +63,7 @@ class Shards:
             return False
         if EMBEDDINGS not in self._placed and HEAD in self._placed:
             self._placed[EMBEDDINGS] = self._placed[HEAD]
-        if HEAD not in self._placed or torch.equal(self._tensor(HEAD), self._tensor(EMBEDDINGS)):
+        if HEAD not in self._placed or torch.equal(self.tensor(HEAD), self.tensor(EMBEDDINGS)):
             return True
         logger.warning(
             "%s: config.json says that the head is tied to the embeddings, the checkpoint has another %s; it is used",
@@ -101,16 +101,17 @@ class Shards:
                     for name in listed[start : start + _TENSORS_AT_ONCE]:
                         yield name, file.get_tensor(self._placed[name][1])
 
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, mapped."""
+        shard, own_name = self._placed[name]
+        with _open(shard) as file:
+            return file.get_tensor(own_name)
+
     def _by_shard(self, names: Iterable[str]) -> dict[Path, list[str]]:
         by_shard: dict[Path, list[str]] = {}
         for name in names:
             by_shard.setdefault(self._placed[name][0], []).append(name)
         return by_shard
-
-    def _tensor(self, name: str) -> torch.Tensor:
-        shard, own_name = self._placed[name]
-        with _open(shard) as file:
-            return file.get_tensor(own_name)
 
     def _refuse_unknown(self, shapes: Mapping[str, tuple[int, ...]], num_layers: int) -> None:
         """A scale beside a weight, a bias that the family has not, an adapter: leaving it out would change the model.
