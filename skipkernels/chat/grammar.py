@@ -65,7 +65,11 @@ class Grammars:
         with self._lock:
             if self._compiled is None:
                 from llguidance.hf import from_tokenizer
+                from transformers import TokenizersBackend
 
+                if not isinstance(self._tokenizer, TokenizersBackend):
+                    kind = type(self._tokenizer).__name__
+                    raise RequestError(f"grammars need a tokenizer of the tokenizers library, this one is a {kind}")
                 eos = list(self._eos) or None
                 self._compiled = from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=eos)
             return self._compiled

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from skipkernels import __version__
 from skipkernels.cli.bench.app import app as bench
 from skipkernels.cli.calibrate import calibrate
+from skipkernels.cli.compare import compare
 from skipkernels.cli.demo import demo
 from skipkernels.cli.env import env
 from skipkernels.cli.eval import evaluate
@@ -97,6 +98,7 @@ app.command()(trace)
 app.command("eval")(evaluate)
 app.command()(serve)
 app.add_typer(bench, name="bench")
+app.command()(compare)
 app.command()(demo)
 app.command()(env)
 

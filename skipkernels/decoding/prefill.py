@@ -79,8 +79,8 @@ def prefill(
                 scale = neuron_scale[offset:end, None].to(device)
                 multiply = partial(
                     _multiply_kept,
-                    state.neuron_gate_threshold[index, slot] * scale,
-                    state.neuron_product_threshold[index, slot] * scale,
+                    state.gate_thresholds[slot, index] * scale,
+                    state.product_thresholds[slot, index] * scale,
                 )
             change = _branch(config, layer.ffn_branch_norm, _ffn(config, layer, hidden, multiply or torch.mul))
             if run_map is not None:

@@ -17,6 +17,7 @@ class Executor(Protocol):
     """Replays a program over the state it was recorded with."""
 
     name: str
+    program: Program
 
     def run(self, max_steps: int) -> list[float]:
         """Runs up to ``max_steps`` steps, until no row is active or ``interrupt`` was called. Returns each step's

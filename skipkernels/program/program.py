@@ -276,12 +276,12 @@ def _record_neurons(
     """From the residual stream to the products of gate and up of the neurons that some row keeps."""
     gate_proj, up_proj = float_tensor(layer.gate_up_proj).chunk(2)
 
-    def select(stage: int, threshold: torch.Tensor) -> None:
+    def select(stage: int, thresholds: torch.Tensor) -> None:
         record(
             "select_neurons",
             row_mask=s.run_ffn[index],
             intermediate=s.intermediate,
-            neuron_threshold=threshold,
+            neuron_thresholds=thresholds,
             row_sequence=s.row_sequence,
             neuron_scale=s.neuron_scale,
             num_generated=s.num_generated,
@@ -303,7 +303,7 @@ def _record_neurons(
         rms_norm_eps=config.rms_norm_eps,
         activation=ACTIVATIONS.index(config.activation),
     )
-    select(0, s.neuron_gate_threshold)
+    select(0, s.gate_thresholds)
     record(
         "up_proj_mul",
         row_mask=s.run_ffn[index],
@@ -315,7 +315,7 @@ def _record_neurons(
         intermediate=s.intermediate,
         rms_norm_eps=config.rms_norm_eps,
     )
-    select(1, s.neuron_product_threshold)
+    select(1, s.product_thresholds[..., None])
 
 
 def neuron_chunk(intermediate_size: int) -> int:

@@ -339,13 +339,15 @@ def gate_proj_act(ins: Instruction) -> None:
 
 
 def select_neurons(ins: Instruction) -> None:
+    """The definition of what is kept: |value| >= threshold * neuron_scale, in fp32. What a policy's a_l and scales make
+    of the threshold is settled before, in ``state.gate_thresholds_of``."""
     t, layer, stage = ins.tensors, int(ins.scalars["layer"]), int(ins.scalars["stage"])
     size = ins.sizes["intermediate_size"]
     kept = torch.zeros(size, dtype=torch.bool)
     for row in ins.rows:
         values = t["intermediate"][row]
-        threshold = t["neuron_threshold"][layer, t["row_sequence"][row]] * t["neuron_scale"][row]
-        values[values.abs() < threshold] = 0.0
+        thresholds = t["neuron_thresholds"][t["row_sequence"][row], layer] * t["neuron_scale"][row]
+        values[values.abs() < thresholds] = 0.0
         kept |= values != 0
         if row < ins.sizes["num_sequences"]:
             count = int((values != 0).sum())

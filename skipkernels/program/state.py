@@ -103,8 +103,8 @@ class DecodeState:
     gate_seed: torch.Tensor  # i64 [sequences]
     target_ratio: torch.Tensor  # f32 [sequences], 0: not held
     ramp_tokens: torch.Tensor  # i32 [sequences]
-    neuron_gate_threshold: torch.Tensor  # f32 [layers, sequences], for |act(gate)|; 0 keeps all
-    neuron_product_threshold: torch.Tensor  # f32 [layers, sequences], for |act(gate) up|
+    gate_thresholds: torch.Tensor  # f32 [sequences, layers, intermediate], for |act(gate)|; 0 keeps all
+    product_thresholds: torch.Tensor  # f32 [sequences, layers], for |act(gate) up|
     neuron_target_ratio: torch.Tensor  # f32 [sequences], 0: not held
     # skipping, per sequence
     skip_remaining: torch.Tensor  # i32 [sequences], FFNs the last trigger still skips
@@ -143,12 +143,15 @@ class DecodeState:
         dtype: torch.dtype,
         num_prompt_rows: int = 0,
         num_blocks: int | None = None,
+        neurons: bool = False,
         device: torch.device | str = "cpu",
         layout: Layout | None = None,
     ) -> DecodeState:
         """Allocates all buffers; every row starts inactive and no sequence has a block.
 
         Args:
+            neurons: policies may leave out neurons. A threshold for each of a sequence takes 1.8 MB in an 8B model; a
+                state without them has none.
             num_blocks: None: enough for every sequence at max_seq_len.
             layout: None is the device's own.
         """
@@ -214,8 +217,8 @@ class DecodeState:
             gate_seed=buffer(i64, sequences),
             target_ratio=buffer(f32, sequences),
             ramp_tokens=buffer(i32, sequences),
-            neuron_gate_threshold=buffer(f32, layers, sequences),
-            neuron_product_threshold=buffer(f32, layers, sequences),
+            gate_thresholds=buffer(f32, sequences, layers, config.intermediate_size if neurons else 0),
+            product_thresholds=buffer(f32, sequences, layers),
             neuron_target_ratio=buffer(f32, sequences),
             skip_remaining=buffer(i32, sequences),
             skipped=buffer(i32, sequences),
@@ -339,11 +342,8 @@ class DecodeState:
             self.ramp_tokens[slot] = plan.ramp_tokens
 
     def _set_neuron_plan(self, slot: int, plan: NeuronPlan | None) -> None:
-        for buffer, values in (
-            (self.neuron_gate_threshold, plan.gate_thresholds if plan else 0.0),
-            (self.neuron_product_threshold, plan.product_thresholds if plan else 0.0),
-        ):
-            buffer[:, slot] = torch.tensor(values)
+        self.gate_thresholds[slot] = gate_thresholds_of(plan).to(self.gate_thresholds) if plan else 0.0
+        self.product_thresholds[slot] = torch.tensor(plan.product_thresholds if plan else 0.0)
         self.neuron_target_ratio[slot] = plan.target_ratio if plan else 0.0
         self.ramp_tokens[slot] = plan.ramp_tokens if plan else 0
 
@@ -404,6 +404,16 @@ class DecodeState:
         """Waits until the device has done all it was given: from then on the host may write to its buffers."""
         if self.active.is_cuda:
             torch.cuda.synchronize(self.active.device)
+
+
+def gate_thresholds_of(plan: NeuronPlan) -> torch.Tensor:
+    """Every neuron's gate threshold, f32 [layers, intermediate], or [layers, 1] where a layer's neurons share one: the
+    layer's threshold divided by the neuron's scale, both in fp32 and rounded once. Executors only read this quotient,
+    so all of them keep the same neurons."""
+    thresholds = torch.tensor(plan.gate_thresholds, dtype=torch.float32)[:, None]
+    if plan.up_scales is None:
+        return thresholds
+    return thresholds / torch.from_numpy(plan.up_scales.values.astype("float32"))
 
 
 def unread_share(

@@ -302,16 +302,17 @@ OPS: dict[str, Op] = {
         Op(
             "select_neurons",
             """Leaves neurons out (CATS, arXiv 2404.08763; TEAL, arXiv 2408.14690): intermediate = 0 where its magnitude
-            is below ``neuron_threshold[layer, the row's sequence] * neuron_scale``, for each row by itself. ``neurons``
-            lists, in ascending order, those that are not 0 in some row, ``num_neurons`` their number: a neuron that is
-            exactly 0 everywhere adds nothing, and is not read either. The list's rest is undefined.
+            is below ``neuron_thresholds[the row's sequence, layer] * neuron_scale``, one fp32 rounding, for each row by
+            itself. A layer has a threshold for each neuron, or one for all. ``neurons`` lists, in ascending order,
+            those that are not 0 in some row, ``num_neurons`` their number: a neuron that is exactly 0 everywhere adds
+            nothing, and is not read either. The list's rest is undefined.
 
             What a decode row keeps is recorded in kept_map under (num_generated, layer, ``stage``), and what it leaves
             out added to ``left_out``. stage 0 is what up_proj reads, after gate_proj_act, 1 what down_proj reads.
             """,
             {
                 "intermediate": _t("f32 num_rows intermediate_size", "inout"),
-                "neuron_threshold": _t("f32 num_hidden_layers num_sequences"),
+                "neuron_thresholds": _t("f32 num_sequences num_hidden_layers num_thresholds"),
                 "row_sequence": _t("i32 num_rows"),
                 "neuron_scale": _t("f32 num_rows"),
                 "num_generated": _t("i32 num_sequences"),
@@ -322,6 +323,10 @@ OPS: dict[str, Op] = {
             },
             {"layer": int, "stage": int},
             (
+                (
+                    "a layer has 1 threshold or intermediate_size",
+                    lambda s: s["num_thresholds"] in (1, s["intermediate_size"]),
+                ),
                 ("num_neurons holds 1 number", lambda s: s["one"] == 1),
                 ("kept_map holds 2 stages", lambda s: s["two"] == 2),
             ),

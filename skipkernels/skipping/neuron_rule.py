@@ -1,9 +1,10 @@
 """The fine grain of skipping: thresholds below which single neurons of an FFN are left out.
 
-For one token at layer l with thresholds a_l, b_l (0 keeps all), n = rms_norm(h):
+For one token at layer l with thresholds a_l, b_l (0 keeps all) and scales s_j (1 where a policy has none),
+n = rms_norm(h):
 
     g = act(gate_proj n)                          every neuron: a third of the FFN's bytes is always read
-    kept_up = {j : |g_j| >= a_l}                  CATS, arXiv 2404.08763
+    kept_up = {j : |g_j| >= a_l / s_j}            CATS, arXiv 2404.08763, is all s_j = 1
     m_j = g_j * (up_proj_j . n), j in kept_up
     kept_down = {j in kept_up : |m_j| >= b_l}     TEAL, arXiv 2408.14690
     f = sum over kept_down of m_j * down_proj[:, j]
@@ -12,10 +13,12 @@ For one token at layer l with thresholds a_l, b_l (0 keeps all), n = rms_norm(h)
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
+from typing import ClassVar
 
 from skipkernels.errors import PolicyError
+from skipkernels.skipping.up_scales import UpScales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +30,14 @@ class NeuronRule:
             down_proj. Empty: all 0.
         product_thresholds: one per layer; a neuron whose product of gate and up is smaller is left out of down_proj.
             Empty: all 0. Both empty: the policy has no rule for neurons.
+        up_scales: [layers][intermediate], how large each neuron's output of up_proj is, rounded to float16. A neuron's
+            gate threshold is its layer's divided by its own scale, in fp32. Empty: all 1.
     """
 
     gate_thresholds: tuple[float, ...] = ()
     product_thresholds: tuple[float, ...] = ()
+    up_scales: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
+    _scales: ClassVar[UpScales | None] = None  # the same, of this instance
 
     @property
     def has_neuron_rule(self) -> bool:
@@ -39,7 +46,8 @@ class NeuronRule:
     def check_neuron_rule(self) -> None:
         """
         Raises:
-            PolicyError: a threshold is no finite number of at least 0, or the two lists differ in length.
+            PolicyError: a threshold is no finite number of at least 0, a scale no number above 0, or the lists differ
+                in length.
         """
         for name in ("gate_thresholds", "product_thresholds"):
             for layer, value in enumerate(getattr(self, name)):
@@ -49,6 +57,18 @@ class NeuronRule:
         gate, product = len(self.gate_thresholds), len(self.product_thresholds)
         if gate and product and gate != product:
             raise PolicyError(f"gate_thresholds has {gate} entries, product_thresholds {product}; give one per layer")
+        self._check_scales()
+
+    def _check_scales(self) -> None:
+        given = self.up_scales
+        scales = UpScales.of(given) if len(given) else None
+        object.__setattr__(self, "_scales", scales)  # kept for every plan: there are many
+        object.__setattr__(self, "up_scales", tuple(map(tuple, scales.values.tolist())) if scales else ())
+        if scales and scales.shape[0] != len(self.gate_thresholds):
+            raise PolicyError(
+                f"up_scales has {scales.shape[0]} layers, gate_thresholds {len(self.gate_thresholds)}; scales go with "
+                "gate thresholds, one list per layer"
+            )
 
     def neuron_plan(self, num_layers: int, target_ratio: float = 0.0, ramp_tokens: int = 0) -> NeuronPlan | None:
         """The thresholds of every layer; None: no rule for neurons.
@@ -63,7 +83,13 @@ class NeuronRule:
         if not self.has_neuron_rule:
             return None
         zeros = (0.0,) * num_layers
-        return NeuronPlan(self.gate_thresholds or zeros, self.product_thresholds or zeros, target_ratio, ramp_tokens)
+        return NeuronPlan(
+            self.gate_thresholds or zeros,
+            self.product_thresholds or zeros,
+            target_ratio,
+            ramp_tokens,
+            self._scales,
+        )
 
     def reachable_neuron_ratio(self, num_layers: int) -> float:
         """The share of FFN bytes that is not read when every threshold that is not 0 leaves out all it can: a gate
@@ -83,3 +109,15 @@ class NeuronPlan:
     product_thresholds: tuple[float, ...]
     target_ratio: float = 0.0
     ramp_tokens: int = 0
+    up_scales: UpScales | None = None
+
+    def check_neurons(self, intermediate_size: int) -> None:
+        """
+        Raises:
+            PolicyError: the scales are those of a model of another width.
+        """
+        if self.up_scales and self.up_scales.shape[1] != intermediate_size:
+            given = self.up_scales.shape[1]
+            raise PolicyError(
+                f"up_scales has {given} entries per layer, the model's FFNs have {intermediate_size} neurons"
+            )

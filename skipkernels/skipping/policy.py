@@ -8,13 +8,14 @@ knows of tensors or devices.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import ClassVar, Literal
 
 from skipkernels.errors import PolicyError
 from skipkernels.skipping.neuron_rule import NeuronPlan, NeuronRule
 from skipkernels.skipping.old_names import with_old_names
+from skipkernels.skipping.up_scales import UpScales
 
 BatchRule = Literal["per_row", "all", "majority"]
 BATCH_RULES: tuple[BatchRule, ...] = ("per_row", "all", "majority")
@@ -67,7 +68,12 @@ class Policy:
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, object]:
-        return {"kind": self.kind, **asdict(self)}
+        """For JSON and ``policy_from_dict``. Scales of neurons become text, and do not appear where there are none, so
+        that earlier releases read it."""
+        values = {"kind": self.kind, **{item.name: getattr(self, item.name) for item in fields(self)}}
+        if scales := values.pop("up_scales", ()):
+            values["up_scales"] = UpScales.of(scales).encoded()
+        return values
 
     @property
     def label(self) -> str:
@@ -109,7 +115,7 @@ class SkipPolicy(NeuronRule, Policy):
             (1 / 2 + target_ratio) / tokens of the target, whatever the similarities are. Only with ``per_row``. With
             thresholds for neurons it is the share of FFN bytes not read that is held, skipped FFNs included, and by a
             factor on the thresholds for neurons; see ``NeuronPolicy``.
-        gate_thresholds, product_thresholds: see ``NeuronRule``.
+        gate_thresholds, product_thresholds, up_scales: see ``NeuronRule``.
     """
 
     kind: ClassVar[str] = "similarity"
@@ -197,7 +203,7 @@ class NeuronPolicy(NeuronRule, Policy):
     """Every FFN runs, and leaves out the neurons of a token that matter least to it.
 
     Args:
-        gate_thresholds, product_thresholds: see ``NeuronRule``; at least one of them is needed.
+        gate_thresholds, product_thresholds, up_scales: see ``NeuronRule``; thresholds of one kind are needed.
         warmup_tokens: how many generated tokens of a row keep every neuron; the first one always does.
         target_ratio: hold the running share of FFN bytes not read, over layers x generated tokens, at this value: a
             controller moves a factor on all thresholds of the row, starting from 1. It makes up for the warm-up within
@@ -228,7 +234,8 @@ class NeuronPolicy(NeuronRule, Policy):
     def label(self) -> str:
         held = "" if self.target_ratio is None else f", {self.target_ratio:.1%} of the FFN bytes held"
         grains = [name for name in ("gate", "product") if any(getattr(self, f"{name}_thresholds"))]
-        return f"neurons below {' and '.join(grains) or 'zero'} thresholds per layer{held}"
+        scaled = ", gates scaled per neuron" if self.up_scales else ""
+        return f"neurons below {' and '.join(grains) or 'zero'} thresholds per layer{scaled}{held}"
 
 
 @dataclass(frozen=True)
@@ -397,14 +404,14 @@ def policy_from_dict(values: dict[str, object]) -> Policy:
     Raises:
         PolicyError: unknown kind or unknown, missing or ill-typed field.
     """
-    fields = dict(values)
-    kind = fields.pop("kind", None)
+    given = dict(values)
+    kind = given.pop("kind", None)
     if not isinstance(kind, str) or kind not in _KINDS:
         raise PolicyError(f"unknown policy kind {kind!r}; known are {', '.join(_KINDS)}")
-    for name, value in fields.items():
-        if isinstance(value, list):
-            fields[name] = tuple(value)
+    for name, value in given.items():
+        if isinstance(value, list | tuple):
+            given[name] = UpScales.decoded(value).values if name == "up_scales" and value else tuple(value)
     try:
-        return _KINDS[kind](**fields)
+        return _KINDS[kind](**given)
     except TypeError as error:
         raise PolicyError(f"policy of kind {kind!r}: {error}") from error

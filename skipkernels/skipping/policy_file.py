@@ -12,17 +12,19 @@ from skipkernels.skipping.policy import Policy, policy_from_dict
 from skipkernels.support.files import read_document
 
 FORMAT = "skipkernels.skip_policy"
-VERSION = 2
-"""2: policies may hold thresholds for neurons; files of version 1 hold none and are read."""
+VERSIONS = (1, 2, 3)
+"""What is read. 2: policies may hold thresholds for neurons; 3: and scales beside them."""
 
 
 def save_policy(path: str | Path, policy: Policy, *, fingerprint: str, measured: dict[str, Any]) -> None:
-    """Writes a policy file; ``measured`` is kept for people and tables, and not read back."""
+    """Writes a policy file, of the first version that can hold the policy's thresholds; ``measured`` is kept for people
+    and tables, and not read back."""
+    values = policy.to_dict()
     document = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": 3 if "up_scales" in values else 2,
         "model_fingerprint": fingerprint,
-        "policy": policy.to_dict(),
+        "policy": values,
         "measured": measured,
     }
     Path(path).write_text(json.dumps(document, indent=2) + "\n")
@@ -52,4 +54,4 @@ def load_policy(path: str | Path, *, fingerprint: str | None = None) -> Policy:
 
 def read_policy_file(path: str | Path) -> dict[str, Any]:
     """The whole document, checked for format and version only."""
-    return read_document(path, "policy file", FORMAT, (1, VERSION), PolicyError)
+    return read_document(path, "policy file", FORMAT, VERSIONS, PolicyError)

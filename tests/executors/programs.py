@@ -139,6 +139,7 @@ class Case:
             num_sequences=self.num_sequences,
             num_prompt_rows=sum(prompt_rows) + self.idle_rows,
             num_blocks=sum(needed) + 2,
+            neurons=self.neuron_rows,
             max_seq_len=self.max_seq_len,
             dtype=self.dtype,
             layout=self.layout,
@@ -161,6 +162,8 @@ class Case:
             own, blocks = blocks[: needed[slot]], blocks[needed[slot] :]
             state.set_blocks(slot, own)
             state.set_policy(slot, self.policies[slot % len(self.policies)].plan(self.num_layers))
+            # every neuron has a threshold of its own, as with a policy's scales
+            state.gate_thresholds[slot] *= torch.rand(state.gate_thresholds.shape[1:], generator=generator) * 2 + 0.2
             state.skipped[slot] = int(draw(0, 8))
             state.threshold_scale[slot] = draw(0.1, 10.0)
             state.left_out[slot] = int(draw(0, 12 * self.intermediate_size))

@@ -16,10 +16,12 @@ from skipkernels.engine import Engine
 from skipkernels.errors import PolicyError
 from skipkernels.executors.cpu import CpuExecutor
 from skipkernels.skipping.policy import DensePolicy, NeuronPolicy, Policy, SkipPolicy
-from tests.models import random_prompt, tiny_engine, tiny_module
+from tests.models import random_prompt, tiny_config, tiny_engine, tiny_module
 
 LAYERS = 4
 GATES, PRODUCTS = (0.0, 0.02, 0.05, 0.03), (0.01, 0.002, 0.0, 0.02)
+ONES = torch.ones(LAYERS, tiny_config().intermediate_size)
+SCALES = torch.rand(ONES.shape, generator=torch.Generator().manual_seed(5)).mul(4).sub(2).exp2().half().float()
 
 
 @pytest.fixture(scope="module")
@@ -33,23 +35,27 @@ def module() -> PreTrainedModel:
 
 @contextmanager
 def leaving_out(
-    module: PreTrainedModel, gates: tuple[float, ...], products: tuple[float, ...], kept: list[list[int]]
+    module: PreTrainedModel,
+    gates: tuple[float, ...],
+    products: tuple[float, ...],
+    scales: torch.Tensor,
+    kept: list[list[set[int]]],
 ) -> Iterator[None]:
     """The semantics, word by word, for a module that is called with one token."""
 
     def forward(index: int, mlp: torch.nn.Module, n: torch.Tensor) -> torch.Tensor:
-        f, counts = torch.zeros(n.shape[-1]), [0, 0]
+        f, sets = torch.zeros(n.shape[-1]), [set(), set()]
         for j in range(mlp.gate_proj.weight.shape[0]):
             g = mlp.act_fn(mlp.gate_proj.weight[j] @ n[0, 0])
-            if g.abs() < gates[index]:
+            if g.abs() * scales[index, j] < gates[index]:
                 continue
-            counts[0] += 1
+            sets[0].add(j)
             m = g * (mlp.up_proj.weight[j] @ n[0, 0])
             if m.abs() < products[index]:
                 continue
-            counts[1] += 1
+            sets[1].add(j)
             f = f + m * mlp.down_proj.weight[:, j]
-        kept.append(counts)
+        kept.append(sets)
         return f[None, None]
 
     for index, layer in enumerate(module.model.layers):
@@ -65,10 +71,17 @@ def engine_of(module: PreTrainedModel, **options: object) -> Engine:
     return tiny_engine(module=module, neuron_rows=True, **options)
 
 
-def test_a_literal_rendering_keeps_the_same_neurons_and_says_the_same(module: PreTrainedModel) -> None:
+def scaled(scales: torch.Tensor, **values: Any) -> NeuronPolicy:
+    return NeuronPolicy(gate_thresholds=GATES, product_thresholds=PRODUCTS, up_scales=scales.tolist(), **values)
+
+
+@pytest.mark.parametrize("scales", [ONES, SCALES], ids=["layers", "neurons"])
+def test_a_literal_rendering_keeps_as_many_neurons_and_says_the_same(
+    module: PreTrainedModel, scales: torch.Tensor
+) -> None:
     prompt, steps = random_prompt(7), 6
     engine = engine_of(module)
-    policy = NeuronPolicy(gate_thresholds=GATES, product_thresholds=PRODUCTS, warmup_tokens=2)
+    policy = scaled(scales, warmup_tokens=2)
     answer = engine.generate(prompt, max_new_tokens=steps, policy=policy)[0]
 
     with torch.no_grad():
@@ -76,15 +89,33 @@ def test_a_literal_rendering_keeps_the_same_neurons_and_says_the_same(module: Pr
         tokens, size = [int(output.logits[0, -1].argmax())], module.config.intermediate_size
         for step in range(1, steps):
             warm, kept = step >= 2, []
-            with leaving_out(module, GATES if warm else (0.0,) * 4, PRODUCTS if warm else (0.0,) * 4, kept):
+            gates, products = (GATES, PRODUCTS) if warm else ((0.0,) * LAYERS,) * 2
+            with leaving_out(module, gates, products, scales, kept):
                 output = module(torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True)
-            unread = [(2 - sum(counts) / size) / 3 for counts in kept]
+            unread = [(2 - sum(map(len, sets)) / size) / 3 for sets in kept]
             np.testing.assert_allclose(answer.unread_map[step], unread, atol=1e-6)
             tokens.append(int(output.logits[0, -1].argmax()))
     assert answer.token_ids == tokens
     assert 0.05 < answer.unread_ratio < 0.6
     assert not answer.unread_map[:2].any()
     assert not answer.skip_map.any()
+
+
+@pytest.mark.parametrize("isa", _C.usable_isas())
+def test_the_kept_neurons_are_those_of_the_literal_rendering(
+    module: PreTrainedModel, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_isa(monkeypatch, isa)
+    prompt = random_prompt(6)
+    up, down = left_out_rows(engine_of(module), scaled(SCALES, warmup_tokens=0))
+    kept: list[list[set[int]]] = []
+    with torch.no_grad():
+        cached = module(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values
+        with leaving_out(module, GATES, PRODUCTS, SCALES, kept):
+            module(torch.tensor([prompt[-1:]]), past_key_values=cached, use_cache=True)
+    for layer, sets in enumerate(kept):
+        for own, (_, left_out) in zip(sets, (up[layer], down[layer]), strict=True):
+            assert own == set((~left_out).nonzero()[:, 0].tolist())
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -94,7 +125,7 @@ def test_thresholds_of_zero_give_the_bits_of_the_dense_program(
 ) -> None:
     use_isa(monkeypatch, isa)
     engine = engine_of(module, dtype=dtype)
-    zeros = NeuronPolicy(gate_thresholds=(0.0,) * LAYERS, warmup_tokens=0)
+    zeros = NeuronPolicy(gate_thresholds=(0.0,) * LAYERS, up_scales=SCALES.tolist(), warmup_tokens=0)
     dense, kept = (hidden_after(engine, policy) for policy in (DensePolicy(), zeros))
     assert torch.equal(dense, kept)
     left_out = hidden_after(engine, NeuronPolicy(gate_thresholds=GATES, warmup_tokens=0))
@@ -108,9 +139,7 @@ def test_a_row_of_a_batch_gets_what_it_gets_alone(
 ) -> None:
     use_isa(monkeypatch, isa)
     policies = [
-        NeuronPolicy(gate_thresholds=GATES, product_thresholds=PRODUCTS, warmup_tokens=1 + row % 3)
-        if row % 4
-        else DensePolicy()
+        scaled(SCALES.roll(row, dims=1) if row % 2 else ONES, warmup_tokens=1 + row % 3) if row % 4 else DensePolicy()
         for row in range(11)
     ]
     prompts = [random_prompt(3 + row, seed=row) for row in range(11)]
@@ -132,7 +161,7 @@ def test_weights_of_neurons_left_out_are_not_read(
     poisoned = tiny_module()
     poisoned.load_state_dict(module.state_dict())
     engine = engine_of(poisoned, dtype=dtype)
-    policy = NeuronPolicy(gate_thresholds=GATES, product_thresholds=PRODUCTS, warmup_tokens=0)
+    policy = scaled(SCALES, warmup_tokens=0)
     clean = hidden_after(engine, policy)
     unread = left_out_rows(engine, policy)
     with decoding(engine, policy) as executor:  # the prompt, which reads all, is cached
@@ -209,6 +238,22 @@ def test_weights_that_do_not_lie_for_it_are_refused(module: PreTrainedModel) -> 
     assert own.weights.neuron_rows
 
 
+def test_scales_of_another_model_are_refused(module: PreTrainedModel) -> None:
+    wide = scaled(ONES.repeat(1, 2))
+    message = f"up_scales has {2 * ONES.shape[1]} entries per layer, the model's FFNs have {ONES.shape[1]} neurons"
+    with pytest.raises(PolicyError, match=message):
+        engine_of(module).generate(random_prompt(3), policy=wide)
+    with pytest.raises(PolicyError, match=message):
+        engine_of(module, policy=wide)
+    with pytest.raises(PolicyError, match="up_scales has 3 layers, gate_thresholds 4"):
+        scaled(ONES[:3])
+
+
+def test_thresholds_of_single_neurons_take_memory_only_where_they_can_be_left_out(module: PreTrainedModel) -> None:
+    assert tiny_engine(module=tiny_module()).state.gate_thresholds.numel() == 0
+    assert engine_of(module).state.gate_thresholds.shape == (1, *ONES.shape)
+
+
 def test_a_loaded_module_shares_the_transposed_storage(module: PreTrainedModel) -> None:
     module = tiny_module()
     expected = {name: value.clone() for name, value in module.state_dict().items()}
@@ -234,7 +279,7 @@ def test_a_held_ratio_is_held_whatever_the_thresholds(target: float) -> None:
 
 
 def test_a_preempted_sequence_is_computed_again_bit_for_bit(module: PreTrainedModel) -> None:
-    policy = NeuronPolicy(gate_thresholds=GATES, product_thresholds=PRODUCTS, warmup_tokens=2, target_ratio=0.2)
+    policy = scaled(SCALES, warmup_tokens=2, target_ratio=0.2)
     roomy = engine_of(module, max_batch_size=3, max_seq_len=128)
     block = roomy.state.cache_bytes() // roomy.state.num_blocks
     tight = engine_of(module, max_batch_size=3, max_seq_len=128, cache_bytes=6 * block)

@@ -1,6 +1,7 @@
 """Policy files: bound to their model, and readable or refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ from skipkernels.skipping.policy_file import load_policy, read_policy_file, save
 from tests.models import random_prompt, tiny_engine, tiny_module
 
 POLICY = SkipPolicy(threshold=0.5, span=2, first_dense_layers=0, warmup_tokens=0, layer_thresholds=(0.1, 0.2, 0.3, 0.4))
+
+
+def with_scales(*scales: object) -> dict:
+    return {"policy": {"kind": "neurons", "gate_thresholds": [0.1, 0.1], "up_scales": list(scales)}}
 
 
 @pytest.fixture
@@ -48,11 +53,24 @@ def test_a_file_of_version_1_is_read(path: Path) -> None:
         NeuronPolicy(gate_thresholds=(0.1, 0.0), product_thresholds=(1e-3, 2.5), warmup_tokens=3, target_ratio=0.3),
         SkipPolicy(threshold=0.5, product_thresholds=(0.25, 1 / 3)),
         FixedPolicy(layers=(1,), gate_thresholds=(0.0, 0.125)),
+        NeuronPolicy(gate_thresholds=(0.1, 0.2), up_scales=((0.1, 6e-8, 65504.0), (1 / 3, 3.0, 1e-3))),
+        SkipPolicy(gate_thresholds=(0.1, 0.2), up_scales=((0.1,), (1.0,))),
+        FixedPolicy(layers=(1,), gate_thresholds=(0.1,), up_scales=((5,),)),
     ],
 )
 def test_thresholds_for_neurons_survive_their_file(tmp_path: Path, policy: Policy) -> None:
     save_policy(tmp_path / "p.json", policy, fingerprint="abc", measured={})
     assert load_policy(tmp_path / "p.json", fingerprint="abc") == policy
+
+
+def test_a_file_is_of_the_first_version_that_holds_its_policy(tmp_path: Path) -> None:
+    plain = NeuronPolicy(gate_thresholds=(0.1, 0.2))
+    for policy, version in ((plain, 2), (replace(plain, up_scales=((0.5, 1.0), (2.0, 4.0))), 3)):
+        save_policy(tmp_path / "p.json", policy, fingerprint="abc", measured={})
+        document = read_policy_file(tmp_path / "p.json")
+        assert document["version"] == version
+        assert ("up_scales" in document["policy"]) == (version == 3)
+    assert document["policy"]["up_scales"] == ["ADgAPA==", "AEAARA=="]  # 0x3800 0x3c00, 0x4000 0x4400
 
 
 def test_an_engine_takes_the_file_of_its_model(tmp_path: Path) -> None:
@@ -91,7 +109,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"version": 3}, "has version 3, this release reads version 1 and 2"),
+        ({"version": 4}, "has version 4, this release reads version 1 and 2 and 3"),
         ({"version": None}, "has version None"),
         ({"format": "other"}, "is not a policy file"),
         ({"policy": None}, "holds no 'policy' object"),
@@ -100,6 +118,17 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         ({"policy": {"kind": "neurons", "gate_thresholds": [0.1, -0.1]}}, r"gate_thresholds\[1\] must be .* got -0.1"),
         ({"policy": {"kind": "neurons", "gate_thresholds": [0.1, None]}}, r"gate_thresholds\[1\] must be .* got None"),
         ({"policy": {"kind": "neurons", "layers": [1]}}, "layers"),
+        (with_scales("ADgAPA", "AEAARA=="), r"up_scales\[0\] must be base64 of little-endian float16 numbers"),
+        (with_scales("AEAARA==", "AAA?"), r"up_scales\[1\] must be base64"),
+        (with_scales("AEAARA==", "ADgA"), r"up_scales\[1\] must be base64"),
+        (with_scales("AEAARA==", [1.0, 2.0]), r"up_scales\[1\] must be base64"),
+        (with_scales("AEAARA==", ""), r"up_scales\[1\] must be numbers, one per neuron"),
+        (with_scales("AEAARA==", "ADg="), r"up_scales\[1\] has 1 entries, up_scales\[0\] 2"),
+        (with_scales("AEAARA==", "ADgAAA=="), r"up_scales\[1\]\[1\] must be above 0 in float16, .*, got 0.0"),
+        (with_scales("AEAARA==", "ADgAvA=="), r"up_scales\[1\]\[1\] must be above 0 .* got -1.0"),
+        (with_scales("AEAAfA==", "ADgAPA=="), r"up_scales\[0\]\[1\] must be above 0 .* got inf"),
+        (with_scales("AEAAfg==", "ADgAPA=="), r"up_scales\[0\]\[1\] must be above 0 .* got nan"),
+        (with_scales("AEAARA=="), "up_scales has 1 layers, gate_thresholds 2"),
         ({"policy": {"kind": "similarity", "threshold": 7}}, r"\[-1, 1\], got 7"),
     ],
 )
