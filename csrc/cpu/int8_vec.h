@@ -144,17 +144,6 @@ template <int bits>
 inline Ints shift(const Ints& a) {
     return map_ints([&](int i) { return bits < 0 ? a.v[i] << -bits : a.v[i] >> bits; });
 }
-// the low and the high word of each lane, as signed numbers
-inline int32_t low_word(uint32_t a) { return static_cast<int16_t>(a & 0xffff); }
-inline int32_t high_word(uint32_t a) { return static_cast<int16_t>(a >> 16); }
-inline Ints multiply_words(const Ints& a, const Ints& b) {
-    return map_ints([&](int i) {
-        return static_cast<uint32_t>(low_word(a.v[i]) * low_word(b.v[i]) + high_word(a.v[i]) * high_word(b.v[i]));
-    });
-}
-inline Ints splat_words(int low, int high) {
-    return map_ints([=](int) { return static_cast<uint32_t>((low & 0xffff) | high * 65536); });
-}
 inline Ints add_dot(const Ints& sum, const Ints& u, const Ints& s) {
     return map_ints([&](int i) {
         int32_t dot = static_cast<int32_t>(sum.v[i]);
