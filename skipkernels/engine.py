@@ -157,7 +157,7 @@ class Engine:
 
         Args:
             model: a folder with a Hugging Face checkpoint, a hub id, a GGUF file or a folder with one, or a loaded
-                ``transformers`` module, whose parameters become views of the packed weights. Of a multimodal module
+                ``transformers`` module, whose parameters become views of the packed weights. Of a multimodal model
                 its text decoder is taken.
             policy: which FFNs to skip: a policy, or the path of a ``skip_policy.json``; None is dense.
             device: ``cpu``, ``cuda`` or ``cuda:N``.
@@ -514,11 +514,13 @@ def _from_checkpoint(model: str | Path, wanted: _Wanted, tokenizer: PreTrainedTo
     folder = resolve_checkpoint(model)
     if folder.is_file():
         return _from_gguf(GgufFile(folder), wanted, tokenizer)
-    hf_config = load_config(folder)
+    whole = load_config(folder)
+    hf_config = whole.get_text_config(decoder=True)  # of a multimodal model
     config = ModelConfig.from_hf(hf_config)  # an unknown family is named before its weights are looked for
     shards = Shards(folder)
+    config = replace(config, tie_word_embeddings=bool(whole.tie_word_embeddings))
     config = replace(config, tie_word_embeddings=shards.head_is_tied(config))
-    dtype, length = wanted.check(config, wanted.dtype or resolve_dtype(hf_config.dtype or "fp32"))
+    dtype, length = wanted.check(config, wanted.dtype or resolve_dtype(hf_config.dtype or whole.dtype or "fp32"))
     if wanted.recipe is not None:
         shards.check(expected_parameters(config), config.num_hidden_layers)
         weights = _quantised(FloatParameters(str(folder), config, shards.tensor), config, wanted, length)
