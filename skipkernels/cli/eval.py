@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from skipkernels.evaluation.evaluation import Entry
     from skipkernels.evaluation.task import Task
     from skipkernels.methods.setup import Setup
+    from skipkernels.skipping.policy import Policy
 
 _ROWS = 16
 _STDOUT = Path("-")
@@ -36,7 +37,8 @@ class MethodOptions:
     ] = "full,neuron,skip,mixed,cats,teal,random,fixed,skipdecode,shortgpt,exit"
     ratios: Annotated[str, typer.Option(help="Shares of FFN bytes, or of layers, to leave out.")] = "0.1,0.2,0.25,0.35"
     policy: Annotated[
-        Path | None, typer.Option(help="A file of `skipkernels calibrate` for the method skip, instead of --ratios.")
+        Path | None,
+        typer.Option(help="A file of `skipkernels calibrate` for the method of its kind, not --ratios."),
     ] = None
     warmup_tokens: Annotated[
         int, typer.Option(min=1, help="First generated tokens, which skip nothing; few, because answers may be short.")
@@ -52,22 +54,40 @@ class MethodOptions:
             raise typer.BadParameter(f"a ratio must lie between 0 and 1, got {wrong[0]:g}")
         return ratios
 
+    def given_policy(self, engine: Engine | None = None) -> Policy:
+        """That of the file; with ``engine``, only one that fits its model.
+
+        Raises:
+            PolicyError, BadParameter: it does not fit, or none of the methods is of its kind.
+        """
+        from skipkernels.methods.ffn_skip import grain
+        from skipkernels.skipping.policy_file import load_policy
+
+        assert self.policy is not None
+        policy = load_policy(self.policy, fingerprint=engine.fingerprint if engine else None)
+        if grain(policy) not in self.methods.split(","):
+            raise typer.BadParameter(
+                f"{self.policy} holds a policy of the method {grain(policy)!r}, which --methods {self.methods} lacks"
+            )
+        if engine is not None:
+            policy.plan(engine.config.num_hidden_layers)
+        return policy
+
     def entries(self, setup: Setup) -> list[Entry]:
         """Methods and ratios; the full model first, because others are compared with it."""
         from skipkernels.evaluation.evaluation import Entry
-        from skipkernels.methods.ffn_skip import FFNSkip, GivenPolicy
+        from skipkernels.methods.ffn_skip import GivenPolicy
         from skipkernels.methods.method import FULL
         from skipkernels.methods.methods import method_kind
-        from skipkernels.skipping.policy_file import load_policy
 
+        given = None if self.policy is None else GivenPolicy(self.given_policy(setup.engine), setup.warmup_tokens)
         ratios = self.ratio_list()
         kinds = [method_kind(name) for name in dict.fromkeys(self.methods.split(","))]
         entries = []
         for kind in sorted(kinds, key=lambda kind: kind.name != FULL):
             if kind.name == FULL:
                 entries.append(Entry(kind, [0.0]))
-            elif kind.name == FFNSkip.name and self.policy is not None:
-                given = GivenPolicy(load_policy(self.policy, fingerprint=setup.engine.fingerprint), setup.warmup_tokens)
+            elif given is not None and kind.name == given.name:
                 entries.append(Entry(given, [given.ratio(setup)]))
             else:
                 entries.append(Entry(kind, ratios))
@@ -94,11 +114,15 @@ def evaluate(
     model.
     """
     method_options.ratio_list()  # raises for a wrong command line before a model is loaded
+    if method_options.policy is not None:
+        method_options.given_policy()
     if resume and json is None:
         raise typer.BadParameter("--resume continues the file of --json; give both")
     require_folder(None if json == _STDOUT else json)
     require_picture(plot)
     engine = model_options.load(max_batch_size=_ROWS, neuron_rows=model_options.device == "cpu")
+    if method_options.policy is not None:
+        method_options.given_policy(engine)
 
     from skipkernels.evaluation.evaluation import evaluate as fill_cells
     from skipkernels.evaluation.results_file import ResultsFile
