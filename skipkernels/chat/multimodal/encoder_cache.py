@@ -18,8 +18,8 @@ ENCODERS = ("vision_tower", "visual", "audio_tower")
 
 class EncoderCache:
     """Wraps the encoders of a module, so that the same pixels or spectrogram are encoded once, whatever text they come
-    with. The outputs that were used last are kept, up to ``max_bytes``. What is around them gets copies of the outputs, with the same tensors: it may
-    put other ones in their places."""
+    with. The outputs that were used last are kept, up to ``max_bytes``. What is around the encoders gets copies of the
+    outputs, with the same tensors: some families put other ones in their places."""
 
     def __init__(self, module: nn.Module, max_bytes: int) -> None:
         self.hits = 0
