@@ -47,7 +47,7 @@ class EncoderCache:
             self._keep(key, output)
             return output
 
-        encoder.forward = forward  # type: ignore[method-assign]
+        encoder.forward = forward
 
     def _keep(self, key: bytes, output: Any) -> None:
         nbytes = sum(tensor.nbytes for tensor in _tensors(output))
