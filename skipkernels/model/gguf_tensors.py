@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -15,8 +13,6 @@ from skipkernels.model.config import ModelConfig
 from skipkernels.model.gguf_config import ROPE_FACTORS
 from skipkernels.model.gguf_file import GgufFile, GgufTensor
 from skipkernels.model.matrix import FLOAT_FORMATS, Matrix
-
-logger = logging.getLogger(__name__)
 
 _PERMUTED = ("llama",)
 """Architectures whose q and k rows llama.cpp stores in the order of its own rotary embedding."""
@@ -33,7 +29,7 @@ class GgufTensors:
     """
 
     def __init__(self, file: GgufFile, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.file = file
+        self.file, self.source = file, str(file.path)
         architecture = str(file.metadata["general.architecture"])
         self._names = _names(file, architecture, config.num_hidden_layers, shapes)
         self._heads = {}
@@ -73,12 +69,8 @@ class GgufTensors:
         tensor = self.file.tensors.get(ROPE_FACTORS)
         return None if tensor is None else torch.cat([part.flatten() for _, part in _floats(tensor)])
 
-    def say_what_is_dequantised(self, names: list[str], dtype: str) -> None:
-        """Logs the tensors among ``names`` that there are no kernels for."""
-        kinds = Counter(self._placed(name).type.name for name in names)
-        if kinds:
-            listed = ", ".join(f"{count} in {kind}" for kind, count in kinds.most_common())
-            logger.warning("%s: no kernels read %s; these tensors are dequantised to %s", self.file.path, listed, dtype)
+    def contents(self) -> str:
+        return self.file.contents()
 
     def _placed(self, name: str) -> GgufTensor:
         return self.file.tensors[self._names[name]]
