@@ -54,6 +54,13 @@ def test_lists_of_all_and_of_nothing(sequences: int, policy: Policy) -> None:
         compare_op(op, neuron_case(sequences, policy, intermediate_size=100))
 
 
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_a_list_that_takes_several_turns(sequences: int) -> None:
+    """More than 8192 neurons: the list goes on where the turn before it ended."""
+    program = neuron_case(sequences, SOME, HELD, intermediate_size=9000, hidden_size=8, vocab_size=4)
+    compare_op("select_neurons", program, seed=4, races=True)
+
+
 def test_more_rows_than_run_side_by_side() -> None:
     """21 rows, some of which are idle: groups of rows take all chunks, prompts beside decode rows."""
     program = neuron_case(
