@@ -4,10 +4,10 @@ from __future__ import annotations
 
 SLOWDOWN = 2.5
 """A step with prompt rows may take so many times a step without, where answers are streaming."""
-_LEAST = 4
-"""Behind a long context a row costs more attention than weights: beside 3,000 positions a step of SmolLM2-135M in bf16
-took 2.0 times its usual time with 4 prompt rows and 2.9 times with 8 (AVX2: 2.9 and 4.3 times; CPU time of one Zen 4
-core, 2026-11-26), so that 8 rows are more than ``SLOWDOWN`` allows. Fewer than 4 hardly make a step shorter."""
+_LEAST = 8
+"""Fewer rows hardly make a step shorter: every weight is read once anyway. Beside a prompt of 3,000
+tokens a stream's longest gap was 4.3 times its usual one with 8 rows, 5.6 times with 16, and the prompt took 8.0 s and
+8.1 s (medians of three runs in turns, SmolLM2-135M bf16, two Zen 4 cores, AVX-512, 2026-11-26)."""
 _WEIGHT = 0.3
 """Of a new measurement in the running mean."""
 

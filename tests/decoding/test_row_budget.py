@@ -27,28 +27,13 @@ def test_a_step_beside_streams_takes_a_few_times_as_long(step_s: float, row_s: f
 
 
 def test_a_slow_machine_still_gets_on_with_the_prompt() -> None:
-    assert taught(0.001, 1.0).rows(decoding=True) == 4
+    assert taught(0.001, 1.0).rows(decoding=True) == 8
     assert taught(0.001, 1.0, capacity=2).rows(decoding=True) == 2
 
 
 def test_before_anything_is_known_it_is_careful() -> None:
     assert 1 <= RowBudget(240).rows(decoding=True) <= 32
     assert RowBudget(3).rows(decoding=True) == 3
-
-
-def test_rows_that_cost_more_behind_a_long_context_become_fewer() -> None:
-    """With 8 rows a step of this machine takes more than three times as long at 3,000 positions."""
-    budget = RowBudget(240)
-    for _ in range(5):
-        budget.measured(0, 1, 0.005)
-    seconds, position = 0.0, 0
-    while position < 3000:
-        rows = budget.rows(decoding=True)
-        seconds = 0.005 + rows * (0.0004 + 0.0000003 * position)
-        budget.measured(rows, 1, seconds)
-        position += rows
-    assert rows < 8
-    assert seconds == pytest.approx(SLOWDOWN * 0.005, rel=0.1)
 
 
 def test_a_machine_that_becomes_slower_is_noticed() -> None:
