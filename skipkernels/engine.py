@@ -25,7 +25,7 @@ from skipkernels.decoding.handle import Handle
 from skipkernels.decoding.loop import DecodeLoop
 from skipkernels.decoding.prompt_rows import ProgramRows, TorchRows
 from skipkernels.decoding.request import Request
-from skipkernels.errors import DeviceError, PolicyError, RequestError
+from skipkernels.errors import DeviceError, ModelError, PolicyError, RequestError
 from skipkernels.executors import Executor, get_executor
 from skipkernels.executors.comparison import ComparingExecutor
 from skipkernels.executors.execution import Execution
@@ -101,6 +101,10 @@ class Engine:
             raise DeviceError(f"the weights are on {weights.embed_tokens.device}, not on {self.execution.device}")
         if weights.neuron_rows and self.execution.on_gpu:
             raise DeviceError("neurons can be left out on device 'cpu' only: there are no GPU kernels for it yet")
+        if config.num_experts and self.execution.on_gpu:
+            raise DeviceError(
+                f"{config.model_type} has experts, and route_experts has kernels on device 'cpu' only; decode it there"
+            )
         if self.execution.executor == "cpu":
             interleave(weights, self.execution.num_threads or default_threads())
         self.config = config
@@ -564,6 +568,10 @@ def _from_module(module: PreTrainedModel, wanted: _Wanted, tokenizer: PreTrained
 
 def _quantised(parameters: Parameters, config: ModelConfig, wanted: _Wanted, length: int) -> ModelWeights:
     """Weights in the formats of the recipe that is wanted."""
+    if config.num_experts:
+        raise ModelError(
+            f"{parameters.source}: {config.model_type} has experts, which are not quantised; use dtype bf16"
+        )
     shapes = expected_parameters(config)
     formats = matrix_formats(config, shapes, str(wanted.recipe))
     quantised = QuantizedParameters(parameters, formats, shapes)

@@ -81,6 +81,10 @@ void check(const Instruction& ins) {
         case OpCode::up_proj_mul:
         case OpCode::down_proj_neurons_add:
             fail(kInstructionSet[static_cast<size_t>(ins.op)].name, ": has no CUDA kernel; leave out neurons on a CPU");
+        case OpCode::route_experts:
+        case OpCode::experts_gate_up_act:
+        case OpCode::experts_down_proj_add:
+            fail(kInstructionSet[static_cast<size_t>(ins.op)].name, ": has no CUDA kernel; decode experts on a CPU");
         case OpCode::qkv_rope_append:
             check_size("qkv_rope_append", "hidden_size", ins.qkv_rope_append.hidden_size);
             check_size("qkv_rope_append", "qkv_size", ins.qkv_rope_append.qkv_size);
@@ -144,6 +148,9 @@ SKIPKERNELS_NO_LAUNCHER(gate_proj_act)
 SKIPKERNELS_NO_LAUNCHER(select_neurons)
 SKIPKERNELS_NO_LAUNCHER(up_proj_mul)
 SKIPKERNELS_NO_LAUNCHER(down_proj_neurons_add)
+SKIPKERNELS_NO_LAUNCHER(route_experts)
+SKIPKERNELS_NO_LAUNCHER(experts_gate_up_act)
+SKIPKERNELS_NO_LAUNCHER(experts_down_proj_add)
 #undef SKIPKERNELS_NO_LAUNCHER
 
 cudaError_t launch(const Step& step, const LaunchContext& context) {

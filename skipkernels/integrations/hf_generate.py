@@ -313,7 +313,7 @@ def _is_current(engine: Engine, model: PreTrainedModel) -> bool:
         and torch.equal(sin, weights.rope_sin[:2].cpu())
         and all(
             parameters[name].data_ptr() == view.data_ptr()
-            if view.dim() == 2
+            if view.dim() >= 2
             else torch.equal(as_packed(config, name, parameters[name]).float(), view)
             for name, view in parameter_views(engine.config, weights).items()
         )
