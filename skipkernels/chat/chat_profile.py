@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from skipkernels.calibration.passages import cut_passages
 from skipkernels.chat.chat import ChatModel
+from skipkernels.chat.neuron_levels import measured_kl
 from skipkernels.chat.text_format import PROFILED_NEW_TOKENS, PROFILED_PROMPT_TOKENS, TextPrompt
 from skipkernels.chat.text_model import TextModel
 from skipkernels.chat.when_idle import WhenIdle
@@ -74,7 +75,8 @@ def profile_of_texts(
     progress: Progress = lambda stage, share: None,
     idle: WhenIdle | None = None,
 ) -> Profile:
-    """``profile_of_samples`` on passages of ``texts``, as requests whose work is 1.
+    """``profile_of_samples`` on passages of ``texts``, as requests whose work is 1, and each level's KL from the dense
+    model.
 
     Raises:
         RequestError: the texts are too short.
@@ -83,7 +85,11 @@ def profile_of_texts(
     search, held_out = cut_passages(model.engine, texts, effort.passages, PROFILED_PROMPT_TOKENS, 1)
     prompts = [passage.token_ids[:PROFILED_PROMPT_TOKENS] for passage in search + held_out]
     samples = [ChatSample(Request({"text": TextPrompt(prompt, PROFILED_NEW_TOKENS)})) for prompt in prompts]
-    return profile_of_samples(model, samples, effort, max_batch_size, journal=journal, progress=progress, idle=idle)
+    profile = profile_of_samples(model, samples, effort, max_batch_size, journal=journal, progress=progress, idle=idle)
+    policies = {strategy.skip_level: model.policy(strategy) for strategy in model.strategies}
+    kl = measured_kl(model.engine, policies, texts, idle)
+    entries = tuple(replace(entry, kl=kl.get(entry.strategy.skip_level)) for entry in profile.strategies)
+    return replace(profile, strategies=entries)
 
 
 def dense_profile(model: TextModel, max_batch_size: int) -> Profile:

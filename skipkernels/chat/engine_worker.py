@@ -18,6 +18,7 @@ from skipkernels.decoding.generation import Generation
 from skipkernels.decoding.handle import Handle
 from skipkernels.decoding.loop import STEPS_AT_ONCE
 from skipkernels.engine import Engine, Prompt
+from skipkernels.errors import RequestError
 from skipkernels.modality.errors import JobFailed
 from skipkernels.modality.strategy import Inputs, Strategy
 from skipkernels.skipping.policy import Policy
@@ -185,7 +186,11 @@ class _Reply:
         return False
 
     def fail(self, error: Exception) -> None:
+        """A ``RequestError`` is the request's own; any other is the engine's."""
         self._handle.cancel(ended_ok=True)
+        if isinstance(error, RequestError):
+            self._settle(error)
+            return
         failure = JobFailed(f"the engine failed: {error!r}")
         failure.__cause__ = error
         self._settle(failure)

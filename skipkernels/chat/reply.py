@@ -88,11 +88,11 @@ class _Reply:
 
     def completion(self) -> Completion:
         self._progress.add(self._text.flush())
-        skipped = self._row.runs.run_map[: self.tokens] == 0
+        left_out = self._row.runs.unread_map[: self.tokens]
         return Completion(
             text=self._text.text,
             finish_reason="stop" if self._ended_by_itself else "length",
             prompt_tokens=self._row.prompt_tokens,
             new_tokens=self.tokens,
-            skip_ratio=float(skipped.float().mean()),
+            skip_ratio=float(left_out.mean()),
         )

@@ -111,6 +111,11 @@ class TextFormat:
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids)))
 
+    def text_of_prompt(self, token_ids: Sequence[int]) -> str:
+        """What was said, without the token that the tokenizer puts in front of it."""
+        begins = bool(token_ids) and token_ids[0] == self._original.bos_token_id
+        return self.decode(token_ids[1:] if begins else token_ids)
+
     def check_tokens(self, token_ids: Sequence[int]) -> None:
         """Raises RequestError for an id outside of the vocabulary."""
         size = len(self._original)
@@ -136,6 +141,8 @@ class TextFormat:
     def _encode(self, chat: Chat) -> list[int]:
         if not any(message.text or message.fields for message in chat.messages):
             raise RequestError("the messages hold no text; say something")
+        if chat.tools and self.tool_form is None:
+            raise RequestError("this model's chat template knows no tools; leave tools out, or serve a model that does")
         if self._original.chat_template:
             return self.encode(self._rendered(chat), add_special_tokens=False)
         if len(chat.messages) != 1 or chat.messages[0].role != "user":
@@ -146,8 +153,6 @@ class TextFormat:
         return self.encode(chat.messages[0].text)
 
     def _rendered(self, chat: Chat) -> str:
-        if chat.tools and self.tool_form is None:
-            raise RequestError("this model's chat template knows no tools; leave tools out, or serve a model that does")
         messages: list[Mapping[str, Any]] = [
             {"role": message.role, "content": message.text, **message.fields} for message in chat.messages
         ]

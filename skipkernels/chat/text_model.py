@@ -39,23 +39,42 @@ class TextModel:
         engine: with a tokenizer; its ``max_batch_size`` is the largest batch.
         policies: by skip level; level 0 is the dense model's.
         metric: what the profile's accuracies mean.
+        open_levels: skip levels whose policies are still to be measured and ``offer``ed.
     """
 
     modalities: tuple[str, ...] = ("text",)
 
-    def __init__(self, name: str, engine: Engine, policies: Mapping[float, Policy], metric: Metric) -> None:
+    def __init__(
+        self,
+        name: str,
+        engine: Engine,
+        policies: Mapping[float, Policy],
+        metric: Metric,
+        open_levels: Sequence[float] = (),
+    ) -> None:
         if engine.tokenizer is None:
             raise RequestError(f"{name} has no tokenizer, and chats are text; serve a checkpoint with one")
-        check_policies(policies, engine.config.num_hidden_layers)
         self.name = name
         self.device = engine.execution.device
         self.dtype = engine.dtype
-        self.strategies = tuple(Strategy(("text",), level) for level in policies)
-        self.fingerprint = f"{engine.fingerprint}-{policies_hash(policies)}"
         self.engine = engine
         self.format: ChatFormat = TextFormat(engine.tokenizer, engine.max_seq_len, prefill_share(engine))
-        self._policies = {strategy: policies[strategy.skip_level] for strategy in self.strategies}
+        self.open_levels = tuple(open_levels)
         self._metric = metric
+        self._policies: dict[float, Policy] = {}
+        self._offer(policies)
+
+    def offer(self, policies: Mapping[float, Policy]) -> None:
+        """Policies of open levels have been measured: they are strategies from now on."""
+        assert set(policies) <= set(self.open_levels), f"open are {self.open_levels}, got {list(policies)}"
+        self.open_levels = tuple(level for level in self.open_levels if level not in policies)
+        self._offer(policies)
+
+    def _offer(self, policies: Mapping[float, Policy]) -> None:
+        check_policies(policies, self.engine.config.num_hidden_layers)
+        self._policies = {**self._policies, **policies}
+        self.strategies = tuple(Strategy(("text",), level) for level in self._policies)
+        self.fingerprint = f"{self.engine.fingerprint}-{policies_hash(self._policies)}"
 
     def run(self, batch: Sequence[Inputs], strategy: Strategy) -> list[Completion]:
         """Decodes the prompts together; each row ends at its own limit, stop string or end of sequence."""
@@ -67,7 +86,7 @@ class TextModel:
         return inputs["text"].token_ids
 
     def policy(self, strategy: Strategy) -> Policy:
-        return self._policies[strategy]
+        return self._policies[strategy.skip_level]
 
     def score(self, output: Completion, expected: str) -> float:
         return self._metric(output.text, expected)

@@ -45,6 +45,10 @@ class WhenIdle:
     def add(self, text: str, logprobs: Sequence[SampledToken] = ()) -> None:
         pass
 
+    def disturb(self) -> None:
+        """The running measurement found the model in use: it is done again."""
+        self._disturbed = True
+
     def watched(self, request: Request) -> Request:
         return replace(request, inputs=ChatInputs(request.inputs, self))
 
@@ -55,14 +59,25 @@ class WhenIdle:
             Stopped: ``stop`` was called.
         """
         while True:
-            while self._busy() and not self._stopped.is_set():
-                self._stopped.wait(_PAUSE_S)
-            if self._stopped.is_set():
-                raise Stopped("the measurements were stopped")
+            self.wait()
             self._disturbed = False
             result = measurement()
             if not self.given_up:
                 return result
+
+    def wait(self) -> None:
+        """Returns once nobody asks the model anything.
+
+        Raises:
+            Stopped: ``stop`` was called.
+        """
+        while self._busy() and not self._stopped.is_set():
+            self.pause()
+        if self._stopped.is_set():
+            raise Stopped("the measurements were stopped")
+
+    def pause(self) -> None:
+        self._stopped.wait(_PAUSE_S)
 
     def stop(self) -> None:
         """Ends the measurements, the running one within a step."""

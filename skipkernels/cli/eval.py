@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from skipkernels.cli import eval_suite as suites
+from skipkernels.cli.eval_suite import SuiteOptions
 from skipkernels.cli.eval_tasks import TaskOptions
 from skipkernels.cli.groups import grouped
 from skipkernels.cli.models import ModelOptions
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 _ROWS = 16
 _STDOUT = Path("-")
+_RATIOS = "0.1,0.2,0.25,0.35"
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,19 @@ class MethodOptions:
     """The methods, and the ratios to measure them at."""
 
     methods: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="full, neuron, skip, mixed, held, cats, teal, random, fixed, skipdecode, shortgpt, exit; with commas."
+            help="full, neuron, skip, mixed, held, cats, teal, random, fixed, skipdecode, shortgpt, exit; with commas. "
+            f"Default: all but held; of a suite {suites.METHODS}.",
         ),
-    ] = "full,neuron,skip,mixed,cats,teal,random,fixed,skipdecode,shortgpt,exit"
-    ratios: Annotated[str, typer.Option(help="Shares of FFN bytes, or of layers, to leave out.")] = "0.1,0.2,0.25,0.35"
+    ] = None
+    ratios: Annotated[
+        str | None,
+        typer.Option(
+            help="Shares of FFN bytes, or of layers, to leave out. Default: 0.1,0.2,0.25,0.35; of a suite "
+            f"{suites.RATIOS}."
+        ),
+    ] = None
     policy: Annotated[
         Path | None, typer.Option(help="A file of `skipkernels calibrate` for the method skip, instead of --ratios.")
     ] = None
@@ -42,9 +52,16 @@ class MethodOptions:
         int, typer.Option(min=1, help="First generated tokens, which skip nothing; few, because answers may be short.")
     ] = 1
 
+    def of_suite(self, suite: SuiteOptions) -> MethodOptions:
+        """With the suite's methods and ratio where none are given."""
+        if suite.suite is None:
+            return self
+        methods = suites.QUICK_METHODS if suite.quick else suites.METHODS
+        return replace(self, methods=self.methods or methods, ratios=self.ratios or suites.RATIOS)
+
     def ratio_list(self) -> list[float]:
         try:
-            ratios = [float(part) for part in self.ratios.split(",")]
+            ratios = [float(part) for part in (self.ratios or _RATIOS).split(",")]
         except ValueError as error:
             raise typer.BadParameter(f"--ratios takes numbers separated by commas, got {self.ratios!r}") from error
         wrong = [ratio for ratio in ratios if not 0.0 < ratio < 1.0]
@@ -57,11 +74,12 @@ class MethodOptions:
         from skipkernels.evaluation.evaluation import Entry
         from skipkernels.methods.ffn_skip import FFNSkip, GivenPolicy
         from skipkernels.methods.method import FULL
-        from skipkernels.methods.methods import method_kind
+        from skipkernels.methods.methods import DEFAULT_METHODS, method_kind
         from skipkernels.skipping.policy_file import load_policy
 
         ratios = self.ratio_list()
-        kinds = [method_kind(name) for name in dict.fromkeys(self.methods.split(","))]
+        names = dict.fromkeys(self.methods.split(",")) if self.methods else DEFAULT_METHODS
+        kinds = [method_kind(name) for name in names]
         entries = []
         for kind in sorted(kinds, key=lambda kind: kind.name != FULL):
             if kind.name == FULL:
@@ -79,6 +97,7 @@ def evaluate(
     model_options: ModelOptions,
     method_options: MethodOptions,
     task_options: TaskOptions,
+    suite_options: SuiteOptions,
     seed: Annotated[int, typer.Option(help="Seed of the choice of facts, random skips and resamples.")] = 0,
     json: Annotated[
         Path | None,
@@ -93,6 +112,10 @@ def evaluate(
     that skip layers. Tables show the share of FFN bytes and of all layers' bytes that were not read. Run it once per
     model.
     """
+    task_options, missing = suite_options.applied(task_options)
+    method_options = method_options.of_suite(suite_options)
+    if missing:
+        err.print(f"left out, as their files are not in {suite_options.data}: {', '.join(missing)}")
     method_options.ratio_list()  # raises for a wrong command line before a model is loaded
     if resume and json is None:
         raise typer.BadParameter("--resume continues the file of --json; give both")

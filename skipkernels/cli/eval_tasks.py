@@ -21,10 +21,22 @@ if TYPE_CHECKING:
     from skipkernels.engine import Engine
     from skipkernels.evaluation.full_text import FullText
     from skipkernels.evaluation.task import Task
+    from skipkernels.methods.method import Method
     from skipkernels.methods.setup import Setup
 
-TASKS = ("facts", "perplexity", "agreement", "generation", "summarization", "chat")
+TASKS = (
+    "facts",
+    "factoids",
+    "choices",
+    "perplexity",
+    "agreement",
+    "generation",
+    "summarization",
+    "chat",
+    "speed",
+)
 _PANEL = "What is measured"
+_TIMED = 8  # prompts whose decoding is timed
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,18 @@ class TaskOptions:
             help="JSONL of question and answer; default: facts.jsonl in the model's folder.", rich_help_panel=_PANEL
         ),
     ] = None
-    summaries: Annotated[Path | None, typer.Option(help="JSONL of article and summary.", rich_help_panel=_PANEL)] = None
+    factoids: Annotated[
+        Path | None,
+        typer.Option(help="Questions of common knowledge, 'question | answer' a line.", rich_help_panel=_PANEL),
+    ] = None
+    choices: Annotated[
+        Path | None,
+        typer.Option(help="PIQA's questions, JSONL; the labels in NAME-labels.lst beside it.", rich_help_panel=_PANEL),
+    ] = None
+    summaries: Annotated[
+        Path | None,
+        typer.Option(help="JSONL of article and summary, or Spec-Bench's questions.", rich_help_panel=_PANEL),
+    ] = None
     questions: Annotated[
         Path | None, typer.Option(help="MT-Bench's question.jsonl, for chat.", rich_help_panel=_PANEL)
     ] = None
@@ -119,7 +142,7 @@ class TaskOptions:
             seed=seed,
         )
         search, held_out = cut_passages(engine, [prose], self.passages, self.prompt_tokens, self.new_tokens)
-        material = _Material(setup, search, held_out, asked, others)
+        material = _Material(setup, search, held_out, asked, others, model_options)
         names = self._named() or self._default_tasks(facts_file)
         made = {name: getattr(self, f"_{name}") for name in TASKS}
         return setup, [*(made[name](material) for name in names), *self._harness_tasks(material)]
@@ -130,8 +153,15 @@ class TaskOptions:
     def _default_tasks(self, facts_file: Path | None) -> list[str]:
         if self.lm_eval is not None:
             return []
-        with_a_file = {"facts": facts_file, "summarization": self.summaries, "chat": self.questions}
-        return [name for name in TASKS if with_a_file.get(name, True)]
+        needed = {
+            "facts": facts_file,
+            "factoids": self.factoids,
+            "choices": self.choices,
+            "summarization": self.summaries,
+            "chat": self.questions,
+            "speed": False,  # takes the machine for itself, so it has to be asked for
+        }
+        return [name for name in TASKS if needed.get(name, True)]
 
     def _facts(self, material: _Material) -> Task:
         from skipkernels.evaluation.facts import Facts
@@ -139,6 +169,25 @@ class TaskOptions:
         if not material.asked:
             raise RequestError("the task 'facts' needs a file; --facts names one (JSONL of question and answer)")
         return Facts(material.setup.engine, material.asked, material.others)
+
+    def _factoids(self, material: _Material) -> Task:
+        from skipkernels.evaluation.factoids import Factoids
+
+        if self.factoids is None:
+            raise RequestError("the task 'factoids' needs a file; --factoids names one ('question | answer' a line)")
+        return Factoids(material.setup.engine, self.factoids, limit=self.limit, seed=material.setup.seed)
+
+    def _choices(self, material: _Material) -> Task:
+        from skipkernels.evaluation.choices import Choices
+
+        if self.choices is None:
+            raise RequestError("the task 'choices' needs a file; --choices names one (PIQA's questions)")
+        return Choices(material.setup.engine, self.choices, limit=self.limit, seed=material.setup.seed)
+
+    def _speed(self, material: _Material) -> Task:
+        from skipkernels.evaluation.decode_speed import DecodeSpeed
+
+        return DecodeSpeed(material.held_out[:_TIMED], material.search, material.dense_alone)
 
     def _perplexity(self, material: _Material) -> Task:
         from skipkernels.evaluation.perplexity import Perplexity
@@ -186,6 +235,7 @@ class TaskOptions:
             self.answers,
             material.search,
             judge=judge,
+            full=material.full,
             limit=self.limit,
             max_new_tokens=self.answer_tokens,
         )
@@ -218,15 +268,31 @@ class _Material:
     held_out: Sequence[Passage]
     asked: Sequence[Fact]
     others: Sequence[Fact]
+    model_options: ModelOptions
+
+    @cached_property
+    def full(self) -> Method:
+        from skipkernels.methods.ffn_methods import Full
+
+        return Full().build(self.setup, Full().find(self.setup, 0.0, ()))
+
+    @cached_property
+    def dense_alone(self) -> Method:
+        """The full model as one would run it without skipping: down_proj does not lie for single neurons, which costs
+        a dense step some per cent. Its weights are loaded a second time for that."""
+        from skipkernels.methods.engine_method import EngineMethod
+        from skipkernels.skipping.policy import DensePolicy
+
+        if not self.setup.engine.weights.neuron_rows:
+            return self.full
+        return EngineMethod(self.model_options.load(), lambda batch: DensePolicy())
 
     @cached_property
     def full_texts(self) -> tuple[FullText, FullText]:
         """Texts generated by the full model: to measure on, and to set ratios on."""
         from skipkernels.evaluation.full_text import FullText
-        from skipkernels.methods.ffn_methods import Full
 
-        full = Full().build(self.setup, Full().find(self.setup, 0.0, ()))
-        return FullText(self.held_out, full), FullText(self.search, full)
+        return FullText(self.held_out, self.full), FullText(self.search, self.full)
 
 
 def _as_text(engine: Engine, facts: Sequence[Fact]) -> list[Sequence[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from skipkernels.cli.groups import grouped
 from skipkernels.cli.models import POLICY_FILE, ModelOptions
 from skipkernels.cli.serve_options import ClusterOptions, LimitOptions, SchedulingOptions, ServerOptions
-from skipkernels.cli.serve_profile import IdleProfiling, kept_profile
+from skipkernels.cli.serve_profile import IdleProfiling, kept_profile, measure_levels
 from skipkernels.errors import SkipkernelsError
 from skipkernels.support.console import err, progress_bar, require_folder, table
 from skipkernels.support.files import read_text
@@ -21,6 +22,7 @@ from skipkernels.support.files import read_text
 if TYPE_CHECKING:
     from skipkernels.chat.chat import ChatFormat, ChatModel
     from skipkernels.chat.loading import ChatModelLoader
+    from skipkernels.chat.text_model import TextModel
     from skipkernels.modality.profile import Profile
     from skipkernels.server.http.backend import Backend
     from skipkernels.server.http.samples import ChatLine
@@ -62,6 +64,7 @@ def serve(
 
     get_selection_policy(scheduling.selection)  # a wrong name is refused before a model is loaded
     require_folder(scheduling.profile)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     chats = None if scheduling.samples is None else read_chats(scheduling.samples, limits.limits())
     with listen(server.host, server.port) as listener:
         load = _loader(model_options, scheduling, cluster, chats)
@@ -89,7 +92,7 @@ def _loader(
     if (folder := Path(path)).is_dir():
         path = str(folder.resolve())  # absolute: other processes may have another working directory
     beside = Path(path) / POLICY_FILE
-    policy_file = scheduling.policy or (beside if beside.exists() else None)
+    policy_files = scheduling.policy or ([beside] if beside.exists() else [])
     threads = model_options.threads
     options: dict[str, Any] = {
         "device": model_options.device,
@@ -106,10 +109,23 @@ def _loader(
         name=model_options.model,
         path=path,
         skip_levels=scheduling.levels,
-        policy_file=None if policy_file is None else str(policy_file.resolve()),
+        policy_files=tuple(str(file.resolve()) for file in policy_files),
         metric=exact_match if chats and chats[0].expected is not None else shared_prefix,
         options=options,
+        measures=not cluster.ray,
     )
+
+
+def _find_levels(model: TextModel, scheduling: SchedulingOptions, chats: Chats) -> None:
+    """The levels that were measured before; or, where a profile of them is wanted before anybody is served, now."""
+    from skipkernels.chat.neuron_levels import kept_policies
+
+    kept = kept_policies(model.engine, model.open_levels) if scheduling.text is None else None
+    if kept is not None:
+        model.offer(kept)
+    elif scheduling.profile is not None or chats is not None:
+        with err.status("finding the neurons to leave out ..."):
+            measure_levels(model, _texts(scheduling.text))
 
 
 @contextmanager
@@ -124,6 +140,8 @@ def _here(load: ChatModelLoader, scheduling: SchedulingOptions, chats: Chats) ->
 
     with err.status(f"loading {load.name} ..."):
         model = load()
+    if isinstance(model, TextModel) and model.open_levels:
+        _find_levels(model, scheduling, chats)
 
     def run(measure: Measure) -> Profile:
         with progress_bar("profiling") as report:

@@ -123,15 +123,17 @@ class SchedulingOptions:
     skip_levels: Annotated[
         str | None,
         typer.Option(
-            help="Skip ratios, one strategy each; 0: dense. Default: those of 0,0.1,0.2,0.3 that the policy can hold.",
+            help="Shares of FFN bytes to leave out, one strategy each; 0: dense. Default: those of 0,0.1,0.2,0.3 that "
+            "the policy can hold. 0 alone loads the weights for dense steps only, which are faster then.",
             rich_help_panel=_SCHEDULING_PANEL,
         ),
     ] = None
     policy: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
-            help="A policy file of `skipkernels calibrate`; all levels take its span, dense layers and warm-up. "
-            "Default: skip_policy.json in the model's folder, if any.",
+            help="A policy file of `skipkernels calibrate`, held at every level; or several, each a level of its own. "
+            "Default: skip_policy.json in the model's folder, if any; else single neurons are left out of float "
+            "weights on a CPU, by thresholds that are measured in idle time.",
             rich_help_panel=_SCHEDULING_PANEL,
         ),
     ] = None

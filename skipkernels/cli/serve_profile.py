@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +14,27 @@ from skipkernels.support.console import err
 
 if TYPE_CHECKING:
     from skipkernels.chat.text_model import TextModel
+    from skipkernels.chat.when_idle import WhenIdle
     from skipkernels.modality.profile import Profile
     from skipkernels.server.http.service import Service
 
 
 def kept_profile(model: TextModel) -> Path:
     """Where the profile of a model, measured on this machine, is kept between runs."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    from skipkernels.chat.neuron_levels import cache_folder
+
     threads = model.engine.execution.num_threads
     key = f"{model.fingerprint}-{model.device}-{model.dtype}-{model.engine.max_batch_size}x{threads}"
-    return cache / "skipkernels" / "profiles" / f"{key.replace(':', '_')}.json"
+    return cache_folder() / "profiles" / f"{key.replace(':', '_')}.json"
+
+
+def measure_levels(model: TextModel, texts: list[str], idle: WhenIdle | None = None) -> None:
+    """Finds the thresholds of the model's open levels, and keeps them."""
+    from skipkernels.chat.neuron_levels import keep_policies, neuron_policies
+
+    policies = neuron_policies(model.engine, texts, model.open_levels, idle)
+    model.offer(policies)
+    keep_policies(model.engine, policies)
 
 
 class IdleProfiling:
@@ -64,10 +74,11 @@ class IdleProfiling:
         from skipkernels.chat.when_idle import Stopped
         from skipkernels.modality.profile_file import save_profile
 
+        texts = self._texts()
         try:
-            profile = profile_of_texts(
-                self._model, self._texts(), IDLE, self._model.engine.max_batch_size, idle=self._idle
-            )
+            if self._model.open_levels:
+                measure_levels(self._model, texts, self._idle)
+            profile = profile_of_texts(self._model, texts, IDLE, self._model.engine.max_batch_size, idle=self._idle)
         except Stopped:
             return
         except SkipkernelsError as error:

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,24 @@ from skipkernels.evaluation.estimate import Item, Metric
 from skipkernels.evaluation.free_generation import REPETITION, repeated
 from skipkernels.evaluation.jsonl import digest, read_jsonl
 from skipkernels.evaluation.judge import Judge, JudgeUnreachable
+from skipkernels.evaluation.summarization import rouge_scorer
 from skipkernels.evaluation.task import Outcome
 from skipkernels.methods.method import Method, OnItem, ignore
 from skipkernels.methods.work import Work
 
 SCORE = Metric("judge's score", "points", higher_is_better=True)
+SIMILARITY = Metric("like full's answer", "share", higher_is_better=True)
 LENGTH = Metric("answer length", "tokens", higher_is_better=True)
 
 Question = dict[str, Any]
 
 
 class Chat:
-    """Asks every turn of every question, through the tokenizer's chat template."""
+    """Asks every turn of every question, through the tokenizer's chat template.
+
+    Without a judge, and with a method ``full``, an answer is scored by how much of the full model's it has: the ROUGE-L
+    F-measure of each turn. That says how far a method departs, not which answer is better.
+    """
 
     name = "chat"
 
@@ -46,6 +53,7 @@ class Chat:
         alike: Sequence[Passage],
         *,
         judge: Judge | None = None,
+        full: Method | None = None,
         limit: int | None = None,
         max_new_tokens: int = 256,
     ) -> None:
@@ -57,8 +65,11 @@ class Chat:
         self._judge = judge
         self._max_new_tokens = max_new_tokens
         self._unreachable: JudgeUnreachable | None = None
+        self._full = None if judge else full
+        self._scorer = rouge_scorer(["rougeL"]) if self._full else None
         self.alike = alike
-        self.metrics: tuple[Metric, ...] = (*([SCORE] if judge else []), REPETITION, LENGTH)
+        scored = [SCORE] if judge else [SIMILARITY] if self._full else []
+        self.metrics: tuple[Metric, ...] = (*scored, REPETITION, LENGTH)
 
     @property
     def total(self) -> int:
@@ -83,6 +94,9 @@ class Chat:
             items[LENGTH.name].append((float(sum(map(len, turns))), float(len(turns))))
             repetitions = [repeated(turn) for turn in turns]
             items[REPETITION.name].append((sum(r[0] for r in repetitions), sum(r[1] for r in repetitions)))
+            if self._full:
+                likeness = self._likeness(question, answer["choices"][0]["turns"])
+                items[SIMILARITY.name].append((sum(likeness), float(len(likeness))))
             if self._judge:
                 try:
                     scores = list(self._scores(self._judge, label, question, answer["choices"][0]["turns"]))
@@ -136,6 +150,22 @@ class Chat:
                 "max_new_tokens": self._max_new_tokens,
             },
         }
+
+    def _likeness(self, question: Question, turns: Sequence[str]) -> list[float]:
+        assert self._scorer is not None
+        expected = self._full_turns[question["question_id"]]
+        return [
+            1.0 if turn == full else float(self._scorer.score(full, turn)["rougeL"].fmeasure)
+            for turn, full in zip(turns, expected, strict=True)
+        ]
+
+    @cached_property
+    def _full_turns(self) -> dict[int, list[str]]:
+        """The full model's answers. They go to a file of their own, because a label also names the model's version."""
+        assert self._full is not None
+        label = f"full-to-compare-{self._engine.fingerprint[:12]}"
+        answers = self._answers(self._full, label, ignore)
+        return {answer["question_id"]: answer["choices"][0]["turns"] for answer in answers}
 
     def _scores(self, judge: Judge, label: str, question: Question, turns: list[str]) -> Iterator[float]:
         path = self._folder / "model_judgment" / f"{_file_name(judge.model)}_single.jsonl"

@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 
 Item = tuple[float, float]
 """One item's contribution to a metric: sum and count. The metric is the total sum over the total count."""
-Unit = Literal["share", "nats", "perplexity", "tokens", "points", "number"]
+Unit = Literal["share", "nats", "perplexity", "tokens", "points", "number", "tokens/s", "ratio"]
 Array = npt.NDArray[np.float64]
 
 

@@ -75,7 +75,15 @@ def shown_value(metric: Metric, value: float | None) -> str:
     """A value in the unit of its metric; None if the count is 0."""
     if value is None:
         return "-"
-    formats = {"share": "{:.1%}", "nats": "{:.4f}", "perplexity": "{:.2f}", "tokens": "{:.1f}", "points": "{:.2f}"}
+    formats = {
+        "share": "{:.1%}",
+        "nats": "{:.4f}",
+        "perplexity": "{:.2f}",
+        "tokens": "{:.1f}",
+        "points": "{:.2f}",
+        "tokens/s": "{:.1f}",
+        "ratio": "{:.2f}",
+    }
     return formats.get(metric.unit, "{:.4g}").format(value)
 
 

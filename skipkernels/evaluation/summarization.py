@@ -21,6 +21,7 @@ _ROUGE = {
     for name, shown in (("rouge1", "ROUGE-1"), ("rouge2", "ROUGE-2"), ("rougeL", "ROUGE-L"))
 }
 _PROMPT = "{article}\n\nTL;DR:"  # works for models without instruction tuning (GPT-2's report)
+_INSTRUCTION = "Summarize: {article}"  # for models with a chat template, as Spec-Bench asks
 _STOP = ["\n\n"]
 
 
@@ -46,12 +47,13 @@ class Summarization:
         max_new_tokens: int = 128,
     ) -> None:
         pairs = read_pairs(path)
-        self._scorer = _rouge_scorer()  # raises now, not after the work, if the package is missing
+        self._scorer = rouge_scorer(list(_ROUGE))  # raises now, not after the work, if the package is missing
         if engine.tokenizer is None:
             raise RequestError("the task 'summarization' needs a tokenizer, and this model was loaded without one")
         self._pairs = pairs[:limit]
         self._max_new_tokens = max_new_tokens
-        self._prompts = [engine.encode(_PROMPT.format(article=pair.article)) for pair in self._pairs]
+        self._asked_as = _INSTRUCTION if engine.tokenizer.chat_template else _PROMPT
+        self._prompts = [_prompt(engine, pair.article) for pair in self._pairs]
         room = engine.max_seq_len - max_new_tokens + 1
         for number, prompt in enumerate(self._prompts, start=1):
             if len(prompt) > room:
@@ -71,6 +73,7 @@ class Summarization:
             "pairs": self.total,
             "digest": digest("".join(pair.article + pair.summary for pair in self._pairs)),
             "max_new_tokens": self._max_new_tokens,
+            "prompt": self._asked_as,
         }
 
     def run(self, method: Method, label: str, on_item: OnItem = ignore) -> Outcome:
@@ -84,19 +87,37 @@ class Summarization:
 
 
 def read_pairs(path: Path) -> Sequence[Pair]:
-    """The pairs of a file: one object per line with ``article`` and ``summary``.
+    """The pairs of a file: one object per line with ``article`` and ``summary``; or Spec-Bench's questions, of which
+    those of the category ``summarization`` are taken.
 
     Raises:
-        RequestError: see ``read_jsonl``.
+        RequestError: see ``read_jsonl``; or no line asks for a summary.
     """
-    return [Pair(row["article"], row["summary"]) for row in read_jsonl(path, {"article": str, "summary": str})]
+    if "category" not in read_jsonl(path, {})[0]:
+        return [Pair(row["article"], row["summary"]) for row in read_jsonl(path, {"article": str, "summary": str})]
+    asked = read_jsonl(path, {"category": str, "turns": list})
+    pairs = [
+        Pair(str(row["turns"][0]).removeprefix("Summarize: "), str(row["reference"][0]))
+        for row in asked
+        if row["category"] == "summarization" and row["turns"] and row.get("reference")
+    ]
+    if not pairs:
+        raise RequestError(f"{path}: no question of the category 'summarization' with a reference")
+    return pairs
 
 
-def _rouge_scorer() -> Any:
+def _prompt(engine: Engine, article: str) -> list[int]:
+    if engine.tokenizer is not None and engine.tokenizer.chat_template:
+        return engine.encode([{"role": "user", "content": _INSTRUCTION.format(article=article)}])
+    return engine.encode(_PROMPT.format(article=article))
+
+
+def rouge_scorer(kinds: list[str]) -> Any:
+    """Raises SkipkernelsError where rouge-score is not installed."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise SkipkernelsError(
             "ROUGE needs rouge-score, which is not installed; `pip install skipkernels[eval]` brings it"
         ) from error
-    return RougeScorer(list(_ROUGE), use_stemmer=True)
+    return RougeScorer(kinds, use_stemmer=True)

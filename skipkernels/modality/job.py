@@ -47,12 +47,15 @@ class Job:
             promise is a lower confidence bound on the model's mean score over inputs like the validation set's. It is a
             guarantee on the average, not for each request.
         skip_level: None: any; else only strategies of this level are chosen.
+        max_kl: None: any; else the largest skip level is taken whose measured KL from the dense model, in nats, is at
+            most this.
     """
 
     requests: Sequence[Request]
     deadline_ms: float = math.inf
     min_accuracy: float = 0.0
     skip_level: float | None = None
+    max_kl: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "requests", tuple(self.requests))
@@ -64,6 +67,8 @@ class Job:
             raise JobError(f"deadline_ms must be a positive number of milliseconds, got {self.deadline_ms!r}")
         if not (_is_number(self.min_accuracy) and 0.0 <= self.min_accuracy <= 1.0):
             raise JobError(f"min_accuracy must lie in [0, 1], got {self.min_accuracy!r}")
+        if self.max_kl is not None and not (_is_number(self.max_kl) and self.max_kl >= 0.0):
+            raise JobError(f"max_kl is a KL divergence in nats of at least 0, got {self.max_kl!r}")
 
     @property
     def modalities(self) -> frozenset[str]:
@@ -85,6 +90,7 @@ class Answer:
     time_ms: float  # from the job's arrival to the end of this request's batch
     promised_accuracy: float  # of the strategy
     retried: bool  # its first batch failed, or the worker was lost
+    kl: float | None = None  # measured, of the strategy, in nats per token; None: not measured
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class StrategyProfile:
     score_sum: float
     samples: int
     exact: bool = False  # the accuracy is agreement with this very strategy: it is 1 by construction
+    kl: float | None = None  # mean KL(dense || this) per token of known text, in nats; None: not measured
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "timings", tuple(sorted(self.timings, key=lambda timing: timing.batch_size)))
@@ -65,6 +66,8 @@ class StrategyProfile:
             raise ProfileError(
                 f"{name}: a score of {self.score_sum} over {self.samples} samples is not a mean in [0, 1]"
             )
+        if self.kl is not None and not 0.0 <= self.kl < math.inf:
+            raise ProfileError(f"{name}: a KL divergence is a finite number of at least 0, got {self.kl}")
 
     @cached_property
     def promised_accuracy(self) -> float:
@@ -184,6 +187,34 @@ class Profile:
             )
         return [entry for entry in entries if entry.strategy.skip_level == skip_level]
 
+    def level_within(
+        self, modalities: Collection[str], max_kl: float, skip_level: float | None = None, min_accuracy: float = 0.0
+    ) -> float:
+        """The largest skip level whose measured KL from the dense model is at most ``max_kl``, and that promises
+        ``min_accuracy`` where one of them does. ``skip_level``: only this one.
+
+        Raises:
+            JobError: there is none.
+        """
+        entries = self.usable(modalities, skip_level)
+        costs = {entry.strategy.skip_level: self.kl_of(entry) for entry in entries}
+        within = [entry for entry in entries if _is_within(self.kl_of(entry), max_kl)]
+        if not within:
+            told = ", ".join(
+                f"{level:g}: {'not measured' if kl is None else f'{kl:.3g}'}" for level, kl in sorted(costs.items())
+            )
+            raise JobError(
+                f"no strategy stays within max_kl {max_kl:g} nats; measured KL from the dense model, by skip level: "
+                f"{told}"
+            )
+        kept = [entry for entry in within if entry.promised_accuracy >= min_accuracy] or within
+        return max(entry.strategy.skip_level for entry in kept)
+
+    def kl_of(self, entry: StrategyProfile) -> float | None:
+        """Of what leaves nothing out it is 0 by construction."""
+        dense = entry.strategy.skip_level == 0.0 and set(entry.strategy.modalities) == self.modalities
+        return 0.0 if dense else entry.kl
+
     def full(self, modalities: Collection[str], skip_level: float | None = None) -> StrategyProfile:
         """The strategy that leaves out the least: most modalities, then the lowest skip level."""
         return min(
@@ -194,6 +225,10 @@ class Profile:
     def frontier(self, modalities: Collection[str], skip_level: float | None = None) -> list[StrategyProfile]:
         """The usable strategies that no other one dominates, most accurate first."""
         return prune_dominated(self.usable(modalities, skip_level))
+
+
+def _is_within(kl: float | None, max_kl: float) -> bool:
+    return kl is not None and kl <= max_kl
 
 
 def prune_dominated(entries: Iterable[StrategyProfile]) -> list[StrategyProfile]:

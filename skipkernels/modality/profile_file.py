@@ -52,6 +52,7 @@ def _to_document(profile: Profile) -> dict[str, Any]:
                 "score_sum": entry.score_sum,
                 "samples": entry.samples,
                 "exact": entry.exact,
+                "kl": entry.kl,
                 "timings": [
                     {
                         "batch_size": timing.batch_size,
@@ -80,7 +81,8 @@ def _from_document(document: dict[str, Any]) -> Profile:
                 timings=tuple(Timing(**timing) for timing in entry["timings"]),
                 score_sum=entry["score_sum"],
                 samples=entry["samples"],
-                exact=entry.get("exact", False),  # files of earlier releases have none
+                exact=entry.get("exact", False),  # files of earlier releases have none, nor a KL
+                kl=entry.get("kl"),
             )
             for entry in document["strategies"]
         ),

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from types import TracebackType
 
+from skipkernels.errors import RequestError
 from skipkernels.modality.clock import real_clock
 from skipkernels.modality.errors import JobFailed, ServiceClosed, WorkerLost
 from skipkernels.modality.job import Job, JobAnswer
@@ -54,6 +55,7 @@ class Runtime:
         )
         self._workers: Sequence[Worker | SlotWorker] = workers
         self._answers: dict[Ticket, asyncio.Future[JobAnswer]] = {}
+        self._refusals: dict[Ticket, RequestError] = {}  # by the model, of tickets that are not settled yet
         self._wakeup = asyncio.Event()  # set when there may be a batch to run
         self._tasks: list[asyncio.Task[None]] = []
         self._reviewing: asyncio.Task[None] | None = None
@@ -79,6 +81,7 @@ class Runtime:
         Raises:
             JobError: refused, see ``Scheduler.submit``.
             ServiceClosed: after ``close`` began, or without workers.
+            RequestError: accepted, and then refused by the model.
             JobFailed: accepted, but not answered.
         """
         if self._closed:
@@ -165,6 +168,9 @@ class Runtime:
         except WorkerLost as error:
             self._retry(batch, f"its worker was lost, also on the retry: {error}")
             return await self._recover(number, worker)
+        except RequestError as error:
+            self._refuse(batch, error)
+            return True
         except Exception as error:
             self._retry(batch, f"the model failed, also when the request ran alone: {error!r}")
             return True
@@ -176,6 +182,16 @@ class Runtime:
         for ticket in self.scheduler.fail(batch, reason):
             self._settle(ticket)
         self._wakeup.set()  # other workers can take the retries
+
+    def _refuse(self, batch: Batch, error: RequestError) -> None:
+        """The model says that it cannot serve a request. Of several it is not known which: each is tried alone."""
+        if len(batch.members) > 1:
+            self._retry(batch, str(error))
+            return
+        ((ticket, _),) = batch.members
+        self._refusals[ticket] = error
+        for failed in self.scheduler.refuse(batch, str(error)):
+            self._settle(failed)
 
     async def _recover(self, number: int, worker: Worker | SlotWorker) -> bool:
         try:
@@ -198,10 +214,12 @@ class Runtime:
 
     def _settle(self, ticket: Ticket) -> None:
         """Passes the answer or failure of a done ticket to its caller."""
-        answer = self._answers.pop(ticket)
+        answer, refusal = self._answers.pop(ticket), self._refusals.pop(ticket, None)
         if answer.done():
             return  # the caller was cancelled
         if ticket.answer is not None:
             answer.set_result(ticket.answer)
+        elif refusal is not None:
+            answer.set_exception(refusal)
         else:
             answer.set_exception(JobFailed(f"job {ticket.number} failed: {ticket.failure}"))

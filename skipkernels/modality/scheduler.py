@@ -191,6 +191,7 @@ class Scheduler:
                 time_ms=now_ms - ticket.arrival_ms,
                 promised_accuracy=self._promised[batch.index],
                 retried=batch.retry,
+                kl=self.profile.kl_of(batch.profiled),
             )
             self.counters.requests_by_strategy[batch.strategy.name] += 1
             ticket.unanswered -= 1
@@ -223,6 +224,17 @@ class Scheduler:
                 self._retries.append((ticket, position, batch.index))
                 self.counters.retried_requests += 1
         return failed
+
+    def refuse(self, batch: Batch, reason: str) -> list[Ticket]:
+        """Records that the model cannot serve the only request of a batch, however often it is tried. Returns its
+        ticket, unless that is done."""
+        self._elapse()
+        self._running[batch.worker] = None
+        ((ticket, _),) = batch.members
+        if ticket.done:
+            return []
+        self.cancel(ticket, reason)
+        return [ticket]
 
     def review(self) -> list[Batch]:
         """Gives running requests whose deadline is in danger a cheaper strategy of the same modalities, where their
@@ -285,13 +297,15 @@ class Scheduler:
         del self._running[worker]
 
     def _options_for(self, job: Job) -> StrategyOptions:
-        wanted = (job.modalities, job.skip_level)
-        options = self._options.get(wanted)
+        level = job.skip_level
+        if job.max_kl is not None:
+            job.check_modalities(self.profile.modalities)
+            level = self.profile.level_within(job.modalities, job.max_kl, level, job.min_accuracy)
+        options = self._options.get((job.modalities, level))
         if options is None:
             job.check_modalities(self.profile.modalities)
-            options = self._options[wanted] = StrategyOptions(
-                self.profile, job.modalities, self.latency, job.skip_level
-            )
+            options = StrategyOptions(self.profile, job.modalities, self.latency, level)
+            self._options[job.modalities, level] = options
         return options
 
     def _check_deadline(self, ticket: Ticket, index: int) -> None:

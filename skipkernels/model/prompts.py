@@ -91,7 +91,7 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(f"the prompt is not valid Unicode text ({error.reason} at {error.start})") from error
-    ids = list(tokenizer.encode(text))
+    ids = list(tokenizer.encode(text, verbose=False))  # not of its length: the engine refuses what does not fit
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         logger.warning(

@@ -1,8 +1,14 @@
 """Right answers, or fidelity to the model at its fullest, and times of requests whose work is 1."""
 
+import threading
+from pathlib import Path
+
 import pytest
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from skipkernels.calibration.passages import cut_passages
+from skipkernels.calibration.scoring import score
 from skipkernels.chat.chat import Chat, Completion, Message
 from skipkernels.chat.chat_profile import (
     QUICK,
@@ -13,13 +19,22 @@ from skipkernels.chat.chat_profile import (
     profile_of_texts,
     with_own_answers,
 )
+from skipkernels.chat.neuron_levels import (
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    keep_policies,
+    kept_policies,
+    measured_kl,
+    neuron_policies,
+)
 from skipkernels.chat.text_format import PROFILED_NEW_TOKENS, PROFILED_PROMPT_TOKENS
 from skipkernels.chat.text_model import TextModel, exact_match, shared_prefix
+from skipkernels.chat.when_idle import WhenIdle
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
 from skipkernels.modality.errors import ProfileError
 from skipkernels.modality.job import Request
-from skipkernels.skipping.policy import DensePolicy, SkipPolicy
+from skipkernels.skipping.policy import DensePolicy, NeuronPolicy, Policy, SkipPolicy
 from tests.models import tiny_engine, tiny_module
 
 TEXT = "".join(f"Line {number}: the quick brown fox jumps over {number * 7919 % 1000} dogs.\n" for number in range(40))
@@ -122,3 +137,72 @@ def test_a_text_without_two_passages_is_refused(model: TextModel) -> None:
 )
 def test_the_largest_batch_is_measured(effort: Effort, largest: int, sizes: list[int]) -> None:
     assert effort.sizes(largest) == sizes
+
+
+def neuron_model(tokenizer: PreTrainedTokenizerBase) -> TextModel:
+    module = tiny_module(num_hidden_layers=4)
+    engine = Engine.from_pretrained(module, tokenizer=tokenizer, max_batch_size=2, max_seq_len=200, neuron_rows=True)
+    return TextModel("tiny", engine, {0.0: DensePolicy()}, shared_prefix, (0.1, 0.3))
+
+
+def test_open_levels_become_neurons_and_cost_what_was_measured(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = neuron_model(tokenizer)
+    model.offer(neuron_policies(model.engine, [TEXT], model.open_levels))
+    profile = profile_of_texts(model, [TEXT], QUICKEST, 2)
+    assert [entry.strategy.name for entry in profile.strategies] == ["text@0", "text@0.1", "text@0.3"]
+    dense, little, much = (entry.kl for entry in profile.strategies)
+    assert dense is None
+    assert little is not None
+    assert much is not None
+    assert 0.0 < little < much
+    (answer,) = model.run([samples_of(model, "The quick brown", tokens=64)[0].request.inputs], model.strategies[2])
+    assert answer.skip_ratio == pytest.approx(0.3, abs=0.02), "neurons count where their bytes are not read"
+
+
+def test_a_divergence_is_the_scores(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Against torch's own, on logits of the whole passage at once, with the same neurons left out."""
+    model = neuron_model(tokenizer)
+    policies = {0.0: DensePolicy(), 0.3: neuron_policies(model.engine, [TEXT], (0.3,))[0.3]}
+    (kl,) = measured_kl(model.engine, policies, [TEXT]).values()
+    _, held_out = cut_passages(model.engine, [TEXT], 32, PROMPT_TOKENS, NEW_TOKENS)
+    dense = score(model.engine, held_out, policies[0.0], keep_log_probs=True)
+    other = score(model.engine, held_out, policies[0.3], keep_log_probs=True)
+    pairs = [(d.all_log_probs, o.all_log_probs) for d, o in zip(dense, other, strict=True)]
+    expected = [torch.nn.functional.kl_div(o, d, log_target=True, reduction="batchmean") for d, o in pairs]
+    assert kl == pytest.approx(float(torch.stack(expected).mean()), rel=1e-3)
+
+
+def test_requests_come_between_two_readings(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Somebody asks all the time; what is measured is what it is alone."""
+    model = neuron_model(tokenizer)
+    alone = neuron_policies(model.engine, [TEXT], (0.3,))
+    asking, asked = threading.Event(), []
+
+    def ask() -> None:
+        while not asking.is_set():
+            asked.append(model.engine.generate("The quick", max_new_tokens=3))
+            asking.wait(0.01)
+
+    busy = threading.Thread(target=ask)
+    busy.start()
+    try:
+        beside = neuron_policies(model.engine, [TEXT], (0.3,), WhenIdle(lambda: not model.engine.loop.idle))
+    finally:
+        asking.set()
+        busy.join()
+    assert asked
+    assert beside == alone
+
+
+def test_thresholds_are_kept_for_the_same_weights(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = neuron_model(tokenizer)
+    policies: dict[float, Policy] = {0.2: NeuronPolicy(product_thresholds=(0.1,) * 4, target_ratio=0.2)}
+    assert kept_policies(model.engine, (0.2,)) is None
+    keep_policies(model.engine, policies)
+    assert kept_policies(model.engine, (0.2,)) == policies
+    assert kept_policies(model.engine, (0.2, 0.3)) is None
+    other = tiny_engine(module=tiny_module(num_hidden_layers=4, seed=1), tokenizer=tokenizer, max_seq_len=64)
+    assert kept_policies(other, (0.2,)) is None

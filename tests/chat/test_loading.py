@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from skipkernels.chat.loading import ChatModelLoader, policies_of_levels, usual_levels
+from skipkernels.chat.loading import ChatModelLoader
 from skipkernels.chat.text_model import TextModel, exact_match
 from skipkernels.errors import ModelError, PolicyError
-from skipkernels.skipping.policy import DensePolicy, FixedPolicy, SkipPolicy
+from skipkernels.skipping.policy import FixedPolicy, NeuronPolicy, Policy, SkipPolicy
 from skipkernels.skipping.policy_file import save_policy
+from tests.gguf_files import Type, write_gguf
 from tests.models import byte_tokenizer, tiny_module
 from tests.multimodal import tiny_multimodal
 
+LAYERS = 8
 BASE = SkipPolicy(threshold=0.8, span=2, first_dense_layers=0, warmup_tokens=3)
 OPTIONS = {"max_seq_len": 64, "max_batch_size": 2, "num_threads": 1}
 
@@ -20,48 +22,30 @@ OPTIONS = {"max_seq_len": 64, "max_batch_size": 2, "num_threads": 1}
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
-    tiny_module(num_hidden_layers=8).save_pretrained(folder)
+    tiny_module(num_hidden_layers=LAYERS).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
 
-def test_every_level_has_the_base_with_its_ratio() -> None:
-    policies = policies_of_levels(BASE, [0.2, 0.0])
-    assert list(policies) == [0.0, 0.2]
-    assert policies[0.0] == DensePolicy()
-    assert policies[0.2] == SkipPolicy(threshold=0.8, span=2, first_dense_layers=0, warmup_tokens=3, target_ratio=0.2)
+def loader_of(
+    path: Path, *policy_files: Path, levels: tuple[float, ...] | None = (0.0, 0.2), **options: object
+) -> ChatModelLoader:
+    files = tuple(map(str, policy_files))
+    return ChatModelLoader("tiny", str(path), levels, files, exact_match, OPTIONS | options)
 
 
-@pytest.mark.parametrize(
-    ("levels", "message"),
-    [([], "there must be one"), ([0.1, 0.1], "must differ"), ([1.5], "target_ratio"), ([-0.1], "target_ratio")],
-)
-def test_impossible_levels_are_refused(levels: list[float], message: str) -> None:
-    with pytest.raises(PolicyError, match=message):
-        policies_of_levels(BASE, levels)
+def saved(file: Path, policy: Policy, fingerprint: str | None = None, **held_out: float) -> Path:
+    save_policy(file, policy, fingerprint=fingerprint or "", measured={"held_out": held_out} if held_out else {})
+    return file
 
 
-def test_a_policy_that_holds_no_ratio_has_no_levels() -> None:
-    assert policies_of_levels(FixedPolicy((1,)), [0.0]) == {0.0: DensePolicy()}
-    with pytest.raises(PolicyError, match="kind 'fixed' holds none"):
-        policies_of_levels(FixedPolicy((1,)), [0.0, 0.1])
+@pytest.fixture(scope="module")
+def fingerprint(checkpoint: Path) -> str:
+    return loader_of(checkpoint, levels=(0.0,))().fingerprint.partition("-")[0]
 
 
-def test_the_usual_levels_are_those_that_can_be_held() -> None:
-    assert usual_levels(SkipPolicy(first_dense_layers=0, last_dense_layers=0), 16) == [0.0, 0.1, 0.2, 0.3]
-    assert usual_levels(SkipPolicy(first_dense_layers=4, last_dense_layers=11, span=5), 24) == [0.0, 0.1, 0.2]
-    assert usual_levels(FixedPolicy((1,)), 16) == [0.0]
-    for level in usual_levels(BASE, 8):
-        policies_of_levels(BASE, [level])[level].plan(8)
-
-
-def loader_of(path: Path, policy_file: Path | None = None) -> ChatModelLoader:
-    file = None if policy_file is None else str(policy_file)
-    return ChatModelLoader("tiny", str(path), (0.0, 0.2), file, exact_match, OPTIONS)
-
-
-def test_a_loader_travels_and_loads(checkpoint: Path) -> None:
-    loader = loader_of(checkpoint)
+def test_a_loader_travels_and_loads(checkpoint: Path, fingerprint: str, tmp_path: Path) -> None:
+    loader = loader_of(checkpoint, saved(tmp_path / "policy.json", BASE, fingerprint))
     model = pickle.loads(pickle.dumps(loader))()
     assert isinstance(model, TextModel)
     assert (model.name, model.device, model.dtype) == ("tiny", "cpu", "fp32")
@@ -73,26 +57,89 @@ def test_a_multimodal_checkpoint_loads_by_its_family(tmp_path: Path) -> None:
     module, processor = tiny_multimodal("llava")
     module.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    loader = ChatModelLoader("tiny", str(tmp_path), None, None, exact_match, OPTIONS | {"max_seq_len": 256})
-    model = pickle.loads(pickle.dumps(loader))()
+    dense = loader_of(tmp_path, levels=None, max_seq_len=256)()
+    assert [strategy.name for strategy in dense.strategies] == ["image+text@0", "text@0"]
+    policy = saved(tmp_path / "policy.json", BASE, dense.fingerprint.partition("-")[0])
+    model = pickle.loads(pickle.dumps(loader_of(tmp_path, policy, levels=None, max_seq_len=256)))()
     assert model.name == "tiny"
     assert [strategy.name for strategy in model.strategies] == [
         "image+text@0",
         "image+text@0.1",
         "image+text@0.2",
+        "image+text@0.3",
         "text@0",
         "text@0.1",
         "text@0.2",
+        "text@0.3",
     ]
 
 
-def test_another_models_policy_file_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    own, other = tmp_path / "own.json", tmp_path / "other.json"
-    save_policy(own, BASE, fingerprint=loader_of(checkpoint)().fingerprint.partition("-")[0], measured={})
-    save_policy(other, BASE, fingerprint="0123456789abcdef", measured={})
-    loader_of(checkpoint, own)()
+def test_another_models_policy_file_is_refused(checkpoint: Path, fingerprint: str, tmp_path: Path) -> None:
+    loader_of(checkpoint, saved(tmp_path / "own.json", BASE, fingerprint))()
     with pytest.raises(PolicyError, match="calibrate"):
-        loader_of(checkpoint, other)()
+        loader_of(checkpoint, saved(tmp_path / "other.json", BASE, "0123456789abcdef"))()
+
+
+def text_model(loader: ChatModelLoader) -> TextModel:
+    model = loader()
+    assert isinstance(model, TextModel)
+    return model
+
+
+def test_without_a_policy_the_levels_are_neurons_that_are_measured_later(checkpoint: Path) -> None:
+    model = text_model(loader_of(checkpoint, levels=None))
+    assert [strategy.name for strategy in model.strategies] == ["text@0"]
+    assert model.open_levels == (0.1, 0.2, 0.3)
+    assert model.engine.weights.neuron_rows
+    before = model.fingerprint
+    policy = NeuronPolicy(product_thresholds=(0.1,) * LAYERS, target_ratio=0.2)
+    model.offer({0.2: policy})
+    assert [strategy.name for strategy in model.strategies] == ["text@0", "text@0.2"]
+    assert (model.open_levels, model.policy(model.strategies[1])) == ((0.1, 0.3), policy)
+    assert model.fingerprint != before
+
+
+def test_who_wants_dense_steps_only_gets_their_weights(checkpoint: Path) -> None:
+    model = text_model(loader_of(checkpoint, levels=(0.0,)))
+    assert model.open_levels == ()
+    assert not model.engine.weights.neuron_rows
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16", "q8_0"])
+def test_neurons_of_block_formats_cannot_be_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: str | None
+) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, tiny_module(num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=96), Type.Q8_0)
+    options = {"dtype": dtype, "tokenizer": byte_tokenizer()}
+    model = text_model(loader_of(file, levels=None, **options))
+    assert bool(model.open_levels) == (dtype == "bf16")
+    assert ("served dense" in caplog.text) == (dtype != "bf16")
+    if dtype is None:
+        with pytest.raises(PolicyError, match=r"level 0.2 needs a policy file.*--dtype bf16"):
+            loader_of(file, **options)()
+
+
+def test_a_file_of_neurons_is_held_at_every_level(checkpoint: Path, fingerprint: str, tmp_path: Path) -> None:
+    neurons = NeuronPolicy(product_thresholds=(0.1,) * LAYERS, warmup_tokens=3)
+    model = text_model(loader_of(checkpoint, saved(tmp_path / "neurons.json", neurons, fingerprint), levels=None))
+    assert model.engine.weights.neuron_rows
+    held = {strategy.skip_level: model.policy(strategy) for strategy in model.strategies}
+    assert [getattr(policy, "target_ratio", 0) for policy in held.values()] == list(held) == [0.0, 0.1, 0.2, 0.3]
+
+
+def test_each_of_several_files_is_a_level(checkpoint: Path, fingerprint: str, tmp_path: Path) -> None:
+    neurons = NeuronPolicy(product_thresholds=(0.1,) * LAYERS)
+    files = (
+        saved(tmp_path / "blocks.json", FixedPolicy((2, 3)), fingerprint, skip_ratio=0.2483),
+        saved(tmp_path / "neurons.json", neurons, fingerprint, skip_ratio=0.1),
+    )
+    model = text_model(loader_of(checkpoint, *files, levels=None))
+    assert [strategy.name for strategy in model.strategies] == ["text@0", "text@0.1", "text@0.25"]
+    assert model.policy(model.strategies[1]) == neurons
+    assert [one.name for one in loader_of(checkpoint, *files, levels=(0.0, 0.1))().strategies] == ["text@0", "text@0.1"]
+    with pytest.raises(PolicyError, match=r"share of 0.3; they are for 0, 0.1, 0.25"):
+        loader_of(checkpoint, *files, levels=(0.0, 0.3))()
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

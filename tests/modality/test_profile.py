@@ -1,6 +1,7 @@
 """Profiles: bounds, interpolation, pruning."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from skipkernels.modality.errors import JobError, ProfileError, StrategyError
 from skipkernels.modality.profile import Profile, StrategyProfile, Timing, prune_dominated, wilson_lower_bound
 from skipkernels.modality.strategy import Strategy
-from tests.modality.profiles import entry, profile_of, random_profiles
+from tests.modality.profiles import BOTH, entry, profile_of, random_profiles
 
 
 @given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -131,3 +132,26 @@ def test_a_profile_holds_each_strategy_once() -> None:
         profile_of(entry("audio", 0.7, 2), entry("audio", 0.8, 2))
     with pytest.raises(ProfileError, match="at least one"):
         profile_of()
+
+
+def with_kl(name: str, accuracy: float, kl: float | None) -> StrategyProfile:
+    return replace(entry(name, accuracy, 1.0), kl=kl)
+
+
+def test_the_largest_saving_within_a_divergence() -> None:
+    profile = profile_of(
+        with_kl("audio+video", 0.9, None), with_kl("audio+video@0.1", 0.8, 0.02), with_kl("audio+video@0.3", 0.5, 0.2)
+    )
+    for max_kl, level in ((0.0, 0.0), (0.0199, 0.0), (0.02, 0.1), (0.19, 0.1), (5.0, 0.3)):
+        assert profile.level_within(BOTH, max_kl) == level, "dense it is 0, whatever was measured"
+    assert profile.level_within(BOTH, 5.0, min_accuracy=0.7) == 0.1
+    assert profile.level_within(BOTH, 5.0, skip_level=0.1) == 0.1
+    with pytest.raises(JobError, match=r"max_kl 0.01 nats; .* 0.1: 0.02"):
+        profile.level_within(BOTH, 0.01, skip_level=0.1)
+
+
+def test_a_divergence_that_was_not_measured_is_within_none() -> None:
+    profile = profile_of(with_kl("audio+video", 0.9, None), with_kl("audio+video@0.1", 0.8, None))
+    assert profile.level_within(BOTH, 100.0) == 0.0
+    with pytest.raises(JobError, match=r"0.1: not measured"):
+        profile.level_within(BOTH, 100.0, skip_level=0.1)

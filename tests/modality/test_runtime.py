@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from skipkernels.errors import RequestError
 from skipkernels.modality.errors import AccuracyUnreachable, JobFailed, ServiceClosed, WorkerLost
 from skipkernels.modality.job import Job, JobAnswer, Request
 from skipkernels.modality.runtime import Runtime
@@ -295,3 +296,26 @@ def test_under_random_faults_each_job_is_answered_or_fails(seed: int) -> None:
         assert runtime.scheduler.waiting_requests == 0
 
     with_runtime(check, count=3)
+
+
+def test_what_the_model_refuses_is_refused_once() -> None:
+    """A refusal is the request's own fault: it is told as it is, and nobody tries again."""
+
+    async def check(runtime: Runtime, workers: list[Worker]) -> None:
+        workers[0].go.clear()
+        first = asyncio.create_task(runtime.submit(job("first")))
+        await asyncio.sleep(0.01)
+        refused = asyncio.create_task(runtime.submit(job("good", RequestError("no such token"))))
+        fine = asyncio.create_task(runtime.submit(job("fine")))
+        await asyncio.sleep(0.01)
+        workers[0].go.set()
+        with pytest.raises(RequestError, match=r"^no such token$"):
+            await refused
+        assert outputs(await fine) == ["fine"]
+        assert outputs(await first) == ["first"]
+        tried = [batch for batch in workers[0].batches if any(isinstance(value, RequestError) for value in batch)]
+        assert len(tried[-1]) == 1, "of several requests it is not known whose fault it was: each is tried alone"
+        counters = runtime.scheduler.counters
+        assert (counters.answered, counters.failed) == (2, 1)
+
+    with_runtime(check)

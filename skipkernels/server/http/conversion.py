@@ -140,6 +140,7 @@ class Converter:
             logprobs=request.logprobs,
             usage=_wants_usage(request),
             token_text=self._token_text,
+            prompt_text=text_format.text_of_prompt,
             eos=text_format.eos_token_ids,
         )
         job = _job(_repeated(asked, request.n or 1), request)
@@ -327,6 +328,7 @@ def _job(requests: Sequence[Request], request: Sampled | ResponsesRequest) -> Jo
         deadline_ms=math.inf if request.deadline_ms is None else request.deadline_ms,
         min_accuracy=request.min_accuracy or 0.0,
         skip_level=request.skip_level,
+        max_kl=request.max_kl,
     )
 
 

@@ -77,6 +77,7 @@ def strategy_of(job_answer: JobAnswer) -> dict[str, Any]:
     document: dict[str, Any] = {
         "strategy": "+".join(dict.fromkeys(answer.strategy.name for answer in job_answer.answers)),
         "promised_accuracy": job_answer.promised_accuracy,
+        "measured_kl": _worst([answer.kl for answer in job_answer.answers]),
         "time_ms": job_answer.time_ms,
         "deadline_met": job_answer.deadline_met,
         "retried": any(answer.retried for answer in job_answer.answers),
@@ -88,6 +89,12 @@ def strategy_of(job_answer: JobAnswer) -> dict[str, Any]:
     if gaps:
         document["gap_ms"] = {"median": gaps[len(gaps) // 2], "max": gaps[-1]}
     return document
+
+
+def _worst(divergences: Sequence[float | None]) -> float | None:
+    """None where one of them was not measured."""
+    known = [kl for kl in divergences if kl is not None]
+    return max(known) if len(known) == len(divergences) else None
 
 
 def rest_of(completion: Completion, sent: str) -> str:

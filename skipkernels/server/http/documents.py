@@ -159,6 +159,8 @@ def model_document(profile: Profile, modalities: tuple[str, ...], created: int) 
             "strategies": [
                 {
                     "strategy": entry.strategy.name,
+                    "skip_level": entry.strategy.skip_level,
+                    "measured_kl": profile.kl_of(entry),
                     "promised_accuracy": entry.promised_accuracy,
                     "median_ms": entry.median_ms(1),
                 }

@@ -166,8 +166,8 @@ class ToolChoice(Lenient):
 
 
 class Generating(Lenient):
-    """What every request for an answer may say: OpenAI's fields, and this project's ``deadline_ms``, ``min_accuracy``
-    and ``skip_level``. Decoding is greedy unless a temperature is given; accuracies are promised for greedy
+    """What every request for an answer may say: OpenAI's fields, and this project's ``deadline_ms``, ``min_accuracy``,
+    ``skip_level`` and ``max_kl``. Decoding is greedy unless a temperature is given; accuracies are promised for greedy
     decoding."""
 
     model: str
@@ -180,6 +180,7 @@ class Generating(Lenient):
     deadline_ms: float | None = Field(default=None, gt=0.0)
     min_accuracy: float | None = Field(default=None, ge=0.0, le=1.0)
     skip_level: float | None = Field(default=None, ge=0.0, lt=1.0)
+    max_kl: float | None = Field(default=None, ge=0.0)
 
 
 class Sampled(Generating):

@@ -37,6 +37,8 @@ class TextDocuments:
     Args:
         echoes: one for each answer.
         logprobs: how many of the likeliest tokens are told; None: none.
+        token_text: of one token.
+        prompt_text: of the tokens of a prompt, without what the tokenizer put in front of it.
         eos: tokens that end what follows an echoed prompt.
     """
 
@@ -50,6 +52,7 @@ class TextDocuments:
         logprobs: int | None,
         usage: bool,
         token_text: Callable[[int], str],
+        prompt_text: Callable[[Sequence[int]], str],
         eos: tuple[int, ...],
     ) -> None:
         self._naming = naming
@@ -57,6 +60,7 @@ class TextDocuments:
         self._logprobs = logprobs
         self._usage = usage
         self._token_text = token_text
+        self._prompt_text = prompt_text
         self._eos = eos
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
@@ -73,7 +77,7 @@ class TextDocuments:
 
     def begin(self) -> list[dict[str, Any]]:
         return [
-            self._chunk(index, self._text_of(echo.token_ids))
+            self._chunk(index, self._prompt_text(echo.token_ids))
             for index, echo in enumerate(self._echoes)
             if echo.wanted and not echo.told
         ]
@@ -111,15 +115,17 @@ class TextDocuments:
             if self._logprobs is not None and completion.logprobs is not None:
                 told = self._told(completion.token_ids, completion.logprobs)
             if echo.wanted:
-                text = self._text_of(echo.token_ids) + text
+                text = self._prompt_text(echo.token_ids) + text
             return {"index": index, "text": text, "finish_reason": completion.finish_reason, "logprobs": told}
         known, new = self._after_echo(echo, completion)
         assert completion.logprobs is not None, "they were asked for"
         tokens = [*echo.token_ids, *new]
-        told = self._told(tokens, [None, *completion.logprobs[: known + len(new)]])
+        shown_of_first = self._prompt_text(tokens[:1])
+        hidden = 0 if shown_of_first else len(self._token_text(tokens[0]))
+        told = self._told(tokens, [None, *completion.logprobs[: known + len(new)]], hidden)
         reason = "stop" if new and new[-1] in self._eos else "length"
         shown = [token for token in tokens if token not in self._eos or token in echo.token_ids]
-        return {"index": index, "text": self._text_of(shown), "finish_reason": reason, "logprobs": told}
+        return {"index": index, "text": self._prompt_text(shown), "finish_reason": reason, "logprobs": told}
 
     def _after_echo(self, echo: Echo, completion: Completion) -> tuple[int, list[int]]:
         """How many generated tokens are the prompt's, and those that follow."""
@@ -128,11 +134,12 @@ class TextDocuments:
         end = next((at + 1 for at, token in enumerate(new) if token in self._eos), len(new))
         return known, new[:end]
 
-    def _told(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob | None]) -> dict[str, Any]:
+    def _told(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob | None], hidden: int = 0) -> dict[str, Any]:
+        """``hidden``: characters of the first token that the text does not begin with."""
         texts = [self._token_text(token) for token in tokens]
-        offsets, at = [], 0
+        offsets, at = [], -hidden
         for text in texts:
-            offsets.append(at)
+            offsets.append(max(0, at))
             at += len(text)
         top = [
             None if own is None else {self._token_text(token): logprob for token, logprob in own.top}
@@ -156,9 +163,6 @@ class TextDocuments:
             "completion_tokens": new_tokens,
             "total_tokens": prompt_tokens + new_tokens,
         }
-
-    def _text_of(self, token_ids: Sequence[int]) -> str:
-        return "".join(self._token_text(token) for token in token_ids)
 
     def _chunk(
         self, index: int, text: str, finish_reason: str | None = None, logprobs: dict[str, Any] | None = None

@@ -25,9 +25,10 @@ class Outputs:
 
 @dataclass(frozen=True)
 class ModelFailure:
-    """The model raised."""
+    """The model raised; ``refused``: because it cannot serve a request of the batch."""
 
     reason: str
+    refused: bool = False
 
 
 @dataclass(frozen=True)

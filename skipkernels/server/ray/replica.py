@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from skipkernels.chat.chat import ChatModel
 from skipkernels.chat.progress import ChatInputs, SampledToken
+from skipkernels.errors import RequestError
 from skipkernels.modality.profile import Profile
 from skipkernels.modality.strategy import Inputs, Strategy
 from skipkernels.server.ray.events import Description, ModelFailure, Outputs, Pieces
@@ -61,6 +62,8 @@ class Replica:
                 break
         try:
             yield Outputs(tuple(await running))
+        except RequestError as error:
+            yield ModelFailure(str(error), refused=True)
         except Exception as error:
             yield ModelFailure(repr(error))
 

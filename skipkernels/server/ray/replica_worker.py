@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from skipkernels.chat.progress import progress_of
+from skipkernels.errors import RequestError
 from skipkernels.modality.errors import WorkerLost
 from skipkernels.modality.strategy import Inputs, Strategy
 from skipkernels.server.ray.events import ModelFailure, Outputs, Pieces
@@ -45,7 +46,7 @@ class ReplicaWorker:
                 if isinstance(event, Outputs):
                     return event.outputs
                 if isinstance(event, ModelFailure):
-                    raise RuntimeError(event.reason)
+                    raise (RequestError if event.refused else RuntimeError)(event.reason)
                 assert isinstance(event, Pieces)
                 for position, text in event.texts:
                     progress[position].add(text)

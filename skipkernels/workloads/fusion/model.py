@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from skipkernels.chat.loading import policies_of_levels
+from skipkernels.chat.skip_levels import policies_of_levels
 from skipkernels.chat.text_model import check_policies, policies_hash
 from skipkernels.engine import Engine
 from skipkernels.modality.job import Request

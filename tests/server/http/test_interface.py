@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from skipkernels.chat.engine_worker import EngineWorker
 from skipkernels.chat.text_model import TextModel, exact_match
 from skipkernels.engine import Engine
+from skipkernels.errors import RequestError
 from skipkernels.modality.profile import Profile
 from skipkernels.modality.runtime import Runtime
 from skipkernels.server.http.app import create_app
@@ -32,7 +34,7 @@ def engine(tokenizer: PreTrainedTokenizerBase) -> Engine:
 
 def real_service(engine: Engine, **options: Any) -> Service:
     model = TextModel("tiny", engine, {0.0: DensePolicy(), 0.3: SKIPPING}, exact_match)
-    entries = (entry("text@0", 0.9, 100.0), entry("text@0.3", 0.5, 60.0))
+    entries = (entry("text@0", 0.9, 100.0), replace(entry("text@0.3", 0.5, 60.0), kl=0.2))
     profile = Profile("tiny", model.fingerprint, model.device, model.dtype, entries)
     backend = Embedded(Runtime(profile, [EngineWorker(model)]), engine.loop.cache_status)
     return Service(profile, model.format, backend, **options)
@@ -166,7 +168,7 @@ def test_completions_echo_the_prompt_with_its_log_probabilities(engine: Engine) 
         told = choice["logprobs"]
         assert told["token_logprobs"][0] is None
         assert len(told["tokens"]) == len(prompt) + len(alone.token_ids)
-        assert choice["text"].startswith("".join(told["tokens"][: len(prompt)]))
+        assert choice["text"].startswith("".join(told["tokens"][1 : len(prompt)]))
         assert choice["text"].endswith(alone.text)
         for text, own, top in list(zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True))[1:]:
             ((likeliest, most),) = top.items()
@@ -240,3 +242,50 @@ def test_the_document_of_the_routes_has_no_loose_ends() -> None:
     document = create_app(echo_service()).openapi()
     assert set(document["paths"]) >= {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize"}
     assert "$defs" not in json.dumps(document)
+
+
+def test_an_echo_is_what_was_said(engine: Engine) -> None:
+    """The token that the tokenizer puts in front is in the lists of tokens, where it has no log probability; it is no
+    text."""
+    asked = {"model": "tiny", "prompt": "the quick brown fox", "max_tokens": 4, "echo": True}
+    plain = ask(real_service(engine), "/v1/completions", asked).json()["choices"][0]["text"]
+    assert plain.startswith("the quick brown fox")
+    told = ask(real_service(engine), "/v1/completions", asked | {"logprobs": 0}).json()["choices"][0]
+    assert told["text"] == plain
+    logprobs = told["logprobs"]
+    assert logprobs["tokens"][0] == "<s>"
+    assert logprobs["token_logprobs"][0] is None
+    first, second = logprobs["text_offset"][:2]
+    assert (first, second) == (0, 0)
+    for offset, token in list(zip(logprobs["text_offset"], logprobs["tokens"], strict=True))[1:20]:
+        assert plain[offset:].startswith(token)
+
+
+def test_tools_are_not_dropped_in_silence(engine: Engine) -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "the quick"}], "max_tokens": 4, "tools": [tool]}
+    for choice in ("auto", "required"):
+        refused = ask(real_service(engine), COMPLETIONS, asked | {"tool_choice": choice})
+        assert refused.status_code == 400
+        assert "knows no tools" in refused.json()["error"]["message"]
+    assert ask(real_service(engine), COMPLETIONS, asked | {"tool_choice": "none"}).status_code == 200
+
+
+def test_what_the_engine_refuses_is_a_400(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RequestError("this prompt is not for this model")
+
+    monkeypatch.setattr(engine, "submit", refuse)
+    refused = ask(real_service(engine), "/v1/completions", {"model": "tiny", "prompt": "fox", "max_tokens": 4})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == "this prompt is not for this model"
+
+
+def test_the_largest_saving_within_a_divergence(engine: Engine) -> None:
+    document = {"model": "tiny", "prompt": "the quick brown fox", "max_tokens": 60}
+    for max_kl, strategy, kl in ((0.4, "text@0.3", 0.2), (0.1, "text@0", 0.0)):
+        told = ask(real_service(engine), "/v1/completions", document | {"max_kl": max_kl}).json()["skipkernels"]
+        assert (told["strategy"], told["measured_kl"]) == (strategy, kl)
+    refused = ask(real_service(engine), "/v1/completions", document | {"max_kl": 0.1, "skip_level": 0.3})
+    assert refused.status_code == 400
+    assert "within max_kl 0.1" in refused.json()["error"]["message"]

@@ -67,6 +67,8 @@ def remote(url: str) -> list[dict[str, Any]]:
         ({"top_logprobs": 2}, "top_logprobs", "logprobs: true only"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"skip_level": 1.0}, "skip_level", "less than 1"),
+        ({"max_kl": -1}, "max_kl", "greater than or equal to 0"),
+        ({"skip_level": 0.5, "max_kl": 0.1}, None, "by skip level: 0.5: not measured"),
         ({"skip_level": 0.25}, None, "no strategy has skip_level 0.25; there are 0, 0.5"),
         ({"guided_regex": "a", "guided_choice": ["b"]}, None, "give one"),
         ({"continue_final_message": True}, "continue_final_message", "assistant"),
