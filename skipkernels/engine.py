@@ -59,7 +59,7 @@ from skipkernels.model.weights import (
     load_checkpoint,
     pack_module,
 )
-from skipkernels.program.program import NO_NEURON_ROWS, Variant, build_program
+from skipkernels.program.program import NO_NEURON_ROWS, NO_NEURONS_OF_EXPERTS, Variant, build_program
 from skipkernels.program.state import MAX_EOS, DecodeState
 from skipkernels.skipping.policy import DensePolicy, GatePlan, Policy
 from skipkernels.skipping.policy_file import load_policy
@@ -489,10 +489,11 @@ class _Wanted:
     neuron_rows: bool | None
 
     def lies_for_neurons(self, config: ModelConfig) -> bool:
-        if self.neuron_rows is not None:
-            return self.neuron_rows
         plan = self.policy.plan(config.num_hidden_layers) if isinstance(self.policy, Policy) else None
-        return plan is not None and plan.neurons is not None
+        wants = plan is not None and plan.neurons is not None if self.neuron_rows is None else self.neuron_rows
+        if wants and config.num_experts:
+            raise PolicyError(NO_NEURONS_OF_EXPERTS)
+        return wants
 
     def check(self, config: ModelConfig, dtype: torch.dtype) -> tuple[torch.dtype, int]:
         """The dtype and the length; everything that can be refused is, before a byte of weights is read."""

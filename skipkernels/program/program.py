@@ -59,12 +59,10 @@ def build_program(
         activations: what quantised matrices are multiplied with, ``int8`` or ``fp32`` (``program.table``).
 
     Raises:
-        PolicyError: ``neurons`` with weights that do not lie for it, or weights that lie for it and have experts.
+        PolicyError: ``neurons`` with weights that do not lie for it.
     """
     if neurons and not weights.neuron_rows:
         raise PolicyError(NO_NEURON_ROWS)
-    if weights.neuron_rows and config.num_experts:
-        raise PolicyError(NO_NEURONS_OF_EXPERTS)
     s, eps = state, config.rms_norm_eps
     program: list[Instruction] = []
 

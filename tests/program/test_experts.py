@@ -114,7 +114,9 @@ def test_a_skipped_block_reads_no_expert_and_no_router() -> None:
     of_prompt = engine.state.experts_read.clone()
     engine.state.experts_read.zero_()
     engine.loop.forget_prefixes()
-    (answer,) = engine.generate([PROMPTS[0]], max_new_tokens=12, policy=FixedPolicy(layers=(1, 2)), eos_token_ids=[])
+    (answer,) = engine.generate(
+        [PROMPTS[0]], max_new_tokens=12, policy=FixedPolicy(layers=(1, 2), warmup_tokens=0), eos_token_ids=[]
+    )
     assert answer.skip_map[1:, [1, 2]].all()
     assert not answer.skip_map[:, [0, 3]].any()
     assert answer.token_ids != stock_tokens(tiny_module("qwen3_moe"), PROMPTS[0], 12)
