@@ -83,7 +83,7 @@ class Completion:
     finish_reason: Literal["stop", "length"]  # end of sequence or a stop string; max_new_tokens reached
     prompt_tokens: int
     new_tokens: int
-    skip_ratio: float  # skipped FFN executions over layers x new tokens
+    skip_ratio: float  # share of FFN bytes not read, over layers x new tokens
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None  # where they were asked
     after_first_ms: float | None = None  # from the first token to the last

@@ -202,7 +202,7 @@ class _Reply:
             finish_reason=generation.finish_reason,
             prompt_tokens=generation.prompt_tokens,
             new_tokens=len(generation.token_ids),
-            skip_ratio=generation.skip_ratio,
+            skip_ratio=generation.unread_ratio,
             token_ids=tuple(generation.token_ids),
             logprobs=None if generation.logprobs is None else tuple(generation.logprobs),
             after_first_ms=(times[-1] - times[0]) * 1e3 if times else None,

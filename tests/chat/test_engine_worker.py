@@ -81,7 +81,7 @@ def test_bytes_not_read_are_also_those_of_single_neurons(tokenizer: PreTrainedTo
         return answer
 
     answer = asyncio.run(ask())
-    assert answer.skip_ratio == 0
+    assert answer.skip_ratio == pytest.approx((answer.new_tokens - 1) / answer.new_tokens / 3)
     down_proj = sum(layer.down_proj.nbytes for layer in engine.weights.layers)
     assert answer.bytes_not_read == pytest.approx((answer.new_tokens - 1) * down_proj, rel=1e-5)
 

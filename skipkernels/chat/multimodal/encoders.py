@@ -10,10 +10,15 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from skipkernels.chat.multimodal.encoder_cache import EncoderCache
 from skipkernels.model.prompt import EmbeddedPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+CACHE_BYTES = 256 << 20
+"""Some 100 images of 576 patches of 1,024 numbers in fp32, with the state of a layer beside the last."""
 
 
 class Encoders:
@@ -21,13 +26,15 @@ class Encoders:
 
     Args:
         module: a multimodal module of transformers. It is changed, and cannot generate afterwards.
+        cache_bytes: of the encoders' outputs that are kept for images and sounds that come again.
     """
 
-    def __init__(self, module: PreTrainedModel) -> None:
+    def __init__(self, module: PreTrainedModel, cache_bytes: int = CACHE_BYTES) -> None:
         self._seen = _FirstLayer(module.get_input_embeddings())
         _replace(module, module.get_decoder(), self._seen)
         module.set_output_embeddings(nn.Identity())
         self._module = module.eval()
+        self.cache = EncoderCache(module, cache_bytes)
 
     @torch.inference_mode()
     def __call__(self, token_ids: Sequence[int], media: Sequence[Mapping[str, torch.Tensor]]) -> EmbeddedPrompt:

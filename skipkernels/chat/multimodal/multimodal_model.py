@@ -51,7 +51,7 @@ class MultimodalModel:
         family = family_of(module.config.model_type)
         check_policies(policies, module.config.get_text_config().num_hidden_layers)
         self.engine = engine = Engine.from_pretrained(module, tokenizer=processor.tokenizer, **options)
-        self._encoders = Encoders(module)
+        self.encoders = Encoders(module)
         self._policies = dict(policies)
         self._metric = metric
         self.name = name
@@ -59,7 +59,7 @@ class MultimodalModel:
         self.dtype = engine.dtype
         self.modalities = ("text", *family.modalities)
         self.strategies = all_strategies(self.modalities, tuple(policies), required=("text",))
-        self.fingerprint = f"{engine.fingerprint}-{_encoders_hash(self._encoders)}-{policies_hash(policies)}"
+        self.fingerprint = f"{engine.fingerprint}-{_encoders_hash(self.encoders)}-{policies_hash(policies)}"
         self.format: ChatFormat = MultimodalFormat(
             processor, self.modalities, engine.max_seq_len, prefill_share(engine)
         )
@@ -104,7 +104,7 @@ class MultimodalModel:
         """The decoder's input for one request."""
         text: MultimodalPrompt = inputs["text"]
         media = [inputs[modality] for modality in strategy.modalities if modality != "text"]
-        return self._encoders(text.token_ids[strategy.modalities], media)
+        return self.encoders(text.token_ids[strategy.modalities], media)
 
     def score(self, output: Completion, expected: str) -> float:
         return self._metric(output.text, expected)

@@ -6,10 +6,11 @@ import re
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Header, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -32,6 +33,8 @@ from skipkernels.server.http.schema import (
 )
 from skipkernels.server.http.service import Service
 
+_PAGE = Path(__file__).with_name("page.html")
+_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 _REQUEST_ID = "x-request-id"
 _COMPRESSED_BYTES = 1024  # from here on it pays
 
@@ -100,6 +103,11 @@ def create_app(service: Service) -> FastAPI:
     async def metrics() -> Response:
         """In Prometheus's text format."""
         return Response(service.metrics.render(await service.backend.status()), media_type=CONTENT_TYPE_LATEST)
+
+    @read("/", include_in_schema=False)
+    async def page() -> Response:
+        """A page to chat with the model. It loads nothing from elsewhere, and asks this server only."""
+        return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": _PAGE_POLICY})
 
     @read("/health")
     async def health() -> JSONResponse:

@@ -43,7 +43,7 @@ class Metrics:
         )
         self._skip_ratio = Gauge(
             "skipkernels:ffn_skip_ratio",
-            "FFN executions skipped, over layers x all tokens generated with a strategy.",
+            "FFN bytes not read, over layers x all tokens generated with a strategy.",
             ["strategy"],
             registry=self._registry,
         )

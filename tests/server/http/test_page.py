@@ -1,0 +1,99 @@
+"""The chat page: one file, nothing from elsewhere, and in a real browser, where there is one, a whole conversation."""
+
+import asyncio
+import re
+import shutil
+from html.parser import HTMLParser
+from importlib.util import find_spec
+
+import httpx
+import pytest
+
+from skipkernels.engine import Engine
+from tests.server.http.fakes import client_of, echo_service
+from tests.server.http.running import running
+from tests.server.http.test_interface import engine, real_service  # noqa: F401  # a fixture
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+browser = pytest.mark.skipif(not CHROMIUM or not find_spec("playwright"), reason="needs Chromium and playwright")
+
+
+def get(path: str, **options: str) -> httpx.Response:
+    async def exchange() -> httpx.Response:
+        async with client_of(echo_service(**options)) as client:
+            return await client.get(path)
+
+    return asyncio.run(exchange())
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.sources: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.ids += [given["id"] or ""] if "id" in given else []
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "action")]
+        if tag not in ("meta", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_one_file_and_needs_no_key() -> None:
+    answer = get("/", api_key="secret")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "connect-src 'self'" in answer.headers["content-security-policy"]
+    page = Page(answer.text)
+    assert not page.open
+    assert not page.sources, "nothing is loaded from elsewhere"
+    wanted = set(re.findall(r'at\("([\w-]+)"\)', answer.text))
+    assert wanted == set(page.ids) - {""}, "the script and the page name the same things"
+    assert len(page.ids) == len(set(page.ids))
+    assert get("/v1/models", api_key="secret").status_code == 401
+
+
+@browser
+def test_a_conversation_in_a_real_browser(engine: Engine) -> None:  # noqa: F811
+    from playwright.sync_api import expect, sync_playwright
+
+    with running(real_service(engine)) as server, sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = chromium.new_page()
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.goto(server.url)
+        expect(page.locator("#model")).to_have_text("tiny")
+        assert page.locator("#level").get_attribute("max") == "1"
+        expect(page.locator("#strategies")).to_contain_text("text@0.3")
+
+        page.fill("#tokens", "60")
+        page.fill("#text", "the quick brown fox")
+        page.press("#text", "Enter")
+        told = page.locator(".assistant .told")
+        expect(told).to_contain_text("text@0 ", timeout=20_000)
+        expect(told).to_contain_text("tokens/s")
+        expect(told).to_contain_text("0.0 % of the FFN bytes not read")
+        assert page.locator(".assistant span").inner_text()
+
+        page.click("#clear")
+        expect(page.locator(".message")).to_have_count(0)
+        page.locator("#level").fill("1")
+        expect(page.locator("#level-text")).to_have_text("0.3")
+        page.fill("#text", "the quick brown fox")
+        page.click("#send")
+        expect(told).to_contain_text("text@0.3", timeout=20_000)
+        assert "0.0 % of" not in told.inner_text()
+
+        page.fill("#text", "and a second message, which this model has no template for")
+        page.click("#send")
+        expect(page.locator(".assistant .error")).to_contain_text("no chat template", timeout=20_000)
+        chromium.close()
+        assert [error for error in errors if "400" not in error] == []
