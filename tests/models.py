@@ -104,7 +104,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen3_moe with dense layers": (
         Qwen3MoeConfig,
         {
-            "moe_intermediate_size": 20,
+            "moe_intermediate_size": 24,  # transformers multiplies bf16 experts in units of 16 bytes
             "num_experts": 30,
             "num_experts_per_tok": 3,
             "norm_topk_prob": False,

@@ -178,4 +178,5 @@ def _in_fp32(layer: LayerWeights) -> LayerWeights:
         o_proj=dequantized(layer.o_proj),
         gate_up_proj=dequantized(layer.gate_up_proj),
         down_proj=dequantized(layer.down_proj),
+        router=None if layer.router is None else dequantized(layer.router),
     )
