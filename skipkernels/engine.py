@@ -99,8 +99,6 @@ class Engine:
         refuse_while_capturing(self.execution.device)
         if (weights.embed_tokens.device.type == "cuda") != self.execution.on_gpu:
             raise DeviceError(f"the weights are on {weights.embed_tokens.device}, not on {self.execution.device}")
-        if weights.neuron_rows and self.execution.on_gpu:
-            raise DeviceError("neurons can be left out on device 'cpu' only: there are no GPU kernels for it yet")
         if config.num_experts and self.execution.on_gpu:
             raise DeviceError(
                 f"{config.model_type} has experts, and route_experts has kernels on device 'cpu' only; decode it there"
