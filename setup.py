@@ -64,7 +64,7 @@ HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
 CUDA_ARCHITECTURES = ["arch=compute_80,code=sm_80", "arch=compute_89,code=sm_89", "arch=compute_90a,code=sm_90a"]
 CUDA_PTX = "arch=compute_90,code=compute_90"
 # the ratio controller's arithmetic is the same on every executor only without contraction
-CUDA_FLAGS = {source: ["-fmad=false"] for source in ("csrc/cuda/skip_gate.cu", "csrc/cuda/qkv_rope_append.cu")}
+CUDA_FLAGS = {f"csrc/cuda/{name}.cu": ["-fmad=false"] for name in ("skip_gate", "neuron_gate", "qkv_rope_append")}
 CUDA_RUNTIME = ["-lcudart_static", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL"]
 
 

@@ -12,6 +12,7 @@
 #   tokens     a generation of Llama-3.2-1B's shapes for every conditional and loop: the same tokens
 #   decode     whole steps, dense and 25 % skipped: 1B, 7B, 8B; batch 1 and 4; 128, 2,048 and 8,192 positions
 #   kernels    every op at the shapes of 1B and 7B, cold, beside torch's own
+#   neurons    the ops that leave neurons out at several lengths of their list, and whole steps, at 1B and 8B
 #   timeline   when each kernel of a step begins, has waited and ends
 #   switches   a step with each of the kernels' options switched off, and with other bounds of the prefetch
 #   memcheck   compute-sanitizer on a few op tests
@@ -26,7 +27,7 @@
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-all="versions,build,first,ops,tokens,decode,kernels,timeline,switches,memcheck,peers,engine,triton"
+all="versions,build,first,ops,tokens,decode,kernels,neurons,timeline,switches,memcheck,peers,engine,triton"
 out="${OUT:-build/gpu_suite}" total=540 parts="$all" dry="" peers="compiled,cuda-graph"
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -93,11 +94,12 @@ part first 30 "${first[@]}"
 part ops 60 "${gpu_tests[@]}" tests/gpu/test_ops.py -k cuda -x
 measure tokens 30
 measure decode 90
-measure kernels 50
+measure kernels 40
+measure neurons 30
 measure timeline 20
 measure switches 45
 part memcheck 40 ${sanitizer[@]+"${sanitizer[@]}"} "${gpu_tests[@]}" tests/gpu/test_ops.py -k "cuda and seed0" -x
-measure peers 80 --peers "$peers"
+measure peers 60 --peers "$peers"
 part engine 60 "${gpu_tests[@]}" tests/gpu/test_engine.py -k cuda
 part triton 0 "${gpu_tests[@]}" tests/gpu -k triton
 

@@ -7,7 +7,8 @@ the dense step's rate, over the time taken: 1 means that the time follows the by
     python bench/neuron_skip.py tinyllama-1.1b --rows 1
     python bench/neuron_skip.py tinyllama-1.1b --rows 4 --isa avx2
 
-The dense program is timed twice: with down_proj as it usually lies, and transposed, one neuron a row.
+The dense program is timed twice: with down_proj as it usually lies, and transposed, one neuron a row. Beside the time
+of each op stands the rate at which it read weights; the bandwidth probe tells what the memory gave.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from statistics import median
 
 import torch
 
+from skipkernels.benchmark.bandwidth import bandwidth_gb_per_s
 from skipkernels.benchmark.shapes import SHAPES, shape_config
 from skipkernels.executors.cpu import CpuExecutor
 from skipkernels.model.config import ModelConfig
@@ -24,6 +26,7 @@ from skipkernels.model.weights import ModelWeights, random_weights
 from skipkernels.program import build_program
 from skipkernels.program.program import Variant
 from skipkernels.program.state import DecodeState
+from skipkernels.program.table import OPS
 from skipkernels.skipping.policy import NeuronPolicy
 
 QUANTILES = {"zero thresholds": (0.0, 0.0), "25 %": (0.25, 0.5), "40 %": (0.5, 0.7)}
@@ -88,12 +91,27 @@ class Contender:
         token = int(self.state.num_generated[0]) - 1
         size, layers = self.config.intermediate_size, self.config.num_hidden_layers
         kept = self.state.kept_map[:, token].double().sum(-1).mean()
-        union = [0]
+        return float((2 - kept / size) / 3), (2 - sum(self.listed().values()) / size / layers) / 3
+
+    def listed(self) -> dict[int, int]:
+        """Neurons in the list that the instruction at an index reads, in a step."""
+        found = {}
         for index, ins in enumerate(self.executor.program):
+            if ins.tensors.get("neurons") is not None and ins.op != "select_neurons":
+                found[index] = int(self.state.num_neurons)
             self.executor.run_instruction(index)
-            if ins.op == "select_neurons":
-                union.append(int(self.state.num_neurons))
-        return float((2 - kept / size) / 3), (2 - sum(union) / size / layers) / 3
+        return found
+
+    def ops(self) -> dict[str, tuple[float, float]]:
+        """Seconds of a step in each op, and bytes of matrices read per second."""
+        listed, steps = self.listed(), 4
+        seconds, read = dict.fromkeys(OPS, 0.0), dict.fromkeys(OPS, 0.0)
+        for index, (op, took) in enumerate(self.executor.profile(steps)):
+            ins = self.executor.program[index]
+            share = listed.get(index, self.config.intermediate_size) / self.config.intermediate_size
+            seconds[op] += took / steps
+            read[op] += share * sum(matrix.nbytes for name, matrix in ins.matrices.items() if name != "embed_tokens")
+        return {op: (took, read[op] / took) for op, took in seconds.items() if took > 1e-5}
 
 
 def ffn_share(config: ModelConfig) -> float:
@@ -139,11 +157,13 @@ def main() -> None:
             f"{contender.name:18} {1e3 * took:8.2f} ms  spread {spread:4.0%}  FFN bytes left out: row {own:5.1%}, "
             f"union {union:5.1%}  gain {dense / took:5.3f}  of ideal {ideal / took:5.3f}"
         )
-    for contender in (contenders[0], contenders[1], contenders[-1]):
-        profile: dict[str, float] = {}
-        for op, seconds in contender.executor.profile(4):
-            profile[op] = profile.get(op, 0.0) + seconds / 4
-        print(contender.name, {op: round(1e3 * seconds, 2) for op, seconds in profile.items() if seconds > 1e-5})
+    probe = bandwidth_gb_per_s(torch.device("cpu"), torch.get_num_threads())
+    for contender in contenders:
+        ops = contender.ops()
+        shown = ", ".join(f"{op} {1e3 * took:.2f} ({rate / 1e9:.1f})" for op, (took, rate) in ops.items())
+        choosing = sum(took for op, (took, _) in ops.items() if op in ("neuron_gate", "select_neurons"))
+        print(f"{contender.name}: choosing {choosing / sum(took for took, _ in ops.values()):.2%}; ms (GB/s) {shown}")
+    print(f"probe {probe:.1f} GB/s")
 
 
 if __name__ == "__main__":

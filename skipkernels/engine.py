@@ -99,8 +99,6 @@ class Engine:
         refuse_while_capturing(self.execution.device)
         if (weights.embed_tokens.device.type == "cuda") != self.execution.on_gpu:
             raise DeviceError(f"the weights are on {weights.embed_tokens.device}, not on {self.execution.device}")
-        if weights.neuron_rows and self.execution.on_gpu:
-            raise DeviceError("neurons can be left out on device 'cpu' only: there are no GPU kernels for it yet")
         if self.execution.executor == "cpu":
             interleave(weights, self.execution.num_threads or default_threads())
         self.config = config

@@ -21,11 +21,11 @@ from bench.gpu.peers import measure_peer, measure_peers
 from bench.gpu.rows import Rows
 from bench.gpu.setting import Setting
 from skipkernels.benchmark.decode import run_decode_bench
-from skipkernels.benchmark.kernels import run_kernel_bench
+from skipkernels.benchmark.kernels import keep_neurons, run_kernel_bench
 from skipkernels.benchmark.systems import SkipkernelsSystem, policies_for
 from skipkernels.executors.graph import GraphExecutor
 from skipkernels.executors.kernel_options import SWITCHES, KernelOptions
-from skipkernels.skipping.policy import DensePolicy, TimingPolicy
+from skipkernels.skipping.policy import DensePolicy, NeuronPolicy, TimingPolicy
 from skipkernels.support.report import environment, with_peak_floor
 
 SKIPPING = TimingPolicy(0.25)
@@ -92,6 +92,32 @@ def kernels(setting: Setting, rows: Rows) -> None:
         for row in measured:
             rows.write({"shapes": name, "batch_size": 1, "kv_len": kv_len, **facts, **row})
         del engine
+
+
+def neurons(setting: Setting, rows: Rows) -> None:
+    """The ops of neurons at several lengths of their list, and whole steps beside dense ones of the same weights."""
+    facts = environment(setting.execution())
+    kv_len, steps, rounds, layers = (16, 2, 1, 2) if setting.dry else (128, 32, 5, 8)
+    for name in setting.names("llama-3.2-1b", "llama-3-8b"):
+        engine = setting.engine(name, kv_len + steps + 12, layers=layers, neuron_rows=True)
+        for kept in (1.0, 0.5, 0.25):
+            measured = run_kernel_bench(engine, kv_len=kv_len, rounds=1 if setting.dry else 3, num_threads=1, kept=kept)
+            for row in measured:
+                rows.write({"shapes": name, "batch_size": 1, "kv_len": kv_len, "neurons_kept": kept, **facts, **row})
+        state, policy = setting.state(engine), NeuronPolicy(gate_thresholds=(0.0,) * layers, warmup_tokens=0)
+        dense, leaves_out = (setting.executor(engine, state, each, KernelOptions()) for each in (DensePolicy(), policy))
+        seconds: dict[str, list[float]] = {}
+        for _ in range(rounds):
+            for kept in (None, 1.0, 0.625, 0.4):  # the last leave out 25 and 40 % of the FFN's bytes
+                setting.place(engine, state, policy, kv_len)
+                if kept is not None:
+                    keep_neurons(leaves_out, state, kept)
+                executor, label = (dense, "dense") if kept is None else (leaves_out, f"{kept:.1%} of the neurons")
+                seconds.setdefault(label, []).append(sum(executor.run(steps)) / steps)
+        for label, values in seconds.items():
+            figures = {"us_per_step": statistics.median(values) * 1e6, "us_least": min(values) * 1e6}
+            rows.write({"shapes": name, "layers": layers, "policy": policy.label, "variant": label, **figures})
+        del engine, dense, leaves_out
 
 
 def timeline(setting: Setting, rows: Rows) -> None:
@@ -166,7 +192,7 @@ def switches(setting: Setting, rows: Rows) -> None:
 
 
 PARTS: dict[str, Callable[[Setting, Rows], None]] = {
-    part.__name__: part for part in (versions, tokens, decode, kernels, timeline, switches)
+    part.__name__: part for part in (versions, tokens, decode, kernels, neurons, timeline, switches)
 }
 
 

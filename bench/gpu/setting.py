@@ -16,6 +16,7 @@ from skipkernels.executors.runtime import CudaRuntime
 from skipkernels.model.config import ModelConfig, resolve_dtype
 from skipkernels.model.weights import fill_rope, random_weights
 from skipkernels.program import Program, build_program
+from skipkernels.program.program import Variant
 from skipkernels.program.state import LAYOUTS, DecodeState
 
 if TYPE_CHECKING:
@@ -43,13 +44,22 @@ class Setting:
     def names(self, *published: str) -> tuple[str, ...]:
         return ("tiny",) if self.dry else published
 
-    def engine(self, name: str, length: int, layers: int | None = None, execution: Execution | None = None) -> Engine:
+    def engine(
+        self,
+        name: str,
+        length: int,
+        layers: int | None = None,
+        execution: Execution | None = None,
+        neuron_rows: bool = False,
+    ) -> Engine:
         """Random bf16 weights of the named shapes."""
         execution = execution or self.execution()
         hf_config = shapes.shape_config(name, length)
         hf_config.num_hidden_layers = layers or hf_config.num_hidden_layers
         config = ModelConfig.from_hf(hf_config)
-        weights = random_weights(config, resolve_dtype("bf16"), length, device=execution.device)
+        weights = random_weights(
+            config, resolve_dtype("bf16"), length, device=execution.device, neuron_rows=neuron_rows
+        )
         fill_rope(weights, hf_config)
         return Engine(config, weights, max_seq_len=length, execution=execution)
 
@@ -58,13 +68,18 @@ class Setting:
         if not self.dry:
             return engine.state
         return DecodeState.allocate(  # the fake device's memory is the CPU's, its kernels are not
-            engine.config, num_sequences=1, max_seq_len=engine.max_seq_len, dtype=torch.bfloat16, layout=LAYOUTS["cuda"]
+            engine.config,
+            num_sequences=1,
+            max_seq_len=engine.max_seq_len,
+            dtype=torch.bfloat16,
+            layout=LAYOUTS["cuda"],
+            neurons=engine.weights.neuron_rows,
         )
 
     def program(self, engine: Engine, state: DecodeState, policy: Policy) -> Program:
         """The program that ``policy`` needs."""
-        gated = policy.plan(engine.config.num_hidden_layers) is not None
-        return build_program(engine.config, engine.weights, state, gated=gated)
+        variant = Variant.for_plans([policy.plan(engine.config.num_hidden_layers)])
+        return build_program(engine.config, engine.weights, state, gated=variant.gated, neurons=variant.neurons)
 
     def place(self, engine: Engine, state: DecodeState, policy: Policy, position: int) -> None:
         """One sequence with so many tokens and blocks of its own, all but the last token cached, whatever they hold."""

@@ -39,6 +39,8 @@ def shown(row: dict[str, Any]) -> str:
         )
     if "us" in row:
         torch_ratio = f"  {row['speedup_vs_torch']:.2f}x torch" if row["speedup_vs_torch"] else ""
+        if "neurons_kept" in row:
+            torch_ratio += f"  {row['neurons_kept']:.0%} of the neurons"
         return (
             f"{part:9} {row['shapes']:14} x{row['batch_size']:<3} kv {row['kv_len']:<6} {row['op']:18} "
             f"{row['us']:9.2f} us {row['gb_per_s']:8.0f} GB/s {row['bandwidth_fraction']:5.2f} of copy{torch_ratio}"

@@ -11,7 +11,6 @@
 //
 // With many rows it is bound by multiplications. A task is a panel of columns, copied in the order in which it is read,
 // for down_proj's rows lie kilobytes apart; sums stay in registers.
-#include "linear.h"
 #include "neuron_rows.h"
 #include "residual.h"
 
@@ -54,11 +53,12 @@ void down_proj_neurons_add_pack(const Instruction& ins, int begin, int end, Scra
     });
 }
 
-// y (N rows of `stride`) += P units over columns [begin, end), whose y are in steps; what is `ahead` is fetched
-// meanwhile
+// y (N rows of `stride`) += P units over columns [begin, end), whose y are in steps; what is `ahead` and the beginning
+// of the units after them, of which there are `known` with them, are fetched meanwhile
 template <class T, int P, int N>
-static void add_units(const Unit<T>* units, RowsAhead<T> ahead, const typename Multiply<T>::Activation* x,
-                      int64_t x_stride, int64_t begin, int64_t end, float* y, int64_t stride) {
+static void add_units(const Unit<T>* units, int64_t known, RowsAhead<T> ahead,
+                      const typename Multiply<T>::Activation* x, int64_t x_stride, int64_t begin, int64_t end, float* y,
+                      int64_t stride) {
     using U = Unit<T>;
     decltype(U::factor(x)) factors[P][N];
     for (int p = 0; p < P; ++p)
@@ -81,8 +81,11 @@ static void add_units(const Unit<T>* units, RowsAhead<T> ahead, const typename M
         if (column % kLine == 0) {
             ahead.fetch(P * U::neurons);
             if (N <= 2) {
-                for (int p = 0; p < P; ++p)
-                    for (const T* row : units[p].rows) prefetch_l1(reinterpret_cast<const char*>(row + column) + 512);
+                for (int p = 0; p < P; ++p) {
+                    const U &own = units[p], &next = units[p + P < known ? p + P : p];
+                    for (int i = 0; i < U::neurons; ++i)
+                        prefetch_beside(own.rows[i], next.rows[i] + begin, column, end);
+                }
             }
         }
         step(column, [=](const U& unit) { return unit.load(column); });
@@ -110,10 +113,10 @@ static void add_all(const Unit<T>* units, int64_t count, int64_t known, const ty
                     if (rows == 0 || coming[rows - 1] != row) coming[rows++] = row;
                 }
             }
-            add_units<T, P, N>(units + at, {coming, rows, begin, end}, x, x_stride, begin, end, y, stride);
+            add_units<T, P, N>(units + at, known - at, {coming, rows, begin, end}, x, x_stride, begin, end, y, stride);
         }
         for (; at < count; ++at)
-            add_units<T, 1, N>(units + at, {nullptr, 0, begin, end}, x, x_stride, begin, end, y, stride);
+            add_units<T, 1, N>(units + at, known - at, {nullptr, 0, begin, end}, x, x_stride, begin, end, y, stride);
     }
 }
 

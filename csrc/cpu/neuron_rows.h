@@ -5,7 +5,7 @@
 // what a unit adds to a row of activations does not depend on which of the two a neighbour keeps.
 #pragma once
 
-#include "pack.h"
+#include "linear.h"
 
 namespace skipkernels::SKIPKERNELS_ISA {
 
@@ -93,6 +93,14 @@ class RowsAhead {
     int64_t begin_, end_;
     const char *at_ = nullptr, *row_end_ = nullptr;
 };
+
+// Fetches rows that are read side by side into the first-level cache, a fixed way ahead: where a row ends, the first
+// pieces of the row that takes its place. What lies behind a row in memory is another neuron's, often one left out.
+template <class T>
+inline void prefetch_beside(const T* row, const T* next, int64_t at, int64_t end) {
+    constexpr int64_t kAhead = 512 / static_cast<int64_t>(sizeof(T));
+    prefetch_l1(reinterpret_cast<const char*>(at + kAhead < end ? row + at + kAhead : next + (at + kAhead - end)));
+}
 
 // The units of neurons [begin, end) that are listed, or of all, where there is no list; returns how many.
 template <class T>

@@ -16,10 +16,10 @@ void up_proj_mul_pack(const Instruction& ins, int begin, int end, Scratch& s) {
                   end, s);
 }
 
-// out (N, kPanelRows) = w[R] (k) * x; what is `ahead` is fetched meanwhile
+// out (N, kPanelRows) = w[R] (k) * x; what is `ahead` and the beginning of the rows `next` are fetched meanwhile
 template <class T, int R, int N>
-static void listed_rows(const T* const* w, RowsAhead<T>& ahead, int64_t k, const typename Multiply<T>::Activation* x,
-                        float* out) {
+static void listed_rows(const T* const* w, const T* const* next, RowsAhead<T>& ahead, int64_t k,
+                        const typename Multiply<T>::Activation* x, float* out) {
     using M = Multiply<T>;
     constexpr int W = M::width, kLine = 64 / static_cast<int>(sizeof(T));
     Vec acc[R][N];
@@ -37,7 +37,7 @@ static void listed_rows(const T* const* w, RowsAhead<T>& ahead, int64_t k, const
     for (; j + kLine <= k; j += kLine) {
         ahead.fetch(R);
         if (N <= 2) {
-            for (int r = 0; r < R; ++r) prefetch_l1(reinterpret_cast<const char*>(w[r] + j) + 512);
+            for (int r = 0; r < R; ++r) prefetch_beside(w[r], next[r], j, k);
         }
         for (int u = 0; u < kLine; u += W) step(j + u, [](const T* p) { return M::weight(p); });
     }
@@ -50,9 +50,9 @@ static void listed_rows(const T* const* w, RowsAhead<T>& ahead, int64_t k, const
 }
 
 template <class T, int R, int... N>
-static void listed_rows_of(int n, std::integer_sequence<int, N...>, const T* const* w, RowsAhead<T>& ahead, int64_t k,
-                           const typename Multiply<T>::Activation* x, float* out) {
-    ((n == N + 1 ? listed_rows<T, R, N + 1>(w, ahead, k, x, out) : void()), ...);
+static void listed_rows_of(int n, std::integer_sequence<int, N...>, const T* const* w, const T* const* next,
+                           RowsAhead<T>& ahead, int64_t k, const typename Multiply<T>::Activation* x, float* out) {
+    ((n == N + 1 ? listed_rows<T, R, N + 1>(w, next, ahead, k, x, out) : void()), ...);
 }
 
 // out (active rows, kPanelRows) of `count` neurons from list[0] on; the list goes on to `end`
@@ -62,13 +62,15 @@ static void listed_panel(const T* up, const int32_t* list, int count, const int3
     constexpr auto kRows = std::make_integer_sequence<int, cpu::kMaxTile>{};
     const Tiles tiles(s.num_rows);
     for (int at = 0; at < count; at += R) {
-        const T *w[R], *coming[R];
+        const T *w[R], *next[R], *coming[R];
         const int height = count - at < R ? count - at : R;
         int fetched = 0;
         for (int r = 0; r < R; ++r) {
-            const int32_t *own = list + at + r, *next = own + kDistance;
-            w[r] = up + *(own < end ? own : end - 1) * k;
-            if (next < end) coming[fetched++] = up + *next * k;
+            auto row = [&](const int32_t* neuron) { return up + *(neuron < end ? neuron : end - 1) * k; };
+            const int32_t* own = list + at + r;
+            w[r] = row(own);
+            next[r] = row(own + R);
+            if (own + kDistance < end) coming[fetched++] = up + own[kDistance] * k;
         }
         RowsAhead<T> ahead(coming, fetched, 0, k);
         for (int tile = 0; tile < tiles.count; ++tile) {
@@ -76,9 +78,9 @@ static void listed_panel(const T* up, const int32_t* list, int count, const int3
             const auto* x = packed_tile<T>(s, k, begin);
             float* out = s.panel + begin * cpu::kPanelRows + at;
             if (height == R) {
-                listed_rows_of<T, R>(n, kRows, w, ahead, k, x, out);
+                listed_rows_of<T, R>(n, kRows, w, next, ahead, k, x, out);
             } else {
-                for (int r = 0; r < height; ++r) listed_rows_of<T, 1>(n, kRows, w + r, ahead, k, x, out + r);
+                for (int r = 0; r < height; ++r) listed_rows_of<T, 1>(n, kRows, w + r, next + r, ahead, k, x, out + r);
             }
         }
     }

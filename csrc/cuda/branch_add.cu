@@ -4,6 +4,7 @@
 // A block is a row. Some 50 KB move for a row of 4096 channels: it costs its launch.
 #include "common.cuh"
 #include "ops.h"
+#include "residual.cuh"
 
 namespace skipkernels::cuda {
 
@@ -50,18 +51,10 @@ __global__ void __launch_bounds__(kThreads)
             branch[i] = 0.0f;
         }
         if (!compared) continue;
-        float sums[3] = {before * after, before * before, after * after};
-#pragma unroll
-        for (float& sum : sums) {
-#pragma unroll
-            for (int lanes = kRowsPerPartial / 2; lanes; lanes /= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
-        }
-        const int r = thread % kRowsPerPartial;
         const int64_t partial = i / kRowsPerPartial;
-        if (r >= 3 || partial >= op.num_partials) continue;
-        op.similarity_partials[(partial * op.num_sequences + row) * 3 + r] = r == 0   ? sums[0]
-                                                                             : r == 1 ? sums[1]
-                                                                                      : sums[2];
+        const bool exists = partial < op.num_partials;
+        compare_channels(exists ? op.similarity_partials + (partial * op.num_sequences + row) * 3 : nullptr, inside,
+                         before, after);
     }
 }
 

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kMostTokens = 1 << 19;  // whose weights sample can add up, see sample_truncated.cuh
 constexpr int64_t kLargestHead = 256;
+constexpr int64_t kMostNeuronsOfChunk = 4096;  // that the warps of a block can list in shared memory
 
 void check_size(const char* op, const char* name, int64_t size) {
     skipkernels::check(size > 0 && size <= std::numeric_limits<int32_t>::max(), op, ": ", name,
@@ -26,6 +27,13 @@ void check_blocks(const char* name, const Op& op) {
     skipkernels::check(size > 0 && (size & (size - 1)) == 0, name, ": block_size must be a power of two on CUDA, got ",
                        size);
     check_size(name, "rows of the cache", op.num_blocks * op.num_key_value_heads * size);
+}
+
+template <class Op>
+void check_partials(const char* name, const Op& op) {
+    skipkernels::check(!op.similarity_partials || op.rows_per_partial == kRowsPerPartial, name,
+                       ": rows_per_partial must be ", kRowsPerPartial, " on CUDA, got ", op.rows_per_partial,
+                       "; allocate the state for a CUDA device");
 }
 
 }  // namespace
@@ -45,6 +53,10 @@ int64_t num_arrivals(const Instruction& ins) {
         }
         case OpCode::decode_attention:
             return ins.num_rows * ins.decode_attention.num_attention_heads;
+        case OpCode::select_neurons:
+            return 1;
+        case OpCode::down_proj_neurons_add:
+            return down_proj_neurons_add_arrivals(ins.down_proj_neurons_add);
         case OpCode::sample:
             return ins.num_rows;
         default:
@@ -58,6 +70,10 @@ int64_t scratch_floats(const Instruction& ins) {
             const QkvRopeAppend& op = ins.qkv_rope_append;
             return op.q_norm || op.k_norm ? ins.num_rows * rotated_heads(op) * op.head_dim : 0;
         }
+        case OpCode::select_neurons:
+            return select_neurons_scratch_floats(ins.select_neurons);
+        case OpCode::down_proj_neurons_add:
+            return down_proj_neurons_add_scratch_floats(ins.down_proj_neurons_add);
         case OpCode::sample:
             return sample_scratch_floats(ins.sample);
         default:
@@ -76,11 +92,28 @@ void check(const Instruction& ins) {
         case OpCode::skip_gate:
             break;
         case OpCode::neuron_gate:
+            break;
         case OpCode::gate_proj_act:
+            check_size("gate_proj_act", "hidden_size", ins.gate_proj_act.hidden_size);
+            check_size("gate_proj_act", "intermediate_size", ins.gate_proj_act.intermediate_size);
+            break;
         case OpCode::select_neurons:
+            check_size("select_neurons", "intermediate_size", ins.select_neurons.intermediate_size);
+            break;
         case OpCode::up_proj_mul:
-        case OpCode::down_proj_neurons_add:
-            fail(kInstructionSet[static_cast<size_t>(ins.op)].name, ": has no CUDA kernel; leave out neurons on a CPU");
+            check_size("up_proj_mul", "hidden_size", ins.up_proj_mul.hidden_size);
+            check_size("up_proj_mul", "intermediate_size", ins.up_proj_mul.intermediate_size);
+            break;
+        case OpCode::down_proj_neurons_add: {
+            const DownProjNeuronsAdd& op = ins.down_proj_neurons_add;
+            check_size("down_proj_neurons_add", "hidden_size", op.hidden_size);
+            check_size("down_proj_neurons_add", "intermediate_size", op.intermediate_size);
+            check(op.neuron_chunk > 0 && op.neuron_chunk <= kMostNeuronsOfChunk,
+                  "down_proj_neurons_add: neuron_chunk must lie in 1..", kMostNeuronsOfChunk, " on CUDA, got ",
+                  op.neuron_chunk);
+            check_partials("down_proj_neurons_add", op);
+            break;
+        }
         case OpCode::qkv_rope_append:
             check_size("qkv_rope_append", "hidden_size", ins.qkv_rope_append.hidden_size);
             check_size("qkv_rope_append", "qkv_size", ins.qkv_rope_append.qkv_size);
@@ -108,17 +141,13 @@ void check(const Instruction& ins) {
             const DownProjAdd& op = ins.down_proj_add;
             check_size("down_proj_add", "hidden_size", op.hidden_size);
             check_size("down_proj_add", "intermediate_size", op.intermediate_size);
-            check(!op.similarity_partials || op.rows_per_partial == kRowsPerPartial,
-                  "down_proj_add: rows_per_partial must be ", kRowsPerPartial, " on CUDA, got ", op.rows_per_partial,
-                  "; allocate the state for a CUDA device");
+            check_partials("down_proj_add", op);
             break;
         }
         case OpCode::branch_add: {
             const BranchAdd& op = ins.branch_add;
             check_size("branch_add", "hidden_size", op.hidden_size);
-            check(!op.similarity_partials || op.rows_per_partial == kRowsPerPartial,
-                  "branch_add: rows_per_partial must be ", kRowsPerPartial, " on CUDA, got ", op.rows_per_partial,
-                  "; allocate the state for a CUDA device");
+            check_partials("branch_add", op);
             break;
         }
         case OpCode::lm_head:
@@ -135,16 +164,6 @@ void check(const Instruction& ins) {
             break;
     }
 }
-
-// check() refuses these.
-#define SKIPKERNELS_NO_LAUNCHER(op) \
-    cudaError_t launch_##op(const Step&, const LaunchContext&) { return cudaErrorInvalidValue; }
-SKIPKERNELS_NO_LAUNCHER(neuron_gate)
-SKIPKERNELS_NO_LAUNCHER(gate_proj_act)
-SKIPKERNELS_NO_LAUNCHER(select_neurons)
-SKIPKERNELS_NO_LAUNCHER(up_proj_mul)
-SKIPKERNELS_NO_LAUNCHER(down_proj_neurons_add)
-#undef SKIPKERNELS_NO_LAUNCHER
 
 cudaError_t launch(const Step& step, const LaunchContext& context) {
     switch (step.ins.op) {

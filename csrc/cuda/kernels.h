@@ -3,11 +3,11 @@
 //
 // Kernels overlap where LaunchContext says so (programmatic dependent launch), under these rules:
 //   - every kernel waits for the end of the one before it before it touches what that one may have written;
-//   - every kernel lets the next one start only after its own wait, but for skip_gate and for matrix kernels that have
-//     no row to act on. So when a kernel starts, all but the one before it (and, behind such a one, those before that)
-//     have ended, and what they wrote may be read at once: caches of earlier steps, positions, and flags where
-//     Step::flags_are_settled says so. That is how a kernel can load its first weights while the one before it still
-//     runs, and yet touch none that will be skipped.
+//   - every kernel lets the next one start only after its own wait, but for skip_gate, and for kernels of matrices and
+//     of neurons that have no row to act on. So when a kernel starts, all but the one before it (and, behind such a
+//     one, those before that) have ended, and what they wrote may be read at once: caches of earlier steps, positions,
+//     and flags where Step::flags_are_settled says so. That is how a kernel can load its first weights while the one
+//     before it still runs, and yet touch none that will be skipped.
 #pragma once
 
 #include <cuda_runtime.h>

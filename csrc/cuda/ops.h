@@ -11,5 +11,8 @@ SKIPKERNELS_OPS(SKIPKERNELS_LAUNCHER)
 #undef SKIPKERNELS_LAUNCHER
 
 int64_t sample_scratch_floats(const Sample& op);
+int64_t select_neurons_scratch_floats(const SelectNeurons& op);
+int64_t down_proj_neurons_add_scratch_floats(const DownProjNeuronsAdd& op);
+int64_t down_proj_neurons_add_arrivals(const DownProjNeuronsAdd& op);
 
 }  // namespace skipkernels::cuda

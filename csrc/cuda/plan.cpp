@@ -32,11 +32,14 @@ WeightRange o_proj_weights(const Instruction& ins) {
 Prefetch prefetch_of_attention(const std::vector<Instruction>& program, size_t index) {
     Prefetch plan{};
     if (const Instruction* ins = find_next(program, index, OpCode::o_proj_add)) plan.always = o_proj_weights(*ins);
-    if (const Instruction* ins = find_next(program, index, OpCode::gate_up_act)) {
-        const GateUpAct& op = ins->gate_up_act;
-        plan.run_ffn = ins->row_mask;
-        plan.num_rows = ins->num_rows;
-        plan.if_run = range_of(op.gate_up_proj, op.hidden_size);
+    const Instruction* ffn = find_next(program, index, OpCode::gate_up_act);
+    if (!ffn) ffn = find_next(program, index, OpCode::gate_proj_act);
+    if (ffn) {
+        plan.run_ffn = ffn->row_mask;
+        plan.num_rows = ffn->num_rows;
+        plan.if_run = ffn->op == OpCode::gate_up_act
+                          ? range_of(ffn->gate_up_act.gate_up_proj, ffn->gate_up_act.hidden_size)
+                          : range_of(ffn->gate_proj_act.gate_proj, ffn->gate_proj_act.hidden_size);
     }
     if (const Instruction* ins = find_next(program, index, OpCode::qkv_rope_append)) {
         plan.otherwise = qkv_weights(*ins);
@@ -55,14 +58,15 @@ Prefetch prefetch_of_sample(const std::vector<Instruction>& program) {
     return plan;
 }
 
-bool is_linear(OpCode op) {
+bool looks_for_rows_first(OpCode op) {
     return op == OpCode::qkv_rope_append || op == OpCode::o_proj_add || op == OpCode::gate_up_act ||
-           op == OpCode::down_proj_add || op == OpCode::lm_head;
+           op == OpCode::down_proj_add || op == OpCode::gate_proj_act || op == OpCode::select_neurons ||
+           op == OpCode::up_proj_mul || op == OpCode::down_proj_neurons_add || op == OpCode::lm_head;
 }
 
 // Whether the kernel after that of `ins` may start although the one before it still runs.
 bool may_trigger_early(const Instruction& ins, const Options& options) {
-    return ins.op == OpCode::skip_gate || (options.early_trigger && is_linear(ins.op));
+    return ins.op == OpCode::skip_gate || (options.early_trigger && looks_for_rows_first(ins.op));
 }
 
 // Whether the flags of instruction `index` are written for certain when its kernel starts, although the kernel before

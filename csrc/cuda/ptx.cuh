@@ -53,6 +53,15 @@ __device__ __forceinline__ void copy_weights_async(void* to_shared, const void* 
                  : "memory");
 }
 
+// 16 bytes of weights to registers, past the first-level cache; aligned. `policy` as above.
+__device__ __forceinline__ uint4 load_weights(const void* from, uint64_t policy) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from), "l"(policy));
+    return v;
+}
+
 // Brings what lies at p into the first-level cache, without waiting for it. Nothing in flight may write it.
 __device__ __forceinline__ void touch(const void* p) {
     uint32_t unused;

@@ -13,27 +13,39 @@ from skipkernels.benchmark.bandwidth import bandwidth_gb_per_s
 from skipkernels.benchmark.statistics import quantile
 from skipkernels.benchmark.torch_ops import bytes_of, torch_counterpart
 from skipkernels.program.table import Instruction
-from skipkernels.skipping.policy import GatePlan, TimingPolicy
+from skipkernels.skipping.policy import GatePlan, NeuronPolicy, Policy, TimingPolicy
 
 if TYPE_CHECKING:
     from skipkernels.decoding.own_rows import OwnRows
     from skipkernels.engine import Engine
     from skipkernels.executors import ProfilingExecutor
+    from skipkernels.program.state import DecodeState
 
 STEPS = 8
 """Steps of one turn."""
 
 
 def run_kernel_bench(
-    engine: Engine, *, kv_len: int, rounds: int, num_threads: int, on_turn: Callable[[], None] = lambda: None
+    engine: Engine,
+    *,
+    kv_len: int,
+    rounds: int,
+    num_threads: int,
+    kept: float | None = None,
+    on_turn: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Times every op of a program that tests and never skips, with all rows of ``engine`` at ``kv_len`` positions.
+    """Times every op of a program that tests and never skips, with all rows of ``engine`` at ``kv_len`` positions; or,
+    with ``kept``, of one that leaves out all but this share of each layer's neurons (of all rows together; the weights
+    must lie for it).
 
     In each round ours and torch's take turns between two readings of the bandwidth; an op reads the matrices of one
     layer after the other, so that they come from memory where the model is larger than the caches. A row per op:
     microseconds per instruction (median, p20, p80), bytes, GB/s, share of the bandwidth, torch's microseconds.
     """
-    policy = TimingPolicy(0.0)
+    layers = engine.config.num_hidden_layers
+    policy: Policy = TimingPolicy(0.0)
+    if kept is not None:
+        policy = NeuronPolicy(gate_thresholds=(0.0,) * layers, warmup_tokens=0)
     executor: Any = engine.executor_for(policy)
     ops = list(dict.fromkeys(ins.op for ins in executor.program))
     ours: dict[str, list[float]] = {op: [] for op in ops}
@@ -44,7 +56,9 @@ def run_kernel_bench(
     instructions = {op: [ins for ins in executor.program if ins.op == op] for op in ops}
     with engine.loop.own_rows() as own:
         for number in range(rounds + 1):  # the first is the warm-up
-            _place_rows(own, kv_len, policy.plan(engine.config.num_hidden_layers))
+            _place_rows(own, kv_len, policy.plan(layers))
+            if kept is not None:
+                keep_neurons(executor, engine.state, kept)
             bytes_per_op = {op: bytes_of(listed[0]) for op, listed in instructions.items()}
             before = bandwidth_gb_per_s(device, num_threads)
             spent = _seconds_per_instruction(executor)
@@ -61,7 +75,18 @@ def run_kernel_bench(
     return [_row(op, ours[op], theirs[op], shares[op], bytes_per_op[op]) for op in ops]
 
 
-def _place_rows(own: OwnRows, kv_len: int, plan: GatePlan) -> None:
+def keep_neurons(executor: Any, state: DecodeState, kept: float) -> None:
+    """Runs a step, and sets each layer's gate thresholds to the quantile of what it brings, over all decode rows, that
+    leaves ``kept`` of them; every product of those is kept."""
+    for index, ins in enumerate(executor.program):
+        if ins.op == "select_neurons":
+            gates = state.intermediate[: state.num_sequences].abs()
+            threshold = 0.0 if ins.scalars["stage"] else gates.flatten().quantile(1 - kept)
+            ins.tensors["neuron_thresholds"][:, int(ins.scalars["layer"])] = threshold
+        executor.run_instruction(index)
+
+
+def _place_rows(own: OwnRows, kv_len: int, plan: GatePlan | None) -> None:
     """Every decode row at ``kv_len`` cached positions; what they hold does not change the time."""
     for slot in range(own.state.num_sequences):
         own.place(slot, kv_len, plan)

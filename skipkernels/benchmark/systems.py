@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Measurement:
     """One system's turn. ``seconds`` holds the decode steps past the first token; ``bytes_per_step`` what the mean one
-    of them had to read; ``skip_ratio`` the FFNs skipped in them; ``first_token_s`` the time from the prompts to the
-    last first token, where it was measured."""
+    of them had to read; ``skip_ratio`` the share of FFN bytes that a row left out of it; ``first_token_s`` the time
+    from the prompts to the last first token, where it was measured."""
 
     seconds: list[float]
     skip_ratio: float
@@ -61,14 +61,14 @@ class SkipkernelsSystem:
         self._engine.loop.forget_prefixes()  # each turn computes its prompts
         answers = self._engine.generate(prompts, max_new_tokens=new_tokens, eos_token_ids=(), policy=self._policy)
         seconds = answers[0].seconds_per_token[1:]
-        ran = ~np.stack([answer.skip_map[1:] for answer in answers])  # [batch, steps, layers]
-        loaded = ran.any(axis=0).sum(axis=1).mean()  # an FFN is read once for all rows, if any wants it
+        unread = np.stack([answer.unread_map[1:] for answer in answers])  # [batch, steps, layers]
+        # what is read is read once for all rows; these are equal, and so are their sets of neurons
+        skipped_ffns = float(unread.min(axis=0).sum(axis=1).mean())
         config, weights = self._engine.config, self._engine.weights
         cached = cached_step_bytes(config, weights.dtype, self.batch_size, prompt_tokens, new_tokens)
-        skipped_ffns = config.num_hidden_layers - float(loaded)
         return Measurement(
             seconds=seconds,
-            skip_ratio=1.0 - float(ran.mean()),
+            skip_ratio=float(unread.mean()),
             bytes_per_step=weights.decode_nbytes() + cached - skipped_ffns * weights.ffn_nbytes(),
             first_token_s=max(answer.time_to_first_token_s for answer in answers),
         )

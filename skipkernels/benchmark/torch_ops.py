@@ -18,7 +18,8 @@ def torch_counterpart(ins: Instruction) -> Callable[[], object] | None:
     """A call that does with torch what ``ins`` spends its time on, for the rows that are active; None where torch has
     nothing."""
     t, rows = ins.tensors, ins.row_mask.nonzero()[:, 0]
-    matrix = {"qkv_rope_append": "qkv_proj", "gate_up_act": "gate_up_proj"}.get(ins.op)
+    whole = {"qkv_rope_append": "qkv_proj", "gate_up_act": "gate_up_proj", "gate_proj_act": "gate_proj"}
+    matrix = whole.get(ins.op)
     if matrix is None and ins.op in ("o_proj_add", "down_proj_add", "lm_head"):
         matrix = ins.op.removesuffix("_add")
     if matrix is not None:
@@ -43,7 +44,8 @@ def torch_counterpart(ins: Instruction) -> Callable[[], object] | None:
 
 
 def bytes_of(ins: Instruction) -> int:
-    """Bytes that ``ins`` must move at least: its matrix or its share of the cache, once for all rows."""
+    """Bytes that ``ins`` must move at least: its matrix, the listed rows of it, or its share of the cache, once for all
+    rows."""
     t, s, rows = ins.tensors, ins.sizes, int((ins.row_mask != 0).sum())
     if ins.op == "decode_attention":
         window = int(ins.scalars["sliding_window"])
@@ -51,15 +53,20 @@ def bytes_of(ins: Instruction) -> int:
             min(length + 1, window or length + 1) for length in t["row_position"][ins.row_mask != 0].tolist()
         )
         return 2 * positions * s["num_key_value_heads"] * s["head_dim"] * t["k_cache"].element_size()
-    for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"):
+    for name in ("qkv_proj", "o_proj", "gate_up_proj", "gate_proj", "up_proj", "down_proj", "lm_head"):
         if name in t:
-            return t[name].nbytes
+            listed = t.get("num_neurons")
+            return t[name].nbytes if listed is None else int(listed) * t[name][0].nbytes
     if ins.op == "embed":
         return rows * s["hidden_size"] * (t["embed_tokens"].element_size() + 4)
     if ins.op == "branch_add":
         return rows * s["hidden_size"] * 16  # branch and hidden_states, read and written
     if ins.op == "sample":
         return rows * s["vocab_size"] * 5  # logits and seen
+    if ins.op == "select_neurons":
+        return rows * s["intermediate_size"] * 8  # read and written
+    if ins.op == "neuron_gate":
+        return rows * 36  # what it reads and writes of a sequence
     if ins.op == "skip_gate":
         return t["similarity_partials"].nbytes
     return rows * s["num_hidden_layers"] * 16  # advance: run_ffn and similarity, read and written

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from skipkernels import __version__
+from skipkernels.calibration.budget import FIRST_GUESS, Affordable, largest_within
 from skipkernels.calibration.neuron_profile import NeuronProfile, probes, profile_neurons
-from skipkernels.calibration.passages import cut_passages
+from skipkernels.calibration.passages import Passage, cut_passages
 from skipkernels.calibration.policy_search import Candidates, best_of_each_kind
 from skipkernels.calibration.scoring import Comparison
 from skipkernels.calibration.search_space import SearchSpace
 from skipkernels.calibration.simulation import Similarities
-from skipkernels.calibration.tuning import KINDS, KL_EXPONENT, TOLERANCE, Decoder, Kind, Trial
+from skipkernels.calibration.speed import Gain, measure_gains
+from skipkernels.calibration.tuning import KINDS, TOLERANCE, Decoder, Kind, Trial
 from skipkernels.calibration.verification import Margin, margin, verify
 from skipkernels.errors import PolicyError
 from skipkernels.skipping.policy import BatchRule, Policy
@@ -37,8 +39,7 @@ if TYPE_CHECKING:
 
 WARN_KL = 0.1
 """Divergence, in nats, from which on an answer reads differently: a fifth of SmolLM2's most likely tokens change."""
-_FIRST_GUESS = 0.2  # a saving to begin with where a divergence is given
-_STEPS = 5
+_PATIENCE_S = 10.0  # to time one policy
 _DECODES = 30  # for the progress bar
 
 
@@ -72,6 +73,9 @@ class Calibration:
     warmup_tokens: int
     fingerprint: str
     dtype: str
+    gains: dict[Kind, Gain] = field(default_factory=dict, compare=False)
+    """Decode speed of the policy beside the dense model's; where that is no gain, of the other kinds' too. Empty: not
+    measured."""
 
     @property
     def best(self) -> Trial:
@@ -94,6 +98,16 @@ class Calibration:
         """Whether the policy saves what was wanted on held-out text, within what its kind can."""
         return not self.best.rank[0]
 
+    @property
+    def gain(self) -> Gain | None:
+        return self.gains.get(self.best.kind)
+
+    @property
+    def faster(self) -> Trial | None:
+        """Where the policy is no faster than the dense model: the best of the others that is."""
+        reached = (trial for trial in self.verified[1:] if not trial.rank[0] and trial.kind in self.gains)
+        return next((trial for trial in reached if self.gains[trial.kind].faster), None)
+
     def measured(self) -> dict[str, Any]:
         """The measurements that the policy file keeps: plain JSON."""
         return {
@@ -104,11 +118,12 @@ class Calibration:
             "new_tokens": self.new_tokens,
             "held_out": asdict(self.held_out),
             "others": [
-                {"kind": trial.kind, "policy": trial.policy.to_dict(), "held_out": asdict(trial.comparison)}
+                {"kind": trial.kind, "policy": without_scales(trial.policy), "held_out": asdict(trial.comparison)}
                 for trial in self.verified[1:]
             ],
             "margins": [{**asdict(margin), "verdict": margin.verdict} for margin in self.margins],
             "affordable": self.affordable,
+            "speed": {kind: {**asdict(gain), "faster": gain.faster} for kind, gain in self.gains.items()},
             "similarity": asdict(self.curve),
             "dtype": self.dtype,
             "date": date.today().isoformat(),
@@ -123,6 +138,11 @@ class Calibration:
     def save(self, path: str | Path) -> None:
         """Writes a policy file."""
         save_policy(path, self.policy, fingerprint=self.fingerprint, measured=self.measured())
+
+
+def without_scales(policy: Policy) -> dict[str, Any]:
+    """For tables: scales are the same in all policies of one calibration, and long."""
+    return {name: value for name, value in policy.to_dict().items() if name != "up_scales"}
 
 
 def calibrate(
@@ -142,6 +162,7 @@ def calibrate(
     last_dense_layers: int | None = None,
     warmup_tokens: int = 1,
     batch_rule: BatchRule = "per_row",
+    timed: bool = True,
     progress: Progress = lambda stage, share: None,
 ) -> Calibration:
     """Finds the policy that leaves ``wanted_ratio`` of the FFN bytes unread with the least change to the output.
@@ -166,6 +187,8 @@ def calibrate(
         spans: candidates for ``SkipPolicy.span``; None: found.
         first_dense_layers, last_dense_layers: as in ``SkipPolicy``; None: found.
         warmup_tokens, batch_rule: as in ``SkipPolicy``.
+        timed: measure the decode speed of the policy too, beside the dense model's; where it is no faster, that of the
+            other kinds as well.
         progress: see ``Progress``.
 
     Raises:
@@ -190,25 +213,21 @@ def calibrate(
     meter.stage("reading the text", 0.2, probes(search_part, layers))
     profile = profile_neurons(engine, search_part, meter.count)
     meter.stage("decoding policies of every kind", 0.8, _DECODES * len(search_part) * new_tokens)
-    decoder = Decoder(engine, search_part, meter.count)
+    search = _Search(Decoder(engine, search_part, meter.count), profile, space)
     if wanted_ratio is None:
         assert max_kl is not None
-        wanted_ratio = _largest(decoder, profile, max_kl, warmup_tokens)
-    trials = Candidates(decoder, profile, space, wanted_ratio).trials(kinds)
+        wanted_ratio = search.first_guess(max_kl, kinds)
+    trials = search.trials(wanted_ratio, kinds)
 
     meter.stage("verifying on held-out text", 1.0, (len(kinds) + 2) * len(held_out_part) * new_tokens)
     held_out = Decoder(engine, held_out_part, meter.count)
     verified = verify(held_out, best_of_each_kind(trials), warmup_tokens)
-    for _ in range(_STEPS):
-        best = verified[0]
-        if max_kl is None or best.comparison.kl <= max_kl:
-            break
-        lower = best.wanted * _scale(max_kl, best.comparison.kl)
-        trials = Candidates(decoder, profile, space, lower).trials([best.kind])
-        verified = verify(held_out, trials[:1], warmup_tokens)
+    if max_kl is not None:
+        verified, trials = search.within(max_kl, held_out, verified, kinds, trials)
     affordable = None
     if verified[0].comparison.kl > warn_kl and "neurons" in kinds:
-        affordable = _largest(held_out, profile, warn_kl, warmup_tokens)
+        found = search.largest_as_neurons(held_out, warn_kl).largest
+        affordable = None if found is None else round(found.comparison.skip_ratio, 4)
     return Calibration(
         verified=tuple(verified),
         trials=tuple(trials),
@@ -222,30 +241,84 @@ def calibrate(
         warmup_tokens=warmup_tokens,
         fingerprint=engine.fingerprint,
         dtype=engine.dtype,
+        gains=_gains(engine, held_out_part[0], verified) if timed else {},
     )
 
 
-def _largest(decoder: Decoder, profile: NeuronProfile, max_kl: float, warmup_tokens: int) -> float:
-    """The largest saving found that costs at most ``max_kl`` as neurons.
-
-    Raises:
-        PolicyError: not even a thousandth does.
-    """
-    share = decoder.share_past_warmup(warmup_tokens)
-    ceiling = 2 / 3 * share - TOLERANCE  # gate_proj is always read
-    wanted, found = min(_FIRST_GUESS, ceiling), 0.0
-    for _ in range(_STEPS):
-        trial = decoder.try_out("neurons", profile.policy(wanted / share, 1.0, warmup_tokens), wanted, warmup_tokens)
-        if trial.comparison.kl <= max_kl:
-            found = max(found, trial.comparison.skip_ratio)
-        wanted = min(ceiling, wanted * _scale(max_kl, max(trial.comparison.kl, 1e-6)))
-        if wanted < 1e-3:
+def _gains(engine: Engine, passage: Passage, verified: Sequence[Trial]) -> dict[Kind, Gain]:
+    """Of the first; where it is no faster than the dense model, of all."""
+    prompt = passage.token_ids[: passage.prompt_tokens]
+    gains: dict[Kind, Gain] = {}
+    for part in (verified[:1], verified[1:]):
+        if any(gain.faster for gain in gains.values()):
             break
-    if not found:
-        raise PolicyError(f"no saving costs as little as {max_kl:g} nats: {wanted:.3f} of the FFN bytes costs more")
-    return round(found, 4)
+        policies = [trial.policy for trial in part]
+        measured = measure_gains(
+            engine, prompt, policies, new_tokens=passage.decoded_tokens, patience_s=_PATIENCE_S * len(part)
+        )
+        gains |= {trial.kind: gain for trial, gain in zip(part, measured, strict=True)}
+    return gains
 
 
-def _scale(max_kl: float, kl: float) -> float:
-    """The factor on a saving of divergence ``kl`` that brings it just below ``max_kl``."""
-    return min(2.0, 0.98 * float((max_kl / kl) ** (1 / KL_EXPONENT)))
+class _Search:
+    """Policies of every kind at any saving, tuned on the search half of the text."""
+
+    def __init__(self, decoder: Decoder, profile: NeuronProfile, space: SearchSpace) -> None:
+        self._decoder = decoder
+        self._profile = profile
+        self._space = space
+        self._warmup = space.widest.warmup_tokens
+
+    def trials(self, wanted: float, kinds: Sequence[Kind]) -> list[Trial]:
+        """The best first."""
+        return Candidates(self._decoder, self._profile, self._space, wanted).trials(kinds)
+
+    def first_guess(self, max_kl: float, kinds: Sequence[Kind]) -> float:
+        """A saving that costs about ``max_kl``: as neurons, which are tried quickly, where they are of ``kinds``."""
+        if "neurons" not in kinds:
+            return FIRST_GUESS
+        found = self.largest_as_neurons(self._decoder, max_kl)
+        return (found.largest or found.cheapest).wanted
+
+    def largest_as_neurons(self, decoder: Decoder, max_kl: float) -> Affordable:
+        share = decoder.share_past_warmup(self._warmup)
+
+        def try_at(wanted: float) -> Trial:
+            policy = self._profile.policy(wanted / share, 1.0, self._warmup)
+            return decoder.try_out("neurons", policy, wanted, self._warmup)
+
+        return largest_within(max_kl, try_at, FIRST_GUESS, self._ceiling("neurons"))
+
+    def within(
+        self,
+        max_kl: float,
+        held_out: Decoder,
+        verified: list[Trial],
+        kinds: Sequence[Kind],
+        trials: list[Trial],
+    ) -> tuple[list[Trial], list[Trial]]:
+        """``verified`` and ``trials`` at the largest saving that the best kind affords on held-out text: this kind is
+        followed down or up to it, then every kind is tuned to it and verified there. What costs more than the budget
+        comes last.
+
+        Raises:
+            PolicyError: nothing is affordable.
+        """
+        best = verified[0]
+
+        def try_at(wanted: float) -> Trial:
+            if wanted == best.wanted:
+                return best
+            return verify(held_out, self.trials(wanted, [best.kind])[:1], self._warmup)[0]
+
+        largest = largest_within(max_kl, try_at, best.wanted, self._ceiling(best.kind)).required(max_kl)
+        if largest.wanted != best.wanted:
+            trials = self.trials(largest.wanted, kinds)
+            others = [trial for trial in best_of_each_kind(trials) if trial.kind != largest.kind]
+            verified = [largest, *verify(held_out, others, self._warmup)]
+        return sorted(verified, key=lambda trial: (trial.comparison.kl > max_kl, trial.rank)), trials
+
+    def _ceiling(self, kind: Kind) -> float:
+        """Just below the most that ``kind`` can save: of neurons, gate_proj is always read."""
+        whole = {"neurons": 2 / 3, "mixed": 2 / 3, "similarity": self._space.reachable_ratio}.get(kind, 1.0)
+        return whole * self._decoder.share_past_warmup(self._warmup) - TOLERANCE

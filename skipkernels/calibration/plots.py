@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from skipkernels.support.pictures import BLUE, GREEN, GREY, ORANGE, pyplot, save
 
 _COLOURS = {Cell.RUN: BLUE, Cell.SKIPPED: GREY, Cell.TRIGGERED: ORANGE}
 _LABELLED_TOKENS = 150
+_LETTERS_PER_INCH = 11  # of a title
 
 
 def plot_calibration(calibration: Calibration, path: str | Path) -> None:
@@ -54,7 +56,9 @@ def plot_trace(trace: TraceMap, path: str | Path, title: str) -> None:
     from matplotlib.patches import Patch
 
     tokens, layers = trace.cells.shape
-    figure, axes = plt.subplots(figsize=(min(40.0, 3.0 + 0.17 * tokens), 2.6 + 0.13 * layers), layout="constrained")
+    figure, axes = plt.subplots(
+        figsize=(min(40.0, max(5.5, 3.0 + 0.17 * tokens)), 2.6 + 0.13 * layers), layout="constrained"
+    )
     colours = ListedColormap([_COLOURS[cell] for cell in Cell])
     axes.pcolormesh(trace.cells.T, cmap=colours, vmin=-0.5, vmax=len(Cell) - 0.5, edgecolors="white", linewidth=0.4)
     left_out = trace.left_out.T
@@ -65,7 +69,8 @@ def plot_trace(trace: TraceMap, path: str | Path, title: str) -> None:
         bar = figure.colorbar(shades, ax=axes, location="bottom", fraction=0.03, aspect=60, pad=0.01)
         bar.set_label("share of the FFN's bytes not read, neurons left out", fontsize=8)
         bar.ax.tick_params(labelsize=7)
-    axes.set_title(title, loc="left", fontsize=10)
+    width = max(40, int(_LETTERS_PER_INCH * figure.get_figwidth()))
+    axes.set_title(textwrap.fill(title, width), loc="left", fontsize=10, pad=20)  # above the legend
     axes.set_ylabel("layer")
     step = 4 if layers > 16 else 2
     axes.set_yticks(np.arange(0, layers, step) + 0.5, np.arange(0, layers, step))
@@ -83,7 +88,7 @@ def plot_trace(trace: TraceMap, path: str | Path, title: str) -> None:
         extra.spines[:].set_visible(False)
     handles = [Patch(facecolor=_COLOURS[cell], edgecolor="#c0c5cc", label=MEANINGS[cell]) for cell in Cell]
     axes.legend(
-        handles=handles, frameon=False, ncols=3, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0
+        handles=handles, frameon=False, ncols=3, fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderpad=0
     )
     save(figure, path)
 

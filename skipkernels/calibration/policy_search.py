@@ -18,9 +18,9 @@ from skipkernels.calibration.tuning import Decoder, Kind, Trial
 from skipkernels.errors import PolicyError
 from skipkernels.skipping.policy import FixedPolicy, Policy, RandomPolicy, SkipPolicy
 
-SPLITS = (0.7, 1.0, 1.4)
+SPLITS = (1.0, 1.3)
 """Gate thresholds over product thresholds, see ``NeuronProfile``: less leaves out products rather than gates."""
-_SIMILARITY_TRIALS = 4
+_SIMILARITY_TRIALS = 2
 _BLOCK_SHARE = 0.25  # of the saving of a mixed policy that blocks bring
 _SEED = 0
 
@@ -80,6 +80,8 @@ class Candidates:
         ratio = self._wanted / past_warmup
         self._check(self._space.reachable_ratio, f"blocks by similarity: {self._space.label}")
         ranked = rank(self._profile.similarities, self._profile.block_kl, self._space.candidates(), ratio)
+        if not ranked:
+            raise Unreachable(f"no policy of blocks by similarity saves as little as {self._wanted:g} of the FFN bytes")
         return [
             self._tune("similarity", partial(tuned, self._profile.similarities, policy))
             for policy in ranked[:_SIMILARITY_TRIALS]
@@ -103,7 +105,8 @@ class Candidates:
 
     def _with_neurons(self, policy: SkipPolicy | FixedPolicy, saving: float) -> Policy:
         gates, products = self._profile.thresholds(max(0.0, saving), 1.0)
-        return replace(policy, gate_thresholds=gates, product_thresholds=products)
+        scales = self._profile.listed_scales
+        return replace(policy, gate_thresholds=gates, product_thresholds=products, up_scales=scales)
 
     def _fixed(self) -> list[Trial]:
         past_warmup = self._decoder.share_past_warmup(self._warmup)

@@ -10,6 +10,9 @@ import numpy as np
 
 from skipkernels.calibration.tuning import Decoder, Kind, Trial
 
+Verdict = Literal["beats", "is level with", "loses to", "cannot be told from"]
+FEWEST_PASSAGES = 4
+"""An interval over fewer says nothing: that over a single passage has no width."""
 _RESAMPLES = 2000
 _SEED = 0
 
@@ -27,10 +30,14 @@ class Margin:
     kl: float
     low: float
     high: float
+    passages: int
+    tokens: int  # decoded, in all passages
 
     @property
-    def verdict(self) -> Literal["beats", "is level with", "loses to"]:
+    def verdict(self) -> Verdict:
         """The result, from the policy's side."""
+        if self.passages < FEWEST_PASSAGES:
+            return "cannot be told from"
         if self.low > 0:
             return "beats"
         return "loses to" if self.high < 0 else "is level with"
@@ -47,4 +54,5 @@ def margin(best: Trial, other: Trial) -> Margin:
     count = len(differences)
     drawn = np.random.default_rng(_SEED).integers(0, count, (_RESAMPLES, count))
     low, high = np.percentile(differences[drawn].mean(axis=1), (2.5, 97.5))
-    return Margin(other.kind, other.comparison.skip_ratio, float(differences.mean()), float(low), float(high))
+    mean, tokens = float(differences.mean()), other.comparison.tokens
+    return Margin(other.kind, other.comparison.skip_ratio, mean, float(low), float(high), count, tokens)

@@ -19,6 +19,7 @@ from skipkernels.cli.demo import demo
 from skipkernels.cli.env import env
 from skipkernels.cli.eval import evaluate
 from skipkernels.cli.generate import generate
+from skipkernels.cli.quantize import quantize
 from skipkernels.cli.serve import serve
 from skipkernels.cli.trace import trace
 from skipkernels.errors import SkipkernelsError
@@ -99,6 +100,7 @@ app.command("eval")(evaluate)
 app.command()(serve)
 app.add_typer(bench, name="bench")
 app.command()(compare)
+app.command()(quantize)
 app.command()(demo)
 app.command()(env)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from skipkernels.calibration.calibration import Calibration
+    from skipkernels.calibration.speed import Gain
     from skipkernels.calibration.tuning import Trial
     from skipkernels.calibration.verification import Margin
 
@@ -82,6 +83,7 @@ def calibrate(
     """
     if skip_ratio is not None and max_kl is not None:
         raise typer.BadParameter("--skip-ratio and --max-kl exclude each other")
+    chosen = _kinds(kinds)
     require_folder(out_file)
     require_picture(plot)
     given: dict[str, Any] = {
@@ -95,7 +97,6 @@ def calibrate(
         given["spans"] = (parse_span(span),)
     rows = min(CALIBRATION_ROWS, -(-passages // 2))
     wanted = _DEFAULT_RATIO if skip_ratio is None and max_kl is None else skip_ratio
-    chosen = _kinds(kinds)
     engine = model_options.load(max_batch_size=rows, neuron_rows=bool({"neurons", "mixed"} & {*chosen}))
     source, texts = calibration_texts(engine, model_options.model, text)
     started = time.perf_counter()
@@ -142,11 +143,16 @@ def _print_result(calibration: Calibration, seconds: float) -> None:
     for margin in calibration.margins:
         out.print(margin_sentence(margin, best.comparison.skip_ratio))
     out.print(f"[bold]{_KINDS[best.kind].capitalize()}[/] won: {best.policy.label}.")
+    if calibration.gain is not None:
+        out.print(gain_sentence(calibration.gain))
     out.print(
         f"[dim]Saved: share of FFN bytes not read, of {calibration.new_tokens} generated tokens, the first "
         f"{calibration.warmup_tokens} of them in full. Top-1 agreement with dense and KL from it, in nats: past those. "
-        f"Text: {calibration.text}; {best.comparison.tokens} held-out tokens; {seconds:.0f} s.[/]"
+        f"Text: {calibration.text}; held out: {best.comparison.tokens} tokens in {len(best.passage_kl)} passages; "
+        f"{seconds:.0f} s.[/]"
     )
+    if calibration.gain is not None and not calibration.gain.faster:
+        err.print(slower_warning(calibration))
     if not calibration.reached:
         reached = percent(best.comparison.skip_ratio)
         err.print(f"[yellow]warning:[/] {reached} is saved instead of {percent(calibration.wanted_ratio)}")
@@ -172,19 +178,52 @@ def _trial_table(title: str, trials: Sequence[Trial]) -> Table:
 
 
 def margin_sentence(margin: Margin, ratio: float) -> str:
-    """Whether the policy, which saves ``ratio``, is better than another kind, and by how much."""
+    """Whether the policy, which saves ``ratio``, is better than another kind, by how much, and on how much text."""
+    from skipkernels.calibration.verification import FEWEST_PASSAGES
+
     at = percent(ratio)
     if percent(margin.skip_ratio) != at:
         at += f" against {percent(margin.skip_ratio)}"
     interval = (margin.low, margin.high) if margin.kl >= 0 else (-margin.high, -margin.low)
+    few = margin.passages < FEWEST_PASSAGES
+    spread = (
+        f"{margin.passages} of the {FEWEST_PASSAGES} passages that an interval takes; --passages gives more"
+        if few
+        else f"95 % interval {interval[0]:.4f} to {interval[1]:.4f}, {margin.passages} passages, {margin.tokens} tokens"
+    )
     return (
         f"At {at} saved the policy [bold]{margin.verdict}[/] {_KINDS[margin.against]}: its KL from dense is "
-        f"{abs(margin.kl):.4f} nats {'lower' if margin.kl >= 0 else 'higher'} (95 % interval {interval[0]:.4f} to "
-        f"{interval[1]:.4f})."
+        f"{abs(margin.kl):.4f} nats {'lower' if margin.kl >= 0 else 'higher'} ({spread})."
+    )
+
+
+def gain_sentence(gain: Gain) -> str:
+    return (
+        f"Decoding one row: {gain.tokens_per_s:.1f} tokens/s, dense {gain.dense_tokens_per_s:.1f}: "
+        f"{gain.ratio:.2f}x ({gain.low:.2f} to {gain.high:.2f} in {gain.rounds} rounds in turns, {gain.new_tokens} "
+        "tokens)."
+    )
+
+
+def slower_warning(calibration: Calibration) -> str:
+    assert calibration.gain is not None
+    line = (
+        "[yellow]warning:[/] on this machine the policy is no faster than the dense model "
+        f"({calibration.gain.ratio:.2f}x): it saves reading, not time. "
+    )
+    faster = calibration.faster
+    if faster is None:
+        return line + "No other kind that was tried is faster at this saving; decode with --dense."
+    gain = calibration.gains[faster.kind]
+    return line + (
+        f"The best that is faster is {_KINDS[faster.kind]}: {gain.ratio:.2f}x, KL {faster.comparison.kl:.3f}; "
+        f"--kinds {faster.kind} writes it."
     )
 
 
 def _document(calibration: Calibration, file: Path, seconds: float) -> dict[str, Any]:
+    from skipkernels.calibration.calibration import without_scales
+
     return {
         "policy_file": str(file),
         "kind": calibration.best.kind,
@@ -192,9 +231,15 @@ def _document(calibration: Calibration, file: Path, seconds: float) -> dict[str,
         "reached": calibration.reached,
         "measured": calibration.measured(),
         "trials": [
-            {"kind": t.kind, "policy": t.policy.to_dict(), "kl_of_all_tokens": t.kl, "measured": asdict(t.comparison)}
+            {
+                "kind": t.kind,
+                "policy": without_scales(t.policy),
+                "kl_of_all_tokens": t.kl,
+                "measured": asdict(t.comparison),
+            }
             for t in calibration.trials
         ],
         "text": calibration.text,
         "seconds": seconds,
+        "faster": calibration.faster and calibration.faster.kind,
     }

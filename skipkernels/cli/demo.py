@@ -227,6 +227,8 @@ def _print_figures(screen: Console, figures: Figures, threads: int) -> None:
     rows.add_row("same next token as dense, new text", percent(1.0), percent(held_out.top1_agreement), "")
     rows.add_row("perplexity, new text", f"{held_out.dense_perplexity:.2f}", f"{held_out.perplexity:.2f}", "")
     screen.print(rows)
+    if skipping.tokens_per_s <= dense.tokens_per_s:
+        screen.print("[yellow]On this machine the policy saves reading, but no time: decode dense here.[/]")
     screen.print(
         f"[dim]One row, threads: {threads}; median of {_SPEED_ROUNDS} rounds in turns. "
         f"New text: {held_out.tokens} tokens that neither training nor the search has seen.[/]"

@@ -39,7 +39,7 @@ def demo_smollm2(json: bool, threads: int | None) -> None:
     )
     source, texts = calibration_texts(engine, SMOLLM2, None)
     calibration = run_calibration(
-        engine.with_rows(_ROWS), texts, _SAVING, kinds=("neurons",), passages=2 * _ROWS, text_label=source
+        engine.with_rows(_ROWS), texts, _SAVING, kinds=("neurons",), passages=2 * _ROWS, timed=False, text_label=source
     )
     pairs = [_ask(screen, engine, question, calibration.policy) for question in _QUESTIONS]
     figures = _speeds(engine, calibration.policy)
@@ -97,4 +97,6 @@ def _print_figures(
     rows.add_row("KL from dense, new text, nats", "0", f"{held_out.kl:.3f}")
     rows.add_row("perplexity, new text", f"{held_out.dense_perplexity:.2f}", f"{held_out.perplexity:.2f}")
     screen.print(rows)
+    if skipping <= dense:
+        screen.print("[yellow]On this machine the policy saves reading, but no time: decode dense here.[/]")
     screen.print(f"[dim]New text: {held_out.tokens} tokens that the search has not seen, of {calibration.text}.[/]")

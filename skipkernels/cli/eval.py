@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from skipkernels.evaluation.evaluation import Entry
     from skipkernels.evaluation.task import Task
     from skipkernels.methods.setup import Setup
+    from skipkernels.skipping.policy import Policy
 
 _ROWS = 16
 _STDOUT = Path("-")
@@ -46,7 +47,8 @@ class MethodOptions:
         ),
     ] = None
     policy: Annotated[
-        Path | None, typer.Option(help="A file of `skipkernels calibrate` for the method skip, instead of --ratios.")
+        Path | None,
+        typer.Option(help="A file of `skipkernels calibrate` for the method of its kind, not --ratios."),
     ] = None
     warmup_tokens: Annotated[
         int, typer.Option(min=1, help="First generated tokens, which skip nothing; few, because answers may be short.")
@@ -69,14 +71,33 @@ class MethodOptions:
             raise typer.BadParameter(f"a ratio must lie between 0 and 1, got {wrong[0]:g}")
         return ratios
 
+    def given_policy(self, engine: Engine | None = None) -> Policy:
+        """That of the file; with ``engine``, only one that fits its model.
+
+        Raises:
+            PolicyError, BadParameter: it does not fit, or none of the methods is of its kind.
+        """
+        from skipkernels.methods.ffn_skip import grain
+        from skipkernels.skipping.policy_file import load_policy
+
+        assert self.policy is not None
+        policy = load_policy(self.policy, fingerprint=engine.fingerprint if engine else None)
+        if self.methods is not None and grain(policy) not in self.methods.split(","):
+            raise typer.BadParameter(
+                f"{self.policy} holds a policy of the method {grain(policy)!r}, which --methods {self.methods} lacks"
+            )
+        if engine is not None:
+            policy.plan(engine.config.num_hidden_layers)
+        return policy
+
     def entries(self, setup: Setup) -> list[Entry]:
         """Methods and ratios; the full model first, because others are compared with it."""
         from skipkernels.evaluation.evaluation import Entry
-        from skipkernels.methods.ffn_skip import FFNSkip, GivenPolicy
+        from skipkernels.methods.ffn_skip import GivenPolicy
         from skipkernels.methods.method import FULL
         from skipkernels.methods.methods import DEFAULT_METHODS, method_kind
-        from skipkernels.skipping.policy_file import load_policy
 
+        given = None if self.policy is None else GivenPolicy(self.given_policy(setup.engine), setup.warmup_tokens)
         ratios = self.ratio_list()
         names = dict.fromkeys(self.methods.split(",")) if self.methods else DEFAULT_METHODS
         kinds = [method_kind(name) for name in names]
@@ -84,8 +105,7 @@ class MethodOptions:
         for kind in sorted(kinds, key=lambda kind: kind.name != FULL):
             if kind.name == FULL:
                 entries.append(Entry(kind, [0.0]))
-            elif kind.name == FFNSkip.name and self.policy is not None:
-                given = GivenPolicy(load_policy(self.policy, fingerprint=setup.engine.fingerprint), setup.warmup_tokens)
+            elif given is not None and kind.name == given.name:
                 entries.append(Entry(given, [given.ratio(setup)]))
             else:
                 entries.append(Entry(kind, ratios))
@@ -117,11 +137,15 @@ def evaluate(
     if missing:
         err.print(f"left out, as their files are not in {suite_options.data}: {', '.join(missing)}")
     method_options.ratio_list()  # raises for a wrong command line before a model is loaded
+    if method_options.policy is not None:
+        method_options.given_policy()
     if resume and json is None:
         raise typer.BadParameter("--resume continues the file of --json; give both")
     require_folder(None if json == _STDOUT else json)
     require_picture(plot)
     engine = model_options.load(max_batch_size=_ROWS, neuron_rows=model_options.device == "cpu")
+    if method_options.policy is not None:
+        method_options.given_policy(engine)
 
     from skipkernels.evaluation.evaluation import evaluate as fill_cells
     from skipkernels.evaluation.results_file import ResultsFile

@@ -192,8 +192,8 @@ class TaskOptions:
     def _perplexity(self, material: _Material) -> Task:
         from skipkernels.evaluation.perplexity import Perplexity
 
-        source = "the standard library's documentation" if self.text is None else str(self.text)
-        return Perplexity(material.held_out, material.search, source)
+        source = "the standard library's documentation" if self.text is None else ", ".join(map(str, self.text))
+        return Perplexity(material.held_out, material.search, source, material.full)
 
     def _agreement(self, material: _Material) -> Task:
         from skipkernels.evaluation.agreement import Agreement

@@ -8,7 +8,7 @@ import typer
 
 from skipkernels.cli import options as opt
 from skipkernels.cli.groups import grouped
-from skipkernels.cli.models import ModelOptions, PolicyOptions, SamplingOptions
+from skipkernels.cli.models import ModelOptions, PolicyOptions, SamplingOptions, warn_of_warmup
 from skipkernels.skipping.policy import DensePolicy, Policy
 from skipkernels.support.console import err, percent, print_json, progress_bar, table
 
@@ -45,6 +45,7 @@ def generate(
     token_ids = engine.encode(given)
     if max_new_tokens is None:
         max_new_tokens = min(DEFAULT_NEW_TOKENS, max(1, engine.max_seq_len - len(token_ids)))
+    warn_of_warmup(chosen, max_new_tokens)
     generation = _stream(engine, token_ids, max_new_tokens, sampling, stop or [], chosen, silent=json)
     speeds = {} if no_compare else _compare(engine, token_ids, generation, sampling, chosen)
     if json:
@@ -106,8 +107,10 @@ def _print_summary(policy: Policy, generation: Generation, speeds: dict[str, flo
     measured = speeds or {kind: generation.tokens_per_s}
     for name, speed in measured.items():
         ratio = generation.unread_ratio if name == kind else 0.0
-        rows.add_row("dense" if name == "dense" else policy.label, f"{speed:.1f}", f"{1e3 / speed:.2f}", percent(ratio))
+        rows.add_row(name, f"{speed:.1f}", f"{1e3 / speed:.2f}", percent(ratio))
     err.print(rows)
+    if kind != "dense":
+        err.print(f"[dim]{kind}:[/] {policy.label}")
     notes = [
         f"{count} tokens after {generation.prompt_tokens} of the prompt",
         f"first after {generation.time_to_first_token_s * 1e3:.0f} ms",

@@ -195,7 +195,7 @@ class PolicyOptions:
         if "span" in given:
             given["spans"] = (given.pop("span"),)
         rows = engine.with_rows(CALIBRATION_ROWS)
-        calibration = run_calibration(rows, texts, ratio, passages=16, **given)
+        calibration = run_calibration(rows, texts, ratio, passages=16, timed=False, **given)
         err.print(
             f"[dim]calibrated on {source}: {calibration.best.kind}, {calibration.held_out.skip_ratio:.1%} of the FFN "
             f"bytes not read on held-out text, {calibration.held_out.top1_agreement:.1%} the dense model's token. "
@@ -212,6 +212,16 @@ def _packaged_file(package: str, name: str) -> str:
             "brings the model"
         )
     return str(Path(spec.origin).with_name(name))
+
+
+def warn_of_warmup(policy: Policy, new_tokens: int | None) -> None:
+    """Says on stderr that a policy leaves nothing out of so few tokens."""
+    warmup = max(1, getattr(policy, "warmup_tokens", 0))
+    if new_tokens is not None and not isinstance(policy, DensePolicy) and new_tokens <= warmup:
+        err.print(
+            f"[yellow]warning:[/] nothing can be left out: the policy runs the first {warmup} generated tokens in full "
+            f"(--warmup-tokens), and {new_tokens} are asked for (--max-new-tokens)"
+        )
 
 
 def parse_span(text: str) -> int | None:

@@ -10,7 +10,7 @@ import typer
 
 from skipkernels.cli import options as opt
 from skipkernels.cli.groups import grouped
-from skipkernels.cli.models import ModelOptions, PolicyOptions, SamplingOptions
+from skipkernels.cli.models import ModelOptions, PolicyOptions, SamplingOptions, warn_of_warmup
 from skipkernels.support.console import out, percent, print_json, require_picture
 
 
@@ -32,6 +32,7 @@ def trace(
     require_picture(png)
     engine = model_options.load(neuron_rows=policy_options.needs_neuron_rows(model_options))
     chosen = policy_options.choose(engine, model_options)
+    warn_of_warmup(chosen, max_new_tokens)
     (generation,) = engine.generate(
         [[{"role": "user", "content": prompt}] if chat else prompt],
         max_new_tokens=max_new_tokens,

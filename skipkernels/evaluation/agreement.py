@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from skipkernels.evaluation.estimate import Item, Metric
 from skipkernels.evaluation.full_text import FullTextTask
 from skipkernels.evaluation.task import Outcome
-from skipkernels.methods.method import Method, OnItem, ignore
+from skipkernels.methods.method import Method, OnItem, Reading, ignore
 from skipkernels.methods.work import Work
 
 KL = Metric("KL from full", "nats", higher_is_better=False)
@@ -21,10 +23,15 @@ class Agreement(FullTextTask):
     def run(self, method: Method, label: str, on_item: OnItem = ignore) -> Outcome:
         expected = self._text.readings
         readings = method.score(self._text.passages, reference=expected, on_item=on_item)
-        items: dict[str, list[Item]] = {metric.name: [] for metric in self.metrics}
-        for full, reading in zip(expected, readings, strict=True):
-            assert reading.kl is not None  # there was a reference
-            positions = float(len(reading.kl))
-            items[KL.name].append((float(reading.kl.sum()), positions))
-            items[TOP1.name].append((float((reading.argmax == full.argmax).sum()), positions))
-        return Outcome(items, sum((reading.work for reading in readings), Work()))
+        return Outcome(compared(expected, readings), sum((reading.work for reading in readings), Work()))
+
+
+def compared(expected: Sequence[Reading], readings: Sequence[Reading]) -> dict[str, list[Item]]:
+    """``KL`` and ``TOP1`` of ``readings``, passage by passage, against the full model's of the same passages."""
+    items: dict[str, list[Item]] = {KL.name: [], TOP1.name: []}
+    for full, reading in zip(expected, readings, strict=True):
+        assert reading.kl is not None  # there was a reference
+        positions = float(len(reading.kl))
+        items[KL.name].append((float(reading.kl.sum()), positions))
+        items[TOP1.name].append((float((reading.argmax == full.argmax).sum()), positions))
+    return items

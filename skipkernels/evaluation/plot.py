@@ -86,6 +86,7 @@ def _draw(axes: Any, cells: Sequence[Cell], metric: Metric) -> None:
             linewidth=1.2,
             capsize=2,
             label=method,
+            clip_on=False,  # a marker at the edge is whole
         )
     if logarithmic:
         axes.set_yscale("log", subs=(2, 5))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from skipkernels.calibration.calibration import calibrate
 from skipkernels.calibration.passages import Passage
+from skipkernels.calibration.policy_search import Candidates
+from skipkernels.calibration.search_space import SearchSpace
 from skipkernels.calibration.tuning import Kind
 from skipkernels.errors import PolicyError
 from skipkernels.methods.engine_method import EngineMethod, PolicyKind
@@ -42,22 +43,13 @@ class CalibratedSkip(PolicyKind):
         return {"policy": policy.to_dict()}
 
     def _calibrated(self, setup: Setup, ratio: float, progress: Progress) -> Policy:
-        """The policy that calibration finds on the text of the setup; cached."""
+        """The policy that calibration's search finds on the text of the setup; cached."""
 
         def search() -> Found:
-            calibration = calibrate(
-                setup.engine,
-                setup.texts,
-                ratio,
-                kinds=(self.kind,),
-                warn_kl=math.inf,
-                prompt_tokens=setup.prompt_tokens,
-                new_tokens=setup.new_tokens,
-                passages=setup.passages,
-                warmup_tokens=setup.warmup_tokens,
-                progress=progress,
-            )
-            return calibration.policy.to_dict()
+            progress(f"tuning {self.kind}", 0.0)
+            space = SearchSpace(setup.engine.config.num_hidden_layers, warmup_tokens=setup.warmup_tokens)
+            candidates = Candidates(setup.decoder, setup.neuron_profile, space, ratio)
+            return candidates.trials([self.kind])[0].policy.to_dict()
 
         return policy_from_dict(setup.remember(f"calibration of {self.kind} at {ratio}", search))
 
@@ -134,13 +126,13 @@ class CatsSkip(CalibratedSkip):
 
 
 class GivenPolicy(PolicyKind):
-    """A policy that was calibrated before, with another warm-up."""
+    """A policy that was calibrated before, with another warm-up. Its name is that of the method of its grain."""
 
-    name: ClassVar[str] = "skip"
     source: ClassVar[str] = "a policy file"
     ratio_of: ClassVar[RatioOf] = "FFN bytes"
 
     def __init__(self, policy: Policy, warmup_tokens: int) -> None:
+        self.name = grain(policy)
         values = policy.to_dict()
         self._values = values | {"warmup_tokens": warmup_tokens} if "warmup_tokens" in values else values
 
@@ -151,6 +143,26 @@ class GivenPolicy(PolicyKind):
         """The share of FFN bytes it saves on the text of the setup."""
         method = self.build(setup, {"policy": self._values})
         return round(skip_ratio(method.score(setup.text_passages)), 3)
+
+
+def grain(policy: Policy) -> str:
+    """The name of the method that a policy is one of.
+
+    Raises:
+        PolicyError: none has policies of this kind.
+    """
+    neurons = bool(getattr(policy, "has_neuron_rule", False))
+    names: dict[tuple[str, bool], str] = {
+        ("neurons", True): NeuronSkip.name,
+        ("similarity", False): FFNSkip.name,
+        ("similarity", True): MixedSkip.name,
+        ("fixed", True): MixedSkip.name,
+        ("fixed", False): "fixed",
+        ("random", False): "random",
+    }
+    if (policy.kind, neurons) not in names:
+        raise PolicyError(f"no method has policies of kind {policy.kind!r}")
+    return names[policy.kind, neurons]
 
 
 def moved(policy: Policy, log_factor: float) -> Policy:

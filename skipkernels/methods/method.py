@@ -110,10 +110,12 @@ class Method(Protocol):
 class MethodKind(Protocol):
     """Finds the parameters of a method for a ratio, and builds the method."""
 
-    name: ClassVar[str]
     source: ClassVar[str]
     """The paper, and differences to it."""
     ratio_of: ClassVar[RatioOf]
+
+    @property
+    def name(self) -> str: ...
 
     def find(self, setup: Setup, ratio: float, alike: Sequence[Passage], progress: Progress = ignore) -> Found:
         """The parameters with which the method skips ``ratio`` on the passages ``alike``, with teacher forcing.

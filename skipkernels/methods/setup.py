@@ -9,6 +9,7 @@ from typing import Any
 
 from skipkernels.calibration.neuron_profile import NeuronProfile, profile_neurons
 from skipkernels.calibration.passages import Passage, cut_passages
+from skipkernels.calibration.tuning import Decoder
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
 from skipkernels.methods.layer_decoder import LayerDecoder
@@ -60,6 +61,11 @@ class Setup:
     def neuron_profile(self) -> NeuronProfile:
         """What leaving out neurons and blocks costs on ``text_passages``."""
         return profile_neurons(self.engine, self.text_passages)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """Decodes ``text_passages`` under one policy after the other, beside the dense model."""
+        return Decoder(self.engine, self.text_passages, lambda tokens: None)
 
     def remember(self, what: str, find: Callable[[], Any]) -> Any:
         """The cached result of this description, or that of ``find``; plain JSON."""

@@ -67,6 +67,7 @@ class GgufFile:
         self.path = path
         first = _Header(path)
         self.metadata: Mapping[str, Value] = first.metadata
+        self.kinds: Mapping[str, tuple[int, int | None]] = first.kinds
         self.tensors: dict[str, GgufTensor] = {}
         parts = _parts(path, first.metadata)
         for part in parts:
@@ -119,6 +120,7 @@ class _Header:
             raise ModelError(f"{self.path}: this GGUF file {reason}; versions {known}, little-endian, are read")
         num_tensors, num_entries = self._number("Q"), self._number("Q")
         self.metadata: dict[str, Value] = {}
+        self.kinds: dict[str, tuple[int, int | None]] = {}  # of every value, and of an array's elements
         for _ in range(num_entries):
             key = self._string()
             if key in self.metadata:
@@ -163,11 +165,13 @@ class _Header:
 
     def _value(self, key: str) -> Value:
         kind = self._number("I")
+        self.kinds[key] = kind, None
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
             return self._scalars(key, kind, 1)[0]
         of, count = self._number("I"), self._number("Q")
+        self.kinds[key] = kind, of
         if count > _MAX_ARRAY:
             raise ModelError(f"{self.path}: metadata {key!r} has {count:,} elements, more than any model's")
         return [self._string() for _ in range(count)] if of == _STRING else self._scalars(key, of, count)

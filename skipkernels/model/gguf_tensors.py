@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -32,9 +32,7 @@ class GgufTensors:
         self.file, self.source = file, str(file.path)
         architecture = str(file.metadata["general.architecture"])
         self._names = _names(file, architecture, config.num_hidden_layers, shapes)
-        self._heads = {}
-        if architecture in _PERMUTED:
-            self._heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        self._heads = permuted_heads(architecture, config)
         self._refuse_unknown()
         for name, shape in shapes.items():
             self._check(self._placed(name), shape)
@@ -78,9 +76,7 @@ class GgufTensors:
     def _row_order(self, name: str, rows: int) -> torch.Tensor | None:
         """Which of the file's rows stand in each of Hugging Face's: halves of a head, where llama.cpp has pairs."""
         heads = self._heads.get(name.split(".")[-2])
-        if heads is None:
-            return None
-        return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
+        return None if heads is None else halves_from_pairs(rows, heads)
 
     def _check(self, tensor: GgufTensor, shape: tuple[int, ...]) -> None:
         if tensor.shape != shape:
@@ -104,15 +100,31 @@ class GgufTensors:
             )
 
 
-def _names(file: GgufFile, architecture: str, layers: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Hugging Face's names -> the file's."""
+def permuted_heads(architecture: str, config: ModelConfig) -> dict[str, int]:
+    """The projections whose rows a file holds in llama.cpp's order, and their heads."""
+    if architecture not in _PERMUTED:
+        return {}
+    return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+
+
+def halves_from_pairs(rows: int, heads: int) -> torch.Tensor:
+    """Which of a file's rows stand in each of Hugging Face's [rows]; its argsort is the way back."""
+    return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
+
+
+def gguf_names(architecture: str, layers: int, names: Iterable[str]) -> dict[str, str]:
+    """Hugging Face's names -> the file's; those that the architecture has not are left out."""
     arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
-    mapping, names = get_tensor_name_map(arch, layers), {}
+    mapping = get_tensor_name_map(arch, layers)
+    found = {name: mapping.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
+    return {name: own for name, own in found.items() if own is not None}
+
+
+def _names(file: GgufFile, architecture: str, layers: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    names = gguf_names(architecture, layers, shapes)
     for name in shapes:
-        found = mapping.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found not in file.tensors:
+        if (found := names.get(name)) not in file.tensors:
             raise ModelError(f"{file.path}: tensor {found or name!r} is missing from the file")
-        names[name] = found
     return names
 
 

@@ -70,8 +70,25 @@ def progress_bar(label: str) -> Iterator[Report]:
 def require_folder(*paths: Path | None) -> None:
     """Refuses, before the work, a file that could not be written after it."""
     for path in paths:
-        if path is not None and not path.parent.is_dir():
+        if path is None:
+            continue
+        if not path.parent.is_dir():
             raise RequestError(f"{path}: cannot be written (there is no folder {path.parent})")
+        if path.is_dir():
+            raise RequestError(f"{path}: cannot be written (it is a folder)")
+        if path.is_file() or not path.exists():
+            _open_for_writing(path)
+
+
+def _open_for_writing(path: Path) -> None:
+    """Permissions, quotas and read-only file systems show only when a file is opened. It is left as it was."""
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written ({error.strerror})") from error
+    if not existed:
+        path.unlink()
 
 
 def require_picture(*paths: Path | None) -> None:

@@ -17,7 +17,7 @@ from skipkernels.errors import RequestError
 from skipkernels.model.config import ModelConfig
 from skipkernels.model.weights import fill_rope, random_weights
 from skipkernels.program.table import OPS
-from skipkernels.skipping.policy import DensePolicy, FixedPolicy, TimingPolicy
+from skipkernels.skipping.policy import DensePolicy, FixedPolicy, NeuronPolicy, TimingPolicy
 from skipkernels.support.report import with_peak_floor
 from tests.real_models import smollm2_gguf
 
@@ -154,6 +154,24 @@ def test_bytes_counted_are_the_bytes_of_what_ran(monkeypatch):
     attention, ffn, head = (64 + 2 * 32 + 64) * 64, 3 * 96 * 64, 129 * 64
     cache = 2 * sum(2 * 8 * length * 2 * 16 for length in (5, 6, 7, 8)) / 4
     assert measured.bytes_per_step == pytest.approx(2 * (8 * attention + 6 * ffn + head + cache))
+
+
+def test_bytes_of_single_neurons_are_counted(monkeypatch):
+    config, _, hf_config = tiny_model(monkeypatch)
+    weights = random_weights(config, torch.bfloat16, 64, neuron_rows=True)
+    fill_rope(weights, hf_config)
+    engine = Engine(config, weights, max_seq_len=64, max_batch_size=2)
+    policy = NeuronPolicy(gate_thresholds=(0.02,) * 8, product_thresholds=(0.005,) * 8, warmup_tokens=0)
+    system = SkipkernelsSystem(engine, policy, 2, list(range(64)))
+    measured = system.decode(prompt_tokens=4, new_tokens=5)
+    kept = engine.state.kept_map[:, 1:5].double()
+    assert (kept[0] == kept[1]).all()
+    rows = 8 * 96 + float(kept[0].sum()) / 4  # of gate_proj, up_proj and down_proj, in a step
+    assert measured.skip_ratio == pytest.approx(1 - rows / (3 * 8 * 96), rel=1e-5)
+    assert 0.1 < measured.skip_ratio < 0.6
+    attention, head = (64 + 2 * 32 + 64) * 64, 129 * 64
+    cache = 2 * sum(2 * 8 * length * 2 * 16 for length in (5, 6, 7, 8)) / 4
+    assert measured.bytes_per_step == pytest.approx(2 * (8 * attention + 64 * rows + head + cache), rel=1e-6)
 
 
 def test_transformers_runs_on_the_same_storage(monkeypatch):

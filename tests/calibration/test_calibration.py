@@ -8,7 +8,7 @@ import pytest
 
 from skipkernels.calibration.calibration import Calibration, calibrate
 from skipkernels.calibration.passages import Passage, cut_passages
-from skipkernels.calibration.tuning import KINDS
+from skipkernels.calibration.tuning import KINDS, Decoder
 from skipkernels.engine import Engine
 from skipkernels.errors import PolicyError, RequestError
 from skipkernels.skipping.policy_file import load_policy
@@ -45,6 +45,22 @@ def test_the_policy_is_the_best_of_every_kind_baselines_included(calibration: Ca
         if other in reached
     )
     assert calibration.policy == calibration.best.policy
+
+
+def test_the_policy_is_measured_on_the_half_that_was_not_searched(calibration: Calibration) -> None:
+    _, held_out = cut_passages(engine(), [TEXT], SIZES["passages"], SIZES["prompt_tokens"], SIZES["new_tokens"])
+    decoder = Decoder(engine(), held_out, lambda tokens: None)
+    for trial in calibration.verified:
+        assert decoder.try_out(trial.kind, trial.policy, trial.wanted, 5) == trial
+
+
+def test_the_speed_is_measured_beside_the_dense_models(calibration: Calibration) -> None:
+    assert calibration.gain is not None
+    assert calibration.gain.new_tokens == 40
+    assert (set(calibration.gains) == set(KINDS)) == (not calibration.gain.faster)
+    untimed = calibrate(engine(), [TEXT], 0.3, kinds=("neurons",), timed=False, **SIZES)
+    assert untimed.gain is None
+    assert untimed.measured()["speed"] == {}
 
 
 def test_a_baseline_that_is_best_is_what_is_returned() -> None:

@@ -1,26 +1,37 @@
 """What neurons and blocks cost: as on Hugging Face's module; thresholds that save what was wanted where it is cheap."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
 
 from skipkernels.calibration.forced_reading import divergence, read_dense
-from skipkernels.calibration.neuron_profile import NeuronProfile, probes, profile_neurons
-from skipkernels.calibration.passages import Passage
+from skipkernels.calibration.neuron_profile import NeuronProfile, _scales, probes, profile_neurons
+from skipkernels.calibration.passages import Passage, cut_passages
+from skipkernels.calibration.tuning import Decoder
+from skipkernels.cli.builtin_text import demo_streams
+from skipkernels.demo import demo_model_path
+from skipkernels.engine import Engine
+from skipkernels.errors import PolicyError
+from skipkernels.skipping.up_scales import UpScales
 from tests.models import random_prompt, tiny_engine, tiny_module
 
 LAYERS, PROMPT, NEW = 4, 6, 30
 PASSAGES = [Passage(tuple(random_prompt(PROMPT + NEW, seed)), PROMPT) for seed in range(4)]
 
 
-def constructed(sensitivity: list[float]) -> NeuronProfile:
+def constructed(sensitivity: list[float], scales: tuple[float, ...] = (1.0,) * 8) -> NeuronProfile:
     """Layers with the same neurons, that differ in what these cost."""
     rng = np.random.default_rng(0)
-    gates = torch.tensor(rng.exponential(1.0, 5000), dtype=torch.float32)
-    products = gates * torch.tensor(np.abs(rng.normal(0, 1, 5000)), dtype=torch.float32)
+    size = (1000, len(scales))
+    gates = torch.tensor(rng.exponential(1.0, size), dtype=torch.float32)
+    products = gates * torch.tensor(np.abs(rng.normal(0, 1, size)) * np.array(scales), dtype=torch.float32)
     count = len(sensitivity)
     nothing = np.zeros((1, count), np.float32)
-    return NeuronProfile([gates] * count, [products] * count, [1.0] * count, sensitivity, nothing, nothing)
+    return NeuronProfile(
+        [gates] * count, [products] * count, UpScales.of([scales] * count), sensitivity, nothing, nothing
+    )
 
 
 @torch.inference_mode()
@@ -89,6 +100,46 @@ def test_unread_counts_a_gate_twice_and_a_product_once() -> None:
     assert profile.unread([0.0], [0.0]) == 0.0
 
 
+def test_scales_are_the_root_mean_square_of_each_neurons_up_past_the_prompt() -> None:
+    """Against transformers' module, in float16, which is how a policy file stores them."""
+    module = tiny_module()
+    ups: list[list[torch.Tensor]] = [[] for _ in range(LAYERS)]
+    hooks = [
+        layer.mlp.up_proj.register_forward_hook(lambda _, __, out, index=index: ups[index].append(out[0, PROMPT:]))
+        for index, layer in enumerate(module.model.layers)
+    ]
+    with torch.inference_mode():
+        for passage in PASSAGES[:2]:
+            module(torch.tensor([passage.token_ids[:-1]]))
+    for hook in hooks:
+        hook.remove()
+    profile = profile_neurons(tiny_engine(module=module), PASSAGES[:2])
+    expected = torch.stack([torch.cat(layer).square().mean(0).sqrt() for layer in ups])
+    np.testing.assert_allclose(profile.up_scales.values.astype(np.float32), expected, rtol=2e-3)
+    policy = profile.policy(0.2, 1.0, 1)
+    assert policy.up_scales == profile.listed_scales
+    assert np.unique(profile.up_scales.values).size > LAYERS  # of neurons, not of layers
+
+
+def test_a_neuron_that_is_never_used_has_a_scale_above_0_and_one_that_is_not_finite_is_refused() -> None:
+    found = _scales(np.array([[0.0, 1e-30, 0.5, 1e9]])).values
+    assert found.tolist() == [[2.0**-14, 2.0**-14, 0.5, 65504.0]]
+    with pytest.raises(PolicyError, match="up_scales"):
+        _scales(np.array([[1.0, np.nan]]))
+
+
+def test_a_gate_that_meets_a_large_up_is_kept_though_it_is_small() -> None:
+    """As the executors test it: a gate below its layer's threshold divided by the neuron's own scale is left out."""
+    scales = (0.1, 0.5, 1.0, 4.0)
+    profile = constructed([1.0], scales)
+    (a,), _ = profile.thresholds(0.3, 1.0)
+    kept = [float((profile.gates[0][:, j] >= a / s).float().mean()) for j, s in enumerate(scales)]
+    assert kept == sorted(kept)
+    assert kept[3] > 2 * kept[0]
+    missing = 1 - np.mean(kept)
+    assert profile.unread([a], [0.0]) == pytest.approx(2 / 3 * missing, abs=1e-3)
+
+
 def test_cats_takes_the_same_share_of_every_layers_gates() -> None:
     profile = constructed([0.1, 0.4])
     policy = profile.uniform_gates(0.2, 1)
@@ -101,3 +152,22 @@ def test_probes_are_counted() -> None:
     seen: list[int] = []
     profile_neurons(tiny_engine(), PASSAGES, seen.append)
     assert sum(seen) == probes(PASSAGES, LAYERS) == 3 * LAYERS
+
+
+@pytest.mark.parametrize("saving", [0.1, 0.24, 0.4])
+def test_quantiles_of_one_text_save_what_they_promise_on_another(saving: float) -> None:
+    """Within a point, on a trained model, before any tuning: the saving of a decode, from dense activations."""
+    assert trained_saving(saving) == pytest.approx(saving, abs=0.01)
+
+
+@cache
+def trained() -> tuple[NeuronProfile, Decoder]:
+    engine = Engine.from_pretrained(demo_model_path(), max_batch_size=8, neuron_rows=True)
+    search, held_out = cut_passages(engine, demo_streams(engine.tokenizer)[:1], 16, 32, 64)
+    return profile_neurons(engine, search), Decoder(engine, held_out, lambda tokens: None)
+
+
+def trained_saving(saving: float) -> float:
+    profile, decoder = trained()
+    policy = profile.policy(saving / decoder.share_past_warmup(1), 1.0, 1)
+    return decoder.try_out("neurons", policy, saving, 1).comparison.skip_ratio

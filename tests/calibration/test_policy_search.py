@@ -14,6 +14,7 @@ from skipkernels.calibration.search_space import SearchSpace
 from skipkernels.calibration.tuning import KINDS, Decoder, Kind, Trial
 from skipkernels.errors import PolicyError
 from skipkernels.skipping.policy import FixedPolicy, NeuronPolicy, Policy, RandomPolicy, SkipPolicy
+from skipkernels.skipping.up_scales import UpScales
 
 LAYERS = 12
 BLOCK_KL = np.tile(np.array([5, 0.3, 0.3, 0.1, 0.2, 0.1, 0.2, 0.2, 0.3, 0.3, 2, 9], np.float32), (64, 1))
@@ -25,8 +26,9 @@ SIMILARITIES = (
 
 
 def profile() -> NeuronProfile:
-    samples = [torch.rand(2000, generator=torch.Generator().manual_seed(layer)) for layer in range(LAYERS)]
-    return NeuronProfile(samples, samples, [1.0] * LAYERS, [1.0] * LAYERS, BLOCK_KL, SIMILARITIES)
+    samples = [torch.rand(500, 4, generator=torch.Generator().manual_seed(layer)) for layer in range(LAYERS)]
+    scales = UpScales.of([(1.0,) * 4] * LAYERS)
+    return NeuronProfile(samples, samples, scales, [1.0] * LAYERS, BLOCK_KL, SIMILARITIES)
 
 
 class Landscape:

@@ -29,12 +29,21 @@ def test_the_order_is_that_of_the_held_out_text() -> None:
 
 
 def test_a_margin_is_the_paired_difference() -> None:
-    best, other = trial((0.1, 0.2, 0.3)), trial((0.2, 0.3, 0.4))
+    best, other = trial((0.1, 0.2, 0.3, 0.1)), trial((0.2, 0.3, 0.4, 0.2))
     found = margin(best, other)
     assert (found.kl, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
     assert found.verdict == "beats"
+    assert (found.passages, found.tokens) == (4, 100)
     assert margin(best, best).verdict == "is level with"
     assert margin(other, best).verdict == "loses to"
+
+
+def test_a_single_passage_beats_nothing() -> None:
+    """Its interval has no width, however far apart the two are."""
+    found = margin(trial((0.1,)), trial((0.9,)))
+    assert found.low == found.high == pytest.approx(0.8)
+    assert found.verdict == "cannot be told from"
+    assert margin(trial((0.1,) * 4), trial((0.9,) * 4)).verdict == "beats"
 
 
 @pytest.mark.parametrize(
@@ -42,4 +51,4 @@ def test_a_margin_is_the_paired_difference() -> None:
     [(0.01, 0.03, "beats"), (-0.01, 0.03, "is level with"), (-0.03, -0.01, "loses to"), (0.0, 0.0, "is level with")],
 )
 def test_a_verdict_needs_the_whole_interval(low: float, high: float, verdict: str) -> None:
-    assert Margin("fixed", 0.25, 0.01, low, high).verdict == verdict
+    assert Margin("fixed", 0.25, 0.01, low, high, 8, 1024).verdict == verdict

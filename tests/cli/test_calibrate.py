@@ -8,10 +8,14 @@ import pytest
 from typer.testing import Result
 
 from skipkernels import Engine
+from skipkernels.calibration.calibration import Calibration, SimilarityCurve
+from skipkernels.calibration.scoring import Comparison
+from skipkernels.calibration.speed import Gain
+from skipkernels.calibration.tuning import Trial
 from skipkernels.calibration.verification import Margin
 from skipkernels.cli.calibrate import _KINDS as KINDS
-from skipkernels.cli.calibrate import margin_sentence
-from skipkernels.skipping.policy import policy_from_dict
+from skipkernels.cli.calibrate import gain_sentence, margin_sentence, slower_warning
+from skipkernels.skipping.policy import FixedPolicy, policy_from_dict
 from skipkernels.skipping.policy_file import load_policy
 from tests.cli.conftest import LAYERS, save_checkpoint
 
@@ -86,7 +90,7 @@ def test_a_divergence_that_is_too_large_is_a_warning_with_what_could_be_saved(
     assert "even the best policy costs" in warned
     affordable = json.loads(Path("skip_policy.json").read_text())["measured"]["affordable"]
     assert f"The largest saving found below it is {100 * affordable:.1f}%" in warned
-    assert "warning" not in run(*words, "--warn-kl", "50").stderr
+    assert "even the best policy" not in run(*words, "--warn-kl", "50").stderr
 
 
 def test_the_largest_saving_within_a_divergence(run: Run, checkpoint: str, prose: str) -> None:
@@ -103,19 +107,24 @@ def test_the_largest_saving_within_a_divergence(run: Run, checkpoint: str, prose
     ("margin", "sentence"),
     [
         (
-            Margin("fixed", 0.2, 0.03, 0.01, 0.05),
+            Margin("fixed", 0.2, 0.03, 0.01, 0.05, 8, 1024),
             "At 20.0% saved the policy [bold]beats[/] a fixed choice of blocks: its KL from dense is 0.0300 nats "
-            "lower (95 % interval 0.0100 to 0.0500).",
+            "lower (95 % interval 0.0100 to 0.0500, 8 passages, 1024 tokens).",
         ),
         (
-            Margin("random", 0.19, -0.03, -0.05, -0.01),
+            Margin("random", 0.19, -0.03, -0.05, -0.01, 8, 1024),
             "At 20.0% against 19.0% saved the policy [bold]loses to[/] a random choice of blocks: its KL from dense is "
-            "0.0300 nats higher (95 % interval 0.0100 to 0.0500).",
+            "0.0300 nats higher (95 % interval 0.0100 to 0.0500, 8 passages, 1024 tokens).",
         ),
         (
-            Margin("fixed", 0.2, -0.01, -0.03, 0.02),
+            Margin("fixed", 0.2, -0.01, -0.03, 0.02, 8, 1024),
             "At 20.0% saved the policy [bold]is level with[/] a fixed choice of blocks: its KL from dense is 0.0100 "
-            "nats higher (95 % interval -0.0200 to 0.0300).",
+            "nats higher (95 % interval -0.0200 to 0.0300, 8 passages, 1024 tokens).",
+        ),
+        (
+            Margin("fixed", 0.2, 0.03, 0.03, 0.03, 1, 128),
+            "At 20.0% saved the policy [bold]cannot be told from[/] a fixed choice of blocks: its KL from dense is "
+            "0.0300 nats lower (1 of the 4 passages that an interval takes; --passages gives more).",
         ),
     ],
 )
@@ -131,7 +140,63 @@ def test_a_policy_beside_the_model_is_used_by_itself(run: Run, prose: str, tmp_p
     assert policy_from_dict(values["policy"]) == load_policy(out)
 
 
-def test_the_file_that_cannot_be_written_is_an_error(run: Run, checkpoint: str, prose: str) -> None:
-    result = run("calibrate", checkpoint, "--text", prose, "--out", "no/such/policy.json", *SIZES)
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("no/such/policy.json", "there is no folder no/such"), ("taken", "it is a folder"), ("/proc/policy.json", "")],
+)
+def test_the_file_that_cannot_be_written_is_an_error_before_the_work(
+    run: Run, checkpoint: str, prose: str, path: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("taken").mkdir()
+    monkeypatch.setattr("skipkernels.cli.models.ModelOptions.load", lambda *_, **__: pytest.fail("loaded"))
+    result = run("calibrate", checkpoint, "--text", prose, "--out", path, *SIZES)
     assert result.exit_code == 1
-    assert "no/such/policy.json" in result.stderr.splitlines()[-1]
+    assert f"{path}: cannot be written ({reason}" in result.stderr.splitlines()[-1]
+
+
+def gain(ratio: float) -> Gain:
+    return Gain(100.0, 100 * ratio, 0.25, ratio, ratio - 0.01, ratio + 0.01, 128, 5)
+
+
+def found_with(gains: dict[str, float]) -> Calibration:
+    """Neurons best, then similarity, then fixed blocks, at the speeds given."""
+    kl = {"neurons": 0.05, "similarity": 0.3, "fixed": 0.5}
+    trials = [
+        Trial(kind, FixedPolicy((1,)), Comparison(0.25, 0.25, 0.9, cost, 10, 9, 512, 4), (cost,) * 4, 0.25)
+        for kind, cost in kl.items()
+    ]
+    curve = SimilarityCurve((0.9,), (0.9,), (0.9,))
+    return Calibration(
+        tuple(trials), tuple(trials), (), None, 0.1, curve, "text", 8, 128, 1, "", "bf16",
+        gains={kind: gain(ratio) for kind, ratio in gains.items()},
+    )  # fmt: skip
+
+
+def test_a_policy_that_is_slower_than_dense_is_not_recommended_silently() -> None:
+    slow = found_with({"neurons": 0.82, "similarity": 0.97, "fixed": 1.2})
+    assert slow.faster is not None
+    assert slow.faster.kind == "fixed"
+    for part in (
+        "no faster than the dense model (0.82x)",
+        "a fixed choice of blocks: 1.20x, KL 0.500",
+        "--kinds fixed",
+    ):
+        assert part in slower_warning(slow)
+    assert slow.measured()["speed"]["neurons"]["faster"] is False
+    none = found_with({"neurons": 0.82, "similarity": 0.97, "fixed": 0.99})
+    assert none.faster is None
+    assert "decode with --dense" in slower_warning(none)
+    assert "82.0 tokens/s, dense 100.0: 0.82x (0.81 to 0.83 in 5 rounds in turns, 128 tokens)" in gain_sentence(
+        gain(0.82)
+    )
+
+
+def test_the_speed_beside_dense_is_printed_and_kept(run: Run, checkpoint: str, prose: str) -> None:
+    result = run("calibrate", checkpoint, "--skip-ratio", "0.2", "--text", prose, "--kinds", "neurons,fixed", *SIZES)
+    assert result.exit_code == 0, result.output
+    measured = json.loads(Path("skip_policy.json").read_text())["measured"]
+    own = measured["speed"][measured["kind"]]
+    text = " ".join((result.stdout + result.stderr).split())
+    assert f"{own['tokens_per_s']:.1f} tokens/s, dense {own['dense_tokens_per_s']:.1f}" in text
+    assert ("no faster than the dense model" in text) == (not own["faster"]) == (own["ratio"] <= 1)
+    assert (set(measured["speed"]) == {measured["kind"]}) == own["faster"]  # else the others are timed too

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+from skipkernels import Engine, NeuronPolicy, save_policy
 from tests.models import byte_tokenizer, tiny_module
 
 Run = Callable[..., Result]
@@ -84,16 +85,42 @@ def test_json_may_go_to_stdout(run: Run, checkpoint: str, prose: str) -> None:
     assert not Path("-").exists()
 
 
-def test_a_policy_file_takes_the_place_of_the_ratios(run: Run, checkpoint: str, prose: str) -> None:
+@pytest.mark.parametrize(("kind", "method"), [("similarity", "skip"), ("neurons", "neuron"), ("mixed", "mixed")])
+def test_a_policy_file_takes_the_place_of_the_ratios(
+    run: Run, checkpoint: str, prose: str, kind: str, method: str
+) -> None:
     sizes = ["--new-tokens", "24", "--prompt-tokens", "8", "--passages", "8", "--warmup-tokens", "5"]
-    assert run("calibrate", checkpoint, "--text", prose, "--skip-ratio", "0.2", *sizes).exit_code == 0
-    words = ["eval", checkpoint, "--text", prose, *SIZES, "--tasks", "perplexity", "--methods", "skip"]
-    result = run(*words, "--policy", "skip_policy.json", "--json", "out.json")
+    calibrate = ["calibrate", checkpoint, "--text", prose, "--skip-ratio", "0.2", "--kinds", kind, *sizes]
+    assert run(*calibrate).exit_code == 0
+    words = ["eval", checkpoint, "--text", prose, *SIZES, "--tasks", "perplexity", "--policy", "skip_policy.json"]
+    result = run(*words, "--methods", method, "--json", "out.json")
     assert result.exit_code == 0, result.output
     (cell,) = document()["cells"]
+    assert cell["method"] == method
     policy = json.loads(Path("skip_policy.json").read_text())["policy"]
     assert cell["found"]["policy"] == policy | {"warmup_tokens": 1}
     assert cell["ratio"] == pytest.approx(cell["ffn_skip_ratio"], abs=0.1)
+
+
+def test_a_policy_of_another_grain_or_model_is_refused_before_the_work(
+    run: Run, checkpoint: str, prose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("skipkernels.cli.eval_tasks.TaskOptions.prepare", lambda *_, **__: pytest.fail("began"))
+    words = ["eval", checkpoint, "--text", prose, *SIZES, "--tasks", "perplexity", "--policy", "mine.json"]
+    save_policy("mine.json", NeuronPolicy(gate_thresholds=(0.1,) * 10), fingerprint="another", measured={})
+    other_model = run(*words, "--methods", "neuron")
+    assert other_model.exit_code == 1
+    assert "was calibrated for model another" in other_model.stderr
+    with monkeypatch.context() as patch:  # not even the model is loaded for this
+        patch.setattr("skipkernels.cli.models.ModelOptions.load", lambda *_, **__: pytest.fail("loaded"))
+        other_grain = run(*words, "--methods", "full,skip")
+    assert other_grain.exit_code == 2
+    assert "a policy of the method 'neuron', which --methods full,skip lacks" in " ".join(other_grain.stderr.split())
+    fits = Engine.from_pretrained(checkpoint).fingerprint
+    save_policy("mine.json", NeuronPolicy(gate_thresholds=(0.1,) * 3), fingerprint=fits, measured={})
+    depth = run(*words, "--methods", "neuron")
+    assert depth.exit_code == 1
+    assert "gate_thresholds has 3 entries, the model 10 layers" in depth.stderr
 
 
 def test_a_ratio_that_cannot_be_reached_is_said_beside_the_others(run: Run, checkpoint: str, prose: str) -> None:

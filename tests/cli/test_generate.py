@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from typer.testing import Result
 
 from skipkernels import Engine, SkipPolicy, TimingPolicy, save_policy
@@ -163,3 +164,25 @@ def test_a_process_prints_what_the_engine_gives(checkpoint: str) -> None:
     result = run_process("generate", checkpoint, "Hello", *words)
     assert result.returncode == 0, result.stderr
     assert result.stdout == expected(checkpoint, max_new_tokens=8, policy=SkipPolicy(threshold=1.0)).text + "\n"
+
+
+@pytest.mark.parametrize("command", ["generate", "trace"])
+def test_fewer_tokens_than_the_warm_up_are_warned_of(run: Run, checkpoint: str, command: str) -> None:
+    words = [command, checkpoint, "Hello", "--threshold", "0.9", "--max-new-tokens"]
+    few = " ".join(run(*words, "25").stderr.split())
+    assert "nothing can be left out: the policy runs the first 25 generated tokens in full" in few
+    assert "nothing can be left out" not in run(*words, "26").stderr
+    assert "nothing can be left out" not in run(command, checkpoint, "Hello", "--max-new-tokens", "5").stderr
+
+
+def test_the_table_fits_80_columns_under_the_longest_policy(
+    run: Run, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    mixed = replace(POLICY, gate_thresholds=(0.1,) * LAYERS, product_thresholds=(0.1,) * LAYERS)
+    save_policy("mine.json", mixed, fingerprint=Engine.from_pretrained(checkpoint).fingerprint, measured={})
+    result = run("generate", checkpoint, "Hello", "--max-new-tokens", "30", "--policy", "mine.json")
+    assert result.exit_code == 0, result.output
+    heading = next(line for line in result.stderr.splitlines() if "tokens/s" in line)
+    assert heading.split() == ["tokens/s", "ms/token", "not", "read"]
+    assert mixed.label in " ".join(result.stderr.split())

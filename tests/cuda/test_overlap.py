@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from skipkernels.program.state import LAYOUTS, DecodeState
-from skipkernels.skipping.policy import DensePolicy, FixedPolicy, Policy, SkipPolicy, TimingPolicy
+from skipkernels.skipping.policy import DensePolicy, FixedPolicy, NeuronPolicy, Policy, SkipPolicy, TimingPolicy
 from tests.cuda.kernels import HostKernels
 from tests.cuda_host.controls import SEEDS
 from tests.executors.programs import Case, same_bits
@@ -22,6 +22,8 @@ POLICIES: list[Policy] = [
     SkipPolicy(threshold=0.7, span=1, cold_start=0, cold_end=0, warmup_tokens=0, target_ratio=0.3),
     FixedPolicy((1, 2), warmup_tokens=0),
     TimingPolicy(0.5),
+    NeuronPolicy(gate_thresholds=(0.1, 0.0, 0.3, 9.0), product_thresholds=(0.1,) * 4, warmup_tokens=0),
+    SkipPolicy(-1.0, span=2, cold_start=0, cold_end=0, gate_thresholds=(0.1,) * 4, warmup_tokens=0),
 ]
 
 
@@ -43,6 +45,7 @@ def step_case(policy: Policy, sequences: int, dtype: torch.dtype, qk_norm: bool 
         policies=(policy,),
         seed=sequences,
         num_layers=4,
+        neuron_rows=policy.plan(4) is not None and policy.plan(4).neurons is not None,
         layout=LAYOUTS["cuda"],
     )
 

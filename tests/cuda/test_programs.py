@@ -21,7 +21,7 @@ def check(case: Case, **options: int) -> None:
     compare_program(case, lambda program, state: HostKernels(program, state, **options))
 
 
-@given(case=cases(layout=CUDA, neurons=False), seed=st.sampled_from(list(SEEDS)), num_sms=st.integers(1, 5))
+@given(case=cases(layout=CUDA), seed=st.sampled_from(list(SEEDS)), num_sms=st.integers(1, 5))
 def test_every_buffer_agrees_after_every_instruction(case: Case, seed: int, num_sms: int) -> None:
     check(case, seed=seed, num_sms=num_sms)
 
@@ -29,7 +29,7 @@ def test_every_buffer_agrees_after_every_instruction(case: Case, seed: int, num_
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @settings(max_examples=400, derandomize=False)
-@given(case=cases(layout=CUDA, neurons=False), seed=st.sampled_from(list(SEEDS)), num_sms=st.integers(1, 5))
+@given(case=cases(layout=CUDA), seed=st.sampled_from(list(SEEDS)), num_sms=st.integers(1, 5))
 def test_every_buffer_agrees_in_a_long_sweep(case: Case, seed: int, num_sms: int) -> None:
     check(case, seed=seed, num_sms=num_sms)
 

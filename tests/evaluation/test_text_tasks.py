@@ -37,12 +37,42 @@ def test_perplexity_is_that_of_transformers(setup: Setup) -> None:
             tokens = torch.tensor([passage.token_ids])
             log_probs = module(tokens).logits.log_softmax(-1)[0, 7:-1]
             nats -= float(log_probs.gather(1, tokens[0, 8:, None]).sum())
-    task = Perplexity(PASSAGES, ALIKE, "random")
+    task = Perplexity(PASSAGES, ALIKE, "random", method(setup, "full"))
     outcome = task.run(method(setup, "full"), "full")
     value = estimate(PERPLEXITY, outcome.items["perplexity"], 0).value
     assert value == pytest.approx(math.exp(nats / 60), rel=1e-4)
     assert outcome.work.tokens == 60
     assert task.settings == {"text": "random", "passages": 3, "prompt_tokens": 8, "new_tokens": 20}
+
+
+def test_on_held_out_text_the_distance_from_the_full_model_is_that_of_transformers(setup: Setup) -> None:
+    """With the FFNs left out that ``fixed`` chose, past the first decoded token."""
+    kind = METHODS["fixed"]
+    found = kind.find(setup, 0.4, ALIKE)
+    items = Perplexity(PASSAGES, ALIKE, "random", method(setup, "full")).run(kind.build(setup, found), "fixed").items
+    module = tiny_module(num_hidden_layers=LAYERS)
+
+    def log_probs(tokens: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return module(tokens).logits.log_softmax(-1)[0, 7:-1]
+
+    tokens = [torch.tensor([passage.token_ids]) for passage in PASSAGES]
+    full = [log_probs(each) for each in tokens]
+    for layer in found["policy"]["layers"]:
+        module.model.layers[layer].mlp.register_forward_hook(_without_after(8))
+    for index, (dense, other) in enumerate(zip(full, map(log_probs, tokens), strict=True)):
+        kl = (dense.exp() * (dense - other)).sum()
+        assert items["KL from full"][index] == (pytest.approx(float(kl), rel=1e-2), 20.0)
+        same = (dense.argmax(-1) == other.argmax(-1)).sum()
+        assert items["top-1 agreement"][index] == (float(same), 20.0)
+
+
+def _without_after(prompt_tokens: int):
+    def hook(_mlp, _inputs, output: torch.Tensor) -> torch.Tensor:
+        output[:, prompt_tokens:] = 0
+        return output
+
+    return hook
 
 
 @pytest.fixture(scope="module")

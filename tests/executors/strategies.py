@@ -64,7 +64,7 @@ neuron_policies = st.one_of(
 
 
 @st.composite
-def cases(draw: st.DrawFn, layout: Layout = LAYOUTS["cpu"], max_sequences: int = 16, neurons: bool = True) -> Case:
+def cases(draw: st.DrawFn, layout: Layout = LAYOUTS["cpu"], max_sequences: int = 16) -> Case:
     """Any program over small buffers cut by ``layout``, with cache blocks of any size."""
     split = layout.kv_split_size
     longest = draw(st.sampled_from([5, 40, split, 2 * split + 40]))
@@ -74,7 +74,7 @@ def cases(draw: st.DrawFn, layout: Layout = LAYOUTS["cpu"], max_sequences: int =
     with_prompts = draw(st.booleans())
     prompt_rows = [draw(st.integers(0, min(length, 9))) if with_prompts else 0 for length in seq_lens]
     chosen = draw(st.lists(policies, min_size=1, max_size=3))
-    neuron_rows = neurons and draw(st.booleans())
+    neuron_rows = draw(st.booleans())
     if neuron_rows and draw(st.sampled_from([True, True, False])):
         chosen += draw(st.lists(neuron_policies, min_size=1, max_size=2))
     return Case(

@@ -7,7 +7,7 @@ import torch
 
 from skipkernels import Engine, SamplingParams, SkipPolicy
 from skipkernels.errors import DeviceError, RequestError
-from skipkernels.skipping.policy import Policy
+from skipkernels.skipping.policy import NeuronPolicy, Policy
 from tests.models import FAMILIES, random_prompt, stock_tokens, tiny_engine, tiny_module
 
 pytestmark = pytest.mark.gpu
@@ -15,6 +15,7 @@ SKIPPING = SkipPolicy(threshold=0.6, span=1, cold_start=0, cold_end=1, warmup_to
 SLACK_BYTES = 8 << 20
 """By which free memory may change while nothing leaks: the driver hands it out in pieces of 2 MB, when it likes."""
 HELD = SkipPolicy(threshold=0.6, span=1, cold_start=0, cold_end=0, warmup_tokens=3, target_ratio=0.2)
+NEURONS = NeuronPolicy(gate_thresholds=(5e-3,) * 4, product_thresholds=(1e-3,) * 4, warmup_tokens=3)
 PROMPTS = [random_prompt(9, 1), random_prompt(4, 2), random_prompt(17, 3)]
 
 
@@ -36,7 +37,7 @@ def test_dense_tokens_are_those_of_transformers(family: str, kernels: str) -> No
     assert engine.generate([prompt], max_new_tokens=24)[0].token_ids == expected
 
 
-@pytest.mark.parametrize("policy", [SKIPPING, HELD], ids=lambda policy: policy.label)
+@pytest.mark.parametrize("policy", [SKIPPING, HELD, NEURONS], ids=lambda policy: policy.label)
 def test_skipping_is_that_of_the_reference(policy: Policy, kernels: str, conditional: str, loop: str) -> None:
     options = {"max_batch_size": 3, "policy": policy}
     sampling = [SamplingParams(), SamplingParams(temperature=0.8, seed=5), SamplingParams(top_k=20, temperature=1.0)]
@@ -46,7 +47,8 @@ def test_skipping_is_that_of_the_reference(policy: Policy, kernels: str, conditi
     for ours, reference in zip(actual, expected, strict=True):
         assert ours.token_ids == reference.token_ids
         assert ours.skip_map.tolist() == reference.skip_map.tolist()
-    assert any(answer.skip_ratio > 0 for answer in expected)
+        assert ours.unread_map.tolist() == reference.unread_map.tolist()
+    assert any(answer.unread_ratio > 0 for answer in expected)
 
 
 def test_a_hundred_runs_are_one(kernels: str) -> None:

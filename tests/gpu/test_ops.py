@@ -8,7 +8,14 @@ import torch
 
 from skipkernels.executors.execution import Execution
 from skipkernels.program.state import LAYOUTS
-from skipkernels.skipping.policy import DensePolicy, FixedPolicy, RandomPolicy, SkipPolicy, TimingPolicy
+from skipkernels.skipping.policy import (
+    DensePolicy,
+    FixedPolicy,
+    NeuronPolicy,
+    RandomPolicy,
+    SkipPolicy,
+    TimingPolicy,
+)
 from tests.executors.programs import Case, compare_program
 from tests.gpu.twin import GpuTwin
 
@@ -22,19 +29,25 @@ POLICIES = [
     RandomPolicy(0.5, seed=-3, cold_start=0, cold_end=0, warmup_tokens=2),
     TimingPolicy(0.25),
 ]
+THRESHOLDS = (0.0, 0.2, 0.5, 1.5)
+NEURON_POLICIES = [
+    NeuronPolicy(gate_thresholds=THRESHOLDS, product_thresholds=(0.3,) * 4, warmup_tokens=2),
+    NeuronPolicy(gate_thresholds=(0.3,) * 4, product_thresholds=THRESHOLDS, warmup_tokens=2, target_ratio=0.1),
+    FixedPolicy((1, 3), gate_thresholds=THRESHOLDS, warmup_tokens=0),
+]
 
 
-def case(seed: int, dtype: torch.dtype, batch_size: int | None = None) -> Case:
-    """Sizes of every kind: odd ones, aligned ones, and some as wide as real models are."""
+def case(seed: int, dtype: torch.dtype, sequences: int | None = None) -> Case:
+    """Sizes of every kind: odd ones, aligned ones, and some as wide as real models are; every third leaves out
+    neurons."""
     draw = random.Random(seed)
-    split = LAYOUTS["cuda"].kv_split
+    split = LAYOUTS["cuda"].kv_split_size
     longest = draw.choice([5, 40, split, 5 * split + 40])
-    rows = batch_size or draw.randint(1, 16)
-    wide = draw.random() < 0.5
+    sequences = sequences or draw.randint(1, 16)
+    wide, neurons = draw.random() < 0.5, seed % 3 == 2
     return Case(
-        batch_size=rows,
-        seq_lens=tuple(draw.randint(0, longest) for _ in range(rows)),
-        active=tuple(draw.random() < 0.8 for _ in range(rows)),
+        seq_lens=tuple(draw.randint(0, longest) for _ in range(sequences)),
+        active=tuple(draw.random() < 0.8 for _ in range(sequences)),
         hidden_size=draw.choice([512, 1024, 2048]) if wide else draw.randint(1, 140),
         intermediate_size=draw.choice([1408, 2816, 5632]) if wide else draw.randint(1, 140),
         vocab_size=draw.choice([1000, 32000]) if wide else draw.randint(2, 300),
@@ -46,7 +59,8 @@ def case(seed: int, dtype: torch.dtype, batch_size: int | None = None) -> Case:
         qkv_bias=draw.random() < 0.5,
         o_proj_bias=draw.random() < 0.5,
         dtype=dtype,
-        policy=draw.choice(POLICIES),
+        policies=(draw.choice(POLICIES), *(draw.sample(NEURON_POLICIES, 2) if neurons else ())),
+        neuron_rows=neurons,
         seed=seed,
         layout=LAYOUTS["cuda"],
     )
@@ -55,7 +69,7 @@ def case(seed: int, dtype: torch.dtype, batch_size: int | None = None) -> Case:
 def check(case: Case, kernels: str) -> None:
     execution = Execution(device="cuda", kernels=kernels).resolved()
     weights = case.weights()
-    compare_program(case, lambda program, state: GpuTwin(case.config(), weights, case.policy, state, execution))
+    compare_program(case, lambda _, state: GpuTwin(case, weights, state, execution))
 
 
 def parameters(cuda: Iterable[int], triton: Iterable[int], name: str) -> pytest.MarkDecorator:
@@ -71,6 +85,6 @@ def test_every_buffer_agrees_after_every_instruction(kernels: str, seed: int, dt
     check(case(seed, dtype), kernels)
 
 
-@parameters(range(1, 17), (1, 5, 16), "batch_size")
-def test_every_batch_size_agrees(kernels: str, batch_size: int) -> None:
-    check(case(100 + batch_size, torch.bfloat16, batch_size), kernels)
+@parameters(range(1, 17), (1, 5, 16), "sequences")
+def test_every_number_of_sequences_agrees(kernels: str, sequences: int) -> None:
+    check(case(100 + sequences, torch.bfloat16, sequences), kernels)

@@ -6,16 +6,21 @@ import torch
 
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.graph import GraphExecutor
-from skipkernels.model.config import ModelConfig
+from skipkernels.executors.runtime import CudaRuntime
 from skipkernels.model.weights import ModelWeights
-from skipkernels.program import Program, build_program
+from skipkernels.program import Program
 from skipkernels.program.state import DecodeState
-from skipkernels.skipping.policy import Policy
+from tests.executors.programs import Case
 
 
-def weights_on_gpu(weights: ModelWeights) -> ModelWeights:
+def weights_on_gpu(weights: ModelWeights, device: str) -> ModelWeights:
+    """A copy; a down_proj that lies transposed does so there too."""
+
     def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.contiguous().cuda()
+        if tensor is None:
+            return None
+        is_transposed = tensor.dim() == 2 and tensor.T.is_contiguous() and not tensor.is_contiguous()
+        return tensor.T.to(device, copy=True).T if is_transposed else tensor.to(device, copy=True)
 
     layers = [
         replace(layer, **{item.name: moved(getattr(layer, item.name)) for item in fields(layer)})
@@ -26,24 +31,34 @@ def weights_on_gpu(weights: ModelWeights) -> ModelWeights:
 
 
 class GpuTwin:
-    """Runs ``policy``'s program on a GPU over copies of the buffers of ``state``, which is on the CPU."""
+    """Runs a case's program on a GPU over copies of the buffers of ``state``, which is on the CPU."""
 
     name = "gpu twin"
 
     def __init__(
-        self, config: ModelConfig, weights: ModelWeights, policy: Policy, state: DecodeState, execution: Execution
+        self,
+        case: Case,
+        weights: ModelWeights,
+        state: DecodeState,
+        execution: Execution,
+        runtime: CudaRuntime | None = None,
     ) -> None:
+        """``runtime``: for a GPU that is none, in the tests of these tests."""
+        device = "cpu" if runtime else execution.device
         self._state = state
         self._own = DecodeState.allocate(
-            config,
-            batch_size=state.batch_size,
+            case.config(),
+            num_sequences=state.num_sequences,
+            num_prompt_rows=state.num_prompt_rows,
             max_seq_len=state.max_seq_len,
+            num_blocks=state.num_blocks,
             dtype=state.k_cache.dtype,
-            device="cuda",
+            device=device,
             layout=state.layout,
+            neurons=case.neuron_rows,
         )
-        program = build_program(config, weights_on_gpu(weights), self._own, policy)
-        self._executor = GraphExecutor(program, self._own, execution)
+        program = case.program(weights_on_gpu(weights, device), self._own)
+        self._executor = GraphExecutor(program, self._own, execution, runtime)
 
     @property
     def program(self) -> Program:

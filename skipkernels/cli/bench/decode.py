@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from skipkernels.engine import Engine
     from skipkernels.executors.execution import Execution
     from skipkernels.model.config import ModelConfig
-    from skipkernels.skipping.policy import Policy
 
 
 PEERS = ("transformers", "compiled", "cuda-graph")
@@ -89,13 +88,12 @@ def decode(
             prompt = list(range(1, length))
             policies = policies_for(ratios, None, test_only)
         else:
-            engine, module, folder = _trained_model(str(model), dtype, length, execution)
+            skipping = any(ratio > 0 for ratio in ratios)
+            engine, module = _trained_model(str(model), dtype, length, execution, policy, skipping)
             if module is None and peers:
                 raise typer.BadParameter(f"--against {against} needs a Hugging Face checkpoint; {model} is a GGUF file")
             prompt = _prompt(engine, length)
-            skipping = any(ratio > 0 for ratio in ratios)
-            calibrated = _policy_of(engine, policy or folder / POLICY_FILE, str(model)) if skipping else None
-            policies = policies_for([1.0] if skipping else [], calibrated, with_test_only=False)
+            policies = policies_for([1.0] if skipping else [], engine.policy, with_test_only=False)
         systems: list[System] = []
         for batch_size in batches:
             sized = engine.with_rows(batch_size)
@@ -178,10 +176,10 @@ def _random_model(shapes: str, dtype: str, length: int, execution: Execution) ->
 
 
 def _trained_model(
-    model: str, dtype: str | None, length: int, execution: Execution
-) -> tuple[Engine, PreTrainedModel | None, Path]:
-    """A checkpoint as a transformers module, an engine on the same storage, and the checkpoint's folder. No module of a
-    GGUF file, whose formats transformers does not compute with."""
+    model: str, dtype: str | None, length: int, execution: Execution, policy: Path | None, skipping: bool
+) -> tuple[Engine, PreTrainedModel | None]:
+    """A checkpoint as a transformers module, and an engine on the same storage, which lies as ``policy``, or the one
+    beside the checkpoint, wants it. No module of a GGUF file, whose formats transformers does not compute with."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -190,13 +188,17 @@ def _trained_model(
     from skipkernels.model.config import resolve_dtype
 
     folder = resolve_checkpoint(ModelOptions(model).path)
-    if folder.suffix == ".gguf":
-        return Engine.from_pretrained(folder, dtype=dtype, max_seq_len=length, **asdict(execution)), None, folder.parent
+    blocks = folder.suffix == ".gguf"
+    path = policy or (folder.parent if blocks else folder) / POLICY_FILE
+    if skipping and not path.exists():
+        raise RequestError(f"{path}: no such policy file; make one with `skipkernels calibrate {model}`")
+    options = {"policy": path if skipping else None, "max_seq_len": length, **asdict(execution)}
+    if blocks:
+        return Engine.from_pretrained(folder, dtype=dtype, **options), None
     transformers_logging.disable_progress_bar()
     module = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(dtype) if dtype else "auto")
     module.to(execution.device)  # type: ignore[arg-type]  # transformers wraps torch's signature
-    engine = Engine.from_pretrained(module, max_seq_len=length, tokenizer=load_tokenizer(folder), **asdict(execution))
-    return engine, module, folder
+    return Engine.from_pretrained(module, tokenizer=load_tokenizer(folder), **options), module
 
 
 def _prompt(engine: Engine, length: int) -> list[int]:
@@ -204,14 +206,6 @@ def _prompt(engine: Engine, length: int) -> list[int]:
         return list(range(1, length))
     text = "The interpreter reads the file and then returns a new object. " * (length // 8 + 1)
     return engine.encode(text)[:length]
-
-
-def _policy_of(engine: Engine, path: Path, model: str) -> Policy:
-    from skipkernels.skipping.policy_file import load_policy
-
-    if not path.exists():
-        raise RequestError(f"{path}: no such policy file; make one with `skipkernels calibrate {model}`")
-    return load_policy(path, fingerprint=engine.fingerprint)
 
 
 def _print_table(rows: list[dict[str, Any]], title: str) -> None:
@@ -245,7 +239,7 @@ def _print_breakdown(rows: list[dict[str, Any]]) -> None:
     if not ours:
         return
     headings = [f"{row['ffn_skip_ratio']:.0%} x{row['batch_size']}" for row in ours]
-    shown = table("ms in a step, by FFNs skipped and rows", *headings)
+    shown = table("ms in a step, by FFN bytes left out and rows", *headings)
     for op in dict.fromkeys(op for row in ours for op in row["instruction_ms"]):
         shown.add_row(op, *(f"{row['instruction_ms'].get(op, 0.0):.4g}" for row in ours))
     out.print(shown)

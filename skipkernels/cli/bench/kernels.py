@@ -24,6 +24,9 @@ def kernels(
     batch_sizes: Annotated[str, typer.Option(help="Rows decoded together.")] = "1",
     kv_lengths: Annotated[str, typer.Option(help="Cached positions of every row.")] = "128",
     layers: Annotated[int, typer.Option(min=2, help="Layers; together they must be larger than the caches.")] = 4,
+    neurons: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Leave out all but this share of each layer's neurons.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of ours and of torch's.")] = 5,
     json: Annotated[Path | None, typer.Option(help="Write rows and settings here; '-' prints them alone.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture: bandwidth of every op beside what memory gives.")] = None,
@@ -42,16 +45,19 @@ def kernels(
     runs = [(name, batch, length) for name in shapes.split(",") for batch in batches for length in lengths]
     with progress_bar("timing ops") as report:
         for number, (name, batch, length) in enumerate(runs):
-            engine = random_engine(name, dtype, layers, batch, length, execution)
+            engine = random_engine(name, dtype, layers, batch, length, execution, neuron_rows=neurons is not None)
             turns = iter(range(1, rounds + 2))
             measured = run_kernel_bench(
                 engine,
                 kv_len=length,
                 rounds=rounds,
                 num_threads=device_options.num_threads,
+                kept=neurons,
                 on_turn=lambda: report(f"{name}, batch {batch}", (number + next(turns) / (rounds + 1)) / len(runs)),  # noqa: B023
             )
             case = {"shapes": name, "dtype": dtype, "batch_size": batch, "kv_len": length, "layers": layers}
+            if neurons is not None:
+                case["neurons"] = neurons
             rows += [{**case, **row, **facts} for row in measured]
     settings = {"dtype": dtype, "layers": layers, "rounds": rounds, "threads": device_options.num_threads}
     if json is not None and str(json) != "-":
@@ -66,7 +72,16 @@ def kernels(
         _print_tables(rows, facts)
 
 
-def random_engine(shapes: str, dtype: str, layers: int, batch_size: int, kv_len: int, execution: Execution) -> Engine:
+def random_engine(
+    shapes: str,
+    dtype: str,
+    layers: int,
+    batch_size: int,
+    kv_len: int,
+    execution: Execution,
+    *,
+    neuron_rows: bool = False,
+) -> Engine:
     """Random weights of the named shapes with fewer layers, and room for ``kv_len`` positions and what is timed."""
     from skipkernels.benchmark.kernels import STEPS
     from skipkernels.benchmark.shapes import shape_config
@@ -74,12 +89,12 @@ def random_engine(shapes: str, dtype: str, layers: int, batch_size: int, kv_len:
     from skipkernels.model.config import ModelConfig, resolve_dtype
     from skipkernels.model.weights import fill_rope, random_weights
 
-    length = kv_len + STEPS + 2
+    length = kv_len + STEPS + 3
     with err.status(f"loading {shapes} ..."):
         hf_config = shape_config(shapes, length)
         hf_config.num_hidden_layers = layers
         config = ModelConfig.from_hf(hf_config)
-        weights = random_weights(config, resolve_dtype(dtype), length, device=execution.device)
+        weights = random_weights(config, resolve_dtype(dtype), length, device=execution.device, neuron_rows=neuron_rows)
         fill_rope(weights, hf_config)
         return Engine(config, weights, max_seq_len=length, max_batch_size=batch_size, execution=execution)
 

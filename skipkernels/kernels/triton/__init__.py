@@ -21,26 +21,36 @@ from skipkernels.kernels.triton.advance import advance
 from skipkernels.kernels.triton.branch_add import branch_add
 from skipkernels.kernels.triton.decode_attention import decode_attention
 from skipkernels.kernels.triton.down_proj_add import down_proj_add
+from skipkernels.kernels.triton.down_proj_neurons_add import down_proj_neurons_add
 from skipkernels.kernels.triton.embed import embed
+from skipkernels.kernels.triton.gate_proj_act import gate_proj_act
 from skipkernels.kernels.triton.gate_up_act import gate_up_act
 from skipkernels.kernels.triton.launch import Launch
 from skipkernels.kernels.triton.lm_head import lm_head
+from skipkernels.kernels.triton.neuron_gate import neuron_gate
 from skipkernels.kernels.triton.o_proj_add import o_proj_add
 from skipkernels.kernels.triton.qkv_rope_append import qkv_rope_append
 from skipkernels.kernels.triton.sample import sample
+from skipkernels.kernels.triton.select_neurons import select_neurons
 from skipkernels.kernels.triton.skip_gate import skip_gate
+from skipkernels.kernels.triton.up_proj_mul import up_proj_mul
 
 LAUNCHES: dict[str, Callable[[Instruction], tuple[Launch, ...]]] = {
     op.__name__: op
     for op in (
         embed,
         skip_gate,
+        neuron_gate,
         qkv_rope_append,
         decode_attention,
         o_proj_add,
         gate_up_act,
         down_proj_add,
         branch_add,
+        gate_proj_act,
+        select_neurons,
+        up_proj_mul,
+        down_proj_neurons_add,
         lm_head,
         sample,
         advance,

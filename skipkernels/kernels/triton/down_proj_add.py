@@ -30,6 +30,49 @@ def store_partials(
     tl.store(at, sums, mask=wanted[:, None] & (partials < num_partials)[None, :])
 
 
+@triton.jit
+def add_to_stream(
+    change,  # f32 [BLOCK_ROWS, PARTIALS * LANES]
+    channels,
+    inside,
+    hidden_states,
+    similarity_partials,
+    rows,
+    wanted,
+    num_sequences,
+    hidden_size: tl.constexpr,
+    rows_per_partial: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """hidden_states += change, and where wanted the sums of the similarity test."""
+    at = hidden_states + rows[:, None] * hidden_size + channels[None, :]
+    mask = wanted[:, None] & inside[None, :]
+    before = tl.load(at, mask=mask, other=0.0)
+    after = before + change
+    tl.debug_barrier()  # threads of several warps may hold the same element: all have read it before one writes it
+    tl.store(at, after, mask=mask)
+    if similarity_partials is not None:
+        num_partials: tl.constexpr = tl.cdiv(hidden_size, rows_per_partial)
+        sizes: tl.constexpr = (num_partials, BLOCK_ROWS, PARTIALS, LANES)
+        decoding = wanted & (rows < num_sequences)
+        store_partials(before * after, 0, similarity_partials, rows, decoding, num_sequences, *sizes)
+        store_partials(before * before, 1, similarity_partials, rows, decoding, num_sequences, *sizes)
+        store_partials(after * after, 2, similarity_partials, rows, decoding, num_sequences, *sizes)
+
+
+@triton.jit
+def channels_of_program(
+    hidden_size: tl.constexpr, rows_per_partial: tl.constexpr, PARTIALS: tl.constexpr, LANES: tl.constexpr
+):
+    """The channels [PARTIALS * LANES] of this program, partial by partial, and which of them there are."""
+    index = tl.arange(0, PARTIALS * LANES)
+    lanes = index % LANES
+    channels = (tl.program_id(1) * PARTIALS + index // LANES) * rows_per_partial + lanes
+    return channels, (lanes < rows_per_partial) & (channels < hidden_size)
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_sequences"])
 def down_proj_add_kernel(
     intermediate,
@@ -50,27 +93,15 @@ def down_proj_add_kernel(
     rows, wanted, any_wanted = wanted_rows(row_mask, num_rows, BLOCK_ROWS)
     if not any_wanted:
         return
-    index = tl.arange(0, PARTIALS * LANES)
-    lanes = index % LANES
-    channels = (tl.program_id(1) * PARTIALS + index // LANES) * rows_per_partial + lanes
-    inside = (lanes < rows_per_partial) & (channels < hidden_size)
+    channels, inside = channels_of_program(hidden_size, rows_per_partial, PARTIALS, LANES)
     change = linear(
         intermediate, None, 0.0, down_proj, channels, inside, rows, wanted,
         intermediate_size, BLOCK_ROWS, PARTIALS * LANES, BLOCK_IN,
     )  # fmt: skip
-    at = hidden_states + rows[:, None] * hidden_size + channels[None, :]
-    mask = wanted[:, None] & inside[None, :]
-    before = tl.load(at, mask=mask, other=0.0)
-    after = before + change
-    tl.debug_barrier()  # threads of several warps may hold the same element: all have read it before one writes it
-    tl.store(at, after, mask=mask)
-    if similarity_partials is not None:
-        num_partials: tl.constexpr = tl.cdiv(hidden_size, rows_per_partial)
-        sizes: tl.constexpr = (num_partials, BLOCK_ROWS, PARTIALS, LANES)
-        decoding = wanted & (rows < num_sequences)
-        store_partials(before * after, 0, similarity_partials, rows, decoding, num_sequences, *sizes)
-        store_partials(before * before, 1, similarity_partials, rows, decoding, num_sequences, *sizes)
-        store_partials(after * after, 2, similarity_partials, rows, decoding, num_sequences, *sizes)
+    add_to_stream(
+        change, channels, inside, hidden_states, similarity_partials, rows, wanted, num_sequences,
+        hidden_size, rows_per_partial, BLOCK_ROWS, PARTIALS, LANES,
+    )  # fmt: skip
 
 
 def down_proj_add(ins: Instruction) -> tuple[Launch, ...]:

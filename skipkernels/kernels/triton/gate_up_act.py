@@ -5,22 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from skipkernels.kernels.triton.activation import activated
 from skipkernels.kernels.triton.launch import Launch
 from skipkernels.kernels.triton.linear import linear, tile
 from skipkernels.kernels.triton.rows import row_tiles, wanted_rows
-from skipkernels.model.config import ACTIVATIONS
 from skipkernels.program.table import Instruction
-
-GELU_TANH = tl.constexpr(ACTIVATIONS.index("gelu_tanh"))
-
-
-@triton.jit
-def gated(activation: tl.constexpr, gate, up):
-    """act(gate) * up; GELU by tanh is x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))."""
-    z = gate
-    if activation == GELU_TANH:
-        z *= 1.5957691216057308 * (0.044715 * gate * gate + 1.0)
-    return gate * tl.sigmoid(z) * up
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -55,7 +44,7 @@ def gate_up_act_kernel(
     channels = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
     tl.store(
         intermediate + rows[:, None] * intermediate_size + channels[None, :],
-        gated(activation, gate, up),
+        activated(activation, gate) * up,
         mask=wanted[:, None] & (channels < intermediate_size)[None, :],
     )
 

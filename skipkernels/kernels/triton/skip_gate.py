@@ -11,8 +11,8 @@ import triton.language as tl
 
 from skipkernels.kernels.triton.launch import Launch
 from skipkernels.kernels.triton.philox import GATE_STREAM, philox_uniform
+from skipkernels.kernels.triton.ratio import adapted_scale, clamp, owed
 from skipkernels.kernels.triton.rows import wanted_rows
-from skipkernels.program.reference import SCALE_BOUND, SCALE_GAIN
 from skipkernels.program.table import Instruction
 from skipkernels.skipping.policy import BATCH_RULES, GATE_MODES
 
@@ -22,8 +22,6 @@ RANDOM = tl.constexpr(1 + GATE_MODES.index("random"))
 PER_ROW = tl.constexpr(BATCH_RULES.index("per_row"))
 ALL = tl.constexpr(BATCH_RULES.index("all"))
 MAJORITY = tl.constexpr(BATCH_RULES.index("majority"))
-GAIN = tl.constexpr(SCALE_GAIN)
-BOUND = tl.constexpr(SCALE_BOUND)
 
 SEQUENCES_PER_WARP = 16
 MOST_WARPS = 8
@@ -55,20 +53,6 @@ def cosine(
     after = tl.sum(tl.where(which == 2, sums, 0.0), axis=1)
     norm = tl.sqrt_rn(before) * tl.sqrt_rn(after)
     return tl.where(norm > 0, tl.div_rn(dot, tl.where(norm > 0, norm, 1.0)), 0.0)
-
-
-@triton.jit
-def owed(tokens, per_token, warmup, ramp):
-    """FFNs to have been skipped after so many tokens."""
-    past_warmup = tl.maximum(tokens - warmup, 0).to(tl.float32)
-    of_ramp = tl.where(ramp == warmup, 1, ramp - warmup).to(tl.float32)  # both are 0 where no ratio is held
-    on_ramp = tl.div_rn(per_token * ramp.to(tl.float32) * past_warmup, of_ramp)
-    return tl.where(tokens >= ramp, per_token * tokens.to(tl.float32), on_ramp)
-
-
-@triton.jit
-def clamp(value, low, high):
-    return tl.where(value < low, low, tl.where(value > high, high, value))
 
 
 @triton.jit
@@ -150,7 +134,7 @@ def skip_gate_kernel(
         owed_now = owed(tokens + 1, target * layers, warmup, ramp) - so_far.to(tl.float32)
         behind = clamp(tl.div_rn(owed_before, layers), -1.0, 1.0)
         adapts = holds & warm & (layer == tl.load(first_gated + sequences, mask=holds, other=0))
-        scale = tl.where(adapts, clamp(scale * (1.0 + behind * GAIN), 1.0 / BOUND, BOUND), scale)
+        scale = tl.where(adapts, adapted_scale(scale, behind), scale)
         behind = tl.div_rn(owed_now, slack)
         allowed = tl.maximum(tl.floor(owed_now + slack), 0.0).to(tl.int32)
         limit = tl.where(holds, 1.0 - threshold, 0.0) * scale

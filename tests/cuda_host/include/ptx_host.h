@@ -5,7 +5,7 @@
 //   void prefetch_l2(const void* p, uint32_t bytes)   p and bytes multiples of 16; here the range is read
 //   void copy_async(void* to_shared, const void* from), commit_copies(), wait_copies<pending>()
 //                                                cp.async of 16 bytes; here done when waited for, or a bit earlier
-//   copy_weights_async(to, from, policy), touch(const void* p)
+//   copy_weights_async(to, from, policy), uint4 load_weights(from, policy), touch(const void* p)
 //   int thread_index(), unsigned multiprocessor()    threadIdx.x; one of those of the device
 //   unsigned long long global_timer()            here a counter: later calls get larger numbers
 //   float bf16_to_float(uint16_t), uint16_t float_to_bf16(float), uint32_t floats_to_bf16(float low, float high),
@@ -58,10 +58,20 @@ inline void copy_async(void* to_shared, const void* from) {
 }
 
 // The cache keeps everything: a policy only has to be one of the two that are used.
-inline void copy_weights_async(void* to_shared, const void* from, unsigned long long policy) {
+inline void check_policy(unsigned long long policy, const char* what) {
     if (policy != 0x10F0000000000000 && policy != 0x12F0000000000000)
-        cuda_host::fail("copy_weights_async: %llx is no policy", policy);
+        cuda_host::fail("%s: %llx is no policy", what, policy);
+}
+
+inline void copy_weights_async(void* to_shared, const void* from, unsigned long long policy) {
+    check_policy(policy, "copy_weights_async");
     copy_async(to_shared, from);
+}
+
+inline uint4 load_weights(const void* from, unsigned long long policy) {
+    check_policy(policy, "load_weights");
+    check_alignment(from, "load_weights");
+    return *static_cast<const uint4*>(from);
 }
 
 // Into the first-level cache: a read like others, of which the race detector asks that nothing in flight writes there.

@@ -10,7 +10,7 @@ import torch
 from skipkernels import SamplingParams, SkipPolicy
 from skipkernels.errors import DeviceError
 from skipkernels.executors.graph import AHEAD, GraphExecutor
-from skipkernels.skipping.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy
+from skipkernels.skipping.policy import DensePolicy, FixedPolicy, NeuronPolicy, Policy, RandomPolicy
 from tests.executors.graph.conftest import FakeDevice, GpuEngine
 from tests.models import byte_tokenizer, random_prompt, tiny_engine
 
@@ -21,6 +21,8 @@ POLICIES: list[Policy] = [
     SkipPolicy(threshold=0.6, span=1, cold_start=0, cold_end=0, warmup_tokens=2, target_ratio=0.2),
     FixedPolicy((1, 2), warmup_tokens=2),
     RandomPolicy(0.4, seed=7, warmup_tokens=1),
+    NeuronPolicy(gate_thresholds=(5e-3,) * 4, product_thresholds=(1e-3,) * 4, warmup_tokens=2),
+    FixedPolicy((1,), gate_thresholds=(5e-3,) * 4, warmup_tokens=2),
 ]
 SKIPPING = POLICIES[1]
 PROMPTS = [random_prompt(9, 1), random_prompt(4, 2), random_prompt(17, 3)]
@@ -38,8 +40,9 @@ def test_every_mode_decodes_as_the_reference(
     for ours, reference in zip(actual, expected, strict=True):
         assert ours.token_ids == reference.token_ids
         assert ours.skip_map.tolist() == reference.skip_map.tolist()
+        assert ours.unread_map.tolist() == reference.unread_map.tolist()
         assert len(ours.seconds_per_token) == 8
-    assert isinstance(policy, DensePolicy) or any(answer.skip_ratio > 0 for answer in actual)
+    assert isinstance(policy, DensePolicy) or any(answer.unread_ratio > 0 for answer in actual)
 
 
 @pytest.mark.parametrize("loop", ["replay", "while"])

@@ -49,13 +49,14 @@ def launches(
     num_prompt_rows: int,
     *,
     gated: bool,
+    neurons: bool = False,
     layout: Layout = LAYOUTS["cuda"],
     **changes: object,
 ) -> Iterator[Launch]:
     """One of each kernel that a decode of these shapes launches; no memory is taken for the model."""
     config = ModelConfig.from_hf(shape_config(shapes, 4096))
     config = replace(config, num_hidden_layers=2, sliding_windows=(None, None), **changes)  # type: ignore[arg-type]
-    weights = allocate_weights(config, dtype, 4096, "meta")
+    weights = allocate_weights(config, dtype, 4096, "meta", neuron_rows=neurons)
     state = DecodeState.allocate(
         config,
         num_sequences=num_sequences,
@@ -64,8 +65,9 @@ def launches(
         dtype=dtype,
         device="meta",
         layout=layout,
+        neurons=neurons,
     )
-    program = {ins.op: ins for ins in build_program(config, weights, state, gated=gated)}
+    program = {ins.op: ins for ins in build_program(config, weights, state, gated=gated, neurons=neurons)}
     for op, ins in program.items():
         yield from LAUNCHES[op](ins)
 

@@ -1,7 +1,7 @@
 """The kernels compile for GPUs that are not here, with the launches a decode would make: registers, memory, code."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 import pytest
@@ -27,10 +27,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def compile_all(
-    capability: int, shapes: str, dtype: torch.dtype, rows: tuple[int, int], *, gated: bool = True, **changes: object
+    capability: int,
+    shapes: str,
+    dtype: torch.dtype,
+    rows: tuple[int, int],
+    *,
+    gated: bool = True,
+    neurons: bool = False,
+    only: Collection[str] = (),
+    **changes: object,
 ) -> dict[str, Compiled]:
     kernels = {}
-    for launch in launches(shapes, dtype, *rows, gated=gated, **changes):
+    for launch in launches(shapes, dtype, *rows, gated=gated, neurons=neurons, **changes):
+        if only and launch.kernel.__name__ not in only:
+            continue
         kernel = compile_launch(launch, capability)
         print(
             f"sm_{capability} {shapes} {dtype} rows {rows} {kernel.name}: {kernel.registers} registers, "
@@ -47,26 +57,52 @@ def kernels() -> dict[str, Compiled]:
     return compile_all(90, "llama-3-8b", torch.bfloat16, (1, 0))
 
 
-def test_nothing_spills(kernels: dict[str, Compiled]) -> None:
+NEURON_KERNELS = {
+    f"{op}_kernel" for op in ("neuron_gate", "gate_proj_act", "select_neurons", "up_proj_mul", "down_proj_neurons_add")
+}
+
+
+@pytest.fixture(scope="module")
+def neuron_kernels() -> dict[str, Compiled]:
+    """Those that only a program which leaves neurons out has."""
+    compiled = compile_all(90, "llama-3-8b", torch.bfloat16, (1, 0), only=NEURON_KERNELS, neurons=True)
+    assert set(compiled) == NEURON_KERNELS
+    return compiled
+
+
+def test_nothing_spills(kernels: dict[str, Compiled], neuron_kernels: dict[str, Compiled]) -> None:
     assert len(kernels) == 12
-    assert all(kernel.registers < 200 for kernel in kernels.values())
+    assert all(kernel.registers < 200 for kernel in (kernels | neuron_kernels).values())
 
 
 @pytest.mark.parametrize(
-    "name", ["qkv_rope_append", "attend_split", "o_proj_add", "gate_up_act", "down_proj_add", "lm_head"]
+    "name",
+    [
+        "qkv_rope_append",
+        "attend_split",
+        "o_proj_add",
+        "gate_up_act",
+        "down_proj_add",
+        "gate_proj_act",
+        "up_proj_mul",
+        "down_proj_neurons_add",
+        "lm_head",
+    ],
 )
-def test_weights_and_caches_are_read_16_bytes_at_a_time(kernels: dict[str, Compiled], name: str) -> None:
-    ptx = kernels[f"{name}_kernel"].ptx
+def test_weights_and_caches_are_read_16_bytes_at_a_time(
+    kernels: dict[str, Compiled], neuron_kernels: dict[str, Compiled], name: str
+) -> None:
+    ptx = (kernels | neuron_kernels)[f"{name}_kernel"].ptx
     assert re.search(r"cp\.async\.cg\.shared\.global.* 0x10|ld\.global\.v4\.b32", ptx)
     assert not re.search(r"ld\.global\S*b16", ptx)
 
 
-@pytest.mark.parametrize("name", ["skip_gate_kernel", "sample_kernel"])
+@pytest.mark.parametrize("name", ["skip_gate_kernel", "neuron_gate_kernel", "sample_kernel"])
 def test_arithmetic_that_must_give_the_references_bits_rounds_every_operation(
-    kernels: dict[str, Compiled], name: str
+    kernels: dict[str, Compiled], neuron_kernels: dict[str, Compiled], name: str
 ) -> None:
     """ptxas contracts nothing either: it is told so by the option that keeps Triton from it."""
-    kernel = kernels[name]
+    kernel = (kernels | neuron_kernels)[name]
     assert kernel.options["enable_fp_fusion"] is False
     assert "div.rn.f32" in kernel.ptx
     assert not re.search(r"(fma\.rn|div\.full|\w+\.approx)(\.ftz)?\.f32", kernel.ptx)
@@ -98,6 +134,7 @@ def test_attention_is_one_code_for_blocks_of_every_size() -> None:
 @pytest.mark.parametrize(("rows", "qk_norm"), [((16, 16), True), ((64, 0), False)])
 def test_many_rows_spill_nothing(rows: tuple[int, int], *, qk_norm: bool) -> None:
     compile_all(90, "llama-3-8b", torch.bfloat16, rows, qk_norm=qk_norm, rope_parameters=MULTI_AXIS)
+    compile_all(90, "llama-3-8b", torch.bfloat16, rows, neurons=True, only=NEURON_KERNELS)
 
 
 @pytest.mark.slow
@@ -116,6 +153,7 @@ def test_many_rows_spill_nothing(rows: tuple[int, int], *, qk_norm: bool) -> Non
 @pytest.mark.parametrize("rows", [(1, 0), (2, 0), (16, 0), (4, 60), (64, 0)])
 def test_nothing_spills_anywhere(capability: int, shapes: str, dtype: str, rows: tuple[int, int]) -> None:
     compile_all(capability, shapes, resolve_dtype(dtype), rows)
+    compile_all(capability, shapes, resolve_dtype(dtype), rows, neurons=True, only=NEURON_KERNELS)
 
 
 @pytest.mark.slow

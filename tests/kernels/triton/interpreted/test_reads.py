@@ -1,5 +1,7 @@
 """What the kernels read: every weight once for a tile of rows, nothing of a skipped FFN, nothing of other rows."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from triton.runtime import interpreter
 from skipkernels.kernels.triton import TRITON
 from skipkernels.program.state import DecodeState
 from skipkernels.program.table import Instruction
-from skipkernels.skipping.policy import DensePolicy, SkipPolicy
+from skipkernels.skipping.policy import DensePolicy, NeuronPolicy, SkipPolicy
 from tests.kernels.triton.interpreted.test_programs import plain_case
 
 MATRICES = {
@@ -16,6 +18,9 @@ MATRICES = {
     "o_proj_add": "o_proj",
     "gate_up_act": "gate_up_proj",
     "down_proj_add": "down_proj",
+    "gate_proj_act": "gate_proj",
+    "up_proj_mul": "up_proj",
+    "down_proj_neurons_add": "down_proj",
     "lm_head": "lm_head",
 }
 
@@ -40,10 +45,23 @@ def reads_of(tensor: torch.Tensor, addresses: list[np.ndarray]) -> np.ndarray:
     return np.bincount(offsets // tensor.element_size(), minlength=tensor.numel())
 
 
+NEURONS = NeuronPolicy(gate_thresholds=(0.0,), warmup_tokens=0)
+
+
 def program(num_sequences: int, **changes: object) -> tuple[dict[str, Instruction], DecodeState]:
+    """Every op of a program without and of one with neurons to leave out, all of which are listed and kept."""
     case = plain_case(num_sequences, torch.bfloat16, hidden_size=53, intermediate_size=21, **changes)
-    state = case.state()
-    return {ins.op: ins for ins in case.program(case.weights(), state)}, state
+    gates = (0.0,) * case.num_layers
+    neurons = replace(case, neuron_rows=True, policies=(replace(NEURONS, gate_thresholds=gates),))
+    state = neurons.state()
+    for slot in range(case.num_sequences):
+        state.set_policy(slot, case.policies[slot % len(case.policies)].plan(case.num_layers))
+    state.intermediate.fill_(1.0)
+    state.neurons.copy_(torch.arange(21))
+    state.num_neurons.fill_(21)
+    state.neuron_scale.fill_(1.0)
+    programs = [each.program(each.weights(), state) for each in (neurons, case)]
+    return {ins.op: ins for each in programs for ins in each}, state
 
 
 @pytest.mark.parametrize("op", MATRICES)
@@ -104,3 +122,21 @@ def test_a_dense_sequence_beside_a_gated_one_is_not_measured(addresses: list[np.
     reads = reads_of(state.similarity_partials, addresses).reshape(state.similarity_partials.shape)
     assert reads[:, 0].all()
     assert not reads[:, 1].any()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_of_neurons_left_out_are_not_read(rows: int, addresses: list[np.ndarray]) -> None:
+    instructions, state = program(rows, idle_rows=0)
+    kept = torch.zeros(21, dtype=torch.bool)
+    kept[[2, 3, 11, 20]] = True
+    state.intermediate[:, ~kept] = 0.0
+    state.intermediate[0, 11] = 0.0
+    kept[11] = rows > 1
+    listed = kept.nonzero()[:, 0]
+    state.neurons[: len(listed)] = listed
+    state.num_neurons.fill_(len(listed))
+    for op in ("up_proj_mul", "down_proj_neurons_add"):
+        addresses.clear()
+        TRITON[op](instructions[op])
+        matrix = instructions[op].tensors[MATRICES[op]]
+        assert (reads_of(matrix, addresses).reshape(matrix.shape) == kept.numpy()[:, None]).all()
