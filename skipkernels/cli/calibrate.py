@@ -212,6 +212,8 @@ def slower_warning(calibration: Calibration) -> str:
         f"({calibration.gain.ratio:.2f}x): it saves reading, not time. "
     )
     faster = calibration.faster
+    if faster is None and len(calibration.verified) == 1:
+        return line + "No other kind was tried: --kinds names more. Else decode with --dense."
     if faster is None:
         return line + "No other kind that was tried is faster at this saving; decode with --dense."
     gain = calibration.gains[faster.kind]

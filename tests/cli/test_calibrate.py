@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -185,7 +186,9 @@ def test_a_policy_that_is_slower_than_dense_is_not_recommended_silently() -> Non
     assert slow.measured()["speed"]["neurons"]["faster"] is False
     none = found_with({"neurons": 0.82, "similarity": 0.97, "fixed": 0.99})
     assert none.faster is None
-    assert "decode with --dense" in slower_warning(none)
+    assert "No other kind that was tried is faster at this saving; decode with --dense" in slower_warning(none)
+    alone = replace(none, verified=none.verified[:1])
+    assert "No other kind was tried: --kinds names more" in slower_warning(alone)
     assert "82.0 tokens/s, dense 100.0: 0.82x (0.81 to 0.83 in 5 rounds in turns, 128 tokens)" in gain_sentence(
         gain(0.82)
     )
