@@ -43,6 +43,7 @@ CPU_SOURCES = [
     "csrc/cpu/embed.cpp",
     "csrc/cpu/skip_gate.cpp",
     "csrc/cpu/neuron_gate.cpp",
+    "csrc/cpu/choose_experts.cpp",
     "csrc/cpu/sample.cpp",
     "csrc/cpu/advance.cpp",
     "csrc/cpu/isa_generic.cpp",

@@ -113,6 +113,28 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
   SIZE(num_rows) SIZE(hidden_size) SIZE(num_partials) SIZE(num_sequences) SIZE(three)                                  \
   FLOAT(multiplier) FLOAT(rms_norm_eps) INT(rows_per_partial)
 
+#define SKIPKERNELS_ROUTE_EXPERTS(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                    \
+  TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) MATRIX(router)                      \
+  TENSOR(float, router_logits) TENSOR(int32_t, expert_ids) TENSOR(float, expert_weights)                               \
+  TENSOR(int32_t, expert_begins) TENSOR(int32_t, expert_pairs) TENSOR(int64_t, experts_read)                           \
+  SIZE(num_rows) SIZE(hidden_size) SIZE(num_experts) SIZE(experts_per_token) SIZE(num_begins) SIZE(num_pairs)          \
+  SIZE(num_hidden_layers)                                                                                              \
+  FLOAT(rms_norm_eps) INT(norm_topk_prob) INT(layer)
+
+#define SKIPKERNELS_EXPERTS_GATE_UP_ACT(TENSOR, MATRIX, SIZE, INT, FLOAT)                                              \
+  TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) MATRIX(gate_up_proj)                \
+  TENSOR(const int32_t, expert_begins) TENSOR(const int32_t, expert_pairs) TENSOR(float, expert_intermediate)          \
+  SIZE(num_rows) SIZE(hidden_size) SIZE(gate_up_size) SIZE(num_begins) SIZE(num_pairs) SIZE(experts_per_token)         \
+  SIZE(expert_size)                                                                                                    \
+  FLOAT(rms_norm_eps) INT(activation)
+
+#define SKIPKERNELS_EXPERTS_DOWN_PROJ_ADD(TENSOR, MATRIX, SIZE, INT, FLOAT)                                            \
+  TENSOR(const float, expert_intermediate) TENSOR(const float, expert_weights) TENSOR(const int32_t, expert_begins)    \
+  TENSOR(const int32_t, expert_pairs) MATRIX(down_proj) TENSOR(float, hidden_states) TENSOR(float, similarity_partials)\
+  SIZE(num_rows) SIZE(experts_per_token) SIZE(expert_size) SIZE(num_begins) SIZE(num_pairs) SIZE(down_size)            \
+  SIZE(hidden_size) SIZE(num_partials) SIZE(num_sequences) SIZE(three)                                                 \
+  INT(rows_per_partial)
+
 #define SKIPKERNELS_GATE_PROJ_ACT(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                    \
   TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) MATRIX(gate_proj)                  \
   TENSOR(float, intermediate)                                                                                          \
@@ -175,6 +197,9 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
   OP(gate_up_act, GateUpAct, SKIPKERNELS_GATE_UP_ACT)                                                               \
   OP(down_proj_add, DownProjAdd, SKIPKERNELS_DOWN_PROJ_ADD)                                                            \
   OP(branch_add, BranchAdd, SKIPKERNELS_BRANCH_ADD)                                                                    \
+  OP(route_experts, RouteExperts, SKIPKERNELS_ROUTE_EXPERTS)                                                           \
+  OP(experts_gate_up_act, ExpertsGateUpAct, SKIPKERNELS_EXPERTS_GATE_UP_ACT)                                           \
+  OP(experts_down_proj_add, ExpertsDownProjAdd, SKIPKERNELS_EXPERTS_DOWN_PROJ_ADD)                                     \
   OP(gate_proj_act, GateProjAct, SKIPKERNELS_GATE_PROJ_ACT)                                                            \
   OP(select_neurons, SelectNeurons, SKIPKERNELS_SELECT_NEURONS)                                                        \
   OP(up_proj_mul, UpProjMul, SKIPKERNELS_UP_PROJ_MUL)                                                                  \

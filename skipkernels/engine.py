@@ -25,7 +25,7 @@ from skipkernels.decoding.handle import Handle
 from skipkernels.decoding.loop import DecodeLoop
 from skipkernels.decoding.prompt_rows import ProgramRows, TorchRows
 from skipkernels.decoding.request import Request
-from skipkernels.errors import DeviceError, PolicyError, RequestError
+from skipkernels.errors import DeviceError, ModelError, PolicyError, RequestError
 from skipkernels.executors import Executor, get_executor
 from skipkernels.executors.comparison import ComparingExecutor
 from skipkernels.executors.execution import Execution
@@ -59,7 +59,7 @@ from skipkernels.model.weights import (
     load_checkpoint,
     pack_module,
 )
-from skipkernels.program.program import NO_NEURON_ROWS, Variant, build_program
+from skipkernels.program.program import NO_NEURON_ROWS, NO_NEURONS_OF_EXPERTS, Variant, build_program
 from skipkernels.program.state import MAX_EOS, DecodeState
 from skipkernels.skipping.policy import DensePolicy, GatePlan, Policy
 from skipkernels.skipping.policy_file import load_policy
@@ -99,6 +99,10 @@ class Engine:
         refuse_while_capturing(self.execution.device)
         if (weights.embed_tokens.device.type == "cuda") != self.execution.on_gpu:
             raise DeviceError(f"the weights are on {weights.embed_tokens.device}, not on {self.execution.device}")
+        if config.num_experts and self.execution.on_gpu:
+            raise DeviceError(
+                f"{config.model_type} has experts, and route_experts has kernels on device 'cpu' only; decode it there"
+            )
         if self.execution.executor == "cpu":
             interleave(weights, self.execution.num_threads or default_threads())
         self.config = config
@@ -483,10 +487,11 @@ class _Wanted:
     neuron_rows: bool | None
 
     def lies_for_neurons(self, config: ModelConfig) -> bool:
-        if self.neuron_rows is not None:
-            return self.neuron_rows
         plan = self.policy.plan(config.num_hidden_layers) if isinstance(self.policy, Policy) else None
-        return plan is not None and plan.neurons is not None
+        wants = plan is not None and plan.neurons is not None if self.neuron_rows is None else self.neuron_rows
+        if wants and config.num_experts:
+            raise PolicyError(NO_NEURONS_OF_EXPERTS)
+        return wants
 
     def check(self, config: ModelConfig, dtype: torch.dtype) -> tuple[torch.dtype, int]:
         """The dtype and the length; everything that can be refused is, before a byte of weights is read."""
@@ -562,6 +567,10 @@ def _from_module(module: PreTrainedModel, wanted: _Wanted, tokenizer: PreTrained
 
 def _quantised(parameters: Parameters, config: ModelConfig, wanted: _Wanted, length: int) -> ModelWeights:
     """Weights in the formats of the recipe that is wanted."""
+    if config.num_experts:
+        raise ModelError(
+            f"{parameters.source}: {config.model_type} has experts, which are not quantised; use dtype bf16"
+        )
     shapes = expected_parameters(config)
     formats = matrix_formats(config, shapes, str(wanted.recipe))
     quantised = QuantizedParameters(parameters, formats, shapes)

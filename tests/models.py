@@ -13,11 +13,14 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -87,6 +90,45 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         Gemma3TextConfig,
         {"num_hidden_layers": 7, "head_dim": 20, "sliding_window": 12, "query_pre_attn_scalar": 24, **_GEMMA3_ROPE},
     ),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {
+            "head_dim": 6,
+            "moe_intermediate_size": 24,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+        },
+    ),
+    # layers without experts, a window, and shares of the softmax that do not sum to 1
+    "qwen3_moe with dense layers": (
+        Qwen3MoeConfig,
+        {
+            "moe_intermediate_size": 24,  # transformers multiplies bf16 experts in units of 16 bytes
+            "num_experts": 30,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 12,
+        },
+    ),
+    "mixtral": (MixtralConfig, {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 12}),
+    "phi3": (Phi3Config, {"original_max_position_embeddings": 512}),
+    "phi3 with longrope and a sliding window": (
+        Phi3Config,
+        {
+            "original_max_position_embeddings": 128,
+            "sliding_window": 12,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0],
+                "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0],
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
     "granite": (
         GraniteConfig,
         {
@@ -130,7 +172,8 @@ def randomise(module: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
             # a tied token would be its own best successor if the residual stream were mostly its embedding
             parameter.copy_(noise * (0.02 if getattr(module.config, "tie_word_embeddings", False) else 1.0))
         else:
-            parameter.copy_(noise / (parameter.numel() / len(parameter)) ** 0.5)
+            inputs = parameter.shape[-1] if "experts" in name else parameter.numel() / len(parameter)
+            parameter.copy_(noise / inputs**0.5)
     return module
 
 

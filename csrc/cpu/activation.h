@@ -16,4 +16,12 @@ inline Vec activated(Activation activation, Vec gate) {
 
 inline Vec gated(Activation activation, Vec gate, Vec up) { return activated(activation, gate) * up; }
 
+// out (height) = act(gate (height)) * up (height)
+inline void gate_panel(Activation activation, const float* gate, const float* up, int height, float* out) {
+    for (int r = 0; r < height; r += Vec::width) {
+        const int n = height - r < Vec::width ? height - r : Vec::width;
+        store_some(out + r, gated(activation, load_some(gate + r, n), load_some(up + r, n)), n);
+    }
+}
+
 }  // namespace skipkernels::SKIPKERNELS_ISA

@@ -69,6 +69,12 @@ size_t packed_columns(const Instruction& ins) {
             return padded(ins.gate_up_act.hidden_size);
         case OpCode::down_proj_add:
             return padded(ins.down_proj_add.intermediate_size);
+        case OpCode::route_experts:
+            return padded(ins.route_experts.hidden_size);
+        case OpCode::experts_gate_up_act:
+            return padded(ins.experts_gate_up_act.hidden_size);
+        case OpCode::experts_down_proj_add:
+            return ins.experts_down_proj_add.experts_per_token * padded(ins.experts_down_proj_add.expert_size);
         case OpCode::gate_proj_act:
             return padded(ins.gate_proj_act.hidden_size);
         case OpCode::up_proj_mul:
@@ -86,6 +92,8 @@ int64_t rows_per_partial(const Instruction& ins) {
     switch (ins.op) {
         case OpCode::down_proj_add:
             return ins.down_proj_add.rows_per_partial;
+        case OpCode::experts_down_proj_add:
+            return ins.experts_down_proj_add.rows_per_partial;
         case OpCode::down_proj_neurons_add:
             return ins.down_proj_neurons_add.rows_per_partial;
         case OpCode::branch_add:
@@ -110,6 +118,11 @@ struct Needs {
         }
         if (ins.op == OpCode::qkv_rope_append)
             op_scratch = std::max(op_scratch, num_rows * ins.qkv_rope_append.head_dim);
+        if (ins.op == OpCode::route_experts) arrivals = std::max<size_t>(arrivals, 1);
+        if (ins.op == OpCode::experts_gate_up_act)  // an expert's rows, packed, and their list
+            op_scratch = std::max<size_t>(op_scratch, num_rows * (padded(ins.experts_gate_up_act.hidden_size) + 1));
+        if (ins.op == OpCode::experts_down_proj_add)  // where each row stands in the list, and the chosen experts
+            op_scratch = std::max<size_t>(op_scratch, num_rows + ins.experts_down_proj_add.num_begins);
         if (ins.op == OpCode::select_neurons)
             op_scratch = std::max<size_t>(op_scratch, ins.select_neurons.intermediate_size);
         if (ins.op == OpCode::down_proj_neurons_add) {

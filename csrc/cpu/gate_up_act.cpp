@@ -20,11 +20,7 @@ static void multiply_panels(const GateUpAct& op, int64_t first, int height, cons
     const auto activation = static_cast<Activation>(op.activation);
     for (int i = 0; i < s.num_rows; ++i) {
         float* out = op.intermediate + s.rows[i] * op.intermediate_size + first;
-        const float *g = s.panel + i * cpu::kPanelRows, *u = s.second_panel + i * cpu::kPanelRows;
-        for (int r = 0; r < height; r += Vec::width) {
-            const int n = height - r < Vec::width ? height - r : Vec::width;
-            store_some(out + r, gated(activation, load_some(g + r, n), load_some(u + r, n)), n);
-        }
+        gate_panel(activation, s.panel + i * cpu::kPanelRows, s.second_panel + i * cpu::kPanelRows, height, out);
     }
 }
 

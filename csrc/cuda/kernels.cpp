@@ -114,6 +114,10 @@ void check(const Instruction& ins) {
             check_partials("down_proj_neurons_add", op);
             break;
         }
+        case OpCode::route_experts:
+        case OpCode::experts_gate_up_act:
+        case OpCode::experts_down_proj_add:
+            fail(kInstructionSet[static_cast<size_t>(ins.op)].name, ": has no CUDA kernel; decode experts on a CPU");
         case OpCode::qkv_rope_append:
             check_size("qkv_rope_append", "hidden_size", ins.qkv_rope_append.hidden_size);
             check_size("qkv_rope_append", "qkv_size", ins.qkv_rope_append.qkv_size);
@@ -164,6 +168,14 @@ void check(const Instruction& ins) {
             break;
     }
 }
+
+// check() refuses these.
+#define SKIPKERNELS_NO_LAUNCHER(op) \
+    cudaError_t launch_##op(const Step&, const LaunchContext&) { return cudaErrorInvalidValue; }
+SKIPKERNELS_NO_LAUNCHER(route_experts)
+SKIPKERNELS_NO_LAUNCHER(experts_gate_up_act)
+SKIPKERNELS_NO_LAUNCHER(experts_down_proj_add)
+#undef SKIPKERNELS_NO_LAUNCHER
 
 cudaError_t launch(const Step& step, const LaunchContext& context) {
     switch (step.ins.op) {

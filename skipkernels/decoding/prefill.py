@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 
 from skipkernels.model.config import ModelConfig
-from skipkernels.model.matrix import as_tensor, weight_rows
+from skipkernels.model.matrix import AnyMatrix, as_tensor, weight_rows
 from skipkernels.model.prompt import EmbeddedPrompt, shifted
 from skipkernels.model.weights import LayerWeights, ModelWeights
 from skipkernels.program.reference import activation_of, apply_rope
@@ -187,8 +188,32 @@ def _ffn(
     """The FFN branch of a layer for [tokens, hidden], without the residual. ``multiply`` makes down_proj's input of the
     activated gates and the ups."""
     x = _rms_norm(hidden, layer.post_attention_layernorm, config.rms_norm_eps)
+    if layer.router is not None:
+        return of_experts(config, layer, x)
     gate, up = F.linear(x, as_tensor(layer.gate_up_proj, hidden.dtype)).chunk(2, dim=-1)
     return F.linear(multiply(activation_of(config.activation)(gate), up), as_tensor(layer.down_proj, hidden.dtype))
+
+
+def of_experts(config: ModelConfig, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+    """The FFN of a layer with experts for its normed input [tokens, hidden]: what route_experts and the ops behind it
+    do."""
+    router, gate_up_proj, down_proj = (
+        as_tensor(matrix, x.dtype) for matrix in (cast("AnyMatrix", layer.router), layer.gate_up_proj, layer.down_proj)
+    )
+    gate_up_proj = gate_up_proj.view(config.num_experts, -1, x.shape[-1])
+    down_proj = down_proj.view(config.num_experts, x.shape[-1], -1)
+    logits = F.linear(x, router).float()
+    chosen = torch.sort(logits, descending=True, stable=True).indices[:, : config.num_experts_per_tok]
+    weights = logits.softmax(-1).gather(1, chosen)
+    if config.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    branch = torch.zeros_like(x)
+    for expert in chosen.unique().tolist():
+        tokens, choice = (chosen == expert).nonzero(as_tuple=True)
+        gate, up = F.linear(x[tokens], gate_up_proj[expert]).chunk(2, dim=-1)
+        outputs = F.linear(activation_of(config.activation)(gate) * up, down_proj[expert])
+        branch[tokens] += (outputs * weights[tokens, choice, None]).to(x.dtype)
+    return branch
 
 
 def _multiply_kept(

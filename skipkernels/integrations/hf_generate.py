@@ -285,9 +285,11 @@ def _engine_for(model: PreTrainedModel, batch_size: int, max_length: int, num_th
         if engine.max_batch_size >= batch_size and engine.max_seq_len >= max_length:
             return engine
         batch_size, max_length = max(batch_size, engine.max_batch_size), max(max_length, engine.max_seq_len)
+    text_config = model.config.get_text_config()
+    usual = min(DEFAULT_MAX_SEQ_LEN, text_config.max_position_embeddings, ModelConfig.from_hf(text_config).reach)
     engine = _engines[model] = Engine.from_pretrained(
         model,
-        max_seq_len=max(max_length, min(DEFAULT_MAX_SEQ_LEN, model.config.get_text_config().max_position_embeddings)),
+        max_seq_len=max(max_length, usual),
         max_batch_size=batch_size,
         device=str(model.device),
         num_threads=num_threads,
@@ -313,7 +315,7 @@ def _is_current(engine: Engine, model: PreTrainedModel) -> bool:
         and torch.equal(sin, weights.rope_sin[:2].cpu())
         and all(
             parameters[name].data_ptr() == view.data_ptr()
-            if view.dim() == 2
+            if view.dim() >= 2
             else torch.equal(as_packed(config, name, parameters[name]).float(), view)
             for name, view in parameter_views(engine.config, weights).items()
         )

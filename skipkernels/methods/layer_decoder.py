@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from skipkernels.decoding.prefill import of_experts
 from skipkernels.model.config import ModelConfig
 from skipkernels.model.matrix import dequantized, float_tensor, weight_rows
 from skipkernels.model.weights import LayerWeights, ModelWeights
@@ -154,6 +155,8 @@ class LayerDecoder:
     def _ffn(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
         """The FFN branch [tokens, hidden], without the residual."""
         x = self._ffn_input(rms_norm(hidden, layer.post_attention_layernorm, self.config.rms_norm_eps))
+        if layer.router is not None:
+            return of_experts(self.config, layer, x)
         gate, up = F.linear(x, float_tensor(layer.gate_up_proj)).chunk(2, dim=-1)
         return F.linear(
             self._down_input(activation_of(self.config.activation)(gate) * up), float_tensor(layer.down_proj)
@@ -175,4 +178,5 @@ def _in_fp32(layer: LayerWeights) -> LayerWeights:
         o_proj=dequantized(layer.o_proj),
         gate_up_proj=dequantized(layer.gate_up_proj),
         down_proj=dequantized(layer.down_proj),
+        router=None if layer.router is None else dequantized(layer.router),
     )

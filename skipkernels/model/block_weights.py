@@ -96,7 +96,9 @@ def load_in_formats(
     weights.lm_head = weights.embed_tokens if tied else matrix("lm_head.weight")
     for index, layer in enumerate(weights.layers):
         for field, parts in PARTS.items():
-            setattr(layer, field, matrix(*(f"model.layers.{index}.{part}.weight" for part in parts)))
+            whole = f"model.layers.{index}.{parts[0].rpartition('.')[0]}.{field}.weight"  # of families that fuse them
+            names = [whole] if whole in shapes_only else [f"model.layers.{index}.{part}.weight" for part in parts]
+            setattr(layer, field, matrix(*names))
     for format, count in beside_floats.items():
         logger.warning(
             "%s: %d matrices in %s are dequantised to %s: they are stacked with floats (q, k and v, or gate and up)",

@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu_tanh")
 """Of the FFN's gate, in the order of the instruction set's numbers."""
 _ACTIVATION_NAMES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -80,6 +80,11 @@ class ModelConfig:
     logits_multiplier: float = 1.0
     second_rope_parameters: tuple[tuple[str, object], ...] = ()  # of some layers; none there: they do not rotate
     second_rope_layers: tuple[bool, ...] = ()  # which; none: all layers rotate alike
+    num_experts: int = 0  # of each of expert_layers
+    num_experts_per_tok: int = 0  # that a token's router chooses
+    moe_intermediate_size: int = 0  # of one expert
+    norm_topk_prob: bool = False  # the chosen experts' shares sum to 1
+    expert_layers: tuple[bool, ...] = ()  # which have a router and experts; none: all FFNs are dense
 
     @classmethod
     def from_hf(cls, config: PreTrainedConfig) -> ModelConfig:
@@ -140,6 +145,7 @@ class ModelConfig:
             logits_multiplier=kind.logits_multiplier(config),
             second_rope_parameters=_hashable_rope(second_rope),
             second_rope_layers=_second_rope_layers(config, kind),
+            **_experts(config, kind),
         )
 
     @property
@@ -170,6 +176,8 @@ class ModelConfig:
         """Positions that the model was made for: those of its configuration, or more where its rotary embeddings are
         stretched. Farther ones can be computed, but were never trained."""
         rope = dict(self.rope_parameters)
+        if rope["rope_type"] == "longrope":  # beyond, all frequencies change, also those of what is cached
+            return min(self.max_position_embeddings, cast(int, rope["original_max_position_embeddings"]))
         if rope["rope_type"] not in ("linear", "yarn"):
             return self.max_position_embeddings
         original = rope.get("original_max_position_embeddings") or self.max_position_embeddings
@@ -198,13 +206,24 @@ class ModelConfig:
         """Width of the attention output before ``o_proj``; Qwen3 has it independent of ``hidden_size``."""
         return self.num_attention_heads * self.head_dim
 
+    def has_experts(self, layer: int) -> bool:
+        return bool(self.expert_layers) and self.expert_layers[layer]
+
     def attention_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of one layer's attention matrices."""
         return (self.qkv_size + self.attention_size) * self.hidden_size * dtype.itemsize
 
     def ffn_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of one layer's FFN matrices: what one skipped FFN does not read."""
-        return 3 * self.intermediate_size * self.hidden_size * dtype.itemsize
+        """Bytes of one layer's FFN matrices that a token reads, in the mean over layers: what one skipped FFN does not
+        read. Of experts, those that the token's router chooses."""
+        return self._ffn_bytes(self.num_experts_per_tok, dtype)
+
+    def _ffn_bytes(self, experts: int, dtype: torch.dtype) -> int:
+        sparse = sum(self.expert_layers)
+        dense = self.num_hidden_layers - sparse
+        elements = dense * 3 * self.intermediate_size + sparse * (3 * experts * self.moe_intermediate_size)
+        elements += sparse * self.num_experts  # the routers
+        return elements * self.hidden_size * dtype.itemsize // self.num_hidden_layers
 
     def decode_weight_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of weights one dense decode step reads: every layer, lm_head, and one embedding row."""
@@ -214,7 +233,7 @@ class ModelConfig:
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of all matrices."""
-        per_layer = self.attention_bytes(dtype) + self.ffn_bytes(dtype)
+        per_layer = self.attention_bytes(dtype) + self._ffn_bytes(self.num_experts, dtype)
         embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size * dtype.itemsize
         return self.num_hidden_layers * per_layer + embeddings
 
@@ -303,12 +322,32 @@ def _checked_rope(family: str, rope: dict[str, object]) -> dict[str, object]:
             f"supported are {', '.join(SUPPORTED_ROPE_TYPES)}"
         )
     for name in ("rope_theta", "factor", "original_max_position_embeddings"):
-        value = rope.get(name, 1.0 if name != "factor" or rope["rope_type"] == "default" else None)
+        needed = {"factor": ("linear", "llama3", "yarn"), "original_max_position_embeddings": ("longrope",)}
+        value = rope.get(name, None if rope["rope_type"] in needed.get(name, ()) else 1.0)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ModelError(f"{family}: {name} of the rotary parameters must be a positive number, got {value!r}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelError(f"{family}: partial_rotary_factor={rope['partial_rotary_factor']} is not supported; only 1.0")
     return rope
+
+
+def _experts(config: PreTrainedConfig, kind: Family) -> dict[str, Any]:
+    """The fields of a mixture of experts; none of a dense model."""
+    if kind.experts is None:
+        return {}
+    layers, dense = config.num_hidden_layers, getattr(config, "mlp_only_layers", None) or ()
+    step = getattr(config, "decoder_sparse_step", 1)
+    experts, chosen = _size(config, "num_experts"), _size(config, "num_experts_per_tok")
+    if chosen > experts:
+        raise ModelError(f"{kind.name}: num_experts_per_tok={chosen} is more than the {experts} experts")
+    norm = kind.experts.norm_topk_prob
+    return {
+        "num_experts": experts,
+        "num_experts_per_tok": chosen,
+        "moe_intermediate_size": _size(config, kind.experts.intermediate_size),
+        "norm_topk_prob": bool(config.norm_topk_prob) if norm is None else norm,
+        "expert_layers": tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers)),
+    }
 
 
 def _sliding_windows(config: PreTrainedConfig, kind: Family) -> tuple[int | None, ...]:

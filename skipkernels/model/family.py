@@ -27,6 +27,18 @@ def _by_head_dim(config: PreTrainedConfig) -> float:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: each token's FFN is the few that a router chooses."""
+
+    intermediate_size: str  # the entry that holds an expert's
+    norm_topk_prob: bool | None  # chosen experts' shares are made to sum to 1; None: as `norm_topk_prob` says
+    saved_router: str  # names in files, of a layer; transformers' module stacks the experts
+    saved_gate: str
+    saved_up: str
+    saved_down: str
+
+
+@dataclass(frozen=True)
 class Family:
     """One ``model_type`` of Hugging Face. The defaults are Llama's, without what its configuration leaves open."""
 
@@ -37,9 +49,11 @@ class Family:
     three_axes: bool = False  # positions in time, height and width (M-RoPE)
     qk_norm: bool = False  # of each head of q and k
     activation: str = "hidden_act"  # the entry that names the gate's
+    fused: bool = False  # q, k and v are one parameter, and so are gate and up
     branch_norms: bool = False  # attention and FFN are normed once more, as a whole, before they are added
     norm_offset: float = 0.0  # Gemma's norms multiply by 1 + weight
     rope_by_type: bool = False  # sliding and full layers have rotary parameters of their own
+    experts: Experts | None = None  # of layers with a router
     layers_without_rope: bool = False  # those whose `no_rope_layers` is 0
     scaling: Number = _by_head_dim  # of scores
     embed_scale: Number = _one
@@ -60,6 +74,33 @@ FAMILIES: dict[str, Family] = {
         Family("mistral", windows="one"),
         Family("qwen2", attention_bias="qkv", windows="by type"),
         Family("qwen3", attention_bias="read", windows="by type", qk_norm=True),
+        Family(
+            "qwen3_moe",
+            attention_bias="read",
+            windows="one",
+            qk_norm=True,
+            experts=Experts(
+                intermediate_size="moe_intermediate_size",
+                norm_topk_prob=None,
+                saved_router="mlp.gate.weight",
+                saved_gate="mlp.experts.{}.gate_proj.weight",
+                saved_up="mlp.experts.{}.up_proj.weight",
+                saved_down="mlp.experts.{}.down_proj.weight",
+            ),
+        ),
+        Family(
+            "mixtral",
+            windows="one",
+            experts=Experts(
+                intermediate_size="intermediate_size",
+                norm_topk_prob=True,
+                saved_router="block_sparse_moe.gate.weight",
+                saved_gate="block_sparse_moe.experts.{}.w1.weight",
+                saved_up="block_sparse_moe.experts.{}.w3.weight",
+                saved_down="block_sparse_moe.experts.{}.w2.weight",
+            ),
+        ),
+        Family("phi3", windows="one", fused=True),
         Family("qwen2_5_omni_text", attention_bias="qkv", windows="by type", three_axes=True),
         Family(
             "gemma3_text",
@@ -100,7 +141,8 @@ def family_of(config: PreTrainedConfig) -> Family:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ModelError(
-            f"model family {config.model_type!r} is not supported; supported are {', '.join(FAMILIES)} (dense decoders "
-            "with a gated FFN). A near relative of one of them is added as data: see docs/families.md"
+            f"model family {config.model_type!r} is not supported; supported are {', '.join(FAMILIES)} "
+            "(decoders with a gated FFN, or with experts that have one). A near relative of one of them is added as "
+            "data: see docs/families.md"
         )
     return family

@@ -189,7 +189,10 @@ def float_tensor(matrix: AnyMatrix) -> torch.Tensor:
     """
     if isinstance(matrix, torch.Tensor):
         return matrix
-    raise ModelError(f"floats are needed here, got a matrix in {' and '.join(formats_of(matrix))}")
+    raise ModelError(
+        f"floats are needed here, got a matrix in {' and '.join(formats_of(matrix))}; load the model with dtype bf16 "
+        "(--dtype bf16)"
+    )
 
 
 def as_tensor(matrix: AnyMatrix, dtype: torch.dtype) -> torch.Tensor:

@@ -111,6 +111,8 @@ def _check_part(name: str, part: torch.nn.Module, config: ModelConfig) -> None:
 
 _TORCH_CLASSES: dict[str, type[torch.nn.Module]] = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), torch.nn.Linear),
+    **dict.fromkeys(("qkv_proj", "gate_up_proj"), torch.nn.Linear),
+    **dict.fromkeys(("resid_attn_dropout", "resid_mlp_dropout"), torch.nn.Dropout),
     "lm_head": torch.nn.Linear,
     "embed_tokens": torch.nn.Embedding,
     "layers": torch.nn.ModuleList,
@@ -126,7 +128,7 @@ def _is_known(role: str, kind: type[torch.nn.Module], config: ModelConfig) -> bo
         return own and kind.__name__.endswith("ScaledWordEmbedding")
     if role in _TORCH_CLASSES:
         return kind is _TORCH_CLASSES[role]
-    if role == "act_fn":
+    if role in ("act_fn", "activation_fn"):
         known = _ACTIVATION_CLASSES[config.activation]
         return kind.__name__ in known and kind.__module__.startswith(("torch.", "transformers."))
     return own and (not role.endswith("norm") or kind.__name__.endswith("RMSNorm"))

@@ -16,7 +16,7 @@ import torch
 
 from skipkernels.errors import DeviceError, ModelError
 from skipkernels.model.config import ModelConfig, dtype_name, rope_by_kind
-from skipkernels.model.family import family_of
+from skipkernels.model.family import FAMILIES, family_of
 from skipkernels.model.matrix import FLOAT_FORMATS, AnyMatrix, Matrix, StackedMatrix, float_tensor, formats_of
 from skipkernels.model.module_check import check_module
 from skipkernels.model.shards import Shards
@@ -40,10 +40,12 @@ class LayerWeights:
     o_proj: AnyMatrix  # [hidden, heads head_dim]
     o_proj_bias: torch.Tensor | None  # [hidden]
     post_attention_layernorm: torch.Tensor  # [hidden], in front of the FFN; Gemma's pre_feedforward_layernorm
-    gate_up_proj: AnyMatrix  # [2 intermediate, hidden]
-    down_proj: AnyMatrix  # [hidden, intermediate]; with neuron_rows a view of storage that lies transposed
+    gate_up_proj: AnyMatrix  # [2 intermediate, hidden]; of experts one below the other
+    down_proj: AnyMatrix  # [hidden, intermediate]; with neuron_rows a view of storage that lies transposed; of experts
+    # one below the other
     attention_branch_norm: torch.Tensor | None = None  # [hidden], of what attention adds to the residual stream
     ffn_branch_norm: torch.Tensor | None = None  # [hidden], of what the FFN adds
+    router: AnyMatrix | None = None  # [experts, hidden], where the layer has experts
 
 
 @dataclass
@@ -60,6 +62,7 @@ class ModelWeights:
     second_rope_cos: torch.Tensor | None = None  # of the config's second_rope_layers
     second_rope_sin: torch.Tensor | None = None
     contents: str = ""  # a hash over the values they were loaded with; none: random ones
+    experts_per_token: int = 0  # that a router chooses
     cache_dtype: torch.dtype = torch.bfloat16  # of the KV cache, where embed_tokens is quantised
 
     @property
@@ -73,6 +76,7 @@ class ModelWeights:
         matrices = [self.embed_tokens, self.lm_head]
         for layer in self.layers:
             matrices += [layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj]
+            matrices += [] if layer.router is None else [layer.router]
         found = {name for matrix in matrices for name in formats_of(matrix)}
         return "+".join(sorted(dtype_name(FLOAT_FORMATS[name]) if name in FLOAT_FORMATS else name for name in found))
 
@@ -97,8 +101,15 @@ class ModelWeights:
         return sum(tensor.nbytes for _, tensor in self.tensors())
 
     def ffn_nbytes(self) -> float:
-        """Bytes of one layer's FFN matrices as they are stored, in the mean over layers."""
-        return sum(layer.gate_up_proj.nbytes + layer.down_proj.nbytes for layer in self.layers) / len(self.layers)
+        """Bytes of one layer's FFN matrices that a token reads, as they are stored, in the mean over layers."""
+        nbytes = 0.0
+        for layer in self.layers:
+            matrices = layer.gate_up_proj.nbytes + layer.down_proj.nbytes
+            if layer.router is None:
+                nbytes += matrices
+            else:
+                nbytes += layer.router.nbytes + matrices * self.experts_per_token / layer.router.shape[0]
+        return nbytes / len(self.layers)
 
     def decode_nbytes(self) -> float:
         """Bytes of matrices one dense decode step reads as they are stored: every layer, lm_head, one embedding row."""
@@ -132,6 +143,12 @@ def expected_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face's parameter names of the model and their shapes."""
     shapes_only = allocate_weights(config, torch.float32, 1, "meta")
     return {name: tuple(view.shape) for name, view in parameter_views(config, shapes_only).items()}
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The names of ``expected_parameters`` in files, and their shapes."""
+    shapes_only = allocate_weights(config, torch.float32, 1, "meta")
+    return {name: tuple(view.shape) for name, view in saved_views(config, shapes_only).items()}
 
 
 def empty_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -172,27 +189,30 @@ def allocate_weights(
         except RuntimeError as error:  # what torch's allocators raise
             raise DeviceError(f"no memory for max_seq_len={max_seq_len} ({str(error).splitlines()[0]})") from error
 
+    def layer(index: int) -> LayerWeights:
+        experts = c.num_experts if c.has_experts(index) else 0
+        size, copies = (c.moe_intermediate_size, experts) if experts else (c.intermediate_size, 1)
+        return LayerWeights(
+            input_layernorm=vector(hidden),
+            qkv_proj=matrix(c.qkv_size, hidden),
+            qkv_bias=vector(c.qkv_size) if c.qkv_bias else None,
+            q_norm=vector(c.head_dim) if c.qk_norm else None,
+            k_norm=vector(c.head_dim) if c.qk_norm else None,
+            o_proj=matrix(hidden, c.attention_size),
+            o_proj_bias=vector(hidden) if c.o_proj_bias else None,
+            post_attention_layernorm=vector(hidden),
+            gate_up_proj=matrix(copies * 2 * size, hidden),
+            down_proj=matrix(size, hidden).T if neuron_rows else matrix(copies * hidden, size),
+            attention_branch_norm=vector(hidden) if c.branch_norms else None,
+            ffn_branch_norm=vector(hidden) if c.branch_norms else None,
+            router=matrix(experts, hidden) if experts else None,
+        )
+
     hidden, c = config.hidden_size, config
     embed_tokens = matrix(c.vocab_size, hidden)
     return ModelWeights(
         embed_tokens=embed_tokens,
-        layers=[
-            LayerWeights(
-                input_layernorm=vector(hidden),
-                qkv_proj=matrix(c.qkv_size, hidden),
-                qkv_bias=vector(c.qkv_size) if c.qkv_bias else None,
-                q_norm=vector(c.head_dim) if c.qk_norm else None,
-                k_norm=vector(c.head_dim) if c.qk_norm else None,
-                o_proj=matrix(hidden, c.attention_size),
-                o_proj_bias=vector(hidden) if c.o_proj_bias else None,
-                post_attention_layernorm=vector(hidden),
-                gate_up_proj=matrix(2 * c.intermediate_size, hidden),
-                down_proj=matrix(c.intermediate_size, hidden).T if neuron_rows else matrix(hidden, c.intermediate_size),
-                attention_branch_norm=vector(hidden) if c.branch_norms else None,
-                ffn_branch_norm=vector(hidden) if c.branch_norms else None,
-            )
-            for _ in range(c.num_hidden_layers)
-        ],
+        layers=[layer(index) for index in range(c.num_hidden_layers)],
         norm=vector(hidden),
         lm_head=embed_tokens if c.tie_word_embeddings else matrix(c.vocab_size, hidden),
         rope_cos=rotary_table(),
@@ -200,6 +220,7 @@ def allocate_weights(
         second_rope_cos=rotary_table() if c.second_rope_layers else None,
         second_rope_sin=rotary_table() if c.second_rope_layers else None,
         neuron_rows=neuron_rows,
+        experts_per_token=c.num_experts_per_tok,
     )
 
 
@@ -209,6 +230,7 @@ def parameter_views(config: ModelConfig, weights: ModelWeights) -> dict[str, tor
     Raises:
         ModelError: a matrix is quantised.
     """
+    fused = config.model_type in FAMILIES and FAMILIES[config.model_type].fused
     q_size, kv_size = config.attention_size, config.num_key_value_heads * config.head_dim
     views = {"model.embed_tokens.weight": float_tensor(weights.embed_tokens), "model.norm.weight": weights.norm}
     if not config.tie_word_embeddings:
@@ -222,7 +244,6 @@ def parameter_views(config: ModelConfig, weights: ModelWeights) -> dict[str, tor
             attention + "o_proj.bias": layer.o_proj_bias,
             attention + "q_norm.weight": layer.q_norm,
             attention + "k_norm.weight": layer.k_norm,
-            prefix + "mlp.down_proj.weight": float_tensor(layer.down_proj),
         }
         if config.branch_norms:
             named[prefix + "post_attention_layernorm.weight"] = layer.attention_branch_norm
@@ -230,13 +251,59 @@ def parameter_views(config: ModelConfig, weights: ModelWeights) -> dict[str, tor
             named[prefix + "post_feedforward_layernorm.weight"] = layer.ffn_branch_norm
         else:
             named[prefix + "post_attention_layernorm.weight"] = layer.post_attention_layernorm
+        if fused:
+            named[attention + "qkv_proj.weight"] = float_tensor(layer.qkv_proj)
+            named[prefix + "mlp.gate_up_proj.weight"] = float_tensor(layer.gate_up_proj)
+            named[prefix + "mlp.down_proj.weight"] = float_tensor(layer.down_proj)
+            views.update({name: view for name, view in named.items() if view is not None})
+            continue
         for kind, packed in (("weight", float_tensor(layer.qkv_proj)), ("bias", layer.qkv_bias)):
             parts = packed.split([q_size, kv_size, kv_size]) if packed is not None else (None, None, None)
             for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
                 named[f"{attention}{name}.{kind}"] = part
-        gate, up = float_tensor(layer.gate_up_proj).chunk(2)
-        named[prefix + "mlp.gate_proj.weight"], named[prefix + "mlp.up_proj.weight"] = gate, up
+        named |= _ffn_views(prefix + "mlp.", layer)
         views.update({name: view for name, view in named.items() if view is not None})
+    return views
+
+
+def _ffn_views(prefix: str, layer: LayerWeights) -> dict[str, torch.Tensor]:
+    gate_up, down = float_tensor(layer.gate_up_proj), float_tensor(layer.down_proj)
+    if layer.router is None:
+        gate, up = gate_up.chunk(2)
+        return {prefix + "gate_proj.weight": gate, prefix + "up_proj.weight": up, prefix + "down_proj.weight": down}
+    experts = layer.router.shape[0]
+    return {
+        prefix + "gate.weight": float_tensor(layer.router),
+        prefix + "experts.gate_up_proj": gate_up.view(experts, -1, gate_up.shape[1]),
+        prefix + "experts.down_proj": down.view(experts, -1, down.shape[1]),
+    }
+
+
+def as_saved(config: ModelConfig, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What files hold of a parameter: of experts, which a module stacks, each one's matrices, under other names."""
+    experts = FAMILIES[config.model_type].experts if config.model_type in FAMILIES else None
+    if experts is None or ".mlp." not in name:
+        return {name: tensor}
+    prefix, _, part = name.partition("mlp.")
+    if part == "gate.weight":
+        return {prefix + experts.saved_router: tensor}
+    if part == "experts.down_proj":
+        return {prefix + experts.saved_down.format(index): matrix for index, matrix in enumerate(tensor)}
+    if part != "experts.gate_up_proj":
+        return {name: tensor}  # of a dense layer
+    saved = {}
+    for index, matrix in enumerate(tensor):
+        gate, up = matrix.chunk(2)
+        saved[prefix + experts.saved_gate.format(index)] = gate
+        saved[prefix + experts.saved_up.format(index)] = up
+    return saved
+
+
+def saved_views(config: ModelConfig, weights: ModelWeights) -> dict[str, torch.Tensor]:
+    """``parameter_views`` by the names in files."""
+    views: dict[str, torch.Tensor] = {}
+    for name, view in parameter_views(config, weights).items():
+        views |= as_saved(config, name, view)
     return views
 
 
@@ -327,9 +394,9 @@ def load_checkpoint(
         ModelError: a shard is missing or truncated, a tensor is missing, has the wrong shape or dtype, or is not
             understood. Everything is checked against the files' headers before the first byte of weights is read.
     """
-    shards.check(expected_parameters(config), config.num_hidden_layers)
+    shards.check(expected_tensors(config), config.num_hidden_layers)
     weights, contents = allocate_weights(config, dtype, max_seq_len, device, neuron_rows), WeightsHash()
-    views = parameter_views(config, weights)
+    views = saved_views(config, weights)
     for name, tensor in shards.tensors(views):
         views[name].copy_(as_packed(config, name, tensor))
         contents.add(name, tensor)
@@ -359,9 +426,10 @@ def pack_module(
         weights = allocate_weights(config, dtype or own, max_seq_len, device, neuron_rows)
         views = parameter_views(config, weights)
         for name, view in views.items():
-            contents.add(name, parameters[name])
+            for saved, tensor in as_saved(config, name, parameters[name]).items():
+                contents.add(saved, tensor)
             view.copy_(as_packed(config, name, parameters[name]))
-            shared = view.dtype == parameters[name].dtype and view.dim() == 2
+            shared = view.dtype == parameters[name].dtype and view.dim() >= 2
             if shared and not parameters[name].is_inference():  # one made in inference mode cannot change its storage
                 parameters[name].data = view
     warn_of_nan(views)

@@ -21,6 +21,8 @@ NO_NEURON_ROWS = (
     "load the engine with this policy, or with neuron_rows=True"
 )
 
+NO_NEURONS_OF_EXPERTS = "single neurons of experts cannot be left out; leave out whole FFN blocks only"
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -178,7 +180,9 @@ def build_program(
         )
         if config.changes_branches:
             record_branch_add(s.active, layer.attention_branch_norm, None)
-        if neurons:
+        if layer.router is not None:
+            _record_experts(record, config, layer, state, index, stream, partials)
+        elif neurons:
             _record_neurons(record, config, layer, state, index)
         else:
             record(
@@ -191,7 +195,7 @@ def build_program(
                 rms_norm_eps=eps,
                 activation=ACTIVATIONS.index(config.activation),
             )
-        if weights.neuron_rows:
+        if layer.router is None and weights.neuron_rows:
             record(
                 "down_proj_neurons_add",
                 row_mask=s.run_ffn[index],
@@ -204,7 +208,7 @@ def build_program(
                 rows_per_partial=s.layout.rows_per_partial,
                 neuron_chunk=neuron_chunk(config.intermediate_size),
             )
-        else:
+        elif layer.router is None:
             record(
                 "down_proj_add",
                 row_mask=s.run_ffn[index],
@@ -268,6 +272,55 @@ def build_program(
         block_size=s.block_size,
     )
     return tuple(program)
+
+
+def _record_experts(
+    record: Callable[..., None],
+    config: ModelConfig,
+    layer: LayerWeights,
+    s: DecodeState,
+    index: int,
+    stream: torch.Tensor,
+    partials: torch.Tensor | None,
+) -> None:
+    """From the residual stream to what the chosen experts add."""
+    normed = {"post_attention_layernorm": layer.post_attention_layernorm, "rms_norm_eps": config.rms_norm_eps}
+    chosen = {"expert_begins": s.expert_begins, "expert_pairs": s.expert_pairs}
+    record(
+        "route_experts",
+        row_mask=s.run_ffn[index],
+        hidden_states=s.hidden_states,
+        router=layer.router,
+        router_logits=s.router_logits,
+        expert_ids=s.expert_ids,
+        expert_weights=s.expert_weights,
+        experts_read=s.experts_read,
+        norm_topk_prob=config.norm_topk_prob,
+        layer=index,
+        **normed,
+        **chosen,
+    )
+    record(
+        "experts_gate_up_act",
+        row_mask=s.run_ffn[index],
+        hidden_states=s.hidden_states,
+        gate_up_proj=layer.gate_up_proj,
+        expert_intermediate=s.expert_intermediate,
+        activation=ACTIVATIONS.index(config.activation),
+        **normed,
+        **chosen,
+    )
+    record(
+        "experts_down_proj_add",
+        row_mask=s.run_ffn[index],
+        expert_intermediate=s.expert_intermediate,
+        expert_weights=s.expert_weights,
+        down_proj=layer.down_proj,
+        hidden_states=stream,
+        similarity_partials=None if config.changes_branches else partials,
+        rows_per_partial=s.layout.rows_per_partial,
+        **chosen,
+    )
 
 
 def _record_neurons(

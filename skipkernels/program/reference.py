@@ -7,8 +7,9 @@ that a row's result cannot depend on its neighbours. Clarity is the only goal.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -329,6 +330,66 @@ def branch_add(ins: Instruction) -> None:
             change = rms_norm(change, t["norm"], float(ins.scalars["rms_norm_eps"]))
         _add_and_compare(ins, row, change * float(ins.scalars["multiplier"]))
         t["branch"][row] = 0
+
+
+def route_experts(ins: Instruction) -> None:
+    t, router = ins.tensors, linear(ins, "router")
+    for row in ins.rows:
+        x = rms_norm(t["hidden_states"][row], t["post_attention_layernorm"], float(ins.scalars["rms_norm_eps"]))
+        t["router_logits"][row] = router(x)
+    choose_experts(ins)
+
+
+def choose_experts(ins: Instruction) -> None:
+    """Of ``route_experts``, behind its logits."""
+    t, s, pairs = ins.tensors, ins.sizes, []
+    for row in ins.rows:
+        logits = t["router_logits"][row]
+        order = torch.sort(logits, descending=True, stable=True).indices[: s["experts_per_token"]]
+        weights = logits.softmax(0)[order]
+        t["expert_ids"][row] = order
+        t["expert_weights"][row] = weights / weights.sum() if ins.scalars["norm_topk_prob"] else weights
+        pairs += [(expert, row * s["experts_per_token"] + choice) for choice, expert in enumerate(order.tolist())]
+    t["expert_pairs"][: len(pairs)] = torch.tensor([pair for _, pair in sorted(pairs)])
+    counts = torch.bincount(torch.tensor([expert for expert, _ in pairs]), minlength=s["num_experts"])
+    t["expert_begins"][0] = 0
+    t["expert_begins"][1:] = counts.cumsum(0)
+    t["experts_read"][int(ins.scalars["layer"])] += int((counts > 0).sum())
+
+
+def choices_by_expert(ins: Instruction) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """Each chosen expert, and the (row, choice) that it was for, in ascending order."""
+    begins, pairs = ins.tensors["expert_begins"].tolist(), ins.tensors["expert_pairs"].tolist()
+    for expert, (begin, end) in enumerate(pairwise(begins)):
+        if begin < end:
+            yield expert, [divmod(pair, ins.sizes["experts_per_token"]) for pair in pairs[begin:end]]
+
+
+def experts_gate_up_act(ins: Instruction) -> None:
+    t, size = ins.tensors, 2 * ins.sizes["expert_size"]
+    activate = activation_of(ACTIVATIONS[int(ins.scalars["activation"])])
+    gate_up_proj = linear(ins, "gate_up_proj")
+    products = {
+        row: gate_up_proj(
+            rms_norm(t["hidden_states"][row], t["post_attention_layernorm"], float(ins.scalars["rms_norm_eps"]))
+        )
+        for row in ins.rows
+    }
+    for expert, choices in choices_by_expert(ins):
+        for row, choice in choices:
+            gate, up = products[row][expert * size : (expert + 1) * size].chunk(2)
+            t["expert_intermediate"][row, choice] = activate(gate) * up
+
+
+def experts_down_proj_add(ins: Instruction) -> None:
+    t, size, down_proj = ins.tensors, ins.sizes["hidden_size"], linear(ins, "down_proj")
+    branches = {row: torch.zeros(size) for row in ins.rows}
+    for expert, choices in choices_by_expert(ins):
+        for row, choice in choices:
+            outputs = down_proj(t["expert_intermediate"][row, choice])[expert * size : (expert + 1) * size]
+            branches[row] += t["expert_weights"][row, choice] * outputs
+    for row, branch in branches.items():
+        _add_and_compare(ins, row, branch)
 
 
 def gate_proj_act(ins: Instruction) -> None:

@@ -128,6 +128,14 @@ class DecodeState:
     intermediate: torch.Tensor  # f32 [rows, intermediate]
     neurons: torch.Tensor  # i32 [intermediate], those that some row keeps
     num_neurons: torch.Tensor  # i32 [1], their number
+    # of layers with experts; empty where there are none
+    router_logits: torch.Tensor  # f32 [rows, experts]
+    expert_ids: torch.Tensor  # i32 [rows, experts_per_token]
+    expert_weights: torch.Tensor  # f32 [rows, experts_per_token]
+    expert_begins: torch.Tensor  # i32 [experts + 1]
+    expert_pairs: torch.Tensor  # i32 [rows * experts_per_token], choices in the order of their experts
+    expert_intermediate: torch.Tensor  # f32 [rows, experts_per_token, moe_intermediate]
+    experts_read: torch.Tensor  # i64 [layers], experts whose matrices were read, over all steps
     logits: torch.Tensor  # f32 [sequences, vocab]
     # the cache, in the weights' dtype
     k_cache: torch.Tensor  # [layers, blocks, kv_heads, block_size, head_dim]
@@ -164,6 +172,7 @@ class DecodeState:
         blocks = num_sequences * table if num_blocks is None else num_blocks
         cache = (layers, blocks, config.num_key_value_heads, layout.block_size, config.head_dim)
         rows, sequences = num_sequences + num_prompt_rows, num_sequences
+        chosen = config.num_experts_per_tok
 
         def buffer(kind: torch.dtype, *shape: int, fill: float = 0) -> torch.Tensor:
             # zeros() hands out untouched pages: a cache costs memory only where it is used
@@ -238,6 +247,13 @@ class DecodeState:
             intermediate=buffer(f32, rows, config.intermediate_size),
             neurons=buffer(i32, config.intermediate_size),
             num_neurons=buffer(i32, 1),
+            router_logits=buffer(f32, rows, config.num_experts),
+            expert_ids=buffer(i32, rows, chosen),
+            expert_weights=buffer(f32, rows, chosen),
+            expert_begins=buffer(i32, config.num_experts + 1),
+            expert_pairs=buffer(i32, rows * chosen),
+            expert_intermediate=buffer(f32, rows, chosen, config.moe_intermediate_size),
+            experts_read=buffer(i64, layers),
             logits=buffer(f32, sequences, config.vocab_size),
             k_cache=buffer(dtype, *cache),
             v_cache=buffer(dtype, *cache),

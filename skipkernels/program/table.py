@@ -79,6 +79,13 @@ _PAGED_CACHE = {
 }
 """Position p of sequence s stands in block ``block_table[s, p / block_size]``, at offset ``p % block_size``."""
 
+_CHOSEN_EXPERTS = {
+    "expert_begins": _t("i32 num_begins"),
+    "expert_pairs": _t("i32 num_pairs"),
+}
+"""Who chose expert e: ``expert_pairs[expert_begins[e] : expert_begins[e + 1]]``, in ascending order. The c-th choice of
+row r is pair r * experts_per_token + c. Behind the last expert's the list is undefined."""
+
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
@@ -287,6 +294,76 @@ OPS: dict[str, Op] = {
                 "similarity_partials": _t("f32 num_partials num_sequences three", "out", optional=True),
             },
             {"multiplier": float, "rms_norm_eps": float, "rows_per_partial": int},
+        ),
+        Op(
+            "route_experts",
+            """Chooses each row's experts (Switch Transformers, arXiv 2101.03961; Mixtral, arXiv 2401.04088):
+            router_logits = router(x) of x = rms_norm(hidden_states); expert_ids are those of the largest, in descending
+            order, the lower id of equals first; expert_weights are their shares of the softmax over all experts, with
+            ``norm_topk_prob`` divided by their sum. Adds to ``experts_read[layer]`` how many experts some row chose:
+            those whose matrices are read.
+            """,
+            {
+                "hidden_states": _t("f32 num_rows hidden_size"),
+                "post_attention_layernorm": _t("f32 hidden_size"),
+                "router": _t("matrix num_experts hidden_size"),
+                "router_logits": _t("f32 num_rows num_experts", "out"),
+                "expert_ids": _t("i32 num_rows experts_per_token", "out"),
+                "expert_weights": _t("f32 num_rows experts_per_token", "out"),
+                "expert_begins": _t("i32 num_begins", "out"),
+                "expert_pairs": _t("i32 num_pairs", "inout"),
+                "experts_read": _t("i64 num_hidden_layers", "inout"),
+            },
+            {"rms_norm_eps": float, "norm_topk_prob": int, "layer": int},
+            (
+                ("num_begins = num_experts + 1", lambda s: s["num_begins"] == s["num_experts"] + 1),
+                (
+                    "num_pairs = num_rows experts_per_token",
+                    lambda s: s["num_pairs"] == s["num_rows"] * s["experts_per_token"],
+                ),
+            ),
+        ),
+        Op(
+            "experts_gate_up_act",
+            """gate_up_act of each row's chosen experts: expert_intermediate[row, choice] of that expert's gate_proj and
+            up_proj, which stand one below the other, expert by expert. Only chosen experts' are read.
+            """,
+            {
+                "hidden_states": _t("f32 num_rows hidden_size"),
+                "post_attention_layernorm": _t("f32 hidden_size"),
+                "gate_up_proj": _t("matrix gate_up_size hidden_size"),
+                **_CHOSEN_EXPERTS,
+                "expert_intermediate": _t("f32 num_rows experts_per_token expert_size", "out"),
+            },
+            {"rms_norm_eps": float, "activation": int},
+            (
+                (
+                    "gate_up_size = 2 experts expert_size",
+                    lambda s: s["gate_up_size"] == 2 * (s["num_begins"] - 1) * s["expert_size"],
+                ),
+            ),
+        ),
+        Op(
+            "experts_down_proj_add",
+            """hidden_states += the sum over a row's chosen experts, in the order of their ids, of expert_weights *
+            down_proj(expert_intermediate). down_proj holds one expert's rows after the other's; only chosen experts'
+            are read. similarity_partials as for down_proj_add.
+            """,
+            {
+                "expert_intermediate": _t("f32 num_rows experts_per_token expert_size"),
+                "expert_weights": _t("f32 num_rows experts_per_token"),
+                **_CHOSEN_EXPERTS,
+                "down_proj": _t("matrix down_size expert_size"),
+                "hidden_states": _t("f32 num_rows hidden_size", "inout"),
+                "similarity_partials": _t("f32 num_partials num_sequences three", "out", optional=True),
+            },
+            {"rows_per_partial": int},
+            (
+                (
+                    "down_size = experts hidden_size",
+                    lambda s: s["down_size"] == (s["num_begins"] - 1) * s["hidden_size"],
+                ),
+            ),
         ),
         Op(
             "gate_proj_act",

@@ -22,7 +22,7 @@ from skipkernels.support.report import with_peak_floor
 from tests.real_models import smollm2_gguf
 
 NEURON_OPS = {"neuron_gate", "gate_proj_act", "select_neurons", "up_proj_mul", "down_proj_neurons_add"}
-OF_A_LLAMA = set(OPS) - NEURON_OPS - {"branch_add"}
+OF_A_LLAMA = set(OPS) - NEURON_OPS - {"branch_add", "route_experts", "experts_gate_up_act", "experts_down_proj_add"}
 """What a Llama runs under a policy for whole blocks."""
 TINY = {
     "hidden_size": 64,

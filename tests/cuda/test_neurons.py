@@ -92,6 +92,13 @@ def test_thresholds_of_zero_give_the_bits_of_the_dense_program(dtype: torch.dtyp
     assert same_bits(*hidden)
 
 
+def test_a_gate_that_is_its_threshold_is_kept() -> None:
+    gated, program = ran(neuron_case(1, SOME), "gate_proj_act")
+    gated.gate_thresholds[0, 0], gated.neuron_scale[0] = gated.intermediate[0].abs(), 1.0
+    HostKernels(program, gated).run_instruction([ins.op for ins in program].index("select_neurons"))
+    assert int(gated.num_neurons) == gated.intermediate.shape[1]
+
+
 def ran(case: Case, last: str, **options: int) -> tuple[DecodeState, Program]:
     """The state after the case's program up to the op ``last``."""
     weights, state = case.weights(), case.state()

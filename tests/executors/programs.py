@@ -1,7 +1,7 @@
 """Random programs over guarded buffers: what an executor must not read is NaN, what it must not write is watched."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from skipkernels.model.config import ModelConfig
 from skipkernels.model.weights import ModelWeights, allocate_weights
 from skipkernels.program import Program, build_program
 from skipkernels.program.program import Variant
+from skipkernels.program.reference import choose_experts
 from skipkernels.program.state import LAYOUTS, DecodeState, Layout
 from skipkernels.program.table import OPS, Instruction
 from skipkernels.skipping.policy import Policy
@@ -64,6 +65,7 @@ class Case:
     multi_axis: bool = False  # prompt rows rotate by three positions
     num_layers: int = 4
     neuron_rows: bool = False
+    num_experts: int = 0  # in all layers but the second
     layout: Layout = LAYOUTS["cpu"]
 
     @property
@@ -97,7 +99,19 @@ class Case:
             # the first layers slide, the last attends to all
             sliding_windows=(self.sliding_window,) * (self.num_layers - 1) + (None,),
             rope_parameters=self._rope_parameters(),
+            **self._experts(),
         )
+
+    def _experts(self) -> dict[str, Any]:
+        if not self.num_experts:
+            return {}
+        return {
+            "num_experts": self.num_experts,
+            "num_experts_per_tok": min(3, self.num_experts),
+            "moe_intermediate_size": max(1, self.intermediate_size // 2),
+            "norm_topk_prob": self.seed % 2 == 0,
+            "expert_layers": tuple(layer != 1 for layer in range(self.num_layers)),
+        }
 
     def _rope_parameters(self) -> tuple[tuple[str, object], ...]:
         if not self.multi_axis:
@@ -230,6 +244,9 @@ MATRIX_OPS = (
     "o_proj_add",
     "gate_up_act",
     "down_proj_add",
+    "route_experts",
+    "experts_gate_up_act",
+    "experts_down_proj_add",
     "gate_proj_act",
     "up_proj_mul",
     "down_proj_neurons_add",
@@ -250,6 +267,8 @@ def compare_instruction(
     executor ``rounds_activations`` to bf16 before it multiplies, its matrices agree within that.
     """
     rounded = rounds_activations and ins.op in MATRIX_OPS
+    if ins.op == "route_experts":
+        _choose_by(actual.router_logits, ins, expected, before, "bf16 activations" if rounded else "fp32")
     written = _written_fields(ins, actual)
     for name, now in actual.buffers():
         what = f"{name} after {ins.op}"
@@ -261,6 +280,8 @@ def compare_instruction(
             reference = getattr(expected, name)
             if ins.op == "skip_gate" and name == "similarity":
                 assert_close(now, reference, "square root", what)
+            elif name == "router_logits":
+                pass  # compared before they chose
             elif name == "neurons":  # behind its number a list is undefined
                 listed = int(expected.num_neurons)
                 assert same_bits(now[:listed], reference[:listed]), f"{what} differs from the reference"
@@ -269,6 +290,23 @@ def compare_instruction(
             else:
                 assert same_bits(now, reference), f"{what} differs from the reference"
     _assert_other_rows_untouched(ins, before, actual, written)
+
+
+def _choose_by(
+    logits: torch.Tensor,
+    ins: Instruction,
+    expected: DecodeState,
+    before: dict[str, torch.Tensor],
+    tolerance: str,
+) -> None:
+    """Logits of the executor agree with the reference's, and so do the choices that they make: a difference within the
+    tolerance may choose others."""
+    rows = ins.rows
+    assert_close(logits[rows], expected.router_logits[rows], tolerance, "router_logits")
+    expected.router_logits.copy_(logits)
+    expected.experts_read.copy_(before["experts_read"])
+    names = [name for name, field in OPS[ins.op].tensors.items() if field.access != "in"]
+    choose_experts(replace(ins, tensors={name: getattr(expected, name) for name in names}))
 
 
 def compare_program(
@@ -316,7 +354,7 @@ def _assert_other_rows_untouched(
     acted_on = (before["active"] if ins.op == "advance" else ins.row_mask) != 0
     for name in written:
         now, then = getattr(state, name), before[name]
-        if name in ("neurons", "num_neurons"):  # of all rows together
+        if name in ("neurons", "num_neurons", "expert_begins", "expert_pairs", "experts_read"):  # of all rows together
             continue
         if name.endswith("_cache"):
             untouched = torch.ones(now.shape[1], now.shape[3], dtype=torch.bool)

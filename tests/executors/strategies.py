@@ -64,7 +64,7 @@ neuron_policies = st.one_of(
 
 
 @st.composite
-def cases(draw: st.DrawFn, layout: Layout = LAYOUTS["cpu"], max_sequences: int = 16) -> Case:
+def cases(draw: st.DrawFn, layout: Layout = LAYOUTS["cpu"], max_sequences: int = 16, experts: bool = False) -> Case:
     """Any program over small buffers cut by ``layout``, with cache blocks of any size."""
     split = layout.kv_split_size
     longest = draw(st.sampled_from([5, 40, split, 2 * split + 40]))
@@ -100,4 +100,5 @@ def cases(draw: st.DrawFn, layout: Layout = LAYOUTS["cpu"], max_sequences: int =
         activation=draw(st.sampled_from(ACTIVATIONS)),
         branch_norms=draw(st.booleans()),
         multiplier=draw(st.sampled_from([1.0, 0.3])),
+        num_experts=draw(st.sampled_from([0, 0, 1, 5, 9, 30])) if experts and not neuron_rows else 0,
     )

@@ -24,7 +24,7 @@ def check(case: Case, isa: str, num_threads: int) -> None:
 
 
 @pytest.mark.parametrize("isa", _C.usable_isas())
-@given(case=cases(), num_threads=threads)
+@given(case=cases(experts=True), num_threads=threads)
 def test_every_buffer_agrees_after_every_instruction(isa: str, case: Case, num_threads: int) -> None:
     check(case, isa, num_threads)
 
@@ -33,7 +33,7 @@ def test_every_buffer_agrees_after_every_instruction(isa: str, case: Case, num_t
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("isa", _C.usable_isas())
 @settings(max_examples=500, derandomize=False)
-@given(case=cases(), num_threads=threads)
+@given(case=cases(experts=True), num_threads=threads)
 def test_every_buffer_agrees_in_a_long_sweep(isa: str, case: Case, num_threads: int) -> None:
     check(case, isa, num_threads)
 
@@ -66,6 +66,17 @@ def plain_case(num_sequences: int, dtype: torch.dtype, **changes: Any) -> Case:
 def test_every_number_of_sequences_agrees(isa: str, num_sequences: int, dtype: torch.dtype) -> None:
     """Each number of rows has register tiles of its own; the inner size is several blocks of the largest tile."""
     check(plain_case(num_sequences, dtype), isa, num_threads=2)
+
+
+@pytest.mark.parametrize("isa", _C.usable_isas())
+@pytest.mark.parametrize(("num_sequences", "prompt_rows"), [(1, 0), (3, 0), (9, 0), (2, 47), (1, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_agree(isa: str, num_sequences: int, prompt_rows: int, dtype: torch.dtype) -> None:
+    """Few rows, of which each thread packs an expert's for itself, and many, packed once."""
+    case = plain_case(num_sequences, dtype, num_experts=11, intermediate_size=150)
+    if prompt_rows:
+        case = replace(case, seq_lens=(prompt_rows + 5,) * num_sequences, prompt_rows=(prompt_rows,) * num_sequences)
+    check(case, isa, num_threads=2)
 
 
 @pytest.mark.parametrize("isa", _C.usable_isas())

@@ -34,6 +34,8 @@ class Table:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_every_layer_it_is_the_engine(family: str, dtype: torch.dtype) -> None:
     engine = tiny_engine(module=tiny_module(family, dtype=dtype))
+    if engine.config.num_experts and dtype == torch.bfloat16:
+        pytest.skip("the processor's bf16 products round activations, so that a router may choose another expert")
     decoder = LayerDecoder(engine.config, engine.weights, engine.max_seq_len)
     tokens = random_prompt(PROMPT + TOKENS)
     (expected,) = score(engine, [Passage(tuple(tokens), 1)], DensePolicy(), keep_log_probs=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, MixtralConfig, PreTrainedConfig
+from transformers import GPT2Config, LlamaConfig, Olmo2Config, PreTrainedConfig
 
 from skipkernels.errors import ModelError
 from skipkernels.model.config import ModelConfig, dtype_name, resolve_dtype
@@ -13,7 +13,7 @@ from tests.models import FAMILIES, tiny_config, tiny_engine
 from tests.multimodal import omni_config
 
 
-@pytest.mark.parametrize("config", [GPT2Config(), MixtralConfig()], ids=lambda config: config.model_type)
+@pytest.mark.parametrize("config", [GPT2Config(), Olmo2Config()], ids=lambda config: config.model_type)
 def test_another_family_is_named_with_what_is_supported(config: PreTrainedConfig) -> None:
     with pytest.raises(
         ModelError, match=f"'{config.model_type}' is not supported; supported are llama, mistral.*docs/families.md"

@@ -13,7 +13,7 @@ from skipkernels.errors import ModelError
 from skipkernels.model.block_quantizer import WRITABLE_FORMATS, quantize
 from skipkernels.model.config import ModelConfig
 from skipkernels.model.recipe import matrix_formats
-from skipkernels.model.weights import expected_parameters
+from skipkernels.model.weights import expected_parameters, parameter_views
 from tests.gguf_files import write_gguf
 from tests.models import random_prompt, tiny_module
 
@@ -131,3 +131,9 @@ def test_what_dtype_may_be() -> None:
         Engine.from_pretrained(tiny_module("llama"), dtype="q2_k")
     with pytest.raises(ModelError, match=r"single neurons are left out of float weights only; .*--dtype bf16"):
         Engine.from_pretrained(tiny_module("llama", **WIDE), dtype="q8_0", neuron_rows=True)
+
+
+def test_those_who_need_floats_say_what_to_do() -> None:
+    engine = Engine.from_pretrained(tiny_module("llama", **WIDE), dtype="q8_0")
+    with pytest.raises(ModelError, match=r"floats are needed here, got a matrix in q8_0; .*--dtype bf16"):
+        parameter_views(engine.config, engine.weights)

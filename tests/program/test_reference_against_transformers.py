@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from skipkernels.model.config import ModelConfig
 from skipkernels.program.table import OPS
 from skipkernels.skipping.policy import SkipPolicy
 from tests.executors.decoder import Decoder, packed
@@ -42,6 +43,9 @@ class Modules:
 
         return record
 
+    def parameter(self, name: str) -> torch.Tensor:
+        return self._module.get_parameter(name).detach()
+
     def rotated(self, projected: torch.Tensor, head_dim: int, layer: int) -> torch.Tensor:
         """Queries or keys [positions, heads, head_dim] of a layer at their positions."""
         heads = projected.reshape(1, len(PROMPT), -1, head_dim).transpose(1, 2)
@@ -57,6 +61,7 @@ class Modules:
 
 NEURON_OPS = {"neuron_gate", "gate_proj_act", "select_neurons", "up_proj_mul", "down_proj_neurons_add"}
 """They do what no module does: ``test_neurons`` renders it."""
+EXPERT_OPS = {"route_experts", "experts_gate_up_act", "experts_down_proj_add"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -80,8 +85,17 @@ def test_every_op_gives_what_its_module_gives(family: str) -> None:
             assert_close(_positions(decoder.state.branch), output, "fp32", f"{ins.op} of layer {layer}")
         else:  # branch_add adds to the residual stream what the projection adds elsewhere
             _compare(projection if ins.op == "branch_add" else ins.op, decoder, expected, layer)
-    assert compared == set(OPS) - NEURON_OPS - (set() if decoder.config.changes_branches else {"branch_add"})
+    assert compared == _ops_of(decoder.config)
     assert not decoder.state.branch.any()
+
+
+def _ops_of(config: ModelConfig) -> set[str]:
+    ops = set(OPS) - NEURON_OPS
+    if not config.changes_branches:
+        ops -= {"branch_add"}
+    if not config.num_experts:
+        return ops - EXPERT_OPS
+    return ops if not all(config.expert_layers) else ops - {"gate_up_act", "down_proj_add"}
 
 
 def _positions(rows: torch.Tensor) -> torch.Tensor:
@@ -98,10 +112,15 @@ def _compare(op: str, decoder: Decoder, expected: Modules, layer: int) -> None:
     if op == "embed":
         assert_close(hidden, expected.inputs["model.layers.0"], "fp32", what)
     elif op == "qkv_rope_append":
-        normed = "_norm" if config.qk_norm else "_proj"
-        projected = (expected.outputs[attention + kind + normed] for kind in "qk")
+        if (fused := expected.outputs.get(attention + "qkv_proj")) is not None:
+            kv_size = config.num_key_value_heads * config.head_dim
+            *projected, value = fused.split([config.attention_size, kv_size, kv_size], dim=-1)
+        else:
+            normed = "_norm" if config.qk_norm else "_proj"
+            projected = [expected.outputs[attention + kind + normed] for kind in "qk"]
+            value = expected.outputs[attention + "v_proj"]
         query, key = (expected.rotated(heads, config.head_dim, layer) for heads in projected)
-        value = expected.outputs[attention + "v_proj"].view(len(PROMPT), -1, config.head_dim)
+        value = value.reshape(len(PROMPT), -1, config.head_dim)
         assert_close(_positions(s.query), query, "fp32", what + ", query")
         keys, values = (cache[layer].transpose(0, 1) for cache in decoder.cached(0, len(PROMPT)))
         assert_close(keys, key, "fp32", what + ", key")
@@ -112,7 +131,20 @@ def _compare(op: str, decoder: Decoder, expected: Modules, layer: int) -> None:
         assert_close(hidden, expected.inputs[prefix + ffn_norm], "fp32", what)
     elif op == "gate_up_act":
         assert_close(_positions(s.intermediate), expected.inputs[prefix + "mlp.down_proj"], "fp32", what)
-    elif op == "down_proj_add":
+    elif op == "route_experts":
+        weight = expected.parameter(prefix + "mlp.gate.weight")
+        logits = F.linear(expected.inputs[prefix + "mlp"], weight)
+        assert_close(_positions(s.router_logits), logits, "fp32", what)
+        shares, chosen = logits.softmax(-1).topk(config.num_experts_per_tok)
+        assert _positions(s.expert_ids).tolist() == chosen.tolist()
+        shares = shares / shares.sum(-1, keepdim=True) if config.norm_topk_prob else shares
+        assert_close(_positions(s.expert_weights), shares, "fp32", what + ", shares")
+    elif op == "experts_gate_up_act":
+        weight, x = expected.parameter(prefix + "mlp.experts.gate_up_proj"), expected.inputs[prefix + "mlp"]
+        chosen = _positions(s.expert_ids).long()
+        gate, up = torch.einsum("pcoh,ph->pco", weight[chosen], x).chunk(2, dim=-1)
+        assert_close(_positions(s.expert_intermediate), F.silu(gate) * up, "fp32", what)
+    elif op in ("down_proj_add", "experts_down_proj_add"):
         assert_close(hidden, expected.outputs[prefix.removesuffix(".")], "fp32", what)
     elif op == "skip_gate":  # stands in front of the next layer
         if layer < 0:

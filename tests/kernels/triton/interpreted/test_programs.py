@@ -268,3 +268,13 @@ def test_neurons_of_prompt_rows_and_idle_rows() -> None:
     rows = {"seq_lens": (9, 12, 8), "active": (True, False, True), "prompt_rows": (4, 3, 5)}
     changes = {"neuron_rows": True, "num_layers": 2, "policies": (NEURONS, HELD), "branch_norms": True}
     check(plain_case(3, torch.bfloat16, **rows, **changes), NEURON_OPS)
+
+
+def test_a_gate_that_is_its_threshold_is_kept() -> None:
+    case = plain_case(1, torch.float32, idle_rows=0, neuron_rows=True, num_layers=2, policies=(NEURONS,))
+    state = case.state()
+    (first, *_) = [ins for ins in case.program(case.weights(), state) if ins.op == "select_neurons"]
+    state.intermediate.copy_(torch.linspace(-1, 1, case.intermediate_size))
+    state.gate_thresholds[0, 0], state.neuron_scale[0] = state.intermediate[0].abs(), 1.0
+    TRITON["select_neurons"](first)
+    assert int(state.num_neurons) == case.intermediate_size
