@@ -28,8 +28,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-STREAMS, STREAM_TOKENS = 16, 64
-LONG_ANSWER, SHORT_ANSWER = 200, 8
+STREAMS, STREAM_TOKENS = 16, 48
+LONG_ANSWER, SHORT_ANSWER = 150, 8
 LONG_PROMPT_WORDS = 1100  # some 1,700 tokens
 _TOPICS = ("rivers", "engines", "bread", "stars", "glass", "music", "bridges", "salt", "maps", "wool", "ships", "ice")
 
@@ -134,7 +134,9 @@ async def measure(server: Server, seed: int, more: dict[str, Any]) -> dict[str, 
     found: dict[str, float] = {}
     async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=2 * STREAMS)) as client:
         for load in LOADS:
-            found |= await load(server, client, seed, more)
+            new = await load(server, client, seed, more)
+            print(server.name, {what: round(value, 3) for what, value in new.items()}, flush=True)  # if it is cut off
+            found |= new
     return found
 
 

@@ -24,6 +24,7 @@ from skipkernels.server.http.service import Service
 
 logger = logging.getLogger(__name__)
 
+_DISCARD_S, _DISCARD_BYTES = 1.0, 1 << 20
 _MOST_NAMED = 400  # characters of a header
 
 
@@ -40,14 +41,18 @@ class CompletionResponse(Response):
         self._conversion = conversion
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reached = False
         try:
             with self._service.request_slot():
+                reached = True
                 body = await read_body(Request(scope, receive), self._service.limits)
                 answering = asyncio.create_task(self._answer(body, send))
                 await _while_connected(answering, receive)
         except ClientDisconnect:
             self._service.metrics.disconnected()
         except SkipkernelsError as error:
+            if not reached:
+                await _discard_body(receive)
             await self._refuse(self._service.error(error), send)
 
     async def _answer(self, body: bytes, send: Send) -> None:
@@ -87,6 +92,19 @@ class CompletionResponse(Response):
         if error.status >= 500:
             logger.warning("a request failed: %s", error)
         await _Writer(send, self._service.limits.client_timeout_s).whole(error.status, error.document)
+
+
+async def _discard_body(receive: Receive) -> None:
+    """Takes what the client is sending, within limits: a connection that is closed with unread data is reset, and the
+    client never sees why it was refused."""
+    taken = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_S):
+            while taken < _DISCARD_BYTES:
+                message = await receive()
+                taken += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 async def _while_connected(answering: asyncio.Task[None], receive: Receive) -> None:

@@ -16,6 +16,9 @@ from skipkernels.server.http.service import Service
 LOOPBACK = "127.0.0.1"
 _TICK_S = 0.1  # polling interval for signals, as uvicorn's
 _BACKLOG = 2048  # as uvicorn's
+_KEEP_ALIVE_S = 20
+"""Longer than clients keep idle connections (httpx and openai 5 s, aiohttp 15 s): the client must close first, or a
+request that it is just sending is lost."""
 _FLUSH_S = 2.0  # for the last answers to be sent
 
 
@@ -41,6 +44,7 @@ class Server(uvicorn.Server):
             lifespan="on",
             log_level="error",  # at lower levels, every malformed request writes a line
             access_log=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
             server_header=False,
             proxy_headers=False,
         )
