@@ -350,8 +350,10 @@ def choose_experts(ins: Instruction) -> None:
         t["expert_ids"][row] = order
         t["expert_weights"][row] = weights / weights.sum() if ins.scalars["norm_topk_prob"] else weights
         pairs += [(expert, row * s["experts_per_token"] + choice) for choice, expert in enumerate(order.tolist())]
-    t["expert_pairs"][: len(pairs)] = torch.tensor([pair for _, pair in sorted(pairs)])
-    counts = torch.bincount(torch.tensor([expert for expert, _ in pairs]), minlength=s["num_experts"])
+    # without a row of its own, an empty list: torch takes it for floats
+    t["expert_pairs"][: len(pairs)] = torch.tensor([pair for _, pair in sorted(pairs)], dtype=torch.int64)
+    experts = torch.tensor([expert for expert, _ in pairs], dtype=torch.int64)
+    counts = torch.bincount(experts, minlength=s["num_experts"])
     t["expert_begins"][0] = 0
     t["expert_begins"][1:] = counts.cumsum(0)
     t["experts_read"][int(ins.scalars["layer"])] += int((counts > 0).sum())
