@@ -71,7 +71,8 @@ void experts_down_proj_add_run(const Instruction& ins, int64_t begin, int64_t en
         std::memset(sums, 0, num_panels(height) * s.num_rows * cpu::kPanelRows * sizeof(float));
         for (cpu::Choices chosen = lowest; chosen.count() > 0;) {
             const cpu::Choices after = cpu::chosen_from(chosen.expert + 1, op.expert_begins, op.num_begins);
-            const int64_t next = after.count() > 0 ? after.expert * hidden + first : lowest.expert * hidden + first + height;
+            const int64_t next =
+                after.count() > 0 ? after.expert * hidden + first : lowest.expert * hidden + first + height;
             Scratch own = scratch_of_choices(op, chosen, s);
             multiply_choices(op, chosen.expert * hidden, first, height, next, own);
             add_choices(op, position, s.num_rows, height, own, sums);

@@ -1,6 +1,6 @@
-// expert_intermediate (rows, choices, expert) = act(gate @ x) * (up @ x) of each chosen expert, x = rms_norm(hidden_states);
-// gate_up_proj (experts, 2 expert, hidden). A task is a panel of gate and up of one chosen expert: other experts are not
-// read. Each thread packs the rows of an expert for itself when it comes to it.
+// expert_intermediate (rows, choices, expert) = act(gate @ x) * (up @ x) of each chosen expert, x =
+// rms_norm(hidden_states); gate_up_proj (experts, 2 expert, hidden). A task is a panel of gate and up of one chosen
+// expert: other experts are not read. Each thread packs the rows of an expert for itself when it comes to it.
 #include "activation.h"
 #include "experts.h"
 #include "linear.h"
@@ -38,8 +38,8 @@ static void multiply_expert(const ExpertsGateUpAct& op, const cpu::Choices& chos
         const auto* gate = static_cast<const decltype(type)*>(op.gate_up_proj.data) + (top + first) * k;
         const auto* up = gate + size * k;
         const bool last = first + height == size;
-        const auto* next = last && after < op.num_begins - 1 ? gate + ((after * 2 * size) - top - first) * k
-                                                             : gate + height * k;
+        const auto* next =
+            last && after < op.num_begins - 1 ? gate + ((after * 2 * size) - top - first) * k : gate + height * k;
         linear_panel(gate, k, height, up, s.panel, s);
         linear_panel(up, k, height, next, s.second_panel, s);
     });
