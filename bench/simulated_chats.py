@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from typing import Annotated
 
 import numpy as np
@@ -67,7 +68,7 @@ def main(
     _, passages = cut_passages(engine, texts, 2 * jobs, PROFILED_PROMPT_TOKENS, 1)
     prompts = [passage.token_ids[:PROFILED_PROMPT_TOKENS] for passage in passages]
     rng = np.random.default_rng(0)
-    found = []
+    found: list[dict[str, Any]] = []
     for share in map(float, loads.split(",")):
         rate = share * rows * 1e3 / entry.median_ms(rows)
         works = np.clip(rng.lognormal(-0.3, 0.5, jobs), 0.2, 2.0)
@@ -84,8 +85,8 @@ def main(
         found.append({"share": share, "offered/s": rate, "real": ran, "simulated": told})
     table = Table("load", "", "real", "simulated", "off by")
     for one in found:
-        for what, value in one["real"].items():  # type: ignore[union-attr]
-            said = one["simulated"][what]  # type: ignore[index]
+        for what, value in one["real"].items():
+            said = one["simulated"][what]
             table.add_row(f"{one['share']:g}", what, f"{value:.2f}", f"{said:.2f}", f"{said / value - 1:+.1%}")
     Console(width=100).print(table)
     if out is not None:

@@ -108,11 +108,11 @@ def neurons(setting: Setting, rows: Rows) -> None:
         dense, leaves_out = (setting.executor(engine, state, each, KernelOptions()) for each in (DensePolicy(), policy))
         seconds: dict[str, list[float]] = {}
         for _ in range(rounds):
-            for kept in (None, 1.0, 0.625, 0.4):  # the last leave out 25 and 40 % of the FFN's bytes
+            for share in (None, 1.0, 0.625, 0.4):  # the last leave out 25 and 40 % of the FFN's bytes
                 setting.place(engine, state, policy, kv_len)
-                if kept is not None:
-                    keep_neurons(leaves_out, state, kept)
-                executor, label = (dense, "dense") if kept is None else (leaves_out, f"{kept:.1%} of the neurons")
+                if share is not None:
+                    keep_neurons(leaves_out, state, share)
+                executor, label = (dense, "dense") if share is None else (leaves_out, f"{share:.1%} of the neurons")
                 seconds.setdefault(label, []).append(sum(executor.run(steps)) / steps)
         for label, values in seconds.items():
             figures = {"us_per_step": statistics.median(values) * 1e6, "us_least": min(values) * 1e6}
