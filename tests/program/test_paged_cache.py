@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from skipkernels import _C
 from skipkernels.program.reference import decode_attention, qkv_rope_append
 from skipkernels.program.table import Instruction, instruction
 from tests.executors.programs import same_bits
@@ -183,12 +184,13 @@ def test_attention_reads_blocks_as_if_they_lay_in_order(runs: tuple[Run, Run], d
         cache[0, :, 101:] = cache[1, :, 2:] = cache[2, :, 65:] = float("nan")
     queries = random(len(ROWS.sequences), HEADS, HEAD_DIM, seed=6)
     expected = contiguous_attention(ROWS, queries, keys, values, window)
+    rounds = runs[1] is run_natively and dtype == torch.bfloat16 and _C.usable_isas()[0] == "avx512_bf16"
     found = []
     for block_size in (CONTIGUOUS, 16, 32, 64):
         table, num_blocks = scattered(block_size, 3)
         caches = paged(keys, table, num_blocks), paged(values, table, num_blocks)
         found.append(attend(runs[1], ROWS, queries, caches, table, window))
-        assert_close(found[-1], expected, "fp32", f"blocks of {block_size}")
+        assert_close(found[-1], expected, "bf16 activations" if rounds else "fp32", f"blocks of {block_size}")
         assert same_bits(found[-1], found[0]), f"blocks of {block_size}"
 
 
