@@ -155,7 +155,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_where_that_is_wanted() -> None
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/nothing", 404), ("POST", "/v1/embeddings", 404), ("GET", COMPLETIONS, 405), ("DELETE", "/v1/models", 405)],
+    [("GET", "/no", 404), ("POST", "/v1/embeddings", 404), ("GET", COMPLETIONS, 405), ("DELETE", "/v1/models", 405)],
 )
 def test_other_routes(method: str, path: str, status: int) -> None:
     async def exchange() -> httpx.Response:
