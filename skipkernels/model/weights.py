@@ -230,8 +230,8 @@ def parameter_views(config: ModelConfig, weights: ModelWeights) -> dict[str, tor
     Raises:
         ModelError: a matrix is quantised.
     """
-    fused = config.model_type in FAMILIES and FAMILIES[config.model_type].fused
-    q_size, kv_size = config.attention_size, config.num_key_value_heads * config.head_dim
+    family = FAMILIES.get(config.model_type)
+    fused = family is not None and family.fused
     views = {"model.embed_tokens.weight": float_tensor(weights.embed_tokens), "model.norm.weight": weights.norm}
     if not config.tie_word_embeddings:
         views["lm_head.weight"] = float_tensor(weights.lm_head)
@@ -251,23 +251,28 @@ def parameter_views(config: ModelConfig, weights: ModelWeights) -> dict[str, tor
             named[prefix + "post_feedforward_layernorm.weight"] = layer.ffn_branch_norm
         else:
             named[prefix + "post_attention_layernorm.weight"] = layer.post_attention_layernorm
-        if fused:
-            named[attention + "qkv_proj.weight"] = float_tensor(layer.qkv_proj)
-            named[prefix + "mlp.gate_up_proj.weight"] = float_tensor(layer.gate_up_proj)
-            named[prefix + "mlp.down_proj.weight"] = float_tensor(layer.down_proj)
-            views.update({name: view for name, view in named.items() if view is not None})
-            continue
-        for kind, packed in (("weight", float_tensor(layer.qkv_proj)), ("bias", layer.qkv_bias)):
-            parts = packed.split([q_size, kv_size, kv_size]) if packed is not None else (None, None, None)
-            for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
-                named[f"{attention}{name}.{kind}"] = part
-        named |= _ffn_views(prefix + "mlp.", layer)
+        named |= _qkv_views(config, attention, layer, fused)
+        named |= _ffn_views(prefix + "mlp.", layer, fused)
         views.update({name: view for name, view in named.items() if view is not None})
     return views
 
 
-def _ffn_views(prefix: str, layer: LayerWeights) -> dict[str, torch.Tensor]:
+def _qkv_views(config: ModelConfig, prefix: str, layer: LayerWeights, fused: bool) -> dict[str, torch.Tensor | None]:
+    if fused:
+        return {prefix + "qkv_proj.weight": float_tensor(layer.qkv_proj)}
+    q_size, kv_size = config.attention_size, config.num_key_value_heads * config.head_dim
+    views: dict[str, torch.Tensor | None] = {}
+    for kind, packed in (("weight", float_tensor(layer.qkv_proj)), ("bias", layer.qkv_bias)):
+        parts = packed.split([q_size, kv_size, kv_size]) if packed is not None else (None, None, None)
+        for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
+            views[f"{prefix}{name}.{kind}"] = part
+    return views
+
+
+def _ffn_views(prefix: str, layer: LayerWeights, fused: bool) -> dict[str, torch.Tensor]:
     gate_up, down = float_tensor(layer.gate_up_proj), float_tensor(layer.down_proj)
+    if fused:
+        return {prefix + "gate_up_proj.weight": gate_up, prefix + "down_proj.weight": down}
     if layer.router is None:
         gate, up = gate_up.chunk(2)
         return {prefix + "gate_proj.weight": gate, prefix + "up_proj.weight": up, prefix + "down_proj.weight": down}
@@ -281,7 +286,8 @@ def _ffn_views(prefix: str, layer: LayerWeights) -> dict[str, torch.Tensor]:
 
 def as_saved(config: ModelConfig, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """What files hold of a parameter: of experts, which a module stacks, each one's matrices, under other names."""
-    experts = FAMILIES[config.model_type].experts if config.model_type in FAMILIES else None
+    family = FAMILIES.get(config.model_type)
+    experts = family.experts if family else None
     if experts is None or ".mlp." not in name:
         return {name: tensor}
     prefix, _, part = name.partition("mlp.")

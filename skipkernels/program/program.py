@@ -180,44 +180,11 @@ def build_program(
         )
         if config.changes_branches:
             record_branch_add(s.active, layer.attention_branch_norm, None)
-        if layer.router is not None:
-            _record_experts(record, config, layer, state, index, stream, partials)
-        elif neurons:
-            _record_neurons(record, config, layer, state, index)
+        own_partials = None if config.changes_branches else partials
+        if layer.router is None:
+            _record_ffn(record, config, weights, state, index, stream, own_partials, neurons)
         else:
-            record(
-                "gate_up_act",
-                row_mask=s.run_ffn[index],
-                hidden_states=s.hidden_states,
-                post_attention_layernorm=layer.post_attention_layernorm,
-                gate_up_proj=layer.gate_up_proj,
-                intermediate=s.intermediate,
-                rms_norm_eps=eps,
-                activation=ACTIVATIONS.index(config.activation),
-            )
-        if layer.router is None and weights.neuron_rows:
-            record(
-                "down_proj_neurons_add",
-                row_mask=s.run_ffn[index],
-                intermediate=s.intermediate,
-                neurons=s.neurons if neurons else None,
-                num_neurons=s.num_neurons if neurons else None,
-                down_proj=float_tensor(layer.down_proj).T,
-                hidden_states=stream,
-                similarity_partials=None if config.changes_branches else partials,
-                rows_per_partial=s.layout.rows_per_partial,
-                neuron_chunk=neuron_chunk(config.intermediate_size),
-            )
-        elif layer.router is None:
-            record(
-                "down_proj_add",
-                row_mask=s.run_ffn[index],
-                intermediate=s.intermediate,
-                down_proj=layer.down_proj,
-                hidden_states=stream,
-                similarity_partials=None if config.changes_branches else partials,
-                rows_per_partial=s.layout.rows_per_partial,
-            )
+            _record_experts(record, config, layer, state, index, stream, own_partials)
         if config.changes_branches:
             record_branch_add(s.run_ffn[index], layer.ffn_branch_norm, partials)
     record(
@@ -274,6 +241,51 @@ def build_program(
     return tuple(program)
 
 
+def _record_ffn(
+    record: Callable[..., None],
+    config: ModelConfig,
+    weights: ModelWeights,
+    s: DecodeState,
+    index: int,
+    stream: torch.Tensor,
+    partials: torch.Tensor | None,
+    neurons: bool,
+) -> None:
+    """From the residual stream to what the FFN of a layer without experts adds."""
+    layer = weights.layers[index]
+    if neurons:
+        _record_neurons(record, config, layer, s, index)
+    else:
+        record(
+            "gate_up_act",
+            row_mask=s.run_ffn[index],
+            hidden_states=s.hidden_states,
+            post_attention_layernorm=layer.post_attention_layernorm,
+            gate_up_proj=layer.gate_up_proj,
+            intermediate=s.intermediate,
+            rms_norm_eps=config.rms_norm_eps,
+            activation=ACTIVATIONS.index(config.activation),
+        )
+    added = {
+        "row_mask": s.run_ffn[index],
+        "intermediate": s.intermediate,
+        "hidden_states": stream,
+        "similarity_partials": partials,
+        "rows_per_partial": s.layout.rows_per_partial,
+    }
+    if not weights.neuron_rows:
+        record("down_proj_add", down_proj=layer.down_proj, **added)
+        return
+    record(
+        "down_proj_neurons_add",
+        neurons=s.neurons if neurons else None,
+        num_neurons=s.num_neurons if neurons else None,
+        down_proj=float_tensor(layer.down_proj).T,
+        neuron_chunk=neuron_chunk(config.intermediate_size),
+        **added,
+    )
+
+
 def _record_experts(
     record: Callable[..., None],
     config: ModelConfig,
@@ -317,7 +329,7 @@ def _record_experts(
         expert_weights=s.expert_weights,
         down_proj=layer.down_proj,
         hidden_states=stream,
-        similarity_partials=None if config.changes_branches else partials,
+        similarity_partials=partials,
         rows_per_partial=s.layout.rows_per_partial,
         **chosen,
     )
