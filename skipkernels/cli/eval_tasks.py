@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from skipkernels.engine import Engine
     from skipkernels.evaluation.full_text import FullText
     from skipkernels.evaluation.task import Task
-    from skipkernels.methods.method import Method
+    from skipkernels.methods.engine_method import EngineMethod
     from skipkernels.methods.setup import Setup
 
 TASKS = (
@@ -124,7 +124,8 @@ class TaskOptions:
             RequestError, SkipkernelsError: a file, a package or a task is missing or wrong; nothing was measured.
         """
         from skipkernels.calibration.passages import cut_passages
-        from skipkernels.evaluation.facts import read_facts, split
+        from skipkernels.evaluation.asking import split
+        from skipkernels.evaluation.facts import read_facts
         from skipkernels.methods.setup import Setup
 
         # not the second part of the bundled model's text: it has facts that would be asked later
@@ -171,18 +172,22 @@ class TaskOptions:
         return Facts(material.setup.engine, material.asked, material.others)
 
     def _factoids(self, material: _Material) -> Task:
-        from skipkernels.evaluation.factoids import Factoids
+        from skipkernels.evaluation.asking import split
+        from skipkernels.evaluation.factoids import Factoids, read_factoids
 
         if self.factoids is None:
             raise RequestError("the task 'factoids' needs a file; --factoids names one ('question | answer' a line)")
-        return Factoids(material.setup.engine, self.factoids, limit=self.limit, seed=material.setup.seed)
+        drawn = split(read_factoids(self.factoids), self.limit, material.setup.seed, Factoids.name)
+        return Factoids(material.setup.engine, *drawn)
 
     def _choices(self, material: _Material) -> Task:
-        from skipkernels.evaluation.choices import Choices
+        from skipkernels.evaluation.asking import split
+        from skipkernels.evaluation.choices import Choices, read_choices
 
         if self.choices is None:
             raise RequestError("the task 'choices' needs a file; --choices names one (PIQA's questions)")
-        return Choices(material.setup.engine, self.choices, limit=self.limit, seed=material.setup.seed)
+        drawn = split(read_choices(self.choices), self.limit, material.setup.seed, Choices.name)
+        return Choices(material.setup.engine, *drawn)
 
     def _speed(self, material: _Material) -> Task:
         from skipkernels.evaluation.decode_speed import DecodeSpeed
@@ -271,13 +276,13 @@ class _Material:
     model_options: ModelOptions
 
     @cached_property
-    def full(self) -> Method:
+    def full(self) -> EngineMethod:
         from skipkernels.methods.ffn_methods import Full
 
         return Full().build(self.setup, Full().find(self.setup, 0.0, ()))
 
     @cached_property
-    def dense_alone(self) -> Method:
+    def dense_alone(self) -> EngineMethod:
         """The full model as one would run it without skipping: down_proj does not lie for single neurons, which costs
         a dense step some per cent. Its weights are loaded a second time for that."""
         from skipkernels.methods.engine_method import EngineMethod

@@ -6,7 +6,6 @@ read: only the first token is computed in full.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from skipkernels.calibration.passages import Passage
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
+from skipkernels.evaluation.asking import answered
 from skipkernels.evaluation.estimate import Item, Metric
 from skipkernels.evaluation.jsonl import digest, read_jsonl
 from skipkernels.evaluation.task import Outcome
@@ -24,7 +24,6 @@ from skipkernels.support.files import read_text
 
 ACCURACY = Metric("accuracy", "share", higher_is_better=True)
 BY_LENGTH = Metric("accuracy, per byte", "share", higher_is_better=True)
-_OTHERS = 32
 
 
 @dataclass(frozen=True)
@@ -51,20 +50,15 @@ class Choices:
     name = "choices"
     metrics = (ACCURACY, BY_LENGTH)
 
-    def __init__(self, engine: Engine, path: Path, *, limit: int | None = None, seed: int = 0) -> None:
-        """Raises:
-        RequestError: a file is unreadable, or does not fit the other; or the model has no tokenizer.
+    def __init__(self, engine: Engine, choices: Sequence[Choice], others: Sequence[Choice]) -> None:
+        """``choices`` are asked; ``others``, with the right way, are used to set the ratio.
+
+        Raises:
+            RequestError: the model has no tokenizer.
         """
-        if engine.tokenizer is None:
-            raise RequestError("the task 'choices' needs a tokenizer, and this model was loaded without one")
-        drawn = read_choices(path)
-        random.Random(seed).shuffle(drawn)
-        if len(drawn) < 2:
-            raise RequestError(f"{path}: the task 'choices' needs at least 2 questions, got {len(drawn)}")
-        others = min(_OTHERS, len(drawn) // 2)
-        self._asked = drawn[others:][:limit]
-        self._ways = [tuple(_way(engine, choice, way) for way in choice.ways) for choice in self._asked]
-        self.alike = [_way(engine, choice, choice.ways[choice.right]).passage for choice in drawn[:others]]
+        self._asked = choices
+        self._ways = [tuple(_way(engine, choice, way) for way in choice.ways) for choice in choices]
+        self.alike = [_way(engine, choice, choice.ways[choice.right]).passage for choice in others]
 
     @property
     def total(self) -> int:
@@ -110,7 +104,5 @@ def read_choices(path: Path) -> list[Choice]:
 
 
 def _way(engine: Engine, choice: Choice, way: str) -> _Way:
-    assert engine.tokenizer is not None
-    answer: Sequence[int] = engine.tokenizer(f" {way.strip()}", add_special_tokens=False)["input_ids"]
-    tokens = (*engine.encode(choice.prompt()), *answer)
-    return _Way(Passage(tokens, 1), len(answer), len(way.strip().encode()))
+    whole = answered(engine, choice.prompt(), f" {way.strip()}", Choices.name)
+    return _Way(Passage(whole.token_ids, 1), whole.decoded_tokens, len(way.strip().encode()))

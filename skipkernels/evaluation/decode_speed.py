@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from skipkernels.methods.work import Work
 
 SPEED = Metric("decode speed", "tokens/s", higher_is_better=True)
 SPEED_UP = Metric("speed-up", "ratio", higher_is_better=True)
+_NO_RESULT: Item = (0.0, 0.0)
 
 
 class DecodeSpeed:
@@ -26,7 +26,7 @@ class DecodeSpeed:
     name = "speed"
     metrics = (SPEED, SPEED_UP)
 
-    def __init__(self, passages: Sequence[Passage], alike: Sequence[Passage], full: Method) -> None:
+    def __init__(self, passages: Sequence[Passage], alike: Sequence[Passage], full: EngineMethod) -> None:
         """The prompts are those of ``passages``; as many tokens are decoded as a passage has behind its prompt."""
         self._prompts = [passage.token_ids[: passage.prompt_tokens] for passage in passages]
         self._new_tokens = max(passage.decoded_tokens for passage in passages)
@@ -43,29 +43,16 @@ class DecodeSpeed:
 
     def run(self, method: Method, label: str, on_item: OnItem = ignore) -> Outcome:
         items: dict[str, list[Item]] = {metric.name: [] for metric in self.metrics}
+        if not isinstance(method, EngineMethod):
+            on_item(self.total)
+            return Outcome({name: [_NO_RESULT] * self.total for name in items}, Work())
         work = Work()
         for number, prompt in enumerate(self._prompts):
-            if not isinstance(method, EngineMethod):
-                seconds = full_seconds = 0.0
-            elif number % 2:  # who comes first changes, so that neither always finds the caches of the other
-                full_seconds, _ = self._seconds(self._full, prompt)
-                seconds, done = self._seconds(method, prompt)
-                work += done
-            else:
-                seconds, done = self._seconds(method, prompt)
-                full_seconds, _ = self._seconds(self._full, prompt)
-                work += done
-            tokens = self._new_tokens - 1 if seconds else 0
-            items[SPEED.name].append((float(tokens), seconds))
+            pair = (method, self._full)[:: -1 if number % 2 else 1]  # who is first finds the caches of the other
+            first, second = (each.decode_alone(prompt, self._new_tokens) for each in pair)
+            (seconds, done), (full_seconds, _) = (second, first) if number % 2 else (first, second)
+            items[SPEED.name].append((self._new_tokens - 1.0, seconds))
             items[SPEED_UP.name].append((full_seconds, seconds))
+            work += done
             on_item(1)
         return Outcome(items, work)
-
-    def _seconds(self, method: Method, prompt: Sequence[int]) -> tuple[float, Work]:
-        """Of all tokens but the first, which comes out of the prompt."""
-        started = time.perf_counter()
-        method.generate([prompt], max_new_tokens=1, eos_token_ids=())
-        first = time.perf_counter() - started
-        started = time.perf_counter()
-        (answer,) = method.generate([prompt], max_new_tokens=self._new_tokens, eos_token_ids=())
-        return max(time.perf_counter() - started - first, 1e-9), answer.work

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from skipkernels.calibration.passages import Passage
 from skipkernels.demo.facts import Fact
 from skipkernels.engine import Engine
-from skipkernels.errors import RequestError
+from skipkernels.evaluation.asking import answered
 from skipkernels.evaluation.estimate import Metric
 from skipkernels.evaluation.jsonl import digest, read_jsonl
 from skipkernels.evaluation.task import Outcome
@@ -18,8 +16,25 @@ from skipkernels.methods.method import Method, OnItem, ignore
 from skipkernels.methods.work import Work
 
 EXACT_MATCH = Metric("exact match", "share", higher_is_better=True)
-_OTHERS = 64
 _SPARE_TOKENS = 4  # beyond the longest right answer, for wrong ones that are longer
+
+
+class Asked(Protocol):
+    """A question with one short answer, and how it is written."""
+
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def answer(self) -> str: ...
+
+    @property
+    def topic(self) -> str: ...
+
+    @property
+    def text(self) -> str:
+        """Prompt and answer."""
+        ...
 
 
 class Facts:
@@ -28,14 +43,21 @@ class Facts:
     name = "facts"
     metrics = (EXACT_MATCH,)
 
-    def __init__(self, engine: Engine, facts: Sequence[Fact], others: Sequence[Fact]) -> None:
-        """``facts`` are asked; ``others``, with their answers, are used to set the ratio."""
-        if engine.tokenizer is None:
-            raise RequestError("the task 'facts' needs a tokenizer, and this model was loaded without one")
+    def __init__(self, engine: Engine, facts: Sequence[Asked], others: Sequence[Asked]) -> None:
+        """``facts`` are asked; ``others``, with their answers, are used to set the ratio.
+
+        Raises:
+            RequestError: the model has no tokenizer.
+        """
+        passages = [answered(engine, fact.prompt, f" {fact.answer}\n", self.name) for fact in facts]
         self._facts = facts
-        self._prompts = [engine.encode(fact.prompt) for fact in facts]
-        self.alike = [_answered(engine, fact) for fact in others]
-        self._max_new_tokens = max(_answered(engine, fact).decoded_tokens for fact in facts) + _SPARE_TOKENS
+        self._prompts = [list(passage.token_ids[: passage.prompt_tokens]) for passage in passages]
+        self.alike = [answered(engine, fact.prompt, f" {fact.answer}\n", self.name) for fact in others]
+        self._max_new_tokens = max(passage.decoded_tokens for passage in passages) + _SPARE_TOKENS
+
+    @staticmethod
+    def is_right(answer: str, expected: str) -> bool:
+        return answer.strip() == expected
 
     @property
     def total(self) -> int:
@@ -47,7 +69,7 @@ class Facts:
 
     def run(self, method: Method, label: str, on_item: OnItem = ignore) -> Outcome:
         answers = method.generate(self._prompts, max_new_tokens=self._max_new_tokens, stop=["\n"], on_item=on_item)
-        right = [answer.text.strip() == fact.answer for answer, fact in zip(answers, self._facts, strict=True)]
+        right = [self.is_right(answer.text, fact.answer) for answer, fact in zip(answers, self._facts, strict=True)]
         return Outcome(
             items={EXACT_MATCH.name: [(float(is_right), 1.0) for is_right in right]},
             work=sum((answer.work for answer in answers), Work()),
@@ -63,23 +85,3 @@ def read_facts(path: Path) -> list[Fact]:
     """
     rows = read_jsonl(path, {"question": str, "answer": str})
     return [Fact(row["question"], row["answer"], str(row.get("topic", "facts"))) for row in rows]
-
-
-def split(facts: Sequence[Fact], limit: int | None, seed: int) -> tuple[list[Fact], list[Fact]]:
-    """Draws facts to ask, at most ``limit``, and others to set the ratio on.
-
-    Raises:
-        RequestError: there are fewer than two.
-    """
-    if len(facts) < 2:
-        raise RequestError(f"the task 'facts' needs at least 2 facts, got {len(facts)}")
-    drawn = random.Random(seed).sample(list(facts), len(facts))
-    others = min(_OTHERS, len(facts) // 2)
-    return drawn[others:][:limit], drawn[:others]
-
-
-def _answered(engine: Engine, fact: Fact) -> Passage:
-    assert engine.tokenizer is not None
-    prompt = engine.encode(fact.prompt)
-    answer = engine.tokenizer(f" {fact.answer}\n", add_special_tokens=False)["input_ids"]
-    return Passage((*prompt, *answer), len(prompt))

@@ -10,6 +10,7 @@ from typing import Any
 from skipkernels.calibration.passages import Passage
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError, SkipkernelsError
+from skipkernels.evaluation.asking import tokenizer_of
 from skipkernels.evaluation.estimate import Item, Metric
 from skipkernels.evaluation.jsonl import digest, read_jsonl
 from skipkernels.evaluation.task import Outcome
@@ -48,12 +49,12 @@ class Summarization:
     ) -> None:
         pairs = read_pairs(path)
         self._scorer = rouge_scorer(list(_ROUGE))  # raises now, not after the work, if the package is missing
-        if engine.tokenizer is None:
-            raise RequestError("the task 'summarization' needs a tokenizer, and this model was loaded without one")
+        chats = bool(tokenizer_of(engine, self.name).chat_template)
         self._pairs = pairs[:limit]
         self._max_new_tokens = max_new_tokens
-        self._asked_as = _INSTRUCTION if engine.tokenizer.chat_template else _PROMPT
-        self._prompts = [_prompt(engine, pair.article) for pair in self._pairs]
+        self._asked_as = _INSTRUCTION if chats else _PROMPT
+        asked = [self._asked_as.format(article=pair.article) for pair in self._pairs]
+        self._prompts = [engine.encode([{"role": "user", "content": text}] if chats else text) for text in asked]
         room = engine.max_seq_len - max_new_tokens + 1
         for number, prompt in enumerate(self._prompts, start=1):
             if len(prompt) > room:
@@ -104,12 +105,6 @@ def read_pairs(path: Path) -> Sequence[Pair]:
     if not pairs:
         raise RequestError(f"{path}: no question of the category 'summarization' with a reference")
     return pairs
-
-
-def _prompt(engine: Engine, article: str) -> list[int]:
-    if engine.tokenizer is not None and engine.tokenizer.chat_template:
-        return engine.encode([{"role": "user", "content": _INSTRUCTION.format(article=article)}])
-    return engine.encode(_PROMPT.format(article=article))
 
 
 def rouge_scorer(kinds: list[str]) -> Any:

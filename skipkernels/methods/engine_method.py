@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import cast
 
 from skipkernels.calibration.passages import Passage
 from skipkernels.calibration.scoring import Score, score
 from skipkernels.engine import Engine
-from skipkernels.methods.method import Answer, Found, Method, OnItem, Reading, ignore
+from skipkernels.methods.method import Answer, Found, OnItem, Reading, ignore
 from skipkernels.methods.setup import Setup
 from skipkernels.methods.work import UnreadMap, Work
 from skipkernels.skipping.policy import Policy, policy_from_dict
@@ -69,6 +70,17 @@ class EngineMethod:
             on_item(len(scores))
         return readings
 
+    def decode_alone(self, prompt: Sequence[int], new_tokens: int) -> tuple[float, Work]:
+        """Seconds of the decode steps after the first token of a prompt that is the only one, and the work."""
+        (generation,) = self._one_row.generate(
+            [list(prompt)], max_new_tokens=new_tokens, eos_token_ids=(), policy=self._policy_of(0)
+        )
+        return sum(generation.seconds_per_token[1:]), self._work(generation.unread_map)
+
+    @cached_property
+    def _one_row(self) -> Engine:
+        return self._engine if self._engine.max_batch_size == 1 else self._engine.with_rows(1)
+
     def _work(self, unread_map: UnreadMap) -> Work:
         return Work.of_ffns(self._engine.config, self._engine.weights.dtype, unread_map)
 
@@ -76,6 +88,6 @@ class EngineMethod:
 class PolicyKind:
     """Base of the methods that consist of one policy."""
 
-    def build(self, setup: Setup, found: Found) -> Method:
+    def build(self, setup: Setup, found: Found) -> EngineMethod:
         policy = policy_from_dict(found["policy"])
         return EngineMethod(setup.engine, lambda batch: policy)

@@ -6,7 +6,8 @@ import pytest
 
 from skipkernels.demo.facts import Fact
 from skipkernels.errors import RequestError
-from skipkernels.evaluation.facts import EXACT_MATCH, Facts, read_facts, split
+from skipkernels.evaluation.asking import split
+from skipkernels.evaluation.facts import EXACT_MATCH, Facts, read_facts
 from skipkernels.methods.setup import Setup
 from tests.evaluation.fakes import WORK, FakeMethod
 from tests.models import tiny_engine

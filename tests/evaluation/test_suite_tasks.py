@@ -9,6 +9,7 @@ import pytest
 
 from skipkernels.calibration.passages import Passage
 from skipkernels.errors import RequestError
+from skipkernels.evaluation.asking import split
 from skipkernels.evaluation.chat import Chat
 from skipkernels.evaluation.choices import Choices, read_choices
 from skipkernels.evaluation.decode_speed import DecodeSpeed
@@ -39,17 +40,18 @@ def test_answers_are_compared_without_case_punctuation_and_articles(written: str
 def test_factoids_score_the_line_after_the_prompt(engine, tmp_path: Path) -> None:
     path = tmp_path / "questions.txt"
     path.write_text('"What is a ""b"" | c?" | The N1 \n' + "".join(f"What is {n}? | n{n}\n" for n in range(2, 10)))
-    task = Factoids(engine, path, limit=3, seed=0)
+    drawn, others = split(read_factoids(path), 3, 0, Factoids.name)
+    task = Factoids(engine, drawn, others)
     assert task.total == 3
-    asked = [one.answer for one in task._asked]
+    asked = [one.answer for one in drawn]
     method = FakeMethod([asked[0].upper() + ".", "wrong", f"the {asked[2]}"])
     outcome = task.run(method, "x")
     assert [item for item, _ in outcome.items["exact match"]] == [1.0, 0.0, 1.0]
     assert method.options["stop"] == ["\n"]
     prompt = engine.tokenizer.decode(method.prompts[0], skip_special_tokens=True)
-    assert prompt == prompt_of(task._asked[0].question)
+    assert prompt == prompt_of(drawn[0].question)
     assert prompt.count("Question:") == len(SOLVED) + 1
-    assert not {one.answer for one in task._asked} & {passage_answer(engine, p) for p in task.alike}
+    assert not {one.answer for one in drawn} & {passage_answer(engine, p) for p in task.alike}
     assert read_factoids(path)[0].question == 'What is a "b" | c?'
 
 
@@ -94,7 +96,7 @@ def choices(tmp_path: Path) -> Path:
 
 
 def test_choices_take_the_likelier_way(engine, choices: Path) -> None:
-    task = Choices(engine, choices, limit=2)
+    task = Choices(engine, *split(read_choices(choices), 2, 0, Choices.name))
     done: list[int] = []
     outcome = task.run(Likely(engine.tokenizer, "good", -10.0, -20.0), "x", done.append)
     assert outcome.items["accuracy"] == [(1.0, 1.0)] * 2
