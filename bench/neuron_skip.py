@@ -19,6 +19,7 @@ from statistics import median
 import torch
 
 from skipkernels.benchmark.bandwidth import bandwidth_gb_per_s
+from skipkernels.benchmark.kernels import keep_neurons
 from skipkernels.benchmark.shapes import SHAPES, shape_config
 from skipkernels.executors.cpu import CpuExecutor
 from skipkernels.model.config import ModelConfig
@@ -29,8 +30,9 @@ from skipkernels.program.state import DecodeState
 from skipkernels.program.table import OPS
 from skipkernels.skipping.policy import NeuronPolicy
 
-QUANTILES = {"zero thresholds": (0.0, 0.0), "25 %": (0.25, 0.5), "40 %": (0.5, 0.7)}
-"""Of gates and of products; the share of FFN bytes left out is their sum over 3."""
+KEPT = {"zero thresholds": (1.0, 1.0), "25 %": (0.75, 0.5), "40 %": (0.5, 0.3)}
+"""Shares of gates and of products that stay; what they leave out of 1, summed and divided by 3, is the share of FFN
+bytes left out."""
 POSITION = 32
 
 
@@ -71,17 +73,6 @@ class Contender:
             self.state.max_new_tokens[row] = 512
             self.state.start_decoding(row)
         self.seconds: list[float] = []
-
-    def set_thresholds(self, gates: float, products: float) -> None:
-        """Runs a step, and sets each layer's thresholds to quantiles of what it brings, over all rows."""
-        chosen = (gates, products)
-        buffers = self.state.gate_thresholds, self.state.product_thresholds
-        for index, ins in enumerate(self.executor.program):
-            if ins.op == "select_neurons" and chosen[int(ins.scalars["stage"])]:
-                stage, layer = int(ins.scalars["stage"]), int(ins.scalars["layer"])
-                rows = self.state.intermediate[: self.state.num_sequences].abs()
-                buffers[stage][:, layer] = rows.flatten()[:: len(rows)].quantile(chosen[stage])
-            self.executor.run_instruction(index)
 
     def run(self) -> None:
         self.seconds += self.executor.run(1)
@@ -134,9 +125,9 @@ def main() -> None:
     usual, transposed = (random_weights(config, dtype, 512, neuron_rows=rows) for rows in (False, True))
     make = lambda name, weights, variant: Contender(name, config, weights, options.rows, variant, options.isa)  # noqa: E731
     contenders = [make("dense", usual, Variant()), make("dense, transposed", transposed, Variant())]
-    for name, quantiles in QUANTILES.items():
+    for name, kept in KEPT.items():
         contender = make(name, transposed, Variant(neurons=True))
-        contender.set_thresholds(*quantiles)
+        keep_neurons(contender.executor, contender.state, *kept)
         contenders.append(contender)
     for contender in contenders:
         contender.run()

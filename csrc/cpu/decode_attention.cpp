@@ -93,7 +93,7 @@ inline void for_runs(const PagedCache& where, const T* cache, int64_t kv_head, i
     }
 }
 
-// What is fetched into the second-level cache while others are multiplied: the lines of some positions, spread evenly
+// What is fetched into L2 while others are multiplied: the lines of some positions, spread evenly
 // over the steps. Many at once the processor drops.
 class Coming {
   public:

@@ -101,7 +101,7 @@ template <class T, int N>
 static void add_all(const Unit<T>* units, int64_t count, int64_t known, const typename Multiply<T>::Activation* x,
                     int64_t x_stride, int64_t columns, float* y, int64_t stride) {
     constexpr int P = 8 / Unit<T>::neurons;           // 8 rows of weights for one load and store of y
-    constexpr int64_t kBlock = N <= 2 ? 2048 : 1024;  // columns, so that y stays in the first-level cache
+    constexpr int64_t kBlock = N <= 2 ? 2048 : 1024;  // columns, so that y stays in L1
     for (int64_t begin = 0; begin < columns; begin += kBlock) {
         const int64_t end = begin + kBlock < columns ? begin + kBlock : columns;
         int64_t at = 0;

@@ -2,14 +2,14 @@
 //
 // With few rows a step is bound by the one read of the weights, so two things matter. The memory must see one linear
 // stream: rows are computed several at a time for the sake of registers, and software prefetches walk the panel in
-// address order into the second-level cache, one group of rows ahead; four interleaved rows without them ran at 60 % of
-// the bandwidth of one. And activations must come from the first-level cache: k is blocked, accumulators rest in memory
+// address order into L2, one group of rows ahead; four interleaved rows without them ran at 60 % of
+// the bandwidth of one. And activations must come from L1: k is blocked, accumulators rest in memory
 // between blocks.
 //
-// With many rows it is bound by multiplications. The panel stays in the second-level cache while one tile of rows after
+// With many rows it is bound by multiplications. The panel stays in L2 while one tile of rows after
 // the other streams by; the activations of the next tile are prefetched, and during the last one the next panel.
 // Converting weights in registers, again for each tile, costs no time beside the multiplications: an fp32 copy of the
-// panel, made once, was slower, for twice the bytes came from the second-level cache.
+// panel, made once, was slower, for twice the bytes came from L2.
 //
 // Each (weight row, row) pair has one vector accumulator that walks k in order, whatever the tile it is in: that is why
 // a row gets bitwise what it gets alone.
@@ -24,7 +24,7 @@ namespace skipkernels::SKIPKERNELS_ISA {
 inline void prefetch_l1(const char* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_l2(const char* p) { __builtin_prefetch(p, 0, 2); }
 
-// What is fetched into the second-level cache while other things are computed, a cache line for each one consumed.
+// What is fetched into L2 while other things are computed, a cache line for each one consumed.
 struct Ahead {
     const char *at, *end;
 };
@@ -71,7 +71,7 @@ inline void tile_block(const T* w, int64_t k, int64_t k_begin, int64_t k_end, co
             for (int r = 0; r < R; ++r) prefetch_l2(ahead.at + 64 * r);
             ahead.at += 64 * R;
         }
-        if (N <= 2) {  // with so little to compute, the way from the second-level cache shows too
+        if (N <= 2) {  // too little arithmetic to hide the latency of L2, so L1 as well
             for (int r = 0; r < R; ++r) prefetch_l1(reinterpret_cast<const char*>(w + r * k + j) + 512);
         }
         for (int u = 0; u < U; ++u) step(j + u * W, [](const T* p) { return M::weight(p); });
@@ -108,10 +108,10 @@ void panel_tile(const T* w, int64_t k, int rows, const typename Multiply<T>::Act
                 float* accumulators, Place place) {
     constexpr int W = Vec::width, R = tile_height<N>();
     static_assert(kGroupRows % R == 0 && cpu::kPanelRows % kGroupRows == 0);
-    // 16 KB of activations, half of the first-level cache
+    // 16 KB of activations, half of L1
     constexpr int64_t kBlock = 16384 / static_cast<int64_t>(sizeof *x) / N / 64 * 64;
     auto bytes = [](const void* p) { return static_cast<const char*>(p); };
-    // several tiles read the panel from the second-level cache: there its rows need no order, and the fewer times the
+    // several tiles read the panel from L2: there its rows need no order, and the fewer times the
     // activations come from there the better
     const int group = place == Place::alone ? kGroupRows : cpu::kPanelRows;
     for (int top = 0; top < rows; top += group) {

@@ -63,7 +63,7 @@ struct Unit<bf16> {
 };
 #endif
 
-// Fetches pieces of rows into the second-level cache in the order of their addresses, whatever order they are used in:
+// Fetches pieces of rows into L2 in the order of their addresses, whatever order they are used in:
 // the memory then sees one stream, where four rows side by side ran at two thirds of the bandwidth.
 template <class T>
 class RowsAhead {
@@ -94,7 +94,7 @@ class RowsAhead {
     const char *at_ = nullptr, *row_end_ = nullptr;
 };
 
-// Fetches rows that are read side by side into the first-level cache, a fixed way ahead: where a row ends, the first
+// Fetches rows that are read side by side into L1, a fixed way ahead: where a row ends, the first
 // pieces of the row that takes its place. What lies behind a row in memory is another neuron's, often one left out.
 template <class T>
 inline void prefetch_beside(const T* row, const T* next, int64_t at, int64_t end) {

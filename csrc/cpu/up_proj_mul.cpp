@@ -58,7 +58,7 @@ static void listed_rows_of(int n, std::integer_sequence<int, N...>, const T* con
 // out (active rows, kPanelRows) of `count` neurons from list[0] on; the list goes on to `end`
 template <class T>
 static void listed_panel(const T* up, const int32_t* list, int count, const int32_t* end, int64_t k, Scratch& s) {
-    constexpr int R = 4, kDistance = 2 * R;  // rows, of which the second-level cache holds many
+    constexpr int R = 4, kDistance = 2 * R;  // rows, of which L2 holds many
     constexpr auto kRows = std::make_integer_sequence<int, cpu::kMaxTile>{};
     const Tiles tiles(s.num_rows);
     for (int at = 0; at < count; at += R) {

@@ -50,7 +50,7 @@ void bind(py::module_& m) {
     m.def("cuda_status", &status, "Driver and runtime versions, number of devices, and why there is none.");
 
     m.def("cuda_device", &device_facts, py::arg("device"),
-          "Multiprocessors, bytes of second-level cache, and the memory's peak bandwidth.");
+          "Multiprocessors, bytes of L2, and the memory's peak bandwidth.");
     m.def(
         "cuda_synchronize", [](uintptr_t stream, int device) { synchronize(as_stream(stream), device); },
         py::arg("stream"), py::arg("device"), py::call_guard<py::gil_scoped_release>(),

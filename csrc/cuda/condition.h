@@ -8,7 +8,7 @@
 
 namespace skipkernels::cuda {
 
-// The share of the first-level cache that both ask for, as in LaunchContext (kernels.h): an SM does not change it while
+// The share of L1 that both ask for, as in LaunchContext (kernels.h): an SM does not change it while
 // another kernel runs there.
 cudaError_t set_carveout_of_conditions(int carveout);
 

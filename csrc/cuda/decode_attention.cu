@@ -11,7 +11,7 @@
 // before, and there are two blocks per SM: 64 KB in flight. Llama-2-7B at 8,192 positions reads 134 MB a layer, 31 us
 // at 4.3 TB/s; at 128 positions 2 MB.
 //
-// Blocks without an item are free to fetch the next weights into the second-level cache: see Prefetch in kernels.h.
+// Blocks without an item are free to fetch the next weights into L2: see Prefetch in kernels.h.
 // They do so behind the wait: what is fetched earlier has left the cache by the time it is read, since the
 // qkv_rope_append that still runs streams its own weights through it.
 #include <algorithm>

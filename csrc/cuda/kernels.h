@@ -19,7 +19,7 @@ namespace skipkernels::cuda {
 constexpr int kRowsOfPass = 16;      // that a matrix kernel takes at a time
 constexpr int kMostRows = 2048;      // whose positions attention can hold in shared memory beside its own
 constexpr int kRowsPerPartial = 16;  // channels of one similarity partial
-// How the second-level cache treats what is read, in the encoding of the hardware as libcu++ has it (access_property).
+// How L2 treats what is read, in the encoding of the hardware as libcu++ has it (access_property).
 // Weights are read once a step and had better leave before all else.
 constexpr uint64_t kEvictNormal = 0x10F0000000000000, kEvictFirst = 0x12F0000000000000;
 
@@ -34,7 +34,7 @@ struct LaunchContext {
     cudaStream_t stream = nullptr;
     int num_sms = 1;
     bool programmatic = false;  // the kernel may start before the one before it has ended
-    int carveout = -1;  // share of the first-level cache to be shared memory, in percent; -1: the driver's choice
+    int carveout = -1;          // share of L1 to be shared memory, in percent; -1: the driver's choice
     Stamps stamps = nullptr;
 };
 
@@ -43,7 +43,7 @@ struct WeightRange {
     int64_t bytes;
 };
 
-// What blocks bring into the second-level cache that have nothing else to do: those of decode_attention without keys to
+// What blocks bring into L2 that have nothing else to do: those of decode_attention without keys to
 // attend to, and more than sample needs.
 struct Prefetch {
     WeightRange always;
@@ -60,7 +60,7 @@ struct Step {
     bool flags_are_settled;  // no instruction that may still run when this one starts may_write_flags() of this one;
                              // false is always correct
     bool triggers_early;     // without a row: before the wait
-    bool evicts_first;       // weights, from the second-level cache
+    bool evicts_first;       // weights, from L2
     bool touches_settled;    // before the wait
     bool prefetches_early;   // before the wait
     bool is_taken_along;     // a skip_gate that the next kernel makes, where whole programs are launched

@@ -10,7 +10,7 @@
 //     with its first 64 KB of weights already loaded.
 //   - A thread needs x at its own columns only, so x never passes through shared memory: it is read where it is used,
 //   in
-//     fp32, from the first-level cache, which the weights bypass. The norm costs no pass of its own: the weight of the
+//     fp32, from L1, which the weights bypass. The norm costs no pass of its own: the weight of the
 //     norm is applied on the way, the scale 1 / sqrt(mean(x^2) + eps) to the finished sums.
 //   - Sums are added in an order that depends on nothing but k: the same bits every run, on any number of SMs.
 //

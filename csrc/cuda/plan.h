@@ -15,9 +15,9 @@ struct Options {
     bool late_prefetch = true;        // attention prefetches behind its wait; before it, qkv's weights pass through the
                                       // cache after those that were fetched
     int64_t max_prefetch_bytes = -1;  // of one attention or sample; -1: as the device suits, 0: none
-    bool evict_first = true;          // weights leave the second-level cache before all else
+    bool evict_first = true;          // weights leave L2 before all else
     bool early_trigger = true;        // a matrix kernel without a row lets the next one start before its own wait
-    bool one_carveout = true;         // all kernels ask for the same split of the first-level cache
+    bool one_carveout = true;         // all kernels ask for the same split of L1
     bool touch_settled = true;        // what no kernel in flight writes is brought near before the wait
     bool prefetch_first_layer = true;  // sample's idle blocks prefetch what the next step begins with
 };

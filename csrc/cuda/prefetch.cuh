@@ -1,4 +1,4 @@
-// Blocks that have nothing else to do bring the weights that come next into the second-level cache.
+// Blocks that have nothing else to do bring the weights that come next into L2.
 #pragma once
 
 #include "common.cuh"

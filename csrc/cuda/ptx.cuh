@@ -26,7 +26,7 @@ __device__ __forceinline__ int thread_index() {
 
 // Memory
 
-// Brings [p, p + bytes) into the second-level cache; both multiples of 16.
+// Brings [p, p + bytes) into L2; both multiples of 16.
 __device__ __forceinline__ void prefetch_l2(const void* p, uint32_t bytes) {
 #    if __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
@@ -37,7 +37,7 @@ __device__ __forceinline__ void prefetch_l2(const void* p, uint32_t bytes) {
 #    endif
 }
 
-// 16 bytes from global to shared memory, with no register in between and past the first-level cache; both aligned.
+// 16 bytes from global to shared memory, with no register in between and past L1; both aligned.
 __device__ __forceinline__ void copy_async(void* to_shared, const void* from) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
                      static_cast<uint32_t>(__cvta_generic_to_shared(to_shared))),
@@ -53,7 +53,7 @@ __device__ __forceinline__ void copy_weights_async(void* to_shared, const void* 
                  : "memory");
 }
 
-// 16 bytes of weights to registers, past the first-level cache; aligned. `policy` as above.
+// 16 bytes of weights to registers, past L1; aligned. `policy` as above.
 __device__ __forceinline__ uint4 load_weights(const void* from, uint64_t policy) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
@@ -62,7 +62,7 @@ __device__ __forceinline__ uint4 load_weights(const void* from, uint64_t policy)
     return v;
 }
 
-// Brings what lies at p into the first-level cache, without waiting for it. Nothing in flight may write it.
+// Brings what lies at p into L1, without waiting for it. Nothing in flight may write it.
 __device__ __forceinline__ void touch(const void* p) {
     uint32_t unused;
     asm volatile("ld.global.b32 %0, [%1];" : "=r"(unused) : "l"(p));
@@ -143,7 +143,7 @@ __device__ __forceinline__ void grid_dependency_launch() {
 #    endif
 }
 
-// What other SMs wrote in earlier kernels, for reads before grid_dependency_wait(): the first-level cache may still
+// What other SMs wrote in earlier kernels, for reads before grid_dependency_wait(): L1 may still
 // hold what was there before.
 __device__ __forceinline__ int load_relaxed(const int* p) {
     int value;

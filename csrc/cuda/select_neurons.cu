@@ -2,7 +2,7 @@
 //
 // A block has a segment of the neurons and goes through the rows; it leaves a bit for each neuron that some row keeps.
 // The last block to finish counts the bits of all segments and writes the list: in the order of the neurons, whatever
-// the order of the blocks. 57 KB a row of Llama-3-8B, from the second-level cache.
+// the order of the blocks. 57 KB a row of Llama-3-8B, from L2.
 #include "ops.h"
 #include "wanted.cuh"
 

@@ -21,6 +21,7 @@ import torch
 from skipkernels.calibration.forced_reading import Reading, divergence, read_dense
 from skipkernels.calibration.passages import Passage
 from skipkernels.engine import Engine
+from skipkernels.errors import PolicyError
 from skipkernels.skipping.policy import NeuronPolicy
 from skipkernels.skipping.up_scales import UpScales
 
@@ -100,6 +101,11 @@ def profile_neurons(
 ) -> NeuronProfile:
     """Reads ``passages``, and some of them again with one layer changed at a time; ``on_layer`` is called with 1 for
     each of these."""
+    if engine.config.num_experts:
+        raise PolicyError(
+            "a model with experts cannot be calibrated: what single experts bring is not read; choose a policy by hand "
+            "(SkipPolicy, or --threshold and --span)"
+        )
     layers, size = engine.config.num_hidden_layers, engine.config.intermediate_size
     gates: list[list[torch.Tensor]] = [[] for _ in range(layers)]
     products: list[list[torch.Tensor]] = [[] for _ in range(layers)]

@@ -108,7 +108,7 @@ class ChatModelLoader:
             PolicyError: levels are asked for that cannot be.
         """
         wanted = tuple(level for level in self.skip_levels or USUAL_LEVELS if level > 0.0)
-        if self.skip_levels == (0.0,) or not wanted:
+        if not wanted:
             return ()
         reason = self._no_neurons(source, config)
         if reason is None and (multimodal or not self.measures):
@@ -130,10 +130,14 @@ class ChatModelLoader:
         """Why single neurons cannot be left out of these weights; None: they can."""
         import torch
 
+        from skipkernels.model.config import ModelConfig
         from skipkernels.model.recipe import resolve_weights
+        from skipkernels.program.program import NO_NEURONS_OF_EXPERTS
 
         if self.options.get("device", "cpu") != "cpu":
-            return "single neurons are left out on device cpu only"
+            return "thresholds for single neurons are measured on device cpu only"
+        if ModelConfig.from_hf(config.get_text_config()).num_experts:
+            return NO_NEURONS_OF_EXPERTS
         dtype = self.options.get("dtype")
         if dtype is not None and not isinstance(resolve_weights(dtype), torch.dtype):
             return f"single neurons are left out of float weights only, not of {dtype}"

@@ -26,15 +26,15 @@ from skipkernels.skipping.policy_file import load_policy, save_policy
 T = TypeVar("T")
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 _READ_PASSAGES, _COMPARED_PASSAGES = 6, 16
-_SPLIT = 1.0  # gate thresholds beside those of products; the middle of what a calibration tries
+_SPLIT = 1.0  # gate thresholds over those of products; the first that a calibration tries
 _WARMUP_TOKENS = 1
 _LOG_PROBS_BYTES = 64 << 20  # of the dense model, kept while the levels are compared with it
 _MAKE = "neurons-1"  # another number where thresholds are made in another way
 
 
 class _Patient:
-    """An engine whose rows are taken while nobody asks the model anything. What a passage is read for is no time, so a
-    request between two readings spoils nothing."""
+    """An engine whose rows are taken while nobody asks the model anything. No time is measured, so a request that comes
+    in between two passages does no harm."""
 
     def __init__(self, engine: Engine, idle: WhenIdle) -> None:
         self._engine = engine

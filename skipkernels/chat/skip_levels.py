@@ -19,15 +19,11 @@ MOST_OF_NEURONS = 2 / 3
 def usual_levels(base: Policy, num_layers: int) -> list[float]:
     """Those of ``USUAL_LEVELS`` that ``base`` can hold in a model of ``num_layers``."""
     reachable = 0.0
-    if isinstance(base, SkipPolicy | NeuronPolicy):
-        neurons = base.has_neuron_rule
-        reachable = base.reachable_neuron_ratio(num_layers) if neurons else _reachable_blocks(base, num_layers)
+    if isinstance(base, SkipPolicy | NeuronPolicy) and base.has_neuron_rule:
+        reachable = base.reachable_neuron_ratio(num_layers)
+    elif isinstance(base, SkipPolicy):
+        reachable = base.reachable_ratio(num_layers)
     return [level for level in USUAL_LEVELS if level == 0.0 or level < reachable]
-
-
-def _reachable_blocks(base: SkipPolicy | NeuronPolicy, num_layers: int) -> float:
-    assert isinstance(base, SkipPolicy), "a policy of neurons has a rule for them"
-    return base.reachable_ratio(num_layers)
 
 
 def policies_of_levels(base: Policy, skip_levels: Sequence[float]) -> dict[float, Policy]:

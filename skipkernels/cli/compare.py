@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from skipkernels.cli import options as opt
 from skipkernels.cli.groups import grouped
 from skipkernels.cli.models import ModelOptions, PolicyOptions
 from skipkernels.errors import DeviceError
-from skipkernels.support.console import out, print_json
+from skipkernels.support.console import out, print_json, table
 
 if TYPE_CHECKING:
     from skipkernels.executors.comparison import Difference
@@ -50,12 +50,12 @@ def compare(
                 "policy": policy.label,
                 "text": generation.text,
                 "tolerance": tolerance,
-                "operands": [_document(one) for one in worst],
-                "first_beyond": _document(beyond[0]) if beyond else None,
+                "operands": [asdict(one) for one in worst],
+                "first_beyond": asdict(beyond[0]) if beyond else None,
             }
         )
     else:
-        out.print(_table(worst))
+        _print_table(worst)
         out.print(_verdict(beyond, tolerance))
     if beyond:
         raise typer.Exit(1)
@@ -71,28 +71,16 @@ def _worst_of_each(differences: Iterable[Difference]) -> list[Difference]:
     return list(worst.values())
 
 
-def _document(one: Difference) -> dict[str, Any]:
-    return {
-        "op": one.op,
-        "operand": one.operand,
-        "step": one.step,
-        "instruction": one.index,
-        "relative": one.relative,
-    }
-
-
-def _table(worst: list[Difference]) -> Table:
-    table = Table("op", "operand", "largest difference", "in step", "instruction", box=None, pad_edge=False)
+def _print_table(worst: list[Difference]) -> None:
+    rows = table("op", "operand", "largest difference", "step", "instruction")
     for one in worst:
-        table.add_row(one.op, one.operand, f"{one.relative:.1e}", str(one.step), str(one.index))
-    return table
+        rows.add_row(one.op, one.operand, f"{one.relative:.1e}", str(one.step), str(one.instruction))
+    out.print(rows)
 
 
 def _verdict(beyond: list[Difference], tolerance: float) -> str:
     if not beyond:
         return f"no difference beyond {tolerance:g} of the operand's magnitude"
     first = beyond[0]
-    return (
-        f"{len(beyond)} beyond {tolerance:g}; the first: {first.op} (instruction {first.index} of step {first.step}), "
-        f"operand {first.operand}, {first.relative:.1e}"
-    )
+    where = f"{first.op} (instruction {first.instruction} of step {first.step}), operand {first.operand}"
+    return f"{len(beyond)} beyond {tolerance:g}; the first: {where}, {first.relative:.1e}"

@@ -36,6 +36,7 @@ _SPEED_TOKENS, _SPEED_ROUNDS = 256, 5
 _PASSAGES, _PROMPT_TOKENS, _PASSAGE_TOKENS = 8, 32, 128
 _SEED = 1
 Shown = SkipPolicy | NeuronPolicy | FixedPolicy
+NO_FASTER = "[yellow]On this machine the policy saves reading, but no time: decode dense here.[/]"
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def _print_figures(screen: Console, figures: Figures, threads: int) -> None:
     rows.add_row("perplexity, new text", f"{held_out.dense_perplexity:.2f}", f"{held_out.perplexity:.2f}", "")
     screen.print(rows)
     if skipping.tokens_per_s <= dense.tokens_per_s:
-        screen.print("[yellow]On this machine the policy saves reading, but no time: decode dense here.[/]")
+        screen.print(NO_FASTER)
     screen.print(
         f"[dim]One row, threads: {threads}; median of {_SPEED_ROUNDS} rounds in turns. "
         f"New text: {held_out.tokens} tokens that neither training nor the search has seen.[/]"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.padding import Padding
 
+from skipkernels.cli.demo import NO_FASTER
 from skipkernels.cli.models import SMOLLM2, ModelOptions, calibration_texts, run_calibration
 from skipkernels.skipping.policy import DensePolicy, Policy
 from skipkernels.support.console import percent, print_json, progress_bar, table
@@ -98,5 +99,5 @@ def _print_figures(
     rows.add_row("perplexity, new text", f"{held_out.dense_perplexity:.2f}", f"{held_out.perplexity:.2f}")
     screen.print(rows)
     if skipping <= dense:
-        screen.print("[yellow]On this machine the policy saves reading, but no time: decode dense here.[/]")
+        screen.print(NO_FASTER)
     screen.print(f"[dim]New text: {held_out.tokens} tokens that the search has not seen, of {calibration.text}.[/]")

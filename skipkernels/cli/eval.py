@@ -90,14 +90,14 @@ class MethodOptions:
             policy.plan(engine.config.num_hidden_layers)
         return policy
 
-    def entries(self, setup: Setup) -> list[Entry]:
-        """Methods and ratios; the full model first, because others are compared with it."""
+    def entries(self, setup: Setup, policy: Policy | None) -> list[Entry]:
+        """Methods and ratios; the full model first, because others are compared with it. ``policy``: of the file."""
         from skipkernels.evaluation.evaluation import Entry
         from skipkernels.methods.ffn_skip import GivenPolicy
         from skipkernels.methods.method import FULL
         from skipkernels.methods.methods import DEFAULT_METHODS, method_kind
 
-        given = None if self.policy is None else GivenPolicy(self.given_policy(setup.engine), setup.warmup_tokens)
+        given = None if policy is None else GivenPolicy(policy, setup.warmup_tokens)
         ratios = self.ratio_list()
         names = dict.fromkeys(self.methods.split(",")) if self.methods else DEFAULT_METHODS
         kinds = [method_kind(name) for name in names]
@@ -144,8 +144,7 @@ def evaluate(
     require_folder(None if json == _STDOUT else json)
     require_picture(plot)
     engine = model_options.load(max_batch_size=_ROWS, neuron_rows=model_options.device == "cpu")
-    if method_options.policy is not None:
-        method_options.given_policy(engine)
+    policy = method_options.given_policy(engine) if method_options.policy is not None else None
 
     from skipkernels.evaluation.evaluation import evaluate as fill_cells
     from skipkernels.evaluation.results_file import ResultsFile
@@ -155,7 +154,7 @@ def evaluate(
         setup, tasks = task_options.prepare(
             engine, model_options, warmup_tokens=method_options.warmup_tokens, seed=seed
         )
-        entries = method_options.entries(setup)
+        entries = method_options.entries(setup, policy)
     results = ResultsFile(
         None if json == _STDOUT else json,
         settings=_settings(engine, setup, task_options, tasks, method_options),

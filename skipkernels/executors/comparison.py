@@ -21,7 +21,7 @@ class Difference:
     """
 
     step: int
-    index: int
+    instruction: int  # its number in the program
     op: str
     operand: str
     relative: float

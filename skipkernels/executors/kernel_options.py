@@ -15,9 +15,9 @@ class KernelOptions:
         gate_beside_qkv: a skip_gate is an extra block of the qkv_rope_append behind it.
         late_prefetch: attention prefetches weights behind its wait for the kernel before it.
         max_prefetch_bytes: what one attention or sample prefetches at most; -1: as the device suits, 0: nothing.
-        evict_first: weights leave the second-level cache before all else.
+        evict_first: weights leave L2 before all else.
         early_trigger: a matrix kernel without a row lets the next one start before its own wait.
-        one_carveout: all kernels ask for the same split of the first-level cache.
+        one_carveout: all kernels ask for the same split of L1.
         touch_settled: what no kernel in flight writes is brought near before the wait.
         prefetch_first_layer: sample's idle blocks prefetch what the next step begins with.
     """

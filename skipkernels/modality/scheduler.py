@@ -297,13 +297,12 @@ class Scheduler:
         del self._running[worker]
 
     def _options_for(self, job: Job) -> StrategyOptions:
+        job.check_modalities(self.profile.modalities)
         level = job.skip_level
         if job.max_kl is not None:
-            job.check_modalities(self.profile.modalities)
             level = self.profile.level_within(job.modalities, job.max_kl, level, job.min_accuracy)
         options = self._options.get((job.modalities, level))
         if options is None:
-            job.check_modalities(self.profile.modalities)
             options = StrategyOptions(self.profile, job.modalities, self.latency, level)
             self._options[job.modalities, level] = options
         return options

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from skipkernels.errors import PolicyError
 
 _STORED = np.dtype("<f2")
-"""Only ratios to a threshold that is found with them count, and eleven bits are more than a calibration knows."""
+"""Enough: a calibration knows a scale to a few per cent, and tunes the threshold that is divided by it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,11 @@ class UpScales:
             PolicyError: no numbers, layers of different lengths, or a number that is not above 0 in float16.
         """
         rows = [_rounded(layer, row) for layer, row in enumerate(values)]
-        return cls._of_rows(rows)
+        for layer, row in enumerate(rows):
+            if len(row) != len(rows[0]):
+                raise PolicyError(f"up_scales[{layer}] has {len(row)} entries, up_scales[0] {len(rows[0])}")
+        data = b"".join(row.tobytes() for row in rows)
+        return cls((len(rows), len(rows[0])), blake2b(data, digest_size=16).hexdigest(), data)
 
     @classmethod
     def decoded(cls, layers: Sequence[object]) -> UpScales:
@@ -54,14 +58,6 @@ class UpScales:
             except (binascii.Error, ValueError) as error:
                 raise PolicyError(f"up_scales[{layer}] must be base64 of little-endian float16 numbers") from error
         return cls.of(rows)  # type: ignore[arg-type]
-
-    @classmethod
-    def _of_rows(cls, rows: list[npt.NDArray[np.float16]]) -> UpScales:
-        for layer, row in enumerate(rows):
-            if len(row) != len(rows[0]):
-                raise PolicyError(f"up_scales[{layer}] has {len(row)} entries, up_scales[0] {len(rows[0])}")
-        data = b"".join(row.tobytes() for row in rows)
-        return cls((len(rows), len(rows[0])), blake2b(data, digest_size=16).hexdigest(), data)
 
     @property
     def values(self) -> npt.NDArray[np.float16]:

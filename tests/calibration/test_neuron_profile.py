@@ -171,3 +171,8 @@ def trained_saving(saving: float) -> float:
     profile, decoder = trained()
     policy = profile.policy(saving / decoder.share_past_warmup(1), 1.0, 1)
     return decoder.try_out("neurons", policy, saving, 1).comparison.skip_ratio
+
+
+def test_a_model_with_experts_is_refused() -> None:
+    with pytest.raises(PolicyError, match=r"with experts cannot be calibrated.*--threshold"):
+        profile_neurons(tiny_engine("mixtral"), PASSAGES)

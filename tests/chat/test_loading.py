@@ -120,6 +120,14 @@ def test_neurons_of_block_formats_cannot_be_left_out(
             loader_of(file, **options)()
 
 
+def test_a_model_with_experts_is_served_dense(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_module("mixtral").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    model = text_model(loader_of(tmp_path, levels=None))
+    assert (model.open_levels, [strategy.name for strategy in model.strategies]) == ((), ["text@0"])
+    assert "served dense, without skip levels: single neurons of experts cannot be left out" in caplog.text
+
+
 def test_a_file_of_neurons_is_held_at_every_level(checkpoint: Path, fingerprint: str, tmp_path: Path) -> None:
     neurons = NeuronPolicy(product_thresholds=(0.1,) * LAYERS, warmup_tokens=3)
     model = text_model(loader_of(checkpoint, saved(tmp_path / "neurons.json", neurons, fingerprint), levels=None))

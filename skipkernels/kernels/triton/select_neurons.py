@@ -1,7 +1,7 @@
 """select_neurons: intermediate = 0 below each row's own thresholds, and the list of what is not 0 in some row.
 
 One program goes through the rows, then lists: its order is that of the neurons, whatever the schedule. 57 KB a row of
-Llama-3-8B, from the second-level cache.
+Llama-3-8B, from L2.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@
 //   void mma_tf32_m16n8k8(...)                   both collectives of the 32 lanes, fragments as in the PTX ISA
 //   void grid_dependency_wait(), grid_dependency_launch()    griddepcontrol; every thread must wait before it exits
 //   int atomic_add_acq_rel(int* p, int value)    returns the old value
-//   int load_relaxed(const int* p)               past the first-level cache
+//   int load_relaxed(const int* p)               past L1
 //   int load_acquire(const int* p)               lets others run, so a loop around it gets somewhere
 //   void store_release_system(int* p, int value), fence_system(), nanosleep(uint32_t ns)
 #pragma once
@@ -74,7 +74,7 @@ inline uint4 load_weights(const void* from, unsigned long long policy) {
     return *static_cast<const uint4*>(from);
 }
 
-// Into the first-level cache: a read like others, of which the race detector asks that nothing in flight writes there.
+// Into L1: a read like others, of which the race detector asks that nothing in flight writes there.
 inline void touch(const void* p) {
     cuda_host::watch_read(p, 4);
     static_cast<void>(cuda_host::load_unwatched(static_cast<const uint32_t*>(p)));

@@ -88,7 +88,7 @@ __global__ void link(int mistake, const int* from, int* to) {
 }
 
 // to = from + earlier, where `earlier` is read before the wait: right if it was written two kernels before, the one in
-// between let this one start after its own wait, and the first-level cache is passed by.
+// between let this one start after its own wait, and L1 is passed by.
 enum Carelessness { careful, triggers_early, reads_from_cache };
 
 __global__ void add_earlier(int carelessness, const int* from, const int* earlier, int* to) {

@@ -7,7 +7,7 @@
 // read it last and when. An access is a race if it touches what a thread did at a time this one does not know of.
 //
 // Before its griddepcontrol.wait, a kernel knows of those that had ended when it was let start; but a plain read may
-// still find in the first-level cache what was there before them (ptx::load_relaxed does not).
+// still find in L1 what was there before them (ptx::load_relaxed does not).
 //
 // Told and asked are: atomic_add_acq_rel and the like, or plain atomics with a __threadfence before and after.
 #pragma once
