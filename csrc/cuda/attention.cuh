@@ -252,13 +252,7 @@ struct Attention {
 
     // Counts the item's run as done; true in the block that finds all of them so.
     __device__ bool is_last(const AttentionItem& item, int* arrivals) const {
-        __syncthreads();  // the whole partial is written
-        if (threadIdx.x == 0) {
-            shared.is_last = ptx::atomic_add_acq_rel(arrivals + item.arrival, 1) == item.num_runs - 1;
-            if (shared.is_last) arrivals[item.arrival] = 0;
-        }
-        __syncthreads();
-        return shared.is_last;
+        return is_last_block(arrivals + item.arrival, item.num_runs, shared.is_last);
     }
 
     __device__ void merge(const AttentionItem& item) const {

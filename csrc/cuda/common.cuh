@@ -132,4 +132,17 @@ cudaError_t launch_kernel(const LaunchContext& context, void (*kernel)(Parameter
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// Counts a block as done; true, for all of its threads, in the one that finds all `blocks` of them done, which sees
+// what they wrote and leaves the counter at 0. `flag` lies in shared memory. By the whole block.
+template <class Flag>
+__device__ __forceinline__ bool is_last_block(int* arrivals, int blocks, Flag& flag) {
+    __syncthreads();  // all that the block writes is written
+    if (threadIdx.x == 0) {
+        flag = ptx::atomic_add_acq_rel(arrivals, 1) == blocks - 1;
+        if (flag) *arrivals = 0;
+    }
+    __syncthreads();
+    return flag;
+}
+
 }  // namespace skipkernels::cuda

@@ -198,13 +198,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
     }
     auto& is_last = *reinterpret_cast<bool*>(ptx::shared_memory());
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        is_last = ptx::atomic_add_acq_rel(arrivals + blockIdx.x, 1) + 1 == static_cast<int>(gridDim.y);
-        if (is_last) arrivals[blockIdx.x] = 0;
-    }
-    __syncthreads();
-    if (!is_last) return;
+    if (!is_last_block(arrivals + blockIdx.x, static_cast<int>(gridDim.y), is_last)) return;
     for (int row = 0; row < wanted.num_rows; ++row) {
         if (!wanted.has(row)) continue;
         float change = 0.0f;

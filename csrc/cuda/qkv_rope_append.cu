@@ -122,13 +122,7 @@ struct RopeAppend {
         if (head >= rotated_heads) return;
         // another block may be a pass ahead; all but the last have kRowsOfPass rows, so no two begin in the same 16
         int* arrived = arrivals + rows.at(0) / kRowsOfPass * rotated_heads + head;
-        __syncthreads();  // all of the tile is in scratch
-        if (thread == 0) {
-            rows.flag = ptx::atomic_add_acq_rel(arrived, 1) == tiles_of_head - 1;
-            if (rows.flag) *arrived = 0;
-        }
-        __syncthreads();
-        if (!rows.flag) return;
+        if (!is_last_block(arrived, tiles_of_head, rows.flag)) return;
         const float* norm = head < op.num_attention_heads ? op.q_norm : op.k_norm;
         const int half = static_cast<int>(op.half_head_dim), lane = thread % 32;
         for (int n = thread / 32; n < rows.count(); n += kLinearWarps) {

@@ -49,13 +49,8 @@ __global__ void __launch_bounds__(kSampleThreads, 1)
     block_winners(winners, shared);
 
     of_blocks += row * blocks;
-    if (thread == 0) {
-        of_blocks[blockIdx.x] = winners;
-        shared.is_last = ptx::atomic_add_acq_rel(arrivals + row, 1) == blocks - 1;
-        if (shared.is_last) arrivals[row] = 0;
-    }
-    __syncthreads();
-    if (!shared.is_last) return;
+    if (thread == 0) of_blocks[blockIdx.x] = winners;
+    if (!is_last_block(arrivals + row, blocks, shared.is_last)) return;
     winners = {};
     for (int block = thread; block < blocks; block += kSampleThreads) {
         winners.top.challenge(of_blocks[block].top);

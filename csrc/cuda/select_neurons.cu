@@ -125,13 +125,7 @@ __global__ void __launch_bounds__(kThreads)
     auto* words = reinterpret_cast<uint32_t*>(scratch);
     auto* counts = reinterpret_cast<int32_t*>(words + num_words(op));
     leave_out(op, wanted, words, counts);
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        shared.is_last = ptx::atomic_add_acq_rel(arrivals, 1) + 1 == static_cast<int>(gridDim.x);
-        if (shared.is_last) *arrivals = 0;
-    }
-    __syncthreads();
-    if (!shared.is_last) return;
+    if (!is_last_block(arrivals, static_cast<int>(gridDim.x), shared.is_last)) return;
     list(op, words, shared);
     record(op, wanted, counts);
 }
