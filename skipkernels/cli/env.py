@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from skipkernels import __version__
@@ -38,7 +39,7 @@ def env(json: opt.Json = False) -> None:
         rows.add_column(style="dim", width=22, no_wrap=True)
         rows.add_column(overflow="fold")
         for name, value in entries.items():
-            rows.add_row(f"  {name}", _shown(value))
+            rows.add_row(f"  {name}", escape(_shown(value)))
         out.print(f"[bold]{title}[/]")
         out.print(rows)
 

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +151,7 @@ class PolicyOptions:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The parameters of SkipPolicy that were given."""
+        """The parameters of the policy that were given."""
         names = ("threshold", "target_ratio", "first_dense_layers", "last_dense_layers", "warmup_tokens", "batch_rule")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.span is not None:
@@ -160,7 +160,7 @@ class PolicyOptions:
 
     def needs_neuron_rows(self, options: ModelOptions) -> bool | None:
         """For the engine, before it is loaded: whether single neurons may be left out. A calibration tries them."""
-        if self.dense or options.device != "cpu":
+        if self.dense:
             return None
         path = None if self.skip_ratio is not None else self._file(options)
         policy = None if path is None else load_policy(path)
@@ -184,8 +184,9 @@ class PolicyOptions:
         base = SkipPolicy() if path is None else load_policy(path, fingerprint=engine.fingerprint)
         if path is not None:
             err.print(f"[dim]policy of {path}[/]")
-        if self.parameters and not isinstance(base, SkipPolicy):
-            raise typer.BadParameter(f"a policy of kind {base.kind!r} has no {next(iter(self.parameters))}")
+        known = {field.name for field in fields(base)}
+        if unknown := [name for name in self.parameters if name not in known]:
+            raise typer.BadParameter(f"a policy of kind {base.kind!r} has no {unknown[0]}")
         return replace(base, **self.parameters)
 
     def _calibrate(self, engine: Engine, options: ModelOptions, ratio: float) -> Policy:

@@ -49,6 +49,9 @@ class NeuronRule:
             PolicyError: a threshold is no finite number of at least 0, a scale no number above 0, or the lists differ
                 in length.
         """
+        for name in ("gate_thresholds", "product_thresholds", "up_scales"):
+            if isinstance(given := getattr(self, name), str) or not hasattr(given, "__len__"):
+                raise PolicyError(f"{name} must be a list with an entry per layer, got {given!r}")
         for name in ("gate_thresholds", "product_thresholds"):
             for layer, value in enumerate(getattr(self, name)):
                 if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) < math.inf:

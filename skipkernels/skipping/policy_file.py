@@ -27,7 +27,10 @@ def save_policy(path: str | Path, policy: Policy, *, fingerprint: str, measured:
         "policy": values,
         "measured": measured,
     }
-    Path(path).write_text(json.dumps(document, indent=2) + "\n")
+    try:
+        Path(path).write_text(json.dumps(document, indent=2) + "\n")
+    except OSError as error:
+        raise PolicyError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def load_policy(path: str | Path, *, fingerprint: str | None = None) -> Policy:

@@ -203,3 +203,13 @@ def test_the_speed_beside_dense_is_printed_and_kept(run: Run, checkpoint: str, p
     assert f"{own['tokens_per_s']:.1f} tokens/s, dense {own['dense_tokens_per_s']:.1f}" in text
     assert ("no faster than the dense model" in text) == (not own["faster"]) == (own["ratio"] <= 1)
     assert (set(measured["speed"]) == {measured["kind"]}) == own["faster"]  # else the others are timed too
+
+
+@pytest.mark.parametrize(
+    "words", [("--max-kl", "0"), ("--max-kl", "nan"), ("--skip-ratio", "1.5"), ("--warn-kl", "-1")]
+)
+def test_a_number_out_of_range_is_refused_before_a_model_is_loaded(run: Run, words: tuple[str, str]) -> None:
+    result = run("calibrate", "no-such-model", *words)
+    assert result.exit_code == 1
+    assert "no-such-model" not in result.output
+    assert f"got {float(words[1])}" in result.output

@@ -29,6 +29,11 @@ def test_env_names_what_is_usable(run: Run) -> None:
         assert part in result.stdout
 
 
+def test_env_names_the_extra_to_install(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skipkernels.cli.env.find_spec", lambda name: None)
+    assert "pip install skipkernels[plot]" in " ".join(run("env").stdout.split())
+
+
 def test_env_as_json(run: Run) -> None:
     values = json.loads(run("env", "--json").stdout)
     assert values["skipkernels"]["executors"] == ["cpu", "graph", "reference"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import Result
 
-from skipkernels import Engine, SkipPolicy, TimingPolicy, save_policy
+from skipkernels import Engine, NeuronPolicy, SkipPolicy, TimingPolicy, save_policy
 from skipkernels.skipping.policy import policy_from_dict
 from tests.cli.conftest import LAYERS, run_process
 
@@ -186,3 +186,15 @@ def test_the_table_fits_80_columns_under_the_longest_policy(
     heading = next(line for line in result.stderr.splitlines() if "tokens/s" in line)
     assert heading.split() == ["tokens/s", "ms/token", "not", "read"]
     assert mixed.label in " ".join(result.stderr.split())
+
+
+def test_a_neuron_policy_takes_a_ratio_to_hold(run: Run, checkpoint: str, tmp_path: Path) -> None:
+    policy = NeuronPolicy(product_thresholds=(0.1,) * LAYERS, warmup_tokens=1)
+    fingerprint = Engine.from_pretrained(checkpoint).fingerprint
+    save_policy(tmp_path / "neurons.json", policy, fingerprint=fingerprint, measured={})
+    words = ["generate", checkpoint, "abc", "--policy", str(tmp_path / "neurons.json"), "--no-compare", "--json"]
+    shown = document(run(*words, "--target-ratio", "0.2", "--max-new-tokens", "4"))
+    assert shown["policy"]["target_ratio"] == 0.2
+    refused = run(*words, "--span", "2")
+    assert refused.exit_code == 2
+    assert "a policy of kind 'neurons' has no span" in refused.output

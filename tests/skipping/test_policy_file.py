@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from skipkernels.errors import PolicyError
-from skipkernels.skipping.policy import FixedPolicy, NeuronPolicy, Policy, SkipPolicy
+from skipkernels.skipping.policy import FixedPolicy, NeuronPolicy, Policy, SkipPolicy, policy_from_dict
 from skipkernels.skipping.policy_file import load_policy, read_policy_file, save_policy
 from tests.models import random_prompt, tiny_engine, tiny_module
 
@@ -71,6 +71,19 @@ def test_a_file_is_of_the_first_version_that_holds_its_policy(tmp_path: Path) ->
         assert document["version"] == version
         assert ("up_scales" in document["policy"]) == (version == 3)
     assert document["policy"]["up_scales"] == ["ADgAPA==", "AEAARA=="]  # 0x3800 0x3c00, 0x4000 0x4400
+
+
+def test_a_file_that_cannot_be_written_is_named() -> None:
+    with pytest.raises(PolicyError, match=r"/dev/full: cannot be written \(No space left"):
+        save_policy("/dev/full", POLICY, fingerprint="abc", measured={})
+
+
+@pytest.mark.parametrize("name", ["gate_thresholds", "product_thresholds", "up_scales"])
+@pytest.mark.parametrize("value", [None, 1.0, "0.1"])
+def test_thresholds_that_are_no_list_are_refused(name: str, value: object) -> None:
+    given = {"kind": "neurons", "gate_thresholds": [0.1], name: value}
+    with pytest.raises(PolicyError, match=f"{name} must be a list with an entry per layer, got {value!r}"):
+        policy_from_dict(given)
 
 
 def test_an_engine_takes_the_file_of_its_model(tmp_path: Path) -> None:
