@@ -4,8 +4,11 @@ Every source is one compiler command of its own: the instruction-set units need 
 nvcc. Commands run in parallel, and a second build repeats only those whose text, source or headers changed.
 
 Environment:
-    SKIPKERNELS_CUDA=auto|0|1   build the CUDA part if nvcc is found (default), never, or fail without it
-    SKIPKERNELS_CUDA_ARCH=native  compile for the GPU of this machine alone, a third of the time (default: all)
+    SKIPKERNELS_CUDA=auto|gpu|0|1  build the CUDA part if nvcc is found (default), if a GPU is there too, never,
+                                or fail without it
+    SKIPKERNELS_CUDA_ARCH=native  compile for the GPU of this machine alone, a third of the time (default: all);
+                                newest: for the last of those shipped, which shows that the sources compile
+    SKIPKERNELS_ISA=native      compile for the CPU of this machine alone, a third of the time (default: all)
     MAX_JOBS=N                  compilers at a time (default: one per CPU)
     CXX, CXXFLAGS, LDFLAGS      C++ compiler (default: c++), and flags appended to those below
 """
@@ -56,9 +59,13 @@ X86_SOURCES = {
     "csrc/cpu/isa_avx512_vnni.cpp": [*AVX512_FLAGS, "-mavx512vnni"],
     "csrc/cpu/isa_avx512_bf16.cpp": [*AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16"],
 }
+# GCC's flags that Linux spells otherwise in /proc/cpuinfo
+CPUINFO_NAMES = {"avxvnni": "avx_vnni", "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16"}
 CUDA_SOURCES = [
     str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cuda/*")) if path.suffix in (".cpp", ".cu")
 ]
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 OPTIMIZE = ["-std=c++17", "-O3"]
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
@@ -84,10 +91,12 @@ class CudaBuild:
 def resolve_cuda(environ: Mapping[str, str], sources: Sequence[str]) -> CudaBuild:
     """Decide on the CUDA part from SKIPKERNELS_CUDA, the nvcc in CUDA_HOME or PATH, and the CUDA sources there are."""
     requested = environ.get("SKIPKERNELS_CUDA", "auto")
-    if requested not in ("auto", "0", "1"):
-        raise SetupError(f"SKIPKERNELS_CUDA={requested}: expected auto, 0 or 1")
+    if requested not in ("auto", "gpu", "0", "1"):
+        raise SetupError(f"SKIPKERNELS_CUDA={requested}: expected auto, gpu, 0 or 1")
     if requested == "0":
         return CudaBuild(None, "switched off by SKIPKERNELS_CUDA=0")
+    if requested == "gpu" and not NVIDIA_DRIVER.exists():
+        return CudaBuild(None, "built where no NVIDIA driver is loaded")
     nvcc = find_nvcc(environ)
     note = f"nvcc {nvcc_version(nvcc)} found" if nvcc else "nvcc not found in CUDA_HOME/bin or PATH"
     if nvcc and not sources:
@@ -133,11 +142,37 @@ def toolkit_flags(nvcc: str, variable: str) -> list[str]:
 def cuda_targets(environ: Mapping[str, str]) -> list[str]:
     """nvcc's flags for the GPUs to compile for."""
     architecture = environ.get("SKIPKERNELS_CUDA_ARCH", "all")
-    if architecture not in ("all", "native"):
-        raise SetupError(f"SKIPKERNELS_CUDA_ARCH={architecture}: expected all or native")
+    if architecture not in ("all", "native", "newest"):
+        raise SetupError(f"SKIPKERNELS_CUDA_ARCH={architecture}: expected all, native or newest")
     if architecture == "native":
         return ["-arch=native"]
+    if architecture == "newest":
+        return [f"-gencode={CUDA_ARCHITECTURES[-1]}"]
     return [f"-gencode={target}" for target in (*CUDA_ARCHITECTURES, CUDA_PTX)]
+
+
+def x86_sources(environ: Mapping[str, str], cpu_flags: set[str]) -> dict[str, list[str]]:
+    """The instruction sets to compile for, with their flags.
+
+    Native is the last of ``X86_SOURCES`` that a processor with ``cpu_flags`` can run, the one chosen when it decodes.
+    """
+    wanted = environ.get("SKIPKERNELS_ISA", "all")
+    if wanted not in ("all", "native"):
+        raise SetupError(f"SKIPKERNELS_ISA={wanted}: expected all or native")
+    if wanted == "all":
+        return X86_SOURCES
+    needs = {source: {flag.removeprefix("-m") for flag in flags} for source, flags in X86_SOURCES.items()}
+    runs = [source for source in X86_SOURCES if {CPUINFO_NAMES.get(n, n) for n in needs[source]} <= cpu_flags]
+    return {source: X86_SOURCES[source] for source in runs[-1:]}
+
+
+def cpu_flags() -> set[str]:
+    """What Linux says that this processor can do; nothing elsewhere."""
+    try:
+        match = re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return set()
+    return set(match.group(1).split()) if match else set()
 
 
 def job_count(environ: Mapping[str, str]) -> int:
@@ -191,23 +226,35 @@ def is_current(obj: Path, headers: Path, record: Path, command: Sequence[str]) -
 
 def plan_units(cuda: CudaBuild) -> list[Unit]:
     """All compile commands of the extension, in link order."""
-    x86_sources = X86_SOURCES if platform.machine().lower() in ("x86_64", "amd64") else {}
-    macros = [f"-DSKIPKERNELS_CUDA_BUILT={int(cuda.built)}", *(f"-D{isa_macro(source)}=1" for source in x86_sources)]
+    x86 = x86_sources(os.environ, cpu_flags()) if platform.machine().lower() in ("x86_64", "amd64") else {}
+    cxx = [*cxx_compiler(), *OPTIMIZE, *HOST_FLAGS, "-Icsrc"]
+    # only where they are needed, so that a build with another CUDA part takes over the objects of csrc/cpu
+    macros = [f"-DSKIPKERNELS_CUDA_BUILT={int(cuda.built)}"]
     system_headers = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
-    cxx = [*cxx_compiler(), *OPTIMIZE, *HOST_FLAGS, *macros, "-Icsrc", *system_headers]
-    own_flags = {**x86_sources, "csrc/bindings.cpp": [f'-DSKIPKERNELS_BUILD_NOTE="{cuda.note}"']}
+    toolkit: list[str] = []
     nvcc: list[str] = []
     if cuda.nvcc:
-        cxx += toolkit_flags(cuda.nvcc, "INCLUDES")
+        toolkit = toolkit_flags(cuda.nvcc, "INCLUDES")
         targets = cuda_targets(os.environ)
         nvcc = [cuda.nvcc, *OPTIMIZE, *targets, f"-Xcompiler={','.join(HOST_FLAGS)}", *macros, "-Icsrc"]
+    own_flags = {
+        **x86,
+        **{source: [*macros, *system_headers, *toolkit] for source in CUDA_SOURCES},
+        "csrc/bindings.cpp": [*macros, *system_headers, *toolkit, f'-DSKIPKERNELS_BUILD_NOTE="{cuda.note}"'],
+        "csrc/cpu/executor.cpp": [f"-D{isa_macro(source)}=1" for source in x86],
+    }
     host_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
     return [
         Unit(source, [*nvcc, *CUDA_FLAGS.get(source, [])])
         if source.endswith(".cu")
         else Unit(source, [*cxx, *own_flags.get(source, []), *host_flags])
-        for source in (*CPU_SOURCES, *(CUDA_SOURCES if cuda.built else []), *x86_sources)
+        for source in (*CPU_SOURCES, *(CUDA_SOURCES if cuda.built else []), *x86)
     ]
+
+
+def object_folder() -> Path:
+    """Where the objects of this Python's extension are kept."""
+    return ROOT / "build" / f"objects-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 
 
 def isa_macro(source: str) -> str:
@@ -226,7 +273,7 @@ class BuildExtension(build_ext):
     def finalize_options(self) -> None:
         super().finalize_options()
         # pip builds editable installs in a temporary folder: objects kept here instead survive until the next build.
-        self.build_temp = str(ROOT / "build" / f"objects-{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
+        self.build_temp = str(object_folder())
 
     def build_extension(self, ext: Extension) -> None:
         cuda = resolve_cuda(os.environ, CUDA_SOURCES)
@@ -234,7 +281,9 @@ class BuildExtension(build_ext):
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(job_count(os.environ)) as pool:
-            objects = list(pool.map(lambda unit: unit.compile(folder), plan_units(cuda)))
+            # from the end: the units of instruction sets take longest, and none should be begun when all else is done
+            compiled = pool.map(lambda unit: unit.compile(folder), reversed(plan_units(cuda)))
+            objects = list(compiled)[::-1]
         libraries = [*toolkit_flags(cuda.nvcc, "LIBRARIES"), *CUDA_RUNTIME] if cuda.nvcc else []
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         library = Path(self.get_ext_fullpath(ext.name)).absolute()

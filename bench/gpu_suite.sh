@@ -12,6 +12,7 @@
 #   tokens     a generation of Llama-3.2-1B's shapes for every conditional and loop: the same tokens
 #   decode     whole steps, dense and 25 % skipped: 1B, 7B, 8B; batch 1 and 4; 128, 2,048 and 8,192 positions
 #   kernels    every op at the shapes of 1B and 7B, cold, beside torch's own
+#   blocks     matrices of blocks (q8_0, q4_0, q4_k): every op and whole steps, dense and 25 % skipped, batch 1 and 4
 #   neurons    the ops that leave neurons out at several lengths of their list, and whole steps, at 1B and 8B
 #   timeline   when each kernel of a step begins, has waited and ends
 #   switches   a step with each of the kernels' options switched off, and with other bounds of the prefetch
@@ -27,7 +28,7 @@
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-all="versions,build,first,ops,tokens,decode,kernels,neurons,timeline,switches,memcheck,peers,engine,triton"
+all="versions,build,first,ops,tokens,decode,kernels,blocks,neurons,timeline,switches,memcheck,peers,engine,triton"
 out="${OUT:-build/gpu_suite}" total=540 parts="$all" dry="" peers="compiled,cuda-graph"
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -95,6 +96,7 @@ part ops 60 "${gpu_tests[@]}" tests/gpu/test_ops.py -k cuda -x
 measure tokens 30
 measure decode 90
 measure kernels 40
+measure blocks 45
 measure neurons 30
 measure timeline 20
 measure switches 45

@@ -59,14 +59,22 @@ Format parse_block_format(const std::string& name) {
     return format;
 }
 
-using Parts = std::vector<std::tuple<uintptr_t, std::string, int64_t>>;  // address, format, rows
+Layout parse_layout(const std::string& name) {
+    for (size_t i = 0; i < std::size(kLayoutNames); ++i) {
+        if (name == kLayoutNames[i]) return static_cast<Layout>(i);
+    }
+    fail("unknown matrix layout '", name, "'");
+}
+
+using Parts = std::vector<std::tuple<uintptr_t, std::string, std::string, int64_t>>;  // address, format, layout, rows
 
 Matrix make_matrix(const Parts& parts) {
     check(!parts.empty() && parts.size() <= Matrix::kMaxParts, "a matrix has 1 to ", Matrix::kMaxParts, " parts, got ",
           parts.size());
     Matrix matrix{};
-    for (const auto& [address, format, rows] : parts) {
-        matrix.parts[matrix.num_parts++] = {reinterpret_cast<const void*>(address), parse_format(format), rows};
+    for (const auto& [address, format, layout, rows] : parts) {
+        matrix.parts[matrix.num_parts++] = {reinterpret_cast<const void*>(address), parse_format(format),
+                                            parse_layout(layout), rows};
     }
     matrix.data = matrix.parts[0].data;
     matrix.format = matrix.parts[0].format;
@@ -201,33 +209,42 @@ PYBIND11_MODULE(_C, m) {
     m.def("advise_huge_pages",
           [](uintptr_t data, size_t bytes) { cpu::advise_huge_pages(reinterpret_cast<void*>(data), bytes); });
     m.def(
-        "interleaved_bytes",
+        "single_column_bytes",
         [](const std::string& format, int64_t rows, int64_t columns) {
-            return cpu::interleaved_bytes(parse_block_format(format), rows, columns);
+            return cpu::single_column_bytes(parse_block_format(format), rows, columns);
         },
-        py::arg("format"), py::arg("rows"), py::arg("columns"));
+        "Bytes of a column of a matrix of blocks in layout single_columns.");
     m.def(
-        "interleave",
-        [](const std::string& format, int64_t rows, int64_t columns, uintptr_t source, uintptr_t out, int num_threads) {
+        "arranged_bytes",
+        [](const std::string& layout, const std::string& format, int64_t rows, int64_t columns) {
+            return cpu::arranged_bytes(parse_layout(layout), parse_block_format(format), rows, columns);
+        },
+        py::arg("layout"), py::arg("format"), py::arg("rows"), py::arg("columns"));
+    m.def(
+        "arrange",
+        [](const std::string& layout, const std::string& format, int64_t rows, int64_t columns, uintptr_t source,
+           uintptr_t out, int num_threads) {
             check_threads(num_threads);
-            cpu::interleave(parse_block_format(format), rows, columns, reinterpret_cast<const uint8_t*>(source),
-                            reinterpret_cast<uint8_t*>(out), num_threads);
+            cpu::arrange(parse_layout(layout), parse_block_format(format), rows, columns,
+                         reinterpret_cast<const uint8_t*>(source), reinterpret_cast<uint8_t*>(out), num_threads);
         },
-        py::arg("format"), py::arg("rows"), py::arg("columns"), py::arg("source"), py::arg("out"),
+        py::arg("layout"), py::arg("format"), py::arg("rows"), py::arg("columns"), py::arg("source"), py::arg("out"),
         py::arg("num_threads"), py::call_guard<py::gil_scoped_release>(),
-        "Blocks of a GGUF into the order that the kernels read.");
+        "Blocks of a GGUF into an order that the kernels read.");
     m.def(
-        "dequantize_interleaved",
-        [](const std::string& format, int64_t columns, uintptr_t data, const std::vector<int64_t>& rows,
-           uintptr_t out) {
+        "dequantize_arranged",
+        [](const std::string& layout, const std::string& format, int64_t rows, int64_t columns, uintptr_t data,
+           const std::vector<int64_t>& wanted, uintptr_t out) {
+            const cpu::ArrangedRows arranged(parse_layout(layout), parse_block_format(format), rows, columns,
+                                             reinterpret_cast<const uint8_t*>(data));
             auto* to = reinterpret_cast<float*>(out);
-            for (int64_t row : rows) {
-                cpu::dequantize_row(parse_block_format(format), columns, reinterpret_cast<const void*>(data), row, to);
+            for (int64_t row : wanted) {
+                arranged.dequantize(row, to);
                 to += columns;
             }
         },
-        py::arg("format"), py::arg("columns"), py::arg("data"), py::arg("rows"), py::arg("out"),
-        "Rows of an interleaved matrix in fp32.");
+        py::arg("layout"), py::arg("format"), py::arg("rows"), py::arg("columns"), py::arg("data"), py::arg("wanted"),
+        py::arg("out"), "Rows of a matrix in one of the kernels' orders, in fp32.");
     m.attr("max_threads") = kMaxThreads;
     m.def(
         "measure_read",

@@ -16,16 +16,21 @@
 
 namespace skipkernels {
 
-// How numbers lie in memory. Block formats are GGUF's, in the order the executor wants (csrc/cpu/blocks.h).
+// What numbers are. Block formats are GGUF's, in a layout that the executor wants.
 enum class Format : int32_t { f32, bf16, f16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k };
 inline constexpr std::string_view kFormatNames[] = {"f32",  "bf16", "f16",  "q8_0", "q4_0", "q4_1",
                                                     "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"};
 constexpr bool is_float(Format format) { return format <= Format::f16; }
 
-// Rows of a matrix that share a format.
+// How a matrix lies in memory: row after row, or, of blocks, in one of the orders of csrc/cpu/blocks.h.
+enum class Layout : int32_t { rows, interleaved, single_rows, single_columns };
+inline constexpr std::string_view kLayoutNames[] = {"rows", "interleaved", "single_rows", "single_columns"};
+
+// Rows of a matrix that share a format and a layout.
 struct MatrixPart {
     const void* data;
     Format format;
+    Layout layout;
     int64_t rows;
 };
 
@@ -44,7 +49,7 @@ enum Adjusts : int32_t { kAdjustsBias = 1, kAdjustsCounts = 2, kAdjustsMask = 4 
 
 enum class GateMode : int32_t { dense = 0, similarity = 1, fixed = 2, random = 3 };
 enum class BatchRule : int32_t { per_row = 0, all = 1, majority = 2 };
-enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
+enum class Activation : int32_t { silu = 0, gelu_tanh = 1, clamped_swiglu = 2 };
 
 // clang-format off
 #define SKIPKERNELS_EMBED(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                                    \
@@ -69,27 +74,37 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
   TENSOR(const int32_t, ramp_tokens) TENSOR(const float, neuron_target_ratio) TENSOR(float, threshold_scale)           \
   TENSOR(const int32_t, skipped) TENSOR(const int64_t, left_out) TENSOR(float, scale_map)                              \
   SIZE(num_rows) SIZE(num_sequences) SIZE(max_seq_len)                                                                 \
-  INT(num_hidden_layers) INT(intermediate_size)
+  INT(num_hidden_layers) INT(ffn_bytes)
 
 #define SKIPKERNELS_QKV_ROPE_APPEND(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                          \
   TENSOR(const float, hidden_states) TENSOR(const float, input_layernorm) MATRIX(qkv_proj)                 \
   TENSOR(const float, qkv_bias) TENSOR(const float, q_norm) TENSOR(const float, k_norm)                                \
-  TENSOR(const float, rope_cos) TENSOR(const float, rope_sin)                                                          \
+  TENSOR(const float, rope_cos) TENSOR(const float, rope_sin) TENSOR(const float, query_scale)                         \
   TENSOR(const int32_t, position_axes) TENSOR(const int32_t, prompt_positions)                                         \
   TENSOR(float, query) TENSOR(void, k_cache) TENSOR(void, v_cache)                                                     \
   TENSOR(const int32_t, block_table) TENSOR(const int32_t, row_sequence) TENSOR(const int32_t, row_position)           \
-  SIZE(num_rows) SIZE(hidden_size) SIZE(qkv_size) SIZE(head_dim) SIZE(max_seq_len) SIZE(half_head_dim)                 \
+  SIZE(num_rows) SIZE(hidden_size) SIZE(qkv_size) SIZE(head_dim) SIZE(max_seq_len) SIZE(rotary_pairs)                  \
   SIZE(num_prompt_rows) SIZE(three) SIZE(num_attention_heads) SIZE(num_blocks) SIZE(num_key_value_heads)               \
   SIZE(block_size) SIZE(num_sequences) SIZE(blocks_per_sequence)                                                       \
+  FLOAT(rms_norm_eps)
+
+#define SKIPKERNELS_NORM_ROPE_APPEND(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                 \
+  TENSOR(float, qkv) TENSOR(const float, q_norm) TENSOR(const float, k_norm)                                           \
+  TENSOR(const float, rope_cos) TENSOR(const float, rope_sin)                                                          \
+  TENSOR(float, query) TENSOR(void, k_cache) TENSOR(void, v_cache)                                                     \
+  TENSOR(const int32_t, block_table) TENSOR(const int32_t, row_sequence) TENSOR(const int32_t, row_position)           \
+  SIZE(num_rows) SIZE(qkv_size) SIZE(query_size) SIZE(key_size) SIZE(max_seq_len) SIZE(rotary_pairs)                   \
+  SIZE(num_attention_heads) SIZE(head_dim) SIZE(num_blocks) SIZE(num_key_value_heads) SIZE(block_size)                 \
+  SIZE(num_sequences) SIZE(blocks_per_sequence)                                                                        \
   FLOAT(rms_norm_eps)
 
 #define SKIPKERNELS_DECODE_ATTENTION(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                         \
   TENSOR(const float, query) TENSOR(const void, k_cache) TENSOR(const void, v_cache)                                   \
   TENSOR(const int32_t, block_table) TENSOR(const int32_t, row_sequence) TENSOR(const int32_t, row_position)           \
-  TENSOR(float, attn_partials) TENSOR(float, attn_output)                                                              \
+  TENSOR(const float, sinks) TENSOR(float, attn_partials) TENSOR(float, attn_output)                                   \
   SIZE(num_rows) SIZE(num_attention_heads) SIZE(head_dim) SIZE(num_blocks) SIZE(num_key_value_heads) SIZE(block_size)  \
   SIZE(num_sequences) SIZE(blocks_per_sequence) SIZE(num_splits) SIZE(partial_size)                                    \
-  FLOAT(scaling) INT(sliding_window) INT(kv_split_size)
+  FLOAT(scaling) FLOAT(softcap) INT(sliding_window) INT(kv_split_size)
 
 #define SKIPKERNELS_O_PROJ_ADD(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                               \
   TENSOR(const float, attn_output) MATRIX(o_proj) TENSOR(const float, o_proj_bias)                         \
@@ -115,6 +130,7 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
 
 #define SKIPKERNELS_ROUTE_EXPERTS(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                    \
   TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) MATRIX(router)                      \
+  TENSOR(const float, router_bias)                                                                                     \
   TENSOR(float, router_logits) TENSOR(int32_t, expert_ids) TENSOR(float, expert_weights)                               \
   TENSOR(int32_t, expert_begins) TENSOR(int32_t, expert_pairs) TENSOR(int64_t, experts_read)                           \
   SIZE(num_rows) SIZE(hidden_size) SIZE(num_experts) SIZE(experts_per_token) SIZE(num_begins) SIZE(num_pairs)          \
@@ -123,6 +139,7 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
 
 #define SKIPKERNELS_EXPERTS_GATE_UP_ACT(TENSOR, MATRIX, SIZE, INT, FLOAT)                                              \
   TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) MATRIX(gate_up_proj)                \
+  TENSOR(const float, gate_up_bias)                                                                                    \
   TENSOR(const int32_t, expert_begins) TENSOR(const int32_t, expert_pairs) TENSOR(float, expert_intermediate)          \
   SIZE(num_rows) SIZE(hidden_size) SIZE(gate_up_size) SIZE(num_begins) SIZE(num_pairs) SIZE(experts_per_token)         \
   SIZE(expert_size)                                                                                                    \
@@ -130,7 +147,8 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
 
 #define SKIPKERNELS_EXPERTS_DOWN_PROJ_ADD(TENSOR, MATRIX, SIZE, INT, FLOAT)                                            \
   TENSOR(const float, expert_intermediate) TENSOR(const float, expert_weights) TENSOR(const int32_t, expert_begins)    \
-  TENSOR(const int32_t, expert_pairs) MATRIX(down_proj) TENSOR(float, hidden_states) TENSOR(float, similarity_partials)\
+  TENSOR(const int32_t, expert_pairs) MATRIX(down_proj) TENSOR(const float, down_proj_bias)                            \
+  TENSOR(float, hidden_states) TENSOR(float, similarity_partials)                                                      \
   SIZE(num_rows) SIZE(experts_per_token) SIZE(expert_size) SIZE(num_begins) SIZE(num_pairs) SIZE(down_size)            \
   SIZE(hidden_size) SIZE(num_partials) SIZE(num_sequences) SIZE(three)                                                 \
   INT(rows_per_partial)
@@ -147,7 +165,7 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
   TENSOR(int32_t, neurons) TENSOR(int32_t, num_neurons) TENSOR(int64_t, left_out) TENSOR(int32_t, kept_map)            \
   SIZE(num_rows) SIZE(intermediate_size) SIZE(num_sequences) SIZE(num_hidden_layers) SIZE(num_thresholds) SIZE(one)    \
   SIZE(max_seq_len) SIZE(two)                                                                                          \
-  INT(layer) INT(stage)
+  INT(layer) INT(stage) INT(neuron_bytes)
 
 #define SKIPKERNELS_UP_PROJ_MUL(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                      \
   TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) MATRIX(up_proj)                    \
@@ -165,7 +183,7 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
 #define SKIPKERNELS_LM_HEAD(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                                  \
   TENSOR(const float, hidden_states) TENSOR(const float, norm) MATRIX(lm_head) TENSOR(float, logits)       \
   SIZE(num_rows) SIZE(hidden_size) SIZE(vocab_size) SIZE(num_sequences)                                                \
-  FLOAT(rms_norm_eps)
+  FLOAT(rms_norm_eps) FLOAT(softcap)
 
 #define SKIPKERNELS_SAMPLE(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                                   \
   TENSOR(const float, logits) TENSOR(const uint8_t, seen) TENSOR(const int32_t, num_generated)                         \
@@ -192,6 +210,7 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
   OP(skip_gate, SkipGate, SKIPKERNELS_SKIP_GATE)                                                                       \
   OP(neuron_gate, NeuronGate, SKIPKERNELS_NEURON_GATE)                                                                 \
   OP(qkv_rope_append, QkvRopeAppend, SKIPKERNELS_QKV_ROPE_APPEND)                                                      \
+  OP(norm_rope_append, NormRopeAppend, SKIPKERNELS_NORM_ROPE_APPEND)                                                   \
   OP(decode_attention, DecodeAttention, SKIPKERNELS_DECODE_ATTENTION)                                                  \
   OP(o_proj_add, OProjAdd, SKIPKERNELS_O_PROJ_ADD)                                                                     \
   OP(gate_up_act, GateUpAct, SKIPKERNELS_GATE_UP_ACT)                                                               \

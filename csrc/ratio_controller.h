@@ -69,9 +69,8 @@ struct NeuronController {
     float behind;  // in tokens
 
     SKIPKERNELS_HOST_DEVICE NeuronController(const NeuronGate& op, int row) {
-        const int64_t per_ffn = 3 * op.intermediate_size;
-        const auto per_token = static_cast<float>(per_ffn * op.num_hidden_layers);
-        const int64_t unread = op.left_out[row] + per_ffn * op.skipped[row];
+        const auto per_token = static_cast<float>(op.ffn_bytes * op.num_hidden_layers);
+        const int64_t unread = op.left_out[row] + op.ffn_bytes * op.skipped[row];
         const float owed = owed_after(op.num_generated[row], op.neuron_target_ratio[row] * per_token,
                                       op.warmup_tokens[row], op.ramp_tokens[row]);
         behind = clamp_to((owed - static_cast<float>(unread)) / per_token, -1.0f, 1.0f);

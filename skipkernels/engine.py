@@ -25,7 +25,7 @@ from skipkernels.decoding.handle import Handle
 from skipkernels.decoding.loop import DecodeLoop
 from skipkernels.decoding.prompt_rows import ProgramRows, TorchRows
 from skipkernels.decoding.request import Request
-from skipkernels.errors import DeviceError, ModelError, PolicyError, RequestError
+from skipkernels.errors import DeviceError, PolicyError, RequestError
 from skipkernels.executors import Executor, get_executor
 from skipkernels.executors.comparison import ComparingExecutor
 from skipkernels.executors.execution import Execution
@@ -39,12 +39,13 @@ from skipkernels.model.checkpoint import (
     load_tokenizer,
     resolve_checkpoint,
 )
-from skipkernels.model.config import ModelConfig, resolve_dtype
+from skipkernels.model.config import ModelConfig, quantization_of, resolve_dtype
 from skipkernels.model.float_parameters import FloatParameters
 from skipkernels.model.gguf_file import GgufFile
 from skipkernels.model.gguf_tensors import GgufTensors
 from skipkernels.model.gguf_tokenizer import load_gguf_tokenizer
 from skipkernels.model.module_check import check_module, shares_embeddings
+from skipkernels.model.packed.packed_parameters import shard_parameters
 from skipkernels.model.parameters import Parameters
 from skipkernels.model.prompt import EmbeddedPrompt
 from skipkernels.model.prompts import Prompt, encode, listed_prompts, single_prompt
@@ -53,11 +54,15 @@ from skipkernels.model.recipe import matrix_formats, resolve_weights
 from skipkernels.model.shards import Shards
 from skipkernels.model.weights import (
     ModelWeights,
+    as_saved,
     expected_parameters,
+    expected_tensors,
     fill_rope,
     interleave,
+    into_planes,
     load_checkpoint,
     pack_module,
+    stacks_experts,
 )
 from skipkernels.program.program import NO_NEURON_ROWS, NO_NEURONS_OF_EXPERTS, Variant, build_program
 from skipkernels.program.state import MAX_EOS, DecodeState
@@ -99,12 +104,10 @@ class Engine:
         refuse_while_capturing(self.execution.device)
         if (weights.embed_tokens.device.type == "cuda") != self.execution.on_gpu:
             raise DeviceError(f"the weights are on {weights.embed_tokens.device}, not on {self.execution.device}")
-        if config.num_experts and self.execution.on_gpu:
-            raise DeviceError(
-                f"{config.model_type} has experts, and route_experts has kernels on device 'cpu' only; decode it there"
-            )
         if self.execution.executor == "cpu":
             interleave(weights, self.execution.num_threads or default_threads())
+        if self.execution.on_gpu:
+            into_planes(weights)
         self.config = config
         self.weights = weights
         self.tokenizer = tokenizer
@@ -126,6 +129,7 @@ class Engine:
             raise DeviceError(
                 f"no memory for {max_batch_size} sequences of {max_seq_len} positions ({str(error).splitlines()[0]})"
             ) from error
+        self.state.neuron_shares.copy_(weights.neuron_shares())
         self.generation_config = generation_config
         self.default_eos_token_ids = default_eos_token_ids(tokenizer, generation_config)
         rows = TorchRows if on_gpu else ProgramRows
@@ -178,8 +182,6 @@ class Engine:
         Raises:
             ModelError, PolicyError, RequestError, DeviceError: nothing was loaded; the message says what to change.
         """
-        from transformers import PreTrainedModel
-
         execution = Execution(device, executor, num_threads, kernels, conditional, loop, debug).resolved()
         refuse_while_capturing(execution.device)  # before the module's parameters are moved
         _check_batch_size(max_batch_size)
@@ -193,10 +195,10 @@ class Engine:
             policy=read,
             neuron_rows=neuron_rows,
         )
-        if isinstance(model, PreTrainedModel):
-            loaded = _from_module(model, wanted, tokenizer)
+        if _is_module(model):
+            loaded = _from_module(cast("PreTrainedModel", model), wanted, tokenizer)
         else:
-            loaded = _from_checkpoint(model, wanted, tokenizer)
+            loaded = _from_checkpoint(cast("str | Path", model), wanted, tokenizer)
         if isinstance(policy, str | Path):
             policy = load_policy(policy, fingerprint=loaded.weights.fingerprint(loaded.config))
         engine = cls(
@@ -210,7 +212,7 @@ class Engine:
             cache_bytes=cache_bytes,
             execution=execution,
         )
-        engine.loop.weights_may_change = isinstance(model, PreTrainedModel)
+        engine.loop.weights_may_change = _is_module(model)
         # a folder's own tokenizer has no say in where answers end, as in transformers
         engine.default_eos_token_ids = default_eos_token_ids(tokenizer, loaded.generation_config)
         return engine
@@ -266,14 +268,21 @@ class Engine:
             raise PolicyError(f"a policy is wanted, got a {type(policy).__name__}; load_policy reads one from a file")
         plan = policy.plan(self.config.num_hidden_layers)
         if plan is not None and plan.neurons is not None:
-            plan.neurons.check_neurons(self.config.intermediate_size)
             if not self.weights.neuron_rows:
-                raise PolicyError(NO_NEURON_ROWS)
+                raise PolicyError(NO_NEURONS_OF_EXPERTS if self.config.num_experts else NO_NEURON_ROWS)
+            plan.neurons.check_neurons(self.config.intermediate_size, self.state.neuron_shares.tolist())
         return plan
 
     def _executor(self, variant: Variant) -> Executor:
         if variant not in self._executors:
-            program = build_program(self.config, self.weights, self.state, gated=variant.gated, neurons=variant.neurons)
+            program = build_program(
+                self.config,
+                self.weights,
+                self.state,
+                gated=variant.gated,
+                neurons=variant.neurons,
+                activations="fp32" if self.execution.on_gpu else "int8",
+            )
             self._executors[variant] = get_executor(self.execution, program, self.state)
         return self._executors[variant]
 
@@ -524,11 +533,12 @@ def _from_checkpoint(model: str | Path, wanted: _Wanted, tokenizer: PreTrainedTo
     config = replace(config, tie_word_embeddings=bool(whole.tie_word_embeddings))
     config = replace(config, tie_word_embeddings=shards.head_is_tied(config))
     dtype, length = wanted.check(config, wanted.dtype or resolve_dtype(hf_config.dtype or whole.dtype or "fp32"))
-    if wanted.recipe is not None:
-        shards.check(expected_parameters(config), config.num_hidden_layers)
-        weights = _quantised(FloatParameters(str(folder), config, shards.tensor), config, wanted, length)
-    else:
+    settings = quantization_of(whole)
+    if settings is None and wanted.recipe is None and not stacks_experts(config):
         weights = load_checkpoint(shards, config, dtype, length, wanted.device, wanted.lies_for_neurons(config))
+    else:
+        parameters = shard_parameters(shards, config, settings, expected_tensors(config))
+        weights = _as_wanted(parameters, config, wanted if settings else replace(wanted, dtype=dtype), length)
     fill_rope(weights, hf_config, None)
     tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
     return _Loaded(config, weights, tokenizer, load_generation_config(folder), length)
@@ -537,18 +547,20 @@ def _from_checkpoint(model: str | Path, wanted: _Wanted, tokenizer: PreTrainedTo
 def _from_gguf(file: GgufFile, wanted: _Wanted, tokenizer: PreTrainedTokenizerBase | None) -> _Loaded:
     hf_config = gguf_config.hf_config(file)
     config = ModelConfig.from_hf(hf_config)
-    tensors = GgufTensors(file, config, expected_parameters(config))
+    tensors = GgufTensors(file, config, expected_tensors(config))
     _, length = wanted.check(config, wanted.dtype or torch.bfloat16)
-    neuron_rows = wanted.lies_for_neurons(config)
-    if wanted.recipe is not None:
-        weights = _quantised(tensors, config, wanted, length)
-    elif wanted.dtype is not None:
-        weights = load_as_floats(tensors, config, wanted.dtype, length, wanted.device, neuron_rows)
-    else:
-        weights = load_in_formats(tensors, config, length, wanted.device, neuron_rows)
+    weights = _as_wanted(tensors, config, wanted, length)
     fill_rope(weights, hf_config, frequency_factors=tensors.rope_factors())
     tokenizer = load_gguf_tokenizer(file) if tokenizer is None else tokenizer
     return _Loaded(config, weights, tokenizer, gguf_config.generation_config(file), length)
+
+
+def _is_module(model: object) -> bool:
+    if not isinstance(model, torch.nn.Module):
+        return False  # without the import, which takes seconds
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
 
 
 def _from_module(module: PreTrainedModel, wanted: _Wanted, tokenizer: PreTrainedTokenizerBase | None) -> _Loaded:
@@ -557,7 +569,8 @@ def _from_module(module: PreTrainedModel, wanted: _Wanted, tokenizer: PreTrained
     dtype, length = wanted.check(config, wanted.dtype or module.dtype)
     if wanted.recipe is not None:
         given = check_module(module, config, expected_parameters(config), wanted.device)
-        read = FloatParameters(type(module).__name__, config, lambda name: given[name].detach())
+        saved = {own: tensor for name in given for own, tensor in as_saved(config, name, given[name].detach()).items()}
+        read = FloatParameters(type(module).__name__, config, saved.__getitem__)
         weights = _quantised(read, config, wanted, length)
     else:
         weights = pack_module(module, config, dtype, length, wanted.device, wanted.lies_for_neurons(config))
@@ -565,13 +578,19 @@ def _from_module(module: PreTrainedModel, wanted: _Wanted, tokenizer: PreTrained
     return _Loaded(config, weights, tokenizer, module.generation_config, length)
 
 
+def _as_wanted(parameters: Parameters, config: ModelConfig, wanted: _Wanted, length: int) -> ModelWeights:
+    """Weights of a checkpoint in formats of its own: in those, in others, or as floats."""
+    neuron_rows = wanted.lies_for_neurons(config)
+    if wanted.recipe is not None:
+        return _quantised(parameters, config, wanted, length)
+    if wanted.dtype is not None:
+        return load_as_floats(parameters, config, wanted.dtype, length, wanted.device, neuron_rows)
+    return load_in_formats(parameters, config, length, wanted.device, neuron_rows)
+
+
 def _quantised(parameters: Parameters, config: ModelConfig, wanted: _Wanted, length: int) -> ModelWeights:
     """Weights in the formats of the recipe that is wanted."""
-    if config.num_experts:
-        raise ModelError(
-            f"{parameters.source}: {config.model_type} has experts, which are not quantised; use dtype bf16"
-        )
-    shapes = expected_parameters(config)
+    shapes = expected_tensors(config)
     formats = matrix_formats(config, shapes, str(wanted.recipe))
     quantised = QuantizedParameters(parameters, formats, shapes)
     return load_in_formats(quantised, config, length, wanted.device, wanted.lies_for_neurons(config))

@@ -26,13 +26,22 @@ NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
 }
-GEMMA3_NAMES = {
+OLMO2_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+GEMMA_NAMES = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-ARCHITECTURES = {"gemma3_text": "gemma3"}
+OWN_NAMES = {"gemma2": GEMMA_NAMES, "gemma3": GEMMA_NAMES, "olmo2": OLMO2_NAMES}
+ARCHITECTURES = {"gemma3_text": "gemma3", "olmo3": "olmo2", "qwen3_moe": "qwen3moe", "mixtral": "llama"}
 """GGUF's, where it is not Hugging Face's model_type."""
 
 
@@ -40,7 +49,7 @@ def gguf_name(name: str, arch: str = "llama") -> str:
     stem, _, kind = name.rpartition(".") if "." in name else (name, "", "weight")
     if stem.startswith("model.layers."):
         _, _, layer, part = stem.split(".", 3)
-        own = GEMMA3_NAMES if arch == "gemma3" else {}
+        own = OWN_NAMES.get(arch, {})
         return f"blk.{layer}.{own.get(part) or NAMES[part]}.{kind}"
     return f"{NAMES[stem]}.{kind}"
 
@@ -92,24 +101,32 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     writer.add_rope_freq_base(rope["rope_theta"])
-    if arch == "gemma3":
+    if getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
+    if arch == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     for key, value in metadata.items():
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
-    for name, parameter in module.state_dict().items():
+    if getattr(config, "num_experts", None):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        if arch == "qwen3moe":
+            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    for name, parameter in stacked_alone(module).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values, own = parameter.detach().float().numpy(), gguf_name(name, arch)
-        if arch == "gemma3" and name.endswith("norm.weight"):
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
             values = values + 1
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(own.split(".")[-2])
         if arch == "llama" and heads:
             values = llama_order(values, heads)
         of = next((to for part, to in (special or {}).items() if part in own), kind)
-        if values.ndim == 1 or of is Type.F32:
+        if values.ndim == 1 or of is Type.F32 or "ffn_gate_inp" in own:  # as in llama.cpp's files
             writer.add_tensor(own, values)
         else:
             writer.add_tensor(own, blocks(values, of, generator), raw_dtype=of)
@@ -120,17 +137,31 @@ def write_gguf(
     return path
 
 
+def stacked_alone(module: Any) -> dict[str, torch.Tensor]:
+    """The parameters of ``module``, where gate_up_proj holds the experts' gates and ups as two views of it."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in module.state_dict().items():
+        stem, _, own = name.rpartition(".")
+        if own == "gate_up_proj":
+            found[f"{stem}.gate_proj.weight"], found[f"{stem}.up_proj.weight"] = parameter.chunk(2, dim=1)
+        else:
+            found[name + (".weight" if stem.endswith(".experts") else "")] = parameter
+    return found
+
+
 def read_back(path: Path, module: Any) -> Any:
     """``module`` with the values that the file's blocks stand for, dequantised by the package."""
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     config = module.config
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
+        for name, parameter in stacked_alone(module).items():
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                continue
             tensor = tensors[gguf_name(name)]
             values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(parameter.shape)
             heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
             count = heads.get(tensor.name.split(".")[-2])
-            if config.model_type == "llama" and count:
+            if config.model_type in ("llama", "mixtral") and count:
                 half = len(values) // count // 2
                 values = values.reshape(count, half, 2, -1).swapaxes(1, 2).reshape(parameter.shape)
             parameter.copy_(torch.from_numpy(values.copy()))

@@ -9,11 +9,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
@@ -114,6 +120,18 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         },
     ),
     "mixtral": (MixtralConfig, {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 12}),
+    # sinks that weigh as much as a score, sliding and full layers in turn
+    "gpt_oss": (
+        GptOssConfig,
+        {
+            "head_dim": 10,
+            "intermediate_size": 24,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 12,
+            **_rope("yarn", factor=4.0, original_max_position_embeddings=32, truncate=False),
+        },
+    ),
     "phi3": (Phi3Config, {"original_max_position_embeddings": 512}),
     "phi3 with longrope and a sliding window": (
         Phi3Config,
@@ -127,6 +145,66 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
                 "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0],
                 "original_max_position_embeddings": 128,
             },
+        },
+    ),
+    # 14 of 20 channels, so that neither the rotated ones nor the others fill a tile of 8 pairs
+    "phi3 with partial rotary": (
+        Phi3Config,
+        {
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "original_max_position_embeddings": 512,
+            **_rope("default", partial_rotary_factor=0.7),
+        },
+    ),
+    "olmo2": (Olmo2Config, {}),
+    "olmo2 with llama3 rope": (Olmo2Config, {"num_key_value_heads": 4, **_LLAMA3_ROPE}),
+    # three sliding layers to one full, whose rotary embeddings are stretched
+    "olmo3": (
+        Olmo3Config,
+        {
+            "num_hidden_layers": 5,
+            "sliding_window": 12,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 10000.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 128,
+                },
+            },
+        },
+    ),
+    "ministral": (
+        MinistralConfig,
+        {"head_dim": 6, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    # queries grow three times within the prompt
+    "ministral3": (
+        Ministral3Config,
+        {
+            "head_dim": 14,
+            **_rope(
+                "yarn",
+                factor=16.0,
+                original_max_position_embeddings=6,
+                max_position_embeddings=512,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+                llama_4_scaling_beta=0.4,
+            ),
+        },
+    ),
+    # both caps are low, so that scores feel them
+    "gemma2": (
+        Gemma2Config,
+        {
+            "head_dim": 14,
+            "sliding_window": 12,
+            "query_pre_attn_scalar": 4,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
         },
     ),
     "granite": (

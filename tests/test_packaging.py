@@ -43,6 +43,14 @@ def test_cuda_off(build: ModuleType, toolkit: Path) -> None:
     assert "SKIPKERNELS_CUDA=0" in cuda.note
 
 
+@pytest.mark.parametrize("driver", [True, False])
+def test_cuda_where_a_gpu_is(build: ModuleType, toolkit: Path, monkeypatch: pytest.MonkeyPatch, driver: bool) -> None:
+    monkeypatch.setattr(build, "NVIDIA_DRIVER", toolkit / ("bin" if driver else "nothing"))
+    cuda = build.resolve_cuda({"SKIPKERNELS_CUDA": "gpu", "CUDA_HOME": str(toolkit)}, CUDA_SOURCES)
+    assert cuda.built == driver
+    assert ("nvcc 13.0 found" if driver else "no NVIDIA driver") in cuda.note
+
+
 def test_cuda_auto_without_nvcc_builds_for_the_cpu_and_says_so(build: ModuleType) -> None:
     cuda = build.resolve_cuda({"PATH": ""}, CUDA_SOURCES)
     assert not cuda.built
@@ -57,9 +65,44 @@ def test_cuda_auto_without_sources_builds_for_the_cpu_and_says_so(build: ModuleT
 
 def test_cuda_targets_are_all_or_the_gpu_at_hand(build: ModuleType) -> None:
     assert build.cuda_targets({"SKIPKERNELS_CUDA_ARCH": "native"}) == ["-arch=native"]
+    assert build.cuda_targets({"SKIPKERNELS_CUDA_ARCH": "newest"}) == [build.cuda_targets({})[-2]]
     assert "-gencode=arch=compute_90a,code=sm_90a" in build.cuda_targets({})
-    with pytest.raises(SetupError, match="SKIPKERNELS_CUDA_ARCH=hopper: expected all or native"):
+    with pytest.raises(SetupError, match="SKIPKERNELS_CUDA_ARCH=hopper: expected all, native or newest"):
         build.cuda_targets({"SKIPKERNELS_CUDA_ARCH": "hopper"})
+
+
+AVX512 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"}
+
+
+@pytest.mark.parametrize(
+    ("cpu_flags", "sources"),
+    [
+        (AVX512 | {"avx512_vnni", "avx512_bf16"}, ["isa_avx512_bf16"]),
+        (AVX512 | {"avx512_vnni"}, ["isa_avx512_vnni"]),
+        (AVX512 | {"avx_vnni"}, ["isa_avx512"]),
+        ({"avx2", "fma", "f16c", "avx_vnni"}, ["isa_avx_vnni"]),
+        ({"avx2", "fma", "f16c"}, ["isa_avx2"]),
+        ({"avx2", "f16c"}, []),
+        (set(), []),
+    ],
+)
+def test_a_native_build_takes_the_widest_instructions_there_are(
+    build: ModuleType, cpu_flags: set[str], sources: list[str]
+) -> None:
+    taken = build.x86_sources({"SKIPKERNELS_ISA": "native"}, cpu_flags)
+    assert [Path(source).stem for source in taken] == sources
+    assert build.x86_sources({}, cpu_flags) == build.X86_SOURCES
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads Linux's /proc")
+def test_a_native_build_would_take_what_decodes_here(build: ModuleType) -> None:
+    from skipkernels import _C
+
+    usable = _C.usable_isas()
+    taken = [
+        Path(s).stem.removeprefix("isa_") for s in build.x86_sources({"SKIPKERNELS_ISA": "native"}, build.cpu_flags())
+    ]
+    assert [*taken, "generic"][0] == usable[0]
 
 
 @pytest.mark.parametrize("requested", ["auto", "1"])
@@ -84,8 +127,9 @@ def test_broken_nvcc_is_an_error(build: ModuleType, toolkit: Path) -> None:
     ("variables", "message"),
     [
         ({"SKIPKERNELS_CUDA": "1"}, "SKIPKERNELS_CUDA=1 cannot be met: nvcc not found in CUDA_HOME/bin or PATH"),
-        ({"SKIPKERNELS_CUDA": "2"}, "SKIPKERNELS_CUDA=2: expected auto, 0 or 1"),
+        ({"SKIPKERNELS_CUDA": "2"}, "SKIPKERNELS_CUDA=2: expected auto, gpu, 0 or 1"),
         ({"MAX_JOBS": "many"}, "MAX_JOBS=many: expected a positive integer"),
+        ({"SKIPKERNELS_ISA": "avx2"}, "SKIPKERNELS_ISA=avx2: expected all or native"),
     ],
 )
 def test_bad_settings_end_the_build_with_one_line(variables: dict[str, str], message: str, tmp_path: Path) -> None:

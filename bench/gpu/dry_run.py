@@ -17,8 +17,8 @@ from tests.cuda_host.build import ROOT, build_core_extension, build_host_extensi
 from tests.cuda_host.controls import HostRuntime
 
 TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
+    "hidden_size": 256,  # a block of the K formats
+    "intermediate_size": 256,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -94,6 +94,34 @@ def kernels(setting: Setting, rows: Rows) -> None:
         del engine
 
 
+def blocks(setting: Setting, rows: Rows) -> None:
+    """Matrices of blocks: every op, and whole steps, beside the same shapes in bf16 of the parts before."""
+    facts = environment(setting.execution())
+    kv_len, new_tokens, rounds, layers = (16, 4, 1, 2) if setting.dry else (128, 48, 3, 8)
+    for name in setting.names("llama-3.2-1b", "llama-3-8b"):
+        for format in ("q8_0", "q4_0", "q4_k"):
+            for batch_size in (1, 4):
+                engine = setting.engine(name, kv_len + new_tokens, layers=layers, format=format).with_rows(batch_size)
+                case = {"shapes": name, "format": format, "layers": layers, **facts}
+                for row in run_kernel_bench(engine, kv_len=kv_len, rounds=rounds, num_threads=1):
+                    rows.write({"batch_size": batch_size, "kv_len": kv_len, **case, **row})
+                prompt = list(range(1, kv_len + new_tokens))
+                systems = [
+                    SkipkernelsSystem(engine, policy, batch_size, prompt) for policy in policies_for([0.25], None, True)
+                ]
+                measured = run_decode_bench(
+                    list(systems),
+                    prompt_tokens=kv_len,
+                    new_tokens=new_tokens,
+                    rounds=rounds,
+                    num_threads=1,
+                    device=engine.state.active.device,
+                )
+                for row in measured:
+                    rows.write(with_peak_floor({"prompt_tokens": kv_len, **case, **row}))
+                del engine, systems
+
+
 def neurons(setting: Setting, rows: Rows) -> None:
     """The ops of neurons at several lengths of their list, and whole steps beside dense ones of the same weights."""
     facts = environment(setting.execution())
@@ -192,7 +220,7 @@ def switches(setting: Setting, rows: Rows) -> None:
 
 
 PARTS: dict[str, Callable[[Setting, Rows], None]] = {
-    part.__name__: part for part in (versions, tokens, decode, kernels, neurons, timeline, switches)
+    part.__name__: part for part in (versions, tokens, decode, kernels, blocks, neurons, timeline, switches)
 }
 
 

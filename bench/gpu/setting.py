@@ -14,13 +14,39 @@ from skipkernels.executors.graph import GraphExecutor
 from skipkernels.executors.kernel_options import KernelOptions
 from skipkernels.executors.runtime import CudaRuntime
 from skipkernels.model.config import ModelConfig, resolve_dtype
-from skipkernels.model.weights import fill_rope, random_weights
+from skipkernels.model.matrix import BLOCK_FORMATS, AnyMatrix, Matrix
+from skipkernels.model.weights import ModelWeights, fill_rope, random_weights
 from skipkernels.program import Program, build_program
 from skipkernels.program.program import Variant
 from skipkernels.program.state import LAYOUTS, DecodeState
 
 if TYPE_CHECKING:
     from skipkernels.skipping.policy import Policy
+
+
+_HALVES = {"q8_0": (0,), "q4_0": (0,), "q4_k": (0, 2)}
+"""Where the fp16 numbers of a block begin."""
+
+
+def put_into_blocks(weights: ModelWeights, format: str) -> None:
+    """Random blocks in place of all matrices, as a file would hold them."""
+
+    def blocks(matrix: AnyMatrix) -> Matrix:
+        rows, columns = matrix.shape
+        size = BLOCK_FORMATS[format].row_bytes(columns)
+        data = torch.randint(256, (rows, size), dtype=torch.uint8, device=matrix.device)
+        halves = data.view(rows, -1, BLOCK_FORMATS[format].block_bytes)
+        scale = torch.tensor([2.0**-12], dtype=torch.float16, device=matrix.device).view(torch.uint8)
+        for at in _HALVES[format]:
+            halves[:, :, at : at + 2] = scale
+        return Matrix(format, rows, columns, data)
+
+    for layer in weights.layers:
+        for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
+            setattr(layer, name, blocks(getattr(layer, name)))
+    tied = weights.lm_head is weights.embed_tokens
+    weights.embed_tokens = blocks(weights.embed_tokens)
+    weights.lm_head = weights.embed_tokens if tied else blocks(weights.lm_head)
 
 
 @dataclass(frozen=True)
@@ -51,8 +77,9 @@ class Setting:
         layers: int | None = None,
         execution: Execution | None = None,
         neuron_rows: bool = False,
+        format: str | None = None,
     ) -> Engine:
-        """Random bf16 weights of the named shapes."""
+        """Random weights of the named shapes, in bf16 or in blocks of ``format``."""
         execution = execution or self.execution()
         hf_config = shapes.shape_config(name, length)
         hf_config.num_hidden_layers = layers or hf_config.num_hidden_layers
@@ -61,6 +88,8 @@ class Setting:
             config, resolve_dtype("bf16"), length, device=execution.device, neuron_rows=neuron_rows
         )
         fill_rope(weights, hf_config)
+        if format is not None:
+            put_into_blocks(weights, format)
         return Engine(config, weights, max_seq_len=length, execution=execution)
 
     def state(self, engine: Engine) -> DecodeState:

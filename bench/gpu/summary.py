@@ -39,6 +39,8 @@ def shown(row: dict[str, Any]) -> str:
         )
     if "us" in row:
         torch_ratio = f"  {row['speedup_vs_torch']:.2f}x torch" if row["speedup_vs_torch"] else ""
+        if "format" in row:
+            torch_ratio += f"  {row['format']}"
         if "neurons_kept" in row:
             torch_ratio += f"  {row['neurons_kept']:.0%} of the neurons"
         return (
@@ -51,7 +53,7 @@ def shown(row: dict[str, Any]) -> str:
             f"{part:9} {row['shapes']:14} {row['system']:22} x{row['batch_size']:<3} at {row['prompt_tokens']:<5} "
             f"skip {row['ffn_skip_ratio']:.3f} {row['ms_per_token'] * 1e3:9.1f} us/token; floor "
             f"{row['floor_ms'] * 1e3:.1f} at the copy's bandwidth{peak}; "
-            f"{row['speedup_vs_dense']:.3f}x (ideal {row['ideal_speedup']:.3f})"
+            f"{row['speedup_vs_dense']:.3f}x (ideal {row['ideal_speedup']:.3f}) {row.get('format', '')}"
         )
     if "variant" in row:
         return f"{part:9} {row['shapes']:14} {row['policy']:32} {row['variant']:30} {row['us_per_step']:9.1f} us"

@@ -5,16 +5,34 @@
 
 namespace skipkernels::SKIPKERNELS_ISA {
 
-// GELU by tanh is x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), so both activations are x sigmoid(z).
+constexpr float kGateLimit = 7.0f;  // of clamped_swiglu
+
+// GELU by tanh is x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), so all activations are x sigmoid(z).
 inline Vec activated(Activation activation, Vec gate) {
+    if (activation == Activation::clamped_swiglu) gate = min(splat(kGateLimit), gate);
     Vec z = gate;
+    if (activation == Activation::clamped_swiglu) z = splat(1.702f) * gate;
     if (activation == Activation::gelu_tanh) {
         z = splat(1.5957691216057308f) * gate * fma(splat(0.044715f) * gate, gate, splat(1.0f));
     }
     return gate / (splat(1.0f) + exp(splat(0.0f) - z));
 }
 
-inline Vec gated(Activation activation, Vec gate, Vec up) { return activated(activation, gate) * up; }
+// cap * tanh(x / cap), in place: no score is larger than cap (Gemma 2)
+inline void soften(float* x, int64_t n, float cap) {
+    for (int64_t i = 0; i < n; i += Vec::width) {
+        const int count = n - i < Vec::width ? static_cast<int>(n - i) : Vec::width;
+        const Vec power = exp(load_some(x + i, count) * splat(2.0f / cap));  // tanh(z) = 1 - 2 / (exp(2 z) + 1)
+        store_some(x + i, splat(cap) - splat(2.0f * cap) / (power + splat(1.0f)), count);
+    }
+}
+
+inline Vec gated(Activation activation, Vec gate, Vec up) {
+    if (activation == Activation::clamped_swiglu) {
+        up = max(splat(-kGateLimit), min(splat(kGateLimit), up)) + splat(1.0f);
+    }
+    return activated(activation, gate) * up;
+}
 
 // out (height) = act(gate (height)) * up (height)
 inline void gate_panel(Activation activation, const float* gate, const float* up, int height, float* out) {

@@ -9,7 +9,8 @@ namespace skipkernels::SKIPKERNELS_ISA {
 // One element a number, in fp32.
 template <class T>
 struct Attend {
-    static constexpr int together = 1;  // elements in a number: columns of a key, positions of a value
+    static constexpr int together = 1;     // elements in a number: columns of a key, positions of a value
+    static constexpr int key_numbers = 0;  // of Vec::width keys that few registers put side by side; 0: too many
 
     static Vec add(const Vec& number, const Vec& other, const Vec& sum) { return fma(number, other, sum); }
 
@@ -22,6 +23,12 @@ struct Attend {
     // keys (Vec::width pointers, null for zeros) -> out[number * stride + key]
     static void arrange_keys(const T* const* keys, int64_t d, float* out, int64_t stride) {
         transpose(keys, d, out, stride);
+    }
+    // one number of each of Vec::width columns: of arranged values, or of some as they lie in the cache, so many
+    // elements a step
+    template <class U>
+    static Vec value(const U* p, int64_t) {
+        return load(p);
     }
     // `together` values (null for zeros) -> out, zeros up to a whole vector
     static void arrange_values(const T* const* values, int64_t d, float* out) {
@@ -50,6 +57,7 @@ inline constexpr PairOrder kPairs;
 template <>
 struct Attend<bf16> {
     static constexpr int together = 2;
+    static constexpr int key_numbers = kHalfSquare;
 
     static __m512bh pairs(const Vec& a) { return reinterpret_cast<__m512bh>(a.v); }
     static Vec add(const Vec& number, const Vec& other, const Vec& sum) {
@@ -70,6 +78,18 @@ struct Attend<bf16> {
     }
     static void arrange_keys(const bf16* const* keys, int64_t d, float* out, int64_t stride) {
         transpose(reinterpret_cast<const float* const*>(keys), d / together, out, stride);
+    }
+    // numbers of Vec::width keys, from their element `at` on
+    static void arrange_some_keys(const bf16* const* keys, int64_t at, Vec (&out)[key_numbers]) {
+        transpose_half(reinterpret_cast<const float* const*>(keys), at / together, out);
+    }
+    static Vec value(const float* p, int64_t) { return load(p); }
+    static Vec value(const bf16* p, int64_t elements) {
+        auto row = [](const bf16* own) {
+            return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(own)));
+        };
+        const __m512i order = _mm512_load_si512(kPairs.order);
+        return {_mm512_castsi512_ps(_mm512_permutex2var_epi16(row(p), order, row(p + elements / together)))};
     }
     static void arrange_values(const bf16* const* values, int64_t d, float* out) {
         const __m512i low = _mm512_load_si512(kPairs.order), high = _mm512_load_si512(kPairs.order + 32);

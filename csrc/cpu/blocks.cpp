@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <vector>
 
 #include "../checks.h"
 #include "numbers.h"
@@ -141,32 +142,37 @@ uint8_t load_code(int bits, const uint8_t* vectors, int lane, int column) {
 
 void store_half(uint8_t* p, int index, uint16_t bits) { std::memcpy(p + 2 * index, &bits, sizeof bits); }
 
+// A source block's d and dmin into a lane of a super block's, where the format has some.
+void store_supers(const BlockTraits& traits, const Unpacked& from, int lane, uint8_t* super) {
+    if (traits.scales == Scales::k || traits.scales == Scales::q6_k) store_half(super, lane, from.d);
+    if (traits.scales == Scales::k) store_half(super, kLanes + lane, from.m);
+}
+
+// The scales of the `index`-th 32 columns of a source block into a lane.
+void store_scales(const BlockTraits& traits, const Unpacked& from, int index, int lane, uint8_t* scales) {
+    switch (traits.scales) {
+        case Scales::half_and_min:
+            store_half(scales, kLanes + lane, from.m);
+            [[fallthrough]];
+        case Scales::half:
+            store_half(scales, lane, from.d);
+            break;
+        case Scales::k:
+            scales[lane] = from.scales[index], scales[kLanes + lane] = from.minimums[index];
+            break;
+        case Scales::q6_k:
+            scales[lane] = from.scales[2 * index], scales[kLanes + lane] = from.scales[2 * index + 1];
+            break;
+    }
+}
+
 // A source block into a lane of a group; `first` is its first column.
 void store_block(const BlockTraits& traits, const GroupLayout& layout, const Unpacked& from, int64_t first, int lane,
                  uint8_t* group) {
-    const int64_t super = first / kSuperColumns;
-    if (traits.scales == Scales::k) {
-        store_half(group + super * traits.super_bytes(), lane, from.d);
-        store_half(group + super * traits.super_bytes(), kLanes + lane, from.m);
-    }
-    if (traits.scales == Scales::q6_k) store_half(group + super * traits.super_bytes(), lane, from.d);
+    store_supers(traits, from, lane, group + first / kSuperColumns * traits.super_bytes());
     for (int i = 0; i < traits.source_columns / kBlockColumns; ++i) {
         const int64_t block = first / kBlockColumns + i;
-        uint8_t* scales = group + layout.scales + block * traits.scale_bytes();
-        switch (traits.scales) {
-            case Scales::half_and_min:
-                store_half(scales, kLanes + lane, from.m);
-                [[fallthrough]];
-            case Scales::half:
-                store_half(scales, lane, from.d);
-                break;
-            case Scales::k:
-                scales[lane] = from.scales[i], scales[kLanes + lane] = from.minimums[i];
-                break;
-            case Scales::q6_k:
-                scales[lane] = from.scales[2 * i], scales[kLanes + lane] = from.scales[2 * i + 1];
-                break;
-        }
+        store_scales(traits, from, i, lane, group + layout.scales + block * traits.scale_bytes());
         store_codes(traits.code_bits, from.codes + kBlockColumns * i, lane,
                     group + layout.codes + block * traits.code_bytes());
     }
@@ -186,28 +192,192 @@ void interleave_group(Format format, int64_t rows, int64_t columns, const uint8_
     }
 }
 
-}  // namespace
-
-size_t interleaved_bytes(Format format, int64_t rows, int64_t columns) {
-    return num_groups(rows) * GroupLayout(block_traits(format), columns).bytes;
+// Where byte `index` (0..3) of a lane stands in its vector.
+int place_in_vector(Pieces pieces, int lane, int index) {
+    if (pieces == Pieces::quads) return 4 * lane + index;
+    if (pieces == Pieces::halves) return index / 2 * 2 * kLanes + 2 * lane + index % 2;
+    return index * kLanes + lane;
 }
 
-void interleave(Format format, int64_t rows, int64_t columns, const uint8_t* source, uint8_t* out, int num_threads) {
+// A lane of a group to or from a row in one piece: copy(byte of the group, byte of the row).
+template <class Copy>
+void each_lane_byte(Format format, int64_t columns, int lane, Copy copy) {
+    const BlockTraits traits = block_traits(format);
+    const GroupLayout layout(traits, columns);
+    for (int64_t vector = 0; vector < layout.bytes / kCodeVector; ++vector) {
+        const Pieces pieces = pieces_of(traits, layout, vector);
+        for (int index = 0; index < 4; ++index) {
+            copy(vector * kCodeVector + place_in_vector(pieces, lane, index), 4 * vector + index);
+        }
+    }
+}
+
+void separate_group(Format format, int64_t rows, int64_t columns, const uint8_t* source, uint8_t* out) {
+    const int64_t bytes = GroupLayout(block_traits(format), columns).bytes, row_bytes = bytes / kLanes;
+    std::vector<uint8_t> group(bytes);
+    interleave_group(format, rows, columns, source, group.data());
+    for (int lane = 0; lane < rows; ++lane) {
+        each_lane_byte(format, columns, lane,
+                       [&](int64_t from, int64_t to) { out[lane * row_bytes + to] = group[from]; });
+    }
+}
+
+// Of a row's code in a column: the byte of its vectors.
+int place_in_chunk(int64_t row) {
+    const int at = static_cast<int>(row % kChunkRows);
+    return at % kLanes / 4 * kLanes + at / kLanes * 4 + at % 4;
+}
+
+void store_column_code(int bits, const ColumnLayout& layout, int64_t row, int code, uint8_t* column) {
+    const int64_t chunk = row / kChunkRows;
+    const int place = place_in_chunk(row);
+    auto vector = [&](int64_t index) -> uint8_t& { return column[index * kCodeVector + place]; };
+    if (bits == 8) {
+        vector(chunk) = static_cast<uint8_t>(code);
+        return;
+    }
+    vector(chunk / 2) |= (code & 15) << chunk % 2 * 4;
+    const int64_t first_upper = layout.upper / kCodeVector;
+    if (bits == 5) vector(first_upper + chunk / 8) |= (code >> 4) << chunk % 8;
+    if (bits == 6) vector(first_upper + chunk / 4) |= (code >> 4) << chunk % 4 * 2;
+}
+
+int load_column_code(int bits, const ColumnLayout& layout, int64_t row, const uint8_t* column) {
+    const int64_t chunk = row / kChunkRows;
+    const int place = place_in_chunk(row);
+    auto vector = [&](int64_t index) { return column[index * kCodeVector + place]; };
+    if (bits == 8) return vector(chunk);
+    int code = vector(chunk / 2) >> chunk % 2 * 4 & 15;
+    const int64_t first_upper = layout.upper / kCodeVector;
+    if (bits == 5) code |= (vector(first_upper + chunk / 8) >> chunk % 8 & 1) << 4;
+    if (bits == 6) code |= (vector(first_upper + chunk / 4) >> chunk % 4 * 2 & 3) << 4;
+    return code;
+}
+
+// A block of GGUF of every row into single columns; `first` is its first column.
+void separate_columns(Format format, int64_t rows, int64_t columns, int64_t first, const uint8_t* source,
+                      uint8_t* out) {
+    const BlockTraits traits = block_traits(format);
+    const ColumnLayout layout(traits, rows, columns);
+    const int64_t row_bytes = columns / traits.source_columns * traits.source_bytes;
+    const int64_t first_block = first / kBlockColumns;
+    uint8_t* blocks = out + layout.blocks + first_block * layout.block_bytes;
+    std::memset(blocks, 0, traits.source_columns / kBlockColumns * layout.block_bytes);
+    uint8_t* supers = out + first / kSuperColumns * layout.super_bytes;
+    if (first % kSuperColumns == 0) std::memset(supers, 0, layout.super_bytes);
+    Unpacked unpacked{};
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t group = row / kLanes;
+        const int lane = static_cast<int>(row % kLanes);
+        unpack(format, source + row * row_bytes + first / traits.source_columns * traits.source_bytes, unpacked);
+        store_supers(traits, unpacked, lane, supers + group * traits.super_bytes());
+        for (int i = 0; i < traits.source_columns / kBlockColumns; ++i) {
+            uint8_t* block = blocks + i * layout.block_bytes;
+            store_scales(traits, unpacked, i, lane, block + group * traits.scale_bytes());
+            for (int column = 0; column < kBlockColumns; ++column) {
+                store_column_code(traits.code_bits, layout, row, unpacked.codes[kBlockColumns * i + column],
+                                  block + layout.scale_bytes + column * layout.column_bytes);
+            }
+        }
+    }
+}
+
+// A row of single columns into lane 0 of a group.
+void collect_lane(Format format, int64_t rows, int64_t columns, const uint8_t* data, int64_t row, uint8_t* group) {
+    const BlockTraits traits = block_traits(format);
+    const ColumnLayout from(traits, rows, columns);
+    const GroupLayout to(traits, columns);
+    const int64_t own = row / kLanes;
+    const int lane = static_cast<int>(row % kLanes);
+    auto half = [&](const uint8_t* source, uint8_t* target, int index) {
+        store_half(target, index * kLanes, half_at(source + 2 * (index * kLanes + lane)));
+    };
+    for (int64_t super = 0; super * kSuperColumns < columns; ++super) {
+        const uint8_t* source = data + super * from.super_bytes + own * traits.super_bytes();
+        for (int i = 0; i < traits.super_bytes() / (2 * kLanes); ++i)
+            half(source, group + super * traits.super_bytes(), i);
+    }
+    for (int64_t block = 0; block < columns / kBlockColumns; ++block) {
+        const uint8_t* source = data + from.blocks + block * from.block_bytes;
+        const uint8_t* scales = source + own * traits.scale_bytes();
+        uint8_t* target = group + to.scales + block * traits.scale_bytes();
+        if (traits.scales == Scales::half || traits.scales == Scales::half_and_min) {
+            for (int i = 0; i < traits.scale_bytes() / (2 * kLanes); ++i) half(scales, target, i);
+        } else {
+            target[0] = scales[lane], target[kLanes] = scales[kLanes + lane];
+        }
+        uint8_t codes[kBlockColumns];
+        for (int column = 0; column < kBlockColumns; ++column) {
+            codes[column] = static_cast<uint8_t>(
+                load_column_code(traits.code_bits, from, row, source + from.scale_bytes + column * from.column_bytes));
+        }
+        store_codes(traits.code_bits, codes, 0, group + to.codes + block * traits.code_bytes());
+    }
+}
+
+}  // namespace
+
+size_t arranged_bytes(Layout layout, Format format, int64_t rows, int64_t columns) {
     const BlockTraits traits = block_traits(format);
     check(!is_float(format) && columns % traits.source_columns == 0, "no whole number of blocks in ", columns,
           " columns");
     const int64_t group_bytes = GroupLayout(traits, columns).bytes;
-    const int64_t row_bytes = columns / traits.source_columns * traits.source_bytes, groups = num_groups(rows);
+    if (layout == Layout::interleaved) return num_groups(rows) * group_bytes;
+    if (layout == Layout::single_rows) return rows * group_bytes / kLanes;
+    check(layout == Layout::single_columns, "blocks in rows are not arranged");
+    return ColumnLayout(traits, rows, columns).bytes;
+}
+
+size_t single_column_bytes(Format format, int64_t rows, int64_t columns) {
+    arranged_bytes(Layout::single_columns, format, rows, columns);  // checks
+    return ColumnLayout(block_traits(format), rows, columns).column_bytes;
+}
+
+void arrange(Layout layout, Format format, int64_t rows, int64_t columns, const uint8_t* source, uint8_t* out,
+             int num_threads) {
+    arranged_bytes(layout, format, rows, columns);  // checks
+    const BlockTraits traits = block_traits(format);
+    const int64_t group_bytes = GroupLayout(traits, columns).bytes;
+    const int64_t row_bytes = columns / traits.source_columns * traits.source_bytes;
+    // columns that share a line of supers belong together
+    const int64_t columns_of_task = traits.super_bytes() ? kSuperColumns : traits.source_columns;
+    const int64_t tasks = layout == Layout::single_columns ? columns / columns_of_task : num_groups(rows);
     std::atomic<int64_t> next{0};
     auto work = [&](int) {
-        for (int64_t group; (group = next.fetch_add(1)) < groups;) {
-            const int64_t first = group * kLanes;
-            interleave_group(format, std::min<int64_t>(kLanes, rows - first), columns, source + first * row_bytes,
-                             out + group * group_bytes);
+        for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
+            if (layout == Layout::single_columns) {
+                separate_columns(format, rows, columns, task * columns_of_task, source, out);
+                continue;
+            }
+            const int64_t first = task * kLanes, count = std::min<int64_t>(kLanes, rows - first);
+            const uint8_t* from = source + first * row_bytes;
+            if (layout == Layout::interleaved) {
+                interleave_group(format, count, columns, from, out + task * group_bytes);
+            } else {
+                separate_group(format, count, columns, from, out + first * group_bytes / kLanes);
+            }
         }
     };
     if (num_threads == 1) return work(0);
     ThreadPool(num_threads).run(work);
+}
+
+ArrangedRows::ArrangedRows(Layout layout, Format format, int64_t rows, int64_t columns, const uint8_t* data)
+    : layout_(layout), format_(format), rows_(rows), columns_(columns), data_(data) {
+    arranged_bytes(layout, format, rows, columns);  // checks
+}
+
+void ArrangedRows::dequantize(int64_t row, float* out) const {
+    if (layout_ == Layout::interleaved) return dequantize_row(format_, columns_, data_, row, out);
+    const int64_t group_bytes = GroupLayout(block_traits(format_), columns_).bytes;
+    std::vector<uint8_t> group(group_bytes);
+    if (layout_ == Layout::single_rows) {
+        const uint8_t* own = data_ + row * group_bytes / kLanes;
+        each_lane_byte(format_, columns_, 0, [&](int64_t to, int64_t from) { group[to] = own[from]; });
+    } else {
+        collect_lane(format_, rows_, columns_, data_, row, group.data());
+    }
+    dequantize_row(format_, columns_, group.data(), 0, out);
 }
 
 void dequantize_row(Format format, int64_t columns, const void* data, int64_t row, float* out) {

@@ -9,15 +9,12 @@
 // block there (16 * 15 * 127 < 2^15), 5 bits for four, 6 bits for two; 8 bits go through sign and magnitude.
 #pragma once
 
-#include <type_traits>
-#include <utility>
-
 #include "blocks.h"
+#include "each.h"
 #include "int8_vec.h"
 #include "kernels.h"
-
-// of the small pieces of a kernel: as calls they would pass their vectors through memory
-#define SKIPKERNELS_INLINE __attribute__((always_inline))
+#include "rows_ahead.h"
+#include "transpose.h"
 
 namespace skipkernels::SKIPKERNELS_ISA {
 
@@ -76,16 +73,6 @@ inline void quantise_rows(const float* source, int64_t columns, const float* nor
     }
 }
 
-// f(0), ..., f(N - 1) without a loop: what they index stays in registers.
-template <class F, int... I>
-[[gnu::always_inline]] inline void each_of(F f, std::integer_sequence<int, I...>) {
-    (f(std::integral_constant<int, I>{}), ...);
-}
-template <int N, class F>
-[[gnu::always_inline]] inline void each(F f) {
-    each_of(f, std::make_integer_sequence<int, N>{});
-}
-
 // The codes of quad j of a block; `codes` is the block's first vector, at this half of the lanes.
 template <int bits, int j>
 inline Ints quad_of(const uint8_t* codes) {
@@ -138,6 +125,12 @@ struct Dots {
     // quads whose products a 16-bit sum holds
     static constexpr int kRoom = bits == 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
 
+    // of the four bytes in each lane, the sums of the first two and of the last two
+    [[gnu::always_inline]] static Ints products(Ints quads, Ints activations) {
+        if constexpr (kIsSigned) return multiply_bytes(magnitude(quads), with_sign_of(activations, quads));
+        return multiply_bytes(quads, activations);
+    }
+
     template <int first, int last>
     [[gnu::always_inline]] void add(const uint8_t* codes, const ActivationBlock* const (&x)[N]) {
         if constexpr (first < last) {
@@ -164,10 +157,8 @@ struct Dots {
             each<N>([&](auto n) SKIPKERNELS_INLINE {
                 const Ints activations = broadcast_quad(x[n]->q + 4 * quad_at(at));
                 each<kHalves>([&](auto h) SKIPKERNELS_INLINE {
-                    const Ints products = kIsSigned
-                                              ? multiply_bytes(magnitude(quads[h]), with_sign_of(activations, quads[h]))
-                                              : multiply_bytes(quads[h], activations);
-                    words[h][n] = is_first ? products : add_words(words[h][n], products);
+                    const Ints own = products(quads[h], activations);
+                    words[h][n] = is_first ? own : add_words(words[h][n], own);
                 });
             });
             add_words_of<at + 1, stop, false>(codes, x, words);
@@ -178,79 +169,81 @@ struct Dots {
 
 inline Vec load_halves(const uint8_t* p) { return load(reinterpret_cast<const fp16*>(p)); }
 
+// Pieces of a block of columns that have scales of their own.
+template <Format format>
+constexpr int kScaledParts = cpu::block_traits(format).scales == cpu::Scales::q6_k ? 2 : 1;
+
+// What the codes' offset takes off a sum of products: its product with the sum of the activations.
+template <Format format, bool is_signed>
+[[gnu::always_inline]] inline Ints first_sum(const ActivationBlock& x, int part) {
+    constexpr int kOffset = is_signed ? 0 : cpu::block_traits(format).offset;
+    if constexpr (kOffset == 0) return zero_ints();
+    return splat_int(-kOffset * (kScaledParts<format> == 2 ? x.sums[part] : x.sums[0] + x.sums[1]));
+}
+
+// acc += scale * sums of products of a part of a block, and its minimum, for the lanes from `at` on
+template <Format format, int N>
+[[gnu::always_inline]] inline void add_scaled(const uint8_t* super, const uint8_t* scales, int part, int at,
+                                              const Ints (&sums)[N], const ActivationBlock* const (&x)[N],
+                                              Vec (&acc)[N]) {
+    constexpr cpu::Scales kScales = cpu::block_traits(format).scales;
+    auto multiple = [&](int index) SKIPKERNELS_INLINE { return load_halves(super + 2 * (index * cpu::kLanes + at)); };
+    Vec scale;
+    if constexpr (kScales == cpu::Scales::q6_k) {
+        scale = multiple(0) * load_i8(scales + part * cpu::kLanes + at);
+    } else if constexpr (kScales == cpu::Scales::k) {
+        scale = multiple(0) * load_u8(scales + at);
+    } else {
+        scale = load_halves(scales + 2 * at);
+    }
+    each<N>([&](auto n) SKIPKERNELS_INLINE { acc[n] = fma(to_floats(sums[n]), scale * splat(x[n]->scale), acc[n]); });
+    if constexpr (kScales == cpu::Scales::k) {
+        const Vec minimum = multiple(1) * load_u8(scales + cpu::kLanes + at);
+        each<N>([&](auto n) SKIPKERNELS_INLINE { acc[n] = fma(minimum, splat(-x[n]->scaled_sum), acc[n]); });
+    }
+    if constexpr (kScales == cpu::Scales::half_and_min) {
+        const Vec minimum = load_halves(scales + 2 * (cpu::kLanes + at));
+        each<N>([&](auto n) SKIPKERNELS_INLINE { acc[n] = fma(minimum, splat(x[n]->scaled_sum), acc[n]); });
+    }
+}
+
 // One block of columns: acc[h][n] += weights * x[n].
 template <Format format, int N>
 [[gnu::always_inline]] inline void add_block(const uint8_t* super, const uint8_t* scales, const uint8_t* codes,
                                              const ActivationBlock* const (&x)[N], Vec (&acc)[kHalves][N]) {
-    constexpr cpu::BlockTraits kTraits = cpu::block_traits(format);
-    using BlockDots = Dots<kTraits.code_bits, N>;
-    constexpr int kOffset = BlockDots::kIsSigned ? 0 : kTraits.offset;
-    BlockDots dots;
-    // what the codes' offset takes off: its product with the sum of the activations
-    auto begin_sums = [&](auto sum_of) {
+    using BlockDots = Dots<cpu::block_traits(format).code_bits, N>;
+    constexpr int kParts = kScaledParts<format>, kQuads = cpu::kQuads / kParts;
+    each<kParts>([&](auto part) SKIPKERNELS_INLINE {
+        BlockDots dots;
         each<N>([&](auto n) SKIPKERNELS_INLINE {
-            const Ints sum = kOffset == 0 ? zero_ints() : splat_int(-kOffset * sum_of(*x[n]));
+            const Ints sum = first_sum<format, BlockDots::kIsSigned>(*x[n], part);
             each<kHalves>([&](auto h) SKIPKERNELS_INLINE { dots.sums[h][n] = sum; });
         });
-    };
-    auto lane = [](int h) { return h * Ints::lanes; };
-    auto add_scaled = [&](auto scale_of) {
+        dots.template add<part * kQuads, (part + 1) * kQuads>(codes, x);
         each<kHalves>([&](auto h) SKIPKERNELS_INLINE {
-            const Vec scale = scale_of(lane(h));
-            each<N>([&](auto n) SKIPKERNELS_INLINE {
-                acc[h][n] = fma(to_floats(dots.sums[h][n]), scale * splat(x[n]->scale), acc[h][n]);
-            });
+            add_scaled<format, N>(super, scales, part, h * Ints::lanes, dots.sums[h], x, acc[h]);
         });
-    };
-    auto add_minimum = [&](auto minimum_of, auto sum_of) {
-        each<kHalves>([&](auto h) SKIPKERNELS_INLINE {
-            const Vec minimum = minimum_of(lane(h));
-            each<N>([&](auto n) SKIPKERNELS_INLINE { acc[h][n] = fma(minimum, splat(sum_of(*x[n])), acc[h][n]); });
-        });
-    };
-    using Block = ActivationBlock;
-    if constexpr (kTraits.scales == cpu::Scales::q6_k) {
-        for (int part = 0; part < 2; ++part) {
-            begin_sums([part](const Block& block) { return block.sums[part]; });
-            if (part == 0) dots.template add<0, cpu::kQuads / 2>(codes, x);
-            if (part == 1) dots.template add<cpu::kQuads / 2, cpu::kQuads>(codes, x);
-            add_scaled([&](int at) { return load_halves(super + 2 * at) * load_i8(scales + part * cpu::kLanes + at); });
-        }
-        return;
-    }
-    begin_sums([](const Block& block) { return block.sums[0] + block.sums[1]; });
-    dots.template add<0, cpu::kQuads>(codes, x);
-    if constexpr (kTraits.scales == cpu::Scales::k) {
-        add_scaled([&](int at) { return load_halves(super + 2 * at) * load_u8(scales + at); });
-        add_minimum(
-            [&](int at) { return load_halves(super + 2 * (cpu::kLanes + at)) * load_u8(scales + cpu::kLanes + at); },
-            [](const Block& block) { return -block.scaled_sum; });
-    } else {
-        add_scaled([&](int at) { return load_halves(scales + 2 * at); });
-        if constexpr (kTraits.scales == cpu::Scales::half_and_min) {
-            add_minimum([&](int at) { return load_halves(scales + 2 * (cpu::kLanes + at)); },
-                        [](const Block& block) { return block.scaled_sum; });
-        }
-    }
+    });
 }
 
-// A group of rows times N rows of activations -> out (N, kLanes); `fetches` weights ahead, which one of the tiles of
-// rows should do.
+// Blocks [begin, end) of a group of rows times N rows of activations -> out (N, kLanes), added where they are not the
+// first; `fetches` weights ahead, which one of the tiles of rows should do.
 template <Format format, int N>
-[[gnu::noinline]] void group_times_rows(const uint8_t* group, int64_t columns, const ActivationBlock* first_row,
-                                        bool fetches, float* out) {
+[[gnu::noinline]] void group_times_rows(const uint8_t* group, int64_t columns, int64_t begin, int64_t end,
+                                        const ActivationBlock* first_row, bool fetches, float* out) {
     constexpr cpu::BlockTraits kTraits = cpu::block_traits(format);
     const cpu::GroupLayout layout(kTraits, columns);
     const int64_t blocks = activation_blocks(columns);
     Vec acc[kHalves][N];
     for (int h = 0; h < kHalves; ++h)
-        for (int n = 0; n < N; ++n) acc[h][n] = splat(0.0f);
+        for (int n = 0; n < N; ++n) acc[h][n] = begin ? load(out + n * cpu::kLanes + h * Ints::lanes) : splat(0.0f);
     const ActivationBlock* x[N];
-    for (int n = 0; n < N; ++n) x[n] = first_row + n * blocks;
-    const uint8_t *scales = group + layout.scales, *codes = group + layout.codes;
+    for (int n = 0; n < N; ++n) x[n] = first_row + n * blocks + begin;
+    const uint8_t *scales = group + layout.scales + begin * kTraits.scale_bytes(),
+                  *codes = group + layout.codes + begin * kTraits.code_bytes();
     constexpr int kLineBytes = 64, kBlockBytes = kTraits.code_bytes() + kTraits.scale_bytes();
     const uint8_t* ahead = group + kAheadBytes;
-    for (int64_t block = 0; block < blocks; ++block) {
+    for (int64_t block = begin; block < end; ++block) {
         if (fetches) {
             for (int i = 0; i < kBlockBytes; i += kLineBytes) __builtin_prefetch(ahead + i, 0, 2);
             ahead += kBlockBytes;
@@ -266,9 +259,9 @@ template <Format format, int N>
 }
 
 template <Format format, int... N>
-inline void group_of(int n, std::integer_sequence<int, N...>, const uint8_t* group, int64_t columns,
-                     const ActivationBlock* x, bool fetches, float* out) {
-    ((n == N + 1 ? group_times_rows<format, N + 1>(group, columns, x, fetches, out) : void()), ...);
+inline void group_of(int n, std::integer_sequence<int, N...>, const uint8_t* group, int64_t columns, int64_t begin,
+                     int64_t end, const ActivationBlock* x, bool fetches, float* out) {
+    ((n == N + 1 ? group_times_rows<format, N + 1>(group, columns, begin, end, x, fetches, out) : void()), ...);
 }
 
 template <class F>
@@ -295,62 +288,17 @@ inline void with_block_format(Format format, F f) {
     }
 }
 
-// Rows [first, first + count) of a part times all rows of the list: sink(index in the list, row - first, values, how
-// many) for pieces of up to kLanes rows.
-template <class Sink>
-inline void blocks_times_rows(const MatrixPart& part, int64_t columns, int64_t first, int64_t count, const Scratch& s,
-                              Sink sink) {
-    with_block_format(part.format, [&](auto format) {
-        constexpr Format kFormat = decltype(format)::value;
-        const int64_t group_bytes = cpu::GroupLayout(cpu::block_traits(kFormat), columns).bytes;
-        const int tiles = (s.num_rows + kMostTogether - 1) / kMostTogether;
-        alignas(64) float results[kMostTogether * cpu::kLanes];
-        for (int64_t index = first / cpu::kLanes; index * cpu::kLanes < first + count; ++index) {
-            const auto* group = static_cast<const uint8_t*>(part.data) + index * group_bytes;
-            const int64_t top = index * cpu::kLanes, begin = top < first ? first : top;
-            const int64_t end = top + cpu::kLanes < first + count ? top + cpu::kLanes : first + count;
-            for (int tile = 0; tile < tiles; ++tile) {
-                const int row = s.num_rows * tile / tiles, n = s.num_rows * (tile + 1) / tiles - row;
-                group_of<kFormat>(n, std::make_integer_sequence<int, kMostTogether>{}, group, columns,
-                                  quantised_row(s, columns, row), tile == 0, results);
-                for (int i = 0; i < n; ++i) {
-                    sink(row + i, static_cast<int>(begin - first), results + i * cpu::kLanes + (begin - top),
-                         static_cast<int>(end - begin));
-                }
-            }
-        }
-    });
-}
-
-// The same of a stack of parts.
-template <class Sink>
-inline void blocks_times_rows(const Matrix& w, int64_t columns, int64_t first, int64_t count, const Scratch& s,
-                              Sink sink) {
-    int64_t top = 0, done = 0;
-    for (int i = 0; i < w.num_parts && done < count; top += w.parts[i++].rows) {
-        const MatrixPart& part = w.parts[i];
-        const int64_t from = first + done - top;
-        if (from >= part.rows) continue;
-        const int64_t here = from + count - done < part.rows ? count - done : part.rows - from;
-        blocks_times_rows(part, columns, from, here, s, [&](int row, int at, const float* values, int n) {
-            sink(row, static_cast<int>(done) + at, values, n);
-        });
-        done += here;
+// A group times all rows of the list: sink(index in the list, products (kLanes))
+template <Format format, class Sink>
+inline void group_times_all(const uint8_t* group, int64_t columns, bool fetches, const Scratch& s, Sink sink) {
+    const int tiles = (s.num_rows + kMostTogether - 1) / kMostTogether;
+    alignas(64) float results[kMostTogether * cpu::kLanes];
+    for (int tile = 0; tile < tiles; ++tile) {
+        const int row = s.num_rows * tile / tiles, n = s.num_rows * (tile + 1) / tiles - row;
+        group_of<format>(n, std::make_integer_sequence<int, kMostTogether>{}, group, columns, 0,
+                         activation_blocks(columns), quantised_row(s, columns, row), fetches && tile == 0, results);
+        for (int i = 0; i < n; ++i) sink(row + i, results + i * cpu::kLanes);
     }
-}
-
-// Rows [first, first + count) of w -> out (panels, active rows, kPanelRows)
-inline void blocks_to_panels(const Matrix& w, int64_t columns, int64_t first, int64_t count, float* out,
-                             const Scratch& s) {
-    blocks_times_rows(w, columns, first, count, s, [&](int row, int at, const float* values, int n) {
-        for (int done = 0; done < n;) {
-            const int column = (at + done) % cpu::kPanelRows, left = cpu::kPanelRows - column;
-            const int here = left < n - done ? left : n - done;
-            float* panel = out + (at + done) / cpu::kPanelRows * s.num_rows * cpu::kPanelRows;
-            std::memcpy(panel + row * cpu::kPanelRows + column, values + done, here * sizeof(float));
-            done += here;
-        }
-    });
 }
 
 }  // namespace skipkernels::SKIPKERNELS_ISA

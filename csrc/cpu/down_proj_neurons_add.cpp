@@ -11,6 +11,10 @@
 //
 // With many rows it is bound by multiplications. A task is a panel of columns, copied in the order in which it is read,
 // for down_proj's rows lie kilobytes apart; sums stay in registers.
+//
+// Of blocks, whose neurons lie as block_columns.h reads them, both ways and the order of sums are the same; within a
+// chunk the sum is that of blocks of 32 neurons, one after the other.
+#include "block_columns.h"
 #include "neuron_rows.h"
 #include "residual.h"
 
@@ -21,13 +25,14 @@ static int64_t num_chunks(const DownProjNeuronsAdd& op) {
 }
 
 static int64_t padded_hidden(const DownProjNeuronsAdd& op) {
-    return (op.hidden_size + cpu::kNeuronStep - 1) / cpu::kNeuronStep * cpu::kNeuronStep;
+    return (op.hidden_size + cpu::kHiddenStep - 1) / cpu::kHiddenStep * cpu::kHiddenStep;
 }
 
 int64_t down_proj_neurons_add_tasks(const Instruction& ins, const Scratch& s) {
     const DownProjNeuronsAdd& op = ins.down_proj_neurons_add;
     if (s.num_rows <= cpu::kFewRows) return num_chunks(op);
-    return (op.hidden_size + cpu::kNeuronPanel - 1) / cpu::kNeuronPanel;
+    const int panel = is_float(op.down_proj.format) ? cpu::kNeuronPanel : cpu::kColumnsPanel;
+    return (op.hidden_size + panel - 1) / panel;
 }
 
 // A row's activations, as the weights' type multiplies them, row after row; zeros behind them
@@ -40,6 +45,7 @@ void down_proj_neurons_add_pack(const Instruction& ins, int begin, int end, Scra
     const DownProjNeuronsAdd& op = ins.down_proj_neurons_add;
     const int64_t size = op.intermediate_size;
     const Tiles tiles(s.num_rows);
+    if (!is_float(op.down_proj.format)) return pack_rows(op.down_proj, op.intermediate, size, begin, end, s);
     with_float_type(op.down_proj.format, [&](auto type) {
         using M = Multiply<decltype(type)>;
         for (int i = tiles.begin(begin); i < tiles.begin(end); ++i) {
@@ -140,9 +146,9 @@ static void add_steps(const DownProjNeuronsAdd& op, const float* y, int64_t firs
     }
 }
 
-static int panel_height(const DownProjNeuronsAdd& op, int64_t first) {
+static int panel_height(const DownProjNeuronsAdd& op, int64_t first, int panel) {
     const int64_t left = op.hidden_size - first;
-    return static_cast<int>(left < cpu::kNeuronPanel ? left : cpu::kNeuronPanel);
+    return static_cast<int>(left < panel ? left : panel);
 }
 
 // The chunks' sums (chunks, rows, padded hidden), in their order
@@ -158,8 +164,19 @@ static void add_chunks(const DownProjNeuronsAdd& op, const Scratch& s) {
                 for (int64_t chunk = 0; chunk < chunks; ++chunk) sum = sum + load(from + chunk * s.num_rows * stride);
                 store(sums + at, sum);
             }
-            add_steps<T>(op, sums, first, panel_height(op, first), s.rows[i]);
+            add_steps<T>(op, sums, first, panel_height(op, first, cpu::kNeuronPanel), s.rows[i]);
         }
+    }
+}
+
+// Adds the chunks up where `done` of them were the last.
+template <class T>
+static void add_when_last(const DownProjNeuronsAdd& op, int64_t done, const Scratch& s) {
+    std::atomic<int32_t>& arrived = *s.attention.arrivals;
+    const auto count = static_cast<int32_t>(done);
+    if (arrived.fetch_add(count, std::memory_order_acq_rel) + count == num_chunks(op)) {
+        arrived.store(0, std::memory_order_relaxed);
+        add_chunks<T>(op, s);
     }
 }
 
@@ -186,12 +203,7 @@ static void run_chunks(const DownProjNeuronsAdd& op, int64_t begin, int64_t end,
                           packed_row<T>(s, size, top), x_stride, op.hidden_size, sums + top * stride, stride);
         }
     }
-    const auto done = static_cast<int32_t>(end - begin);
-    std::atomic<int32_t>& arrived = *s.attention.arrivals;
-    if (arrived.fetch_add(done, std::memory_order_acq_rel) + done == num_chunks(op)) {
-        arrived.store(0, std::memory_order_relaxed);
-        add_chunks<T>(op, s);
-    }
+    add_when_last<T>(op, end - begin, s);
 }
 
 // Many rows: a step of columns of every unit, in order, with its neuron.
@@ -252,7 +264,7 @@ static void run_panels(const DownProjNeuronsAdd& op, int64_t begin, int64_t end,
     const Many panel{weights, neurons, chunk_ends};
     for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task * cpu::kNeuronPanel;
-        const int height = panel_height(op, first);
+        const int height = panel_height(op, first, cpu::kNeuronPanel);
         for (int column = 0; column < height; column += U::columns) {
             const int n = height - column < U::columns ? height - column : U::columns;
             int64_t count = 0;
@@ -281,14 +293,86 @@ static void run_panels(const DownProjNeuronsAdd& op, int64_t begin, int64_t end,
     }
 }
 
+// Calls add(listed, what comes next) for each block of neurons [first, last), of which some are listed.
+template <Format format, class Add>
+static void each_listed_block(const DownProjNeuronsAdd& op, const cpu::ColumnLayout& layout, int64_t first,
+                              int64_t last, Add add) {
+    constexpr cpu::BlockTraits kTraits = cpu::block_traits(format);
+    const auto* data = static_cast<const uint8_t*>(op.down_proj.data);
+    const int32_t* end = op.neurons ? op.neurons + *op.num_neurons : nullptr;
+    const int32_t* list = op.neurons ? first_listed(op.neurons, end, first) : nullptr;
+    // also the next chunk's first block, which the same thread computes or another one soon
+    const int64_t blocks = op.intermediate_size / cpu::kBlockColumns;
+    int64_t block = first / cpu::kBlockColumns;
+    ListedColumns listed[2];
+    auto find_next = [&](ListedColumns& to) {
+        for (to.count = 0; block < blocks && to.count == 0; ++block) {
+            list = list_block(kTraits, layout, data, block, list, end, to);
+        }
+    };
+    find_next(listed[0]);
+    for (int at = 0; listed[at].count && listed[at].block * cpu::kBlockColumns < last; at = 1 - at) {
+        find_next(listed[1 - at]);
+        add(listed[at], ColumnsAhead(listed[1 - at], layout));
+    }
+}
+
+template <Format format>
+static void run_block_chunks(const DownProjNeuronsAdd& op, int64_t begin, int64_t end, Scratch& s) {
+    const int64_t stride = padded_hidden(op), size = op.intermediate_size;
+    const cpu::ColumnLayout layout(cpu::block_traits(format), op.hidden_size, size);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t first = chunk * op.neuron_chunk;
+        const int64_t last = first + op.neuron_chunk < size ? first + op.neuron_chunk : size;
+        float* sums = s.neuron_sums + chunk * s.num_rows * stride;
+        std::memset(sums, 0, sizeof(float) * s.num_rows * stride);
+        each_listed_block<format>(op, layout, first, last, [&](const ListedColumns& listed, const ColumnsAhead& ahead) {
+            add_block_columns<format>(listed, layout, size, 0, layout.chunks, ahead, sums, stride, s);
+        });
+    }
+    add_when_last<float>(op, end - begin, s);
+}
+
+template <Format format>
+static void run_block_panels(const DownProjNeuronsAdd& op, int64_t begin, int64_t end, Scratch& s) {
+    constexpr int kPanel = cpu::kColumnsPanel;
+    const int64_t size = op.intermediate_size, floats = static_cast<int64_t>(s.num_rows) * kPanel;
+    const cpu::ColumnLayout layout(cpu::block_traits(format), op.hidden_size, size);
+    float *const total = s.op_scratch, *const sums = total + floats;
+    for (int64_t task = begin; task < end; ++task) {
+        const int64_t top = task * (kPanel / cpu::kChunkRows), below = top + kPanel / cpu::kChunkRows;
+        const int64_t bottom = below < layout.chunks ? below : layout.chunks;
+        std::memset(total, 0, sizeof(float) * floats);
+        for (int64_t first = 0; first < size; first += op.neuron_chunk) {
+            const int64_t last = first + op.neuron_chunk < size ? first + op.neuron_chunk : size;
+            std::memset(sums, 0, sizeof(float) * floats);
+            each_listed_block<format>(op, layout, first, last, [&](const ListedColumns& listed, const ColumnsAhead&) {
+                ListedColumns none;
+                none.count = 0;
+                add_block_columns<format>(listed, layout, size, top, bottom, {none, layout}, sums, kPanel, s);
+            });
+            for (int64_t i = 0; i < floats; i += Vec::width) store(total + i, load(total + i) + load(sums + i));
+        }
+        const int64_t first = task * kPanel;
+        for (int i = 0; i < s.num_rows; ++i) {
+            for (int at = 0; at < panel_height(op, first, kPanel); at += cpu::kNeuronPanel) {
+                add_steps<float>(op, total + i * kPanel + at, first + at,
+                                 panel_height(op, first + at, cpu::kNeuronPanel), s.rows[i]);
+            }
+        }
+    }
+}
+
 void down_proj_neurons_add_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
     const DownProjNeuronsAdd& op = ins.down_proj_neurons_add;
+    const bool few = s.num_rows <= cpu::kFewRows;
     with_float_type(op.down_proj.format, [&](auto type) {
-        if (s.num_rows <= cpu::kFewRows) {
-            run_chunks<decltype(type)>(op, begin, end, s);
-        } else {
-            run_panels<decltype(type)>(op, begin, end, s);
-        }
+        using T = decltype(type);
+        few ? run_chunks<T>(op, begin, end, s) : run_panels<T>(op, begin, end, s);
+    });
+    with_block_format(op.down_proj.format, [&](auto format) {
+        constexpr Format kFormat = decltype(format)::value;
+        few ? run_block_chunks<kFormat>(op, begin, end, s) : run_block_panels<kFormat>(op, begin, end, s);
     });
 }
 

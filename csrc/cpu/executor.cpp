@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "../checks.h"
+#include "blocks.h"
 #if SKIPKERNELS_HAVE_AVX_VNNI
 #    include <cpuid.h>
 #endif
@@ -28,21 +29,29 @@ bool has_avx_vnni() {
 }
 #endif
 
+#if SKIPKERNELS_HAVE_AVX512 || SKIPKERNELS_HAVE_AVX512_VNNI || SKIPKERNELS_HAVE_AVX512_BF16
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
 std::vector<const KernelSet*> usable_kernels() {
     std::vector<const KernelSet*> sets;
-#if SKIPKERNELS_HAVE_AVX512 && SKIPKERNELS_HAVE_AVX512_BF16
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq")) {
-        const bool vnni = __builtin_cpu_supports("avx512vnni");
-        if (vnni && __builtin_cpu_supports("avx512bf16")) sets.push_back(&avx512_bf16_kernels());
-        if (vnni) sets.push_back(&avx512_vnni_kernels());
-        sets.push_back(&avx512_kernels());
-    }
+#if SKIPKERNELS_HAVE_AVX512_BF16
+    if (has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
+        sets.push_back(&avx512_bf16_kernels());
+#endif
+#if SKIPKERNELS_HAVE_AVX512_VNNI
+    if (has_avx512() && __builtin_cpu_supports("avx512vnni")) sets.push_back(&avx512_vnni_kernels());
+#endif
+#if SKIPKERNELS_HAVE_AVX512
+    if (has_avx512()) sets.push_back(&avx512_kernels());
+#endif
+#if SKIPKERNELS_HAVE_AVX_VNNI
+    if (has_avx_vnni()) sets.push_back(&avx_vnni_kernels());
 #endif
 #if SKIPKERNELS_HAVE_AVX2
-#    if SKIPKERNELS_HAVE_AVX_VNNI
-    if (has_avx_vnni()) sets.push_back(&avx_vnni_kernels());
-#    endif
     // every AVX2 processor has F16C
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&avx2_kernels());
 #endif
@@ -103,9 +112,28 @@ int64_t rows_per_partial(const Instruction& ins) {
     }
 }
 
+// A chunk must not cut what is read together: a block of quantised weights, or a pair of bf16 rows.
+void check_neuron_chunk(const DownProjNeuronsAdd& op) {
+    const int64_t step = is_float(op.down_proj.format) ? 2 : kBlockColumns;
+    check(op.neuron_chunk > 0 && op.neuron_chunk % step == 0,
+          "down_proj_neurons_add: neuron_chunk must be a multiple of ", step, " on the CPU, got ", op.neuron_chunk);
+}
+
+// Floats of the group that rows of w are put into where they lie in one piece each.
+size_t group_floats(const Matrix& w, int64_t columns) {
+    size_t floats = 0;
+    for (int i = 0; i < w.num_parts; ++i) {
+        if (w.parts[i].layout != Layout::single_rows) continue;
+        const GroupLayout layout(block_traits(w.parts[i].format), columns);
+        const int64_t bytes = std::max(layout.bytes, layout.codes + row_dots_bytes(columns));
+        floats = std::max<size_t>(floats, bytes / sizeof(float));
+    }
+    return floats;
+}
+
 // What a scratch must hold for the instructions it has seen. All but rows and arrivals in floats.
 struct Needs {
-    size_t rows = 0, own_x = 0, shared_x = 0, panel = 0, op_scratch = 0, neuron_sums = 0;
+    size_t rows = 0, own_x = 0, shared_x = 0, panel = 0, op_scratch = 0, group = 0, neuron_sums = 0;
     size_t arrivals = 0, queries = 0, scores_stride = 0, padded_head = 0;  // of attention
 
     void add(const Instruction& ins) {
@@ -125,10 +153,16 @@ struct Needs {
             op_scratch = std::max<size_t>(op_scratch, num_rows + ins.experts_down_proj_add.num_begins);
         if (ins.op == OpCode::select_neurons)
             op_scratch = std::max<size_t>(op_scratch, ins.select_neurons.intermediate_size);
+        if (ins.op == OpCode::gate_up_act)
+            group = std::max(group, group_floats(ins.gate_up_act.gate_up_proj, ins.gate_up_act.hidden_size));
+        if (ins.op == OpCode::up_proj_mul)
+            group = std::max(group, group_floats(ins.up_proj_mul.up_proj, ins.up_proj_mul.hidden_size));
         if (ins.op == OpCode::down_proj_neurons_add) {
             const DownProjNeuronsAdd& op = ins.down_proj_neurons_add;
             const size_t chunks = (op.intermediate_size + op.neuron_chunk - 1) / op.neuron_chunk;
-            const size_t hidden = (op.hidden_size + kNeuronStep - 1) / kNeuronStep * kNeuronStep;
+            const size_t hidden = (op.hidden_size + kHiddenStep - 1) / kHiddenStep * kHiddenStep;
+            // of blocks a panel's sums of every row, of a chunk and of all chunks
+            if (!is_float(op.down_proj.format)) op_scratch = std::max(op_scratch, 2 * num_rows * kColumnsPanel);
             // a step of weights and its number for every neuron, a chunk's units, its end, and a panel of every row
             const size_t step = kNeuronStep, unit = 6;
             op_scratch = std::max(op_scratch, (op.intermediate_size + 1) * (step + 1) +
@@ -191,6 +225,7 @@ Executor::Executor(std::vector<Instruction> program, const int32_t* active, int6
         needs.add(ins);
         check(rows_per_partial(ins) == kPanelRows, "the CPU kernels sum ", kPanelRows,
               " rows per similarity partial, the program wants ", rows_per_partial(ins));
+        if (ins.op == OpCode::down_proj_neurons_add) check_neuron_chunk(ins.down_proj_neurons_add);
     }
     rows_.resize(needs.rows);
     tile_begins_.resize(needs.rows + 1);
@@ -204,8 +239,8 @@ Executor::Executor(std::vector<Instruction> program, const int32_t* active, int6
     constexpr size_t kAccumulators = kPanelRows * kMaxTile * kMaxVecWidth;
     for (int thread = 0; thread < num_threads; ++thread) {
         size_t floats = 0;
-        for (size_t part :
-             {needs.own_x, kAccumulators, needs.panel, needs.panel, needs.op_scratch, scores, heads, heads, arranged}) {
+        for (size_t part : {needs.own_x, kAccumulators, needs.panel, needs.panel, needs.op_scratch, needs.group, scores,
+                            heads, heads, arranged}) {
             floats += Cutter::rounded(part);
         }
         memory_.push_back(allocate_floats(floats));
@@ -218,6 +253,7 @@ Executor::Executor(std::vector<Instruction> program, const int32_t* active, int6
         scratch.panel = cutter.take(needs.panel);
         scratch.second_panel = cutter.take(needs.panel);
         scratch.op_scratch = cutter.take(needs.op_scratch);
+        scratch.group = reinterpret_cast<uint8_t*>(cutter.take(needs.group));
         scratch.rows = rows_.data();
         AttentionScratch& attention = scratch.attention;
         attention.tiles = &tiles_;

@@ -5,6 +5,8 @@
 
 namespace skipkernels::cpu {
 
+// Functions are static: instruction-set units must not share them, see setup.py's CPU_SOURCES.
+
 // Of one expert: its choices are expert_pairs[begin, end).
 struct Choices {
     int expert, begin, end;
@@ -12,12 +14,12 @@ struct Choices {
 };
 
 // The first chosen expert from `expert` on; none: its number is that of all experts.
-inline Choices chosen_from(int expert, const int32_t* begins, int64_t num_begins) {
+static inline Choices chosen_from(int expert, const int32_t* begins, int64_t num_begins) {
     while (expert + 1 < num_begins && begins[expert] == begins[expert + 1]) ++expert;
     return {expert, begins[expert], expert + 1 < num_begins ? begins[expert + 1] : begins[expert]};
 }
 
-inline int num_chosen(const int32_t* begins, int64_t num_begins) {
+static inline int num_chosen(const int32_t* begins, int64_t num_begins) {
     int count = 0;
     for (int64_t expert = 0; expert + 1 < num_begins; ++expert) count += begins[expert] < begins[expert + 1];
     return count;

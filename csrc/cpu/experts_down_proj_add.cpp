@@ -1,6 +1,7 @@
-// hidden_states (rows, hidden) += sum over a row's chosen experts of weight * down_proj (experts, hidden, expert) @
-// expert_intermediate (rows, choices, expert), expert after expert, so that a row sums in the order it has alone.
-// similarity_partials as for down_proj_add. A task is a panel of channels, of all chosen experts.
+// hidden_states (rows, hidden) += sum over a row's chosen experts of weight * (down_proj (experts, hidden, expert) @
+// expert_intermediate (rows, choices, expert) + down_proj_bias (experts, hidden)), expert after expert, so that a row
+// sums in the order it has alone. similarity_partials as for down_proj_add. A task is a panel of channels, of all
+// chosen experts.
 #include "experts.h"
 #include "linear.h"
 #include "residual.h"
@@ -43,9 +44,9 @@ static void multiply_choices(const ExpertsDownProjAdd& op, int64_t top, int64_t 
     if (!is_float(op.down_proj.format)) blocks_to_panels(op.down_proj, k, top + first, height, own.panel, own);
 }
 
-// sums (panels, rows, kPanelRows) += weight * own.panel (panels, choices, kPanelRows)
-static void add_choices(const ExpertsDownProjAdd& op, const int* position, int num_rows, int height, const Scratch& own,
-                        float* sums) {
+// sums (panels, rows, kPanelRows) += weight * (own.panel (panels, choices, kPanelRows) + bias (height))
+static void add_choices(const ExpertsDownProjAdd& op, const float* bias, const int* position, int num_rows, int height,
+                        const Scratch& own, float* sums) {
     const int panels = static_cast<int>(num_panels(height));
     for (int i = 0; i < own.num_rows; ++i) {
         const int at = position[own.rows[i] / op.experts_per_token];
@@ -54,7 +55,13 @@ static void add_choices(const ExpertsDownProjAdd& op, const int* position, int n
             const float* from = own.panel + (panel * own.num_rows + i) * cpu::kPanelRows;
             float* to = sums + (panel * num_rows + at) * cpu::kPanelRows;
             const int left = height - panel * cpu::kPanelRows;
-            for (int r = 0; r < left && r < cpu::kPanelRows; ++r) to[r] += weight * from[r];
+            const int n = left < cpu::kPanelRows ? left : cpu::kPanelRows;
+            if (bias) {
+                const float* add = bias + panel * cpu::kPanelRows;
+                for (int r = 0; r < n; ++r) to[r] += weight * (from[r] + add[r]);
+            } else {
+                for (int r = 0; r < n; ++r) to[r] += weight * from[r];
+            }
         }
     }
 }
@@ -75,7 +82,8 @@ void experts_down_proj_add_run(const Instruction& ins, int64_t begin, int64_t en
                 after.count() > 0 ? after.expert * hidden + first : lowest.expert * hidden + first + height;
             Scratch own = scratch_of_choices(op, chosen, s);
             multiply_choices(op, chosen.expert * hidden, first, height, next, own);
-            add_choices(op, position, s.num_rows, height, own, sums);
+            const float* bias = op.down_proj_bias ? op.down_proj_bias + chosen.expert * hidden + first : nullptr;
+            add_choices(op, bias, position, s.num_rows, height, own, sums);
             chosen = after;
         }
         for (int64_t at = 0; at < height; at += cpu::kPanelRows) {

@@ -1,6 +1,7 @@
 // expert_intermediate (rows, choices, expert) = act(gate @ x) * (up @ x) of each chosen expert, x =
-// rms_norm(hidden_states); gate_up_proj (experts, 2 expert, hidden). A task is a panel of gate and up of one chosen
-// expert: other experts are not read. Each thread packs the rows of an expert for itself when it comes to it.
+// rms_norm(hidden_states); gate_up_proj (experts, 2 expert, hidden), gate_up_bias (experts, 2 expert). A task is a
+// panel of gate and up of one chosen expert: other experts are not read. Each thread packs the rows of an expert for
+// itself when it comes to it.
 #include "activation.h"
 #include "experts.h"
 #include "linear.h"
@@ -30,6 +31,10 @@ static Scratch pack_choices(const ExpertsGateUpAct& op, const cpu::Choices& chos
     return own;
 }
 
+static void add_bias(const float* bias, int n, float* out) {
+    for (int r = 0; r < n; ++r) out[r] += bias[r];
+}
+
 // Rows [first, first + height) of an expert's gate and up; weights of `after` are wanted next, if that is an expert.
 static void multiply_expert(const ExpertsGateUpAct& op, const cpu::Choices& chosen, int64_t first, int height,
                             int64_t after, Scratch& s) {
@@ -49,8 +54,12 @@ static void multiply_expert(const ExpertsGateUpAct& op, const cpu::Choices& chos
     }
     each_panel(first, height, s, [&](int64_t at, int n) {
         for (int i = 0; i < s.num_rows; ++i) {
-            gate_panel(static_cast<Activation>(op.activation), s.panel + i * cpu::kPanelRows,
-                       s.second_panel + i * cpu::kPanelRows, n,
+            float *gate = s.panel + i * cpu::kPanelRows, *up = s.second_panel + i * cpu::kPanelRows;
+            if (op.gate_up_bias) {
+                add_bias(op.gate_up_bias + top + at, n, gate);
+                add_bias(op.gate_up_bias + top + size + at, n, up);
+            }
+            gate_panel(static_cast<Activation>(op.activation), gate, up, n,
                        op.expert_intermediate + op.expert_pairs[chosen.begin + i] * size + at);
         }
     });

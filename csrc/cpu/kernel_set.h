@@ -11,6 +11,7 @@
 #include "gate_proj_act.cpp"
 #include "gate_up_act.cpp"
 #include "lm_head.cpp"
+#include "norm_rope_append.cpp"
 #include "o_proj_add.cpp"
 #include "qkv_rope_append.cpp"
 #include "route_experts.cpp"

@@ -19,6 +19,8 @@ constexpr int kAttentionQueries = 64;  // query heads of a tile of rows that sha
 constexpr int kNeuronStep = 32;        // columns: a multiple of every step over the rows of a transposed matrix
 constexpr int kNeuronPanel = 96;       // columns computed together, of whole steps and of whole panels
 constexpr int kNeuronsAhead = 32;      // of the chunk after the one at hand, whose rows are fetched
+constexpr int kHiddenStep = 64;        // columns of neuron_sums come in steps of so many
+constexpr int kColumnsPanel = 384;     // the same as kNeuronPanel where weights are quantised, of whole pairs of chunks
 constexpr int kAttentionBlock = 64;    // most positions whose keys and values are arranged together
 
 struct Positions {
@@ -59,7 +61,8 @@ struct Scratch {
     float* panel;         // [kBlockPanels][num_rows][kPanelRows], the panels' results
     float* second_panel;  // another, for ops that combine two
     float* op_scratch;    // what an op wants for itself; qkv_rope_append: (num_rows, head_dim), a head's outputs
-    float* neuron_sums;   // shared by all threads; down_proj_neurons_add: (chunks, rows, hidden), of few rows
+    uint8_t* group;       // quantised rows that lay apart, side by side
+    float* neuron_sums;   // shared by all threads; down_proj_neurons_add: (chunks, rows, padded hidden), of few rows
     const int* rows;      // the rows with row_mask != 0, one list for all threads
     int num_rows;
     AttentionScratch attention;
@@ -79,20 +82,13 @@ struct KernelSet {
     uint64_t (*read_bytes)(const char* data, size_t bytes);                // reads all, for the bandwidth probe
 };
 
+// One for each instruction set; setup.py decides which are compiled in.
 const KernelSet& generic_kernels();
-#if SKIPKERNELS_HAVE_AVX2
 const KernelSet& avx2_kernels();
-#endif
-#if SKIPKERNELS_HAVE_AVX_VNNI
 const KernelSet& avx_vnni_kernels();
-#endif
-#if SKIPKERNELS_HAVE_AVX512
 const KernelSet& avx512_kernels();
 const KernelSet& avx512_vnni_kernels();
-#endif
-#if SKIPKERNELS_HAVE_AVX512_BF16
 const KernelSet& avx512_bf16_kernels();
-#endif
 
 // Ops without vector code, compiled once.
 #define SKIPKERNELS_PLAIN_KERNEL(op)                                         \

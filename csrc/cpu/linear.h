@@ -6,8 +6,9 @@
 // the bandwidth of one. And activations must come from L1: k is blocked, accumulators rest in memory
 // between blocks.
 //
-// With many rows it is bound by multiplications. The panel stays in L2 while one tile of rows after
-// the other streams by; the activations of the next tile are prefetched, and during the last one the next panel.
+// With many rows it is bound by multiplications. The panel stays in L2 while one tile of rows after the other streams
+// by. Each tile fetches the activations of the next one and its share of the next panel, evenly: the last tile alone
+// kept the memory idle before it and the multiplications waiting behind it, and a burst is partly dropped.
 // Converting weights in registers, again for each tile, costs no time beside the multiplications: an fp32 copy of the
 // panel, made once, was slower, for twice the bytes came from L2.
 //
@@ -17,6 +18,7 @@
 
 #include <utility>
 
+#include "blocks_panels.h"
 #include "pack.h"
 
 namespace skipkernels::SKIPKERNELS_ISA {
@@ -24,9 +26,24 @@ namespace skipkernels::SKIPKERNELS_ISA {
 inline void prefetch_l1(const char* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_l2(const char* p) { __builtin_prefetch(p, 0, 2); }
 
-// What is fetched into L2 while other things are computed, a cache line for each one consumed.
+// What is fetched into L2 while other things are computed, one range and then another: `lines` cache lines whenever a
+// tile's rows have moved on by one each.
 struct Ahead {
     const char *at, *end;
+    int64_t lines;
+    const char *then = nullptr, *then_end = nullptr;
+
+    void fetch() {
+        if (at >= end) {
+            if (then >= then_end) return;
+            at = then, end = then_end, then = then_end;
+        }
+        const char* const stop = at + 64 * lines;
+        do {
+            prefetch_l2(at);
+            at += 64;
+        } while (at != stop);
+    }
 };
 
 // out (N, kPanelRows) = the sums over the lanes of acc, four at a time
@@ -67,10 +84,7 @@ inline void tile_block(const T* w, int64_t k, int64_t k_begin, int64_t k_end, co
         }
     };
     for (; j + kLine <= k_end; j += kLine) {
-        if (ahead.at < ahead.end) {
-            for (int r = 0; r < R; ++r) prefetch_l2(ahead.at + 64 * r);
-            ahead.at += 64 * R;
-        }
+        ahead.fetch();
         if (N <= 2) {  // too little arithmetic to hide the latency of L2, so L1 as well
             for (int r = 0; r < R; ++r) prefetch_l1(reinterpret_cast<const char*>(w + r * k + j) + 512);
         }
@@ -100,8 +114,11 @@ constexpr int tile_height() {
     return 1;
 }
 
-// What a tile of N rows has before and behind it: `alone` walks the panel by groups and prefetches the next group.
-enum class Place { alone, before_others, last };
+// Where a tile stands among those of the step: one that is alone walks the panel by groups and prefetches the next
+// group.
+struct Place {
+    int tile, tiles;
+};
 
 template <class T, int N>
 void panel_tile(const T* w, int64_t k, int rows, const typename Multiply<T>::Activation* x, float* out, const T* next,
@@ -113,16 +130,19 @@ void panel_tile(const T* w, int64_t k, int rows, const typename Multiply<T>::Act
     auto bytes = [](const void* p) { return static_cast<const char*>(p); };
     // several tiles read the panel from L2: there its rows need no order, and the fewer times the
     // activations come from there the better
-    const int group = place == Place::alone ? kGroupRows : cpu::kPanelRows;
+    const bool alone = place.tiles == 1, last = place.tile + 1 == place.tiles;
+    const int group = alone ? kGroupRows : cpu::kPanelRows;
     for (int top = 0; top < rows; top += group) {
         const int bottom = top + group < rows ? top + group : rows;
         const T* after = bottom < rows ? w + bottom * k : next;
-        Ahead ahead{bytes(after), bytes(after + group * k)};
+        Ahead ahead{bytes(after), bytes(after + group * k), R};
         for (int64_t begin = 0; begin < k; begin += kBlock) {
             const int64_t end = begin + kBlock < k ? begin + kBlock : k;
-            if (place == Place::before_others) {
-                const auto* coming = x + N * end;
-                ahead = {bytes(coming), bytes(coming + N * kBlock)};
+            if (!alone) {
+                const auto *coming = x + N * end, *coming_end = last ? coming : coming + N * kBlock;
+                auto share = [&](int64_t done) { return bytes(next + group * (place.tile * k + done) / place.tiles); };
+                ahead = {bytes(coming), bytes(coming_end), 1 + (R + place.tiles - 1) / place.tiles, share(begin),
+                         share(end)};
             }
             int row = top;
             for (; row + R <= bottom; row += R) {
@@ -149,11 +169,9 @@ inline void linear_panel(const T* w, int64_t k, int rows, const T* next, float* 
     const Tiles tiles(s.num_rows);
     for (int tile = 0; tile < tiles.count; ++tile) {
         const int begin = tiles.begin(tile);
-        const Place place = tiles.count == 1         ? Place::alone
-                            : tile + 1 < tiles.count ? Place::before_others
-                                                     : Place::last;
         panel_of(tiles.size(tile), std::make_integer_sequence<int, cpu::kMaxTile>{}, w, k, rows,
-                 packed_tile<T>(s, k, begin), out + begin * cpu::kPanelRows, next, s.accumulators, place);
+                 packed_tile<T>(s, k, begin), out + begin * cpu::kPanelRows, next, s.accumulators,
+                 Place{tile, tiles.count});
     }
 }
 

@@ -1,4 +1,5 @@
 // logits (sequences, vocab) = lm_head (vocab, hidden) @ rms_norm(hidden_states)
+#include "activation.h"
 #include "linear.h"
 
 namespace skipkernels::SKIPKERNELS_ISA {
@@ -16,8 +17,9 @@ void lm_head_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s)
     const LmHead& op = ins.lm_head;
     for_tasks(op.lm_head, op.vocab_size, op.hidden_size, begin, end, s, [&](int64_t first, int height) {
         for (int i = 0; i < s.num_rows; ++i) {
-            std::memcpy(op.logits + s.rows[i] * op.vocab_size + first, s.panel + i * cpu::kPanelRows,
-                        height * sizeof(float));
+            float* logits = op.logits + s.rows[i] * op.vocab_size + first;
+            std::memcpy(logits, s.panel + i * cpu::kPanelRows, height * sizeof(float));
+            if (op.softcap > 0) soften(logits, height, op.softcap);
         }
     });
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "linear.h"
+#include "rows_ahead.h"
 
 namespace skipkernels::SKIPKERNELS_ISA {
 
@@ -63,43 +64,26 @@ struct Unit<bf16> {
 };
 #endif
 
-// Fetches pieces of rows into L2 in the order of their addresses, whatever order they are used in:
-// the memory then sees one stream, where four rows side by side ran at two thirds of the bandwidth.
-template <class T>
-class RowsAhead {
-  public:
-    RowsAhead(const T* const* rows, int count, int64_t begin, int64_t end)
-        : rows_(rows), last_(rows + count), begin_(begin), end_(end) {
-        next_row();
-    }
-    void fetch(int lines) {
-        for (; lines > 0 && rows_ < last_; --lines) {
-            __builtin_prefetch(at_, 0, 2);
-            at_ += 64;
-            if (at_ >= row_end_) {
-                ++rows_;
-                next_row();
-            }
-        }
-    }
-
-  private:
-    void next_row() {
-        if (rows_ == last_) return;
-        at_ = reinterpret_cast<const char*>(*rows_ + begin_);
-        row_end_ = reinterpret_cast<const char*>(*rows_ + end_);
-    }
-    const T *const *rows_, *const *last_;
-    int64_t begin_, end_;
-    const char *at_ = nullptr, *row_end_ = nullptr;
-};
-
 // Fetches rows that are read side by side into L1, a fixed way ahead: where a row ends, the first
 // pieces of the row that takes its place. What lies behind a row in memory is another neuron's, often one left out.
 template <class T>
 inline void prefetch_beside(const T* row, const T* next, int64_t at, int64_t end) {
     constexpr int64_t kAhead = 512 / static_cast<int64_t>(sizeof(T));
     prefetch_l1(reinterpret_cast<const char*>(at + kAhead < end ? row + at + kAhead : next + (at + kAhead - end)));
+}
+
+// The first of a list that is not below `begin`.
+inline const int32_t* first_listed(const int32_t* list, const int32_t* list_end, int64_t begin) {
+    int64_t low = 0, high = list_end - list;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (list[middle] < begin) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return list + low;
 }
 
 // The units of neurons [begin, end) that are listed, or of all, where there is no list; returns how many.
@@ -117,16 +101,7 @@ inline int64_t collect_units(const T* w, int64_t columns, const int32_t* list, c
         for (int64_t j = begin; j < end; j += Unit<T>::neurons) add(j, j + 1 < end ? j + 1 : j);
         return count;
     }
-    int64_t low = 0, high = list_end - list;  // the first that is not below begin
-    while (low < high) {
-        const int64_t middle = (low + high) / 2;
-        if (list[middle] < begin) {
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
-    }
-    for (const int32_t* at = list + low; at < list_end && *at < end; ++at) {
+    for (const int32_t* at = first_listed(list, list_end, begin); at < list_end && *at < end; ++at) {
         const bool pair = Unit<T>::neurons == 2 && *at % 2 == 0 && at + 1 < list_end && at[1] == *at + 1;
         add(*at, pair ? at[1] : *at);
         at += pair;

@@ -70,8 +70,10 @@ inline void pack_rows(const Matrix& w, const float* source, int64_t k, int begin
     pack_for(w, source, k, nullptr, [](const float*) { return 1.0f; }, begin, end, s);
 }
 
+// rms_norm of each row; without a norm, the rows as they are
 inline void pack_rms_norm(const Matrix& w, const float* source, int64_t k, const float* norm, float eps, int begin,
                           int end, Scratch& s) {
+    if (!norm) return pack_rows(w, source, k, begin, end, s);
     pack_for(w, source, k, norm, [=](const float* row) { return rms_scale(row, k, eps); }, begin, end, s);
 }
 

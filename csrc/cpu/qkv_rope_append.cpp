@@ -1,7 +1,7 @@
 // q, k, v = qkv_proj (qkv_size, hidden) @ rms_norm(hidden_states) + bias; per-head norm of q and k where given; rotary;
 // q -> query, k and v -> the paged caches at the row's position. A task is one head of q, k or v.
+#include "heads.h"
 #include "linear.h"
-#include "paged_cache.h"
 
 namespace skipkernels::SKIPKERNELS_ISA {
 
@@ -14,18 +14,9 @@ void qkv_rope_append_pack(const Instruction& ins, int begin, int end, Scratch& s
     pack_rms_norm(op.qkv_proj, op.hidden_states, op.hidden_size, op.input_layernorm, op.rms_norm_eps, begin, end, s);
 }
 
-// x (head_dim) in place: pairs (i, i + half) rotated by the angles at one position
-static void rotate(float* x, const float* cos, const float* sin, int64_t half) {
-    for (int64_t i = 0; i < half; ++i) {
-        const float first = x[i], second = x[i + half];
-        x[i] = first * cos[i] - second * sin[i];
-        x[i + half] = second * cos[i] + first * sin[i];
-    }
-}
-
-// The same by three axes: each pair has the position of its own, and a negative one rotates backwards.
+// rotate() by three axes: each pair has the position of its own, and a negative one rotates backwards.
 static void rotate_by_axes(const QkvRopeAppend& op, float* x, const int32_t* positions) {
-    const int64_t half = op.half_head_dim;
+    const int64_t half = op.rotary_pairs;
     for (int64_t i = 0; i < half; ++i) {
         const int64_t position = positions[op.position_axes[i]], at = (position < 0 ? -position : position) * half + i;
         const float cos = op.rope_cos[at], sin = position < 0 ? -op.rope_sin[at] : op.rope_sin[at];
@@ -39,29 +30,20 @@ static void rotate_row(const QkvRopeAppend& op, int row, float* x) {
     if (op.position_axes && row >= op.num_sequences) {
         return rotate_by_axes(op, x, op.prompt_positions + (row - op.num_sequences) * op.three);
     }
-    const int64_t at = op.row_position[row] * op.half_head_dim;
-    rotate(x, op.rope_cos + at, op.rope_sin + at, op.half_head_dim);
+    const int64_t at = op.row_position[row] * op.rotary_pairs;
+    rotate(x, op.rope_cos + at, op.rope_sin + at, op.rotary_pairs);
 }
 
-template <class T>
-static void store_head(const QkvRopeAppend& op, int64_t head, int row, float* x) {
-    const int64_t heads = op.num_attention_heads, kv_heads = op.num_key_value_heads, d = op.head_dim;
-    const bool is_query = head < heads, is_value = head >= heads + kv_heads;
-    if (!is_value) {
-        if (const float* norm = is_query ? op.q_norm : op.k_norm) {
-            const float scale = rms_scale(x, d, op.rms_norm_eps);
-            for (int64_t i = 0; i < d; ++i) x[i] = x[i] * scale * norm[i];
-        }
-        rotate_row(op, row, x);
+// x (head_dim) of q or k in place: normed where the op norms heads, rotated, scaled by the position
+static void prepare(const QkvRopeAppend& op, bool is_query, int row, float* x) {
+    if (const float* norm = is_query ? op.q_norm : op.k_norm) {
+        const float scale = rms_scale(x, op.head_dim, op.rms_norm_eps);
+        for (int64_t i = 0; i < op.head_dim; ++i) x[i] = x[i] * scale * norm[i];
     }
-    if (is_query) {
-        std::memcpy(op.query + (row * heads + head) * d, x, d * sizeof(float));
-        return;
-    }
-    const PagedCache cache(op, op.row_sequence[row]);
-    T* at = static_cast<T*>(is_value ? op.v_cache : op.k_cache) +
-            cache.offset((head - heads) % kv_heads, op.row_position[row]);
-    for (int64_t i = 0; i < d; ++i) store_as(at + i, x[i]);
+    rotate_row(op, row, x);
+    if (!is_query || !op.query_scale) return;
+    const float scale = op.query_scale[op.row_position[row]];
+    for (int64_t i = 0; i < op.head_dim; ++i) x[i] *= scale;
 }
 
 // op_scratch (rows, head_dim), the outputs of one head -> query or a cache
@@ -69,7 +51,11 @@ static void store_heads(const Instruction& ins, int64_t head, const Scratch& s) 
     const QkvRopeAppend& op = ins.qkv_rope_append;
     with_float_type(ins.cache_dtype, [&](auto type) {
         for (int i = 0; i < s.num_rows; ++i) {
-            store_head<decltype(type)>(op, head, s.rows[i], s.op_scratch + i * op.head_dim);
+            float* x = s.op_scratch + i * op.head_dim;
+            if (head < op.num_attention_heads + op.num_key_value_heads) {
+                prepare(op, head < op.num_attention_heads, s.rows[i], x);
+            }
+            store_head<decltype(type)>(op, head, s.rows[i], x);
         }
     });
 }

@@ -1,5 +1,5 @@
-// router_logits (rows, experts) = router (experts, hidden) @ rms_norm(hidden_states); whoever completes the last panel
-// chooses each row's experts and lists the choices by expert.
+// router_logits (rows, experts) = router (experts, hidden) @ rms_norm(hidden_states) + router_bias; whoever completes
+// the last panel chooses each row's experts and lists the choices by expert.
 #include "experts.h"
 #include "linear.h"
 
@@ -20,7 +20,8 @@ void route_experts_run(const Instruction& ins, int64_t begin, int64_t end, Scrat
     for_tasks(op.router, op.num_experts, op.hidden_size, begin, end, s, [&](int64_t first, int height) {
         for (int i = 0; i < s.num_rows; ++i) {
             float* out = op.router_logits + s.rows[i] * op.num_experts + first;
-            std::memcpy(out, s.panel + i * cpu::kPanelRows, height * sizeof(float));
+            const float* logits = s.panel + i * cpu::kPanelRows;
+            for (int r = 0; r < height; ++r) out[r] = logits[r] + (op.router_bias ? op.router_bias[first + r] : 0.0f);
         }
     });
     const auto done = static_cast<int32_t>(end - begin);

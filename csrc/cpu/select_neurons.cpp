@@ -43,7 +43,7 @@ void select_neurons_run(const Instruction& ins, int64_t, int64_t, Scratch& s) {
         if (row < op.num_sequences) {
             const int64_t token = row * op.max_seq_len + op.num_generated[row];
             op.kept_map[(token * op.num_hidden_layers + op.layer) * 2 + op.stage] = static_cast<int32_t>(count);
-            op.left_out[row] += size - count;
+            op.left_out[row] += (size - count) * op.neuron_bytes;
         }
     }
     int32_t listed = 0;

@@ -5,9 +5,9 @@
 
 namespace skipkernels::SKIPKERNELS_ISA {
 
-// v[i][j] -> v[j][i], for as many vectors as one has elements
-inline void transpose_square(Vec* v) {
 #if defined(SKIPKERNELS_ISA_AVX512) || defined(SKIPKERNELS_ISA_AVX2)
+// four vectors' squares of four, lane by lane of 128 bits: v[j] then holds column j of each
+inline void transpose_fours(Vec* v) {
 #    if defined(SKIPKERNELS_ISA_AVX512)
     auto low = [](Vec a, Vec b) { return Vec{_mm512_unpacklo_ps(a.v, b.v)}; };
     auto high = [](Vec a, Vec b) { return Vec{_mm512_unpackhi_ps(a.v, b.v)}; };
@@ -19,13 +19,15 @@ inline void transpose_square(Vec* v) {
     auto low_pairs = [](Vec a, Vec b) { return Vec{_mm256_shuffle_ps(a.v, b.v, 0x44)}; };
     auto high_pairs = [](Vec a, Vec b) { return Vec{_mm256_shuffle_ps(a.v, b.v, 0xee)}; };
 #    endif
-    // squares of four within the 128-bit lanes: v[i + j] then holds column j of rows i .. i + 3, in every lane
-    for (int i = 0; i < Vec::width; i += 4) {
-        const Vec a = low(v[i], v[i + 1]), b = high(v[i], v[i + 1]);
-        const Vec c = low(v[i + 2], v[i + 3]), d = high(v[i + 2], v[i + 3]);
-        v[i] = low_pairs(a, c), v[i + 1] = high_pairs(a, c);
-        v[i + 2] = low_pairs(b, d), v[i + 3] = high_pairs(b, d);
-    }
+    const Vec a = low(v[0], v[1]), b = high(v[0], v[1]), c = low(v[2], v[3]), d = high(v[2], v[3]);
+    v[0] = low_pairs(a, c), v[1] = high_pairs(a, c), v[2] = low_pairs(b, d), v[3] = high_pairs(b, d);
+}
+#endif
+
+// v[i][j] -> v[j][i], for as many vectors as one has elements
+inline void transpose_square(Vec* v) {
+#if defined(SKIPKERNELS_ISA_AVX512) || defined(SKIPKERNELS_ISA_AVX2)
+    for (int i = 0; i < Vec::width; i += 4) transpose_fours(v + i);
     // then the lanes themselves
 #    if defined(SKIPKERNELS_ISA_AVX512)
     auto even = [](Vec a, Vec b) { return Vec{_mm512_shuffle_f32x4(a.v, b.v, 0x88)}; };
@@ -53,6 +55,28 @@ inline void transpose_square(Vec* v) {
     }
 #endif
 }
+
+#if defined(SKIPKERNELS_ISA_AVX512)
+constexpr int kHalfSquare = Vec::width / 2;  // columns
+
+// rows (width pointers) -> out[i] = their columns at + i. Loads of half a vector put two rows into one register, which
+// saves a quarter of a square's shuffles.
+inline void transpose_half(const float* const* rows, int64_t at, Vec (&out)[kHalfSquare]) {
+    Vec v[kHalfSquare];
+    for (int i = 0; i < kHalfSquare; ++i) {
+        const int row = i / 4 * 8 + i % 4;
+        const __m512d low = _mm512_castpd256_pd512(_mm256_castps_pd(_mm256_loadu_ps(rows[row] + at)));
+        const __m256d high = _mm256_castps_pd(_mm256_loadu_ps(rows[row + 4] + at));
+        v[i] = {_mm512_castpd_ps(_mm512_insertf64x4(low, high, 1))};
+    }
+    transpose_fours(v);
+    transpose_fours(v + 4);
+    for (int j = 0; j < 4; ++j) {
+        out[j] = {_mm512_shuffle_f32x4(v[j].v, v[4 + j].v, 0x88)};
+        out[4 + j] = {_mm512_shuffle_f32x4(v[j].v, v[4 + j].v, 0xdd)};
+    }
+}
+#endif
 
 // rows (width pointers to columns [begin, end), null for zeros) -> out[column * stride + row]
 template <class T>

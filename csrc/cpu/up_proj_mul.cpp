@@ -1,14 +1,18 @@
 // intermediate (rows, intermediate) *= up @ x for the listed neurons, x = rms_norm(hidden_states); no other row of
-// up_proj (intermediate, hidden) is read. A task is a panel of the list.
+// up_proj (intermediate, hidden) is read. A task is a panel of the list; of quantised rows, which lie in one piece
+// each, a group.
 //
 // Each (neuron, row) pair has one vector accumulator that walks k in order, as in linear.h: what a neuron gets does not
-// depend on the list it stands in, and with every neuron listed the bits are those of gate_up_silu.
+// depend on the list it stands in, and with every neuron listed the bits are those of gate_up_act.
 #include "linear.h"
 #include "neuron_rows.h"
 
 namespace skipkernels::SKIPKERNELS_ISA {
 
-int64_t up_proj_mul_tasks(const Instruction& ins, const Scratch&) { return num_panels(*ins.up_proj_mul.num_neurons); }
+int64_t up_proj_mul_tasks(const Instruction& ins, const Scratch&) {
+    const int64_t listed = *ins.up_proj_mul.num_neurons;
+    return is_float(ins.up_proj_mul.up_proj.format) ? num_panels(listed) : cpu::num_groups(listed);
+}
 
 void up_proj_mul_pack(const Instruction& ins, int begin, int end, Scratch& s) {
     const UpProjMul& op = ins.up_proj_mul;
@@ -86,32 +90,52 @@ static void listed_panel(const T* up, const int32_t* list, int count, const int3
     }
 }
 
-void up_proj_mul_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
-    const UpProjMul& op = ins.up_proj_mul;
+// intermediate of a row *= products, for `count` neurons
+static void multiply_listed(const UpProjMul& op, int row, const int32_t* list, int count, const float* products) {
+    float* values = op.intermediate + row * op.intermediate_size;
+    for (int r = 0; r < count; ++r) {
+        float& value = values[list[r]];
+        if (value != 0.0f) value *= products[r];
+    }
+}
+
+template <class T>
+static void multiply_panels(const UpProjMul& op, int64_t begin, int64_t end, Scratch& s) {
+    const auto* up = static_cast<const T*>(op.up_proj.data);
     const int64_t k = op.hidden_size;
     const int32_t* list_end = op.neurons + *op.num_neurons;
-    with_float_type(op.up_proj.format, [&](auto type) {
-        const auto* up = static_cast<const decltype(type)*>(op.up_proj.data);
-        for (int64_t panel = begin; panel < end; ++panel) {
-            const int32_t* list = op.neurons + panel * cpu::kPanelRows;
-            if (list >= list_end) return;  // none is listed
-            const int count = static_cast<int>(list_end - list < cpu::kPanelRows ? list_end - list : cpu::kPanelRows);
-            if (list[count - 1] - list[0] == count - 1) {  // neighbours, as where prompts keep all
-                const auto* w = up + list[0] * k;
-                linear_panel(w, k, count, w + count * k, s.panel, s);
-            } else {
-                listed_panel(up, list, count, list_end, k, s);
-            }
-            for (int i = 0; i < s.num_rows; ++i) {
-                float* values = op.intermediate + s.rows[i] * op.intermediate_size;
-                const float* products = s.panel + i * cpu::kPanelRows;
-                for (int r = 0; r < count; ++r) {
-                    float& value = values[list[r]];
-                    if (value != 0.0f) value *= products[r];
-                }
-            }
+    for (int64_t panel = begin; panel < end; ++panel) {
+        const int32_t* list = op.neurons + panel * cpu::kPanelRows;
+        if (list >= list_end) return;  // none is listed
+        const int count = static_cast<int>(list_end - list < cpu::kPanelRows ? list_end - list : cpu::kPanelRows);
+        if (list[count - 1] - list[0] == count - 1) {  // neighbours, as where prompts keep all
+            const auto* w = up + list[0] * k;
+            linear_panel(w, k, count, w + count * k, s.panel, s);
+        } else {
+            listed_panel(up, list, count, list_end, k, s);
         }
-    });
+        for (int i = 0; i < s.num_rows; ++i) multiply_listed(op, s.rows[i], list, count, s.panel + i * cpu::kPanelRows);
+    }
+}
+
+template <Format format>
+static void multiply_groups(const UpProjMul& op, int64_t begin, int64_t end, const Scratch& s) {
+    const int32_t* list_end = op.neurons + *op.num_neurons;
+    const SingleRowsProduct<format> product(op.hidden_size, s);
+    for (int64_t group = begin; group < end; ++group) {
+        const int32_t* list = op.neurons + group * cpu::kLanes;
+        if (list >= list_end) return;  // none is listed
+        const int count = static_cast<int>(list_end - list < cpu::kLanes ? list_end - list : cpu::kLanes);
+        product.listed(op.up_proj.parts[0], list, count, list_end,
+                       [&](int i, const float* products) { multiply_listed(op, s.rows[i], list, count, products); });
+    }
+}
+
+void up_proj_mul_run(const Instruction& ins, int64_t begin, int64_t end, Scratch& s) {
+    const UpProjMul& op = ins.up_proj_mul;
+    with_float_type(op.up_proj.format, [&](auto type) { multiply_panels<decltype(type)>(op, begin, end, s); });
+    with_block_format(op.up_proj.format,
+                      [&](auto format) { multiply_groups<decltype(format)::value>(op, begin, end, s); });
 }
 
 }  // namespace skipkernels::SKIPKERNELS_ISA

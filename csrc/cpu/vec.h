@@ -225,8 +225,9 @@ inline void store_some(float* p, Vec a, int n) {
 }
 
 // e^x to 2 ulp over the finite range: 2^n e^r with |r| <= ln2 / 2 and a Taylor polynomial of degree 7 (error 3e-9).
+// NaN stays NaN: of a pair with one, min and max return the second.
 inline Vec exp(Vec x) {
-    x = max(min(x, splat(88.0f)), splat(-87.0f));
+    x = max(splat(-87.0f), min(splat(88.0f), x));
     const Vec n = round_nearest(x * splat(1.44269504f));
     Vec r = fma(n, splat(-0.693359375f), x);  // ln2 in two parts, the first exact in 9 bits
     r = fma(n, splat(2.12194440e-4f), r);

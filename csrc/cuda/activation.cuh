@@ -5,11 +5,30 @@
 
 namespace skipkernels::cuda {
 
+constexpr float kGateLimit = 7.0f;  // of clamped_swiglu
+
 // act(gate); GELU by tanh is x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))
 __device__ __forceinline__ float activated(Activation activation, float gate) {
+    if (activation == Activation::clamped_swiglu && gate > kGateLimit) gate = kGateLimit;
     float z = gate;
+    if (activation == Activation::clamped_swiglu) z *= 1.702f;
     if (activation == Activation::gelu_tanh) z *= 1.5957691216057308f * (0.044715f * gate * gate + 1.0f);
     return gate / (1.0f + expf(-z));
+}
+
+// act(gate) * up
+__device__ __forceinline__ float gated(Activation activation, float gate, float up) {
+    if (activation == Activation::clamped_swiglu) {
+        if (up > kGateLimit) up = kGateLimit;
+        if (up < -kGateLimit) up = -kGateLimit;
+        up += 1.0f;
+    }
+    return activated(activation, gate) * up;
+}
+
+// cap * tanh(x / cap): no score is larger than cap (Gemma 2)
+__device__ __forceinline__ float softened(float cap, float x) {
+    return cap - 2.0f * cap / (expf(2.0f / cap * x) + 1.0f);  // tanh(z) = 1 - 2 / (exp(2 z) + 1)
 }
 
 }  // namespace skipkernels::cuda

@@ -1,6 +1,7 @@
 // What a block of decode_attention does with one work item.
 #pragma once
 
+#include "activation.cuh"
 #include "attention_items.cuh"
 #include "paged_cache.cuh"
 
@@ -8,6 +9,7 @@ namespace skipkernels::cuda {
 
 constexpr int kAttentionThreads = 256;
 constexpr int kAttentionWarps = kAttentionThreads / 32;
+constexpr float kLog2e = 1.44269504f;                 // scores are in powers of two
 constexpr int kKeyLanes = 8;                          // lanes that share a key
 constexpr int kKeys = kAttentionThreads / kKeyLanes;  // keys a block takes at a time
 
@@ -117,7 +119,6 @@ struct Attention {
     }
 
     __device__ void load_query(const AttentionItem& item) const {
-        constexpr float kLog2e = 1.44269504f;
         const float* query = op.query + (int64_t{item.row} * op.num_attention_heads + item.first_head) * head_dim;
         for (int i = static_cast<int>(threadIdx.x); i < kHeads * head_dim; i += kAttentionThreads) {
             shared.query()[i] = i < item.num_heads * head_dim ? query[i] * (op.scaling * kLog2e) : 0.0f;
@@ -150,6 +151,7 @@ struct Attention {
                 for (int lanes = kKeyLanes / 2; lanes; lanes /= 2) {
                     sum[h] += __shfl_xor_sync(kAllLanes, sum[h], lanes);
                 }
+                if (op.softcap > 0.0f) sum[h] = softened(op.softcap * kLog2e, sum[h]);
                 if (part == 0) shared.scores[position][h] = attended ? sum[h] : -INFINITY;
             }
         }

@@ -2,7 +2,7 @@
 // and, where asked for, of decode rows similarity_partials (tiles, sequences, 3), as down_proj_add has them.
 //
 // A block is a row. Some 50 KB move for a row of 4096 channels: it costs its launch.
-#include "common.cuh"
+#include "block_sum.cuh"
 #include "ops.h"
 #include "residual.cuh"
 
@@ -11,16 +11,6 @@ namespace skipkernels::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-
-// The sum of the block's values, in every thread; the same order whatever else runs.
-__device__ float block_sum(float value, float* sums) {
-    value = warp_sum(value);
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = value;
-    __syncthreads();
-    float sum = 0.0f;
-    for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp];
-    return sum;
-}
 
 __global__ void __launch_bounds__(kThreads)
     branch_add_kernel(const __grid_constant__ BranchAdd op, const int32_t* row_mask, Stamps stamps) {

@@ -77,6 +77,9 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocksPerSm)
         if (thread == 0 && !is_last_item) shared.item[turn ^ 1] = attention.items.at(op, index + grid);
         attention.load_query(item);
         float max = -INFINITY, sum = 0.0f;
+        if (op.sinks && item.run == 0 && warp < item.num_heads) {  // one more score, without a value
+            max = op.sinks[item.first_head + warp] * kLog2e, sum = 1.0f;
+        }
         typename Attention<T, V, kHeads, kStaged>::Output output = {};
         for (int split = item.first_split; split <= item.last_split; ++split, stage ^= 1) {
             ptx::wait_copies<0>();

@@ -39,11 +39,8 @@ struct AddDownProj {
 
 cudaError_t launch_down_proj_add(const Step& step, const LaunchContext& context) {
     const DownProjAdd& op = step.ins.down_proj_add;
-    return with_float_type(op.down_proj.format, [&](auto type) {
-        const auto in = make_linear<decltype(type)>(step, op.down_proj.data, op.intermediate, op.intermediate_size,
-                                                    ceil_div(op.hidden_size, kTileRows));
-        return launch_linear(in, AddDownProj{op}, context);
-    });
+    return launch_projection(step, op.down_proj, op.intermediate, op.intermediate_size,
+                             ceil_div(op.hidden_size, kTileRows), AddDownProj{op}, context);
 }
 
 }  // namespace skipkernels::cuda

@@ -9,8 +9,9 @@ namespace skipkernels::cuda {
 
 namespace {
 
+template <bool kHasNorm>
 struct ActGate {
-    static constexpr bool kNormed = true, kFinishesTiles = false, kHasExtraBlock = false;
+    static constexpr bool kNormed = kHasNorm, kFinishesTiles = false, kHasExtraBlock = false;
     struct Early {};
     GateProjAct op;
 
@@ -28,12 +29,13 @@ struct ActGate {
 
 cudaError_t launch_gate_proj_act(const Step& step, const LaunchContext& context) {
     const GateProjAct& op = step.ins.gate_proj_act;
-    return with_float_type(op.gate_proj.format, [&](auto type) {
-        const auto in = make_linear<decltype(type)>(step, op.gate_proj.data, op.hidden_states, op.hidden_size,
-                                                    ceil_div(op.intermediate_size, kTileRows),
-                                                    op.post_attention_layernorm, op.rms_norm_eps);
-        return launch_linear(in, ActGate{op}, context);
-    });
+    const int64_t tiles = ceil_div(op.intermediate_size, kTileRows);
+    if (!op.post_attention_layernorm) {
+        return launch_projection(step, op.gate_proj, op.hidden_states, op.hidden_size, tiles, ActGate<false>{op},
+                                 context);
+    }
+    return launch_projection(step, op.gate_proj, op.hidden_states, op.hidden_size, tiles, ActGate<true>{op}, context,
+                             op.post_attention_layernorm, op.rms_norm_eps);
 }
 
 }  // namespace skipkernels::cuda

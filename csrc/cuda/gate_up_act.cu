@@ -10,8 +10,9 @@ namespace skipkernels::cuda {
 
 namespace {
 
+template <bool kHasNorm>
 struct ActGateUp {
-    static constexpr bool kNormed = true, kFinishesTiles = false, kHasExtraBlock = false;
+    static constexpr bool kNormed = kHasNorm, kFinishesTiles = false, kHasExtraBlock = false;
     struct Early {};
     GateUpAct op;
 
@@ -26,20 +27,34 @@ struct ActGateUp {
         const float up = __shfl_xor_sync(kAllLanes, gate, kRunRows);
         if (row < 0 || r >= kRunRows || !tile(index).has(r)) return;
         op.intermediate[row * op.intermediate_size + int64_t{index} * kRunRows + r] =
-            activated(static_cast<Activation>(op.activation), gate) * up;
+            gated(static_cast<Activation>(op.activation), gate, up);
     }
 };
+
+template <bool kNormed>
+cudaError_t launch_way(const Step& step, const LaunchContext& context) {
+    const GateUpAct& op = step.ins.gate_up_act;
+    const ActGateUp<kNormed> epilogue{op};
+    const int64_t tiles = ceil_div(op.intermediate_size, kRunRows);
+    if (op.gate_up_proj.num_parts == 1) {
+        return launch_projection(step, op.gate_up_proj, op.hidden_states, op.hidden_size, tiles, epilogue, context,
+                                 op.post_attention_layernorm, op.rms_norm_eps);
+    }
+    // gate and up apart; check() has seen that they share a format
+    return with_block_format(op.gate_up_proj.format, [&](auto format) {
+        auto in = make_block_linear<decltype(format)::value>(step, op.gate_up_proj.parts[0], op.gate_up_proj.parts[1],
+                                                             op.hidden_states, op.hidden_size, tiles,
+                                                             op.post_attention_layernorm, op.rms_norm_eps);
+        in.first_row[1] = op.intermediate_size;
+        return launch_linear(in, epilogue, context);
+    });
+}
 
 }  // namespace
 
 cudaError_t launch_gate_up_act(const Step& step, const LaunchContext& context) {
-    const GateUpAct& op = step.ins.gate_up_act;
-    return with_float_type(op.gate_up_proj.format, [&](auto type) {
-        const auto in = make_linear<decltype(type)>(step, op.gate_up_proj.data, op.hidden_states, op.hidden_size,
-                                                    ceil_div(op.intermediate_size, kRunRows),
-                                                    op.post_attention_layernorm, op.rms_norm_eps);
-        return launch_linear(in, ActGateUp{op}, context);
-    });
+    if (!step.ins.gate_up_act.post_attention_layernorm) return launch_way<false>(step, context);
+    return launch_way<true>(step, context);
 }
 
 }  // namespace skipkernels::cuda

@@ -1,6 +1,7 @@
 #include "kernels.h"
 
 #include <limits>
+#include <string_view>
 
 #include "checks.h"
 #include "ops.h"
@@ -11,7 +12,10 @@ namespace {
 
 constexpr int64_t kMostTokens = 1 << 19;  // whose weights sample can add up, see sample_truncated.cuh
 constexpr int64_t kLargestHead = 256;
-constexpr int64_t kMostNeuronsOfChunk = 4096;  // that the warps of a block can list in shared memory
+constexpr int64_t kMostExperts = 8192;            // whose counts fit shared memory
+constexpr int64_t kMostColumnsOfExperts = 16384;  // of a row that does
+constexpr int64_t kMostPairs = 65535;             // blocks along the second axis of a grid
+constexpr int64_t kMostNeuronsOfChunk = 4096;     // that the warps of a block can list in shared memory
 
 void check_size(const char* op, const char* name, int64_t size) {
     skipkernels::check(size > 0 && size <= std::numeric_limits<int32_t>::max(), op, ": ", name,
@@ -34,6 +38,40 @@ void check_partials(const char* name, const Op& op) {
     skipkernels::check(!op.similarity_partials || op.rows_per_partial == kRowsPerPartial, name,
                        ": rows_per_partial must be ", kRowsPerPartial, " on CUDA, got ", op.rows_per_partial,
                        "; allocate the state for a CUDA device");
+}
+
+// Blocks lie in planes, and where a kernel reads no lists of rows or columns.
+void check_blocks_of(const char* op, const Matrix& matrix, bool reads_blocks, bool reads_parts = false) {
+    skipkernels::check(matrix.num_parts == 1 || reads_parts, op,
+                       ": has no CUDA kernel for a matrix in several formats; load the model with dtype bf16");
+    for (int i = 0; i < matrix.num_parts; ++i) {
+        const MatrixPart& part = matrix.parts[i];
+        if (is_float(part.format)) continue;
+        const std::string_view format = kFormatNames[static_cast<size_t>(part.format)];
+        skipkernels::check(reads_blocks, op, ": has no CUDA kernel for a matrix in ", format,
+                           "; leave out whole FFN blocks, or load the model with dtype bf16");
+        skipkernels::check(part.layout == Layout::rows, op, ": a matrix in ", format, " must lie in planes, got ",
+                           kLayoutNames[static_cast<size_t>(part.layout)]);
+    }
+}
+
+void check_matrices(const Instruction& ins) {
+    if (ins.op == OpCode::embed) check_blocks_of("embed", ins.embed.embed_tokens, true);
+    if (ins.op == OpCode::qkv_rope_append) check_blocks_of("qkv_rope_append", ins.qkv_rope_append.qkv_proj, true, true);
+    if (ins.op == OpCode::o_proj_add) check_blocks_of("o_proj_add", ins.o_proj_add.o_proj, true);
+    if (ins.op == OpCode::gate_proj_act) check_blocks_of("gate_proj_act", ins.gate_proj_act.gate_proj, true);
+    if (ins.op == OpCode::up_proj_mul) check_blocks_of("up_proj_mul", ins.up_proj_mul.up_proj, false);
+    if (ins.op == OpCode::down_proj_add) check_blocks_of("down_proj_add", ins.down_proj_add.down_proj, true);
+    if (ins.op == OpCode::down_proj_neurons_add)
+        check_blocks_of("down_proj_neurons_add", ins.down_proj_neurons_add.down_proj, false);
+    if (ins.op == OpCode::lm_head) check_blocks_of("lm_head", ins.lm_head.lm_head, true);
+    if (ins.op != OpCode::gate_up_act) return;
+    const Matrix& gate_up = ins.gate_up_act.gate_up_proj;
+    check_blocks_of("gate_up_act", gate_up, true, true);
+    skipkernels::check(gate_up.num_parts == 1 || gate_up.parts[1].format == gate_up.format,
+                       "gate_up_act: gate_proj in ", kFormatNames[static_cast<size_t>(gate_up.format)],
+                       " and up_proj in ", kFormatNames[static_cast<size_t>(gate_up.parts[1].format)],
+                       " have no CUDA kernel together; use kernels triton, or load the model with dtype bf16");
 }
 
 }  // namespace
@@ -82,6 +120,7 @@ int64_t scratch_floats(const Instruction& ins) {
 }
 
 void check(const Instruction& ins) {
+    check_matrices(ins);
     using skipkernels::check;  // of a condition
     check(ins.num_rows >= 1 && ins.num_rows <= kMostRows, "the rows of a step must number 1..", kMostRows,
           " on CUDA, got ", ins.num_rows);
@@ -115,13 +154,34 @@ void check(const Instruction& ins) {
             break;
         }
         case OpCode::route_experts:
-        case OpCode::experts_gate_up_act:
-        case OpCode::experts_down_proj_add:
-            fail(kInstructionSet[static_cast<size_t>(ins.op)].name, ": has no CUDA kernel; decode experts on a CPU");
+            check_size("route_experts", "hidden_size", ins.route_experts.hidden_size);
+            check_size("route_experts", "num_pairs", ins.route_experts.num_pairs);
+            check(ins.route_experts.num_experts <= kMostExperts, "route_experts: num_experts must be at most ",
+                  kMostExperts, " on CUDA, got ", ins.route_experts.num_experts);
+            break;
+        case OpCode::experts_gate_up_act: {
+            const ExpertsGateUpAct& op = ins.experts_gate_up_act;
+            check(op.hidden_size <= kMostColumnsOfExperts, "experts_gate_up_act: hidden_size must be at most ",
+                  kMostColumnsOfExperts, " on CUDA, got ", op.hidden_size);
+            check(op.num_pairs <= kMostPairs, "experts_gate_up_act: rows times experts of each must be at most ",
+                  kMostPairs, " on CUDA, got ", op.num_pairs);
+            break;
+        }
+        case OpCode::experts_down_proj_add: {
+            const ExpertsDownProjAdd& op = ins.experts_down_proj_add;
+            check(op.hidden_size <= kRowsPerPartial * kMostPairs, "experts_down_proj_add: hidden_size must be at most ",
+                  kRowsPerPartial * kMostPairs, " on CUDA, got ", op.hidden_size);
+            check_partials("experts_down_proj_add", op);
+            break;
+        }
         case OpCode::qkv_rope_append:
             check_size("qkv_rope_append", "hidden_size", ins.qkv_rope_append.hidden_size);
             check_size("qkv_rope_append", "qkv_size", ins.qkv_rope_append.qkv_size);
             check_blocks("qkv_rope_append", ins.qkv_rope_append);
+            break;
+        case OpCode::norm_rope_append:
+            check_size("norm_rope_append", "qkv_size", ins.norm_rope_append.qkv_size);
+            check_blocks("norm_rope_append", ins.norm_rope_append);
             break;
         case OpCode::decode_attention: {
             const DecodeAttention& op = ins.decode_attention;
@@ -168,14 +228,6 @@ void check(const Instruction& ins) {
             break;
     }
 }
-
-// check() refuses these.
-#define SKIPKERNELS_NO_LAUNCHER(op) \
-    cudaError_t launch_##op(const Step&, const LaunchContext&) { return cudaErrorInvalidValue; }
-SKIPKERNELS_NO_LAUNCHER(route_experts)
-SKIPKERNELS_NO_LAUNCHER(experts_gate_up_act)
-SKIPKERNELS_NO_LAUNCHER(experts_down_proj_add)
-#undef SKIPKERNELS_NO_LAUNCHER
 
 cudaError_t launch(const Step& step, const LaunchContext& context) {
     switch (step.ins.op) {

@@ -20,14 +20,15 @@ constexpr int kBlockK = 32;  // k that the four lanes of a group load together
 template <class T>
 struct MmaOperand;
 
-template <>
-struct MmaOperand<bf16> {
+// Floats as sums of three bf16, two in a register.
+template <int kPairs>
+struct Bf16Parts {
     static constexpr int kParts = 3;
-    uint32_t part[kParts][4];  // largest first
+    uint32_t part[kParts][kPairs];  // largest first
 
-    __device__ explicit MmaOperand(const float (&x)[8]) {
+    __device__ explicit Bf16Parts(const float (&x)[2 * kPairs]) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < kPairs; ++i) {
             float low = x[2 * i], high = x[2 * i + 1];
 #pragma unroll
             for (int p = 0; p < kParts; ++p) {
@@ -36,6 +37,12 @@ struct MmaOperand<bf16> {
             }
         }
     }
+};
+
+template <>
+struct MmaOperand<bf16> : Bf16Parts<4> {
+    using Bf16Parts<4>::Bf16Parts;
+
     // sum (16, 8) += w (16, 32) x (32, 8); `w` holds the lane's 8 weights of row g and of row g + 8.
     __device__ void multiply_add(float (&sum)[4], const uint4 (&w)[2]) const {
         const uint32_t first[4] = {w[0].x, w[1].x, w[0].y, w[1].y}, second[4] = {w[0].z, w[1].z, w[0].w, w[1].w};
@@ -85,12 +92,81 @@ struct MmaSums {
     static constexpr size_t kBytes = kLinearWarps * kWarpFloats * sizeof(float);
 };
 
+// In the epilogue a thread has one row of a tile and one batch row, or -1.
+template <int kColumnTiles>
+__device__ __forceinline__ int result_row(const Rows& rows) {
+    const int thread = ptx::thread_index();
+    return thread / kTileRows < 8 * kColumnTiles ? rows.at(thread / kTileRows) : -1;
+}
+
+// Asks for what the epilogue needs of the tiles from `index` on, of which there are some below `end`.
+template <int kColumnTiles, int kTiles, class Epilogue>
+__device__ __forceinline__ void early_of_tiles(const Epilogue& epilogue, const Rows& rows, int index, int end,
+                                               typename Epilogue::Early (&early)[kTiles]) {
+    const int row = result_row<kColumnTiles>(rows);
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+        if (row >= 0 && index + t < end) early[t] = epilogue.early(index + t, row, ptx::thread_index() % kTileRows);
+    }
+}
+
+// Adds the warps' sums of the tiles from `index` on, in the order of the warps, and hands them to the epilogue.
+template <int kColumnTiles, int kTiles, class T, class Epilogue>
+__device__ __forceinline__ void finish_tiles(const Linear<T>& in, const Epilogue& epilogue, Rows& rows, int index,
+                                             int end, const float (&sum)[kTiles][kColumnTiles][4],
+                                             float (&squares)[kColumnTiles],
+                                             const typename Epilogue::Early (&early)[kTiles]) {
+    using Sums = MmaSums<kColumnTiles, kTiles>;
+    const int thread = ptx::thread_index(), warp = thread / 32, lane = thread % 32;
+    const int group = lane / 4, quad = lane % 4, result_column = thread / kTileRows;
+    auto* shared = reinterpret_cast<float*>(ptx::shared_memory() + kSumsAt);
+    float* own = shared + warp * Sums::kWarpFloats;
+#pragma unroll
+    for (int c = 0; c < kColumnTiles; ++c) {
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float* to = own + (t * kTileRows + half * kRunRows + group) * Sums::kStride + c * 8 + quad * 2;
+                to[0] = sum[t][c][half * 2], to[1] = sum[t][c][half * 2 + 1];
+            }
+        }
+        if constexpr (Epilogue::kNormed) {
+            squares[c] += __shfl_xor_sync(kAllLanes, squares[c], 1);
+            squares[c] += __shfl_xor_sync(kAllLanes, squares[c], 2);
+            if (quad == 0) own[Sums::kSquares + c * 8 + group] = squares[c];
+        }
+    }
+    __syncthreads();
+    if (warp * 2 < 8 * kColumnTiles) {
+        float scale = 1.0f;
+        if constexpr (Epilogue::kNormed) {
+            float all_squares = 0.0f;
+            for (int i = 0; i < kLinearWarps; ++i) {
+                all_squares += shared[i * Sums::kWarpFloats + Sums::kSquares + result_column];
+            }
+            scale = norm_scale(in, all_squares);
+        }
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+            if (index + t >= end) break;
+            const float* of_row = shared + (t * kTileRows + thread % kTileRows) * Sums::kStride + result_column;
+            float result = 0.0f;
+            for (int i = 0; i < kLinearWarps; ++i) result += of_row[i * Sums::kWarpFloats];
+            epilogue(index + t, result_row<kColumnTiles>(rows), thread % kTileRows, result * scale, early[t]);
+        }
+    }
+    __syncthreads();  // before the next sums are left there
+    if constexpr (Epilogue::kFinishesTiles) {
+        for (int t = 0; t < kTiles && index + t < end; ++t) epilogue.finish_tile(index + t, rows);
+    }
+}
+
 // kTiles tiles are walked side by side and share one read of x: worth it where a block has several, and needed where
 // the 16 rows of x are more bytes than the tile.
 template <class T, int kColumnTiles, int kTiles, class Epilogue>
 __device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& epilogue, Rows& rows,
                                            const Clock& clock) {
-    using Sums = MmaSums<kColumnTiles, kTiles>;
     constexpr int kBlocks = 2 / kTiles;  // a stage is kBlocks blocks of k of kTiles tiles: 4 copies
     constexpr int kStageCopies = 2 * kTiles * kBlocks, kStages = kCopies / kStageCopies;
     constexpr int kStageK = kLinearWarps * kBlocks * kBlockK;  // columns of all warps
@@ -147,19 +223,14 @@ __device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& 
         const int row = rows.at(c * 8 + group);
         x[c] = row >= 0 ? row * in.k : -1;
     }
-    // In the epilogue a thread has one row of a tile and one batch row.
-    const bool finishes = warp * 2 < 8 * kColumnTiles;
-    const int result_column = thread / kTileRows;
-    const auto result_row = [&] { return finishes ? rows.at(result_column) : -1; };
-    auto* shared = reinterpret_cast<float*>(ptx::shared_memory() + kSumsAt);
-
     if constexpr (kColumnTiles == 1) {  // with more, registers would not do
         for (int k = first_k; k < in.k; k += kStageK) {
 #pragma unroll
             for (int b = 0; b < kBlocks; ++b) touch_norm<Epilogue::kNormed>(in, k + b * kBlockK);
         }
-        if (in.touches_settled && in.when_is_settled && result_row() >= 0) {
-            epilogue.touch(static_cast<int>(blockIdx.x) * kTiles, result_row(), thread % kTileRows);
+        const int row = result_row<kColumnTiles>(rows);
+        if (in.touches_settled && in.when_is_settled && row >= 0) {
+            epilogue.touch(static_cast<int>(blockIdx.x) * kTiles, row, thread % kTileRows);
         }
     }
     ptx::grid_dependency_wait();
@@ -170,12 +241,7 @@ __device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& 
     for (int at = static_cast<int>(blockIdx.x); at < groups; at += grid) {
         typename Epilogue::Early early[kTiles] = {};
         float sum[kTiles][kColumnTiles][4] = {}, squares[kColumnTiles] = {};
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-            const int index = at * kTiles + t;
-            if (result_row() >= 0 && index < in.tiles)
-                early[t] = epilogue.early(index, result_row(), thread % kTileRows);
-        }
+        early_of_tiles<kColumnTiles>(epilogue, rows, at * kTiles, in.tiles, early);
         for (int k = first_k; k - first_k < in.k; k += kStageK) {
             float xs[kBlocks][kColumnTiles][8] = {};
 #pragma unroll
@@ -209,48 +275,7 @@ __device__ __forceinline__ void linear_mma(const Linear<T>& in, const Epilogue& 
             }
         }
 
-        float* own = shared + warp * Sums::kWarpFloats;
-#pragma unroll
-        for (int c = 0; c < kColumnTiles; ++c) {
-#pragma unroll
-            for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    float* to = own + (t * kTileRows + half * kRunRows + group) * Sums::kStride + c * 8 + quad * 2;
-                    to[0] = sum[t][c][half * 2], to[1] = sum[t][c][half * 2 + 1];
-                }
-            }
-            if constexpr (Epilogue::kNormed) {
-                squares[c] += __shfl_xor_sync(kAllLanes, squares[c], 1);
-                squares[c] += __shfl_xor_sync(kAllLanes, squares[c], 2);
-                if (quad == 0) own[Sums::kSquares + c * 8 + group] = squares[c];
-            }
-        }
-        __syncthreads();
-        if (finishes) {
-            float scale = 1.0f;
-            if constexpr (Epilogue::kNormed) {
-                float all_squares = 0.0f;
-                for (int i = 0; i < kLinearWarps; ++i) {
-                    all_squares += shared[i * Sums::kWarpFloats + Sums::kSquares + result_column];
-                }
-                scale = norm_scale(in, all_squares);
-            }
-#pragma unroll
-            for (int t = 0; t < kTiles; ++t) {
-                if (at * kTiles + t >= in.tiles) break;
-                const float* of_row = shared + (t * kTileRows + thread % kTileRows) * Sums::kStride + result_column;
-                float result = 0.0f;
-                for (int i = 0; i < kLinearWarps; ++i) result += of_row[i * Sums::kWarpFloats];
-                epilogue(at * kTiles + t, result_row(), thread % kTileRows, result * scale, early[t]);
-            }
-        }
-        __syncthreads();  // before the next sums are left there
-        if constexpr (Epilogue::kFinishesTiles) {
-            for (int t = 0; t < kTiles && at * kTiles + t < in.tiles; ++t) {
-                epilogue.finish_tile(at * kTiles + t, rows);
-            }
-        }
+        finish_tiles<kColumnTiles>(in, epilogue, rows, at * kTiles, in.tiles, sum, squares, early);
     }
 }
 

@@ -2,6 +2,7 @@
 // rows
 //
 // Llama-3-8B, bf16: 128256 x 4096 weights, 1.05 GB, 244 us at 4.3 TB/s.
+#include "activation.cuh"
 #include "linear_kernel.cuh"
 #include "ops.h"
 
@@ -19,7 +20,8 @@ struct StoreLogits {
     __device__ void touch(int, int, int) const {}
     __device__ void operator()(int index, int row, int r, float value, Early) const {
         if (row < 0 || !tile(index).has(r)) return;
-        op.logits[row * op.vocab_size + int64_t{index} * kTileRows + r] = value;
+        op.logits[row * op.vocab_size + int64_t{index} * kTileRows + r] =
+            op.softcap > 0.0f ? softened(op.softcap, value) : value;
     }
 };
 
@@ -27,11 +29,8 @@ struct StoreLogits {
 
 cudaError_t launch_lm_head(const Step& step, const LaunchContext& context) {
     const LmHead& op = step.ins.lm_head;
-    return with_float_type(op.lm_head.format, [&](auto type) {
-        const auto in = make_linear<decltype(type)>(step, op.lm_head.data, op.hidden_states, op.hidden_size,
-                                                    ceil_div(op.vocab_size, kTileRows), op.norm, op.rms_norm_eps);
-        return launch_linear(in, StoreLogits{op}, context);
-    });
+    return launch_projection(step, op.lm_head, op.hidden_states, op.hidden_size, ceil_div(op.vocab_size, kTileRows),
+                             StoreLogits{op}, context, op.norm, op.rms_norm_eps);
 }
 
 }  // namespace skipkernels::cuda

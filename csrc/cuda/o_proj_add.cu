@@ -33,11 +33,8 @@ struct AddOProj {
 
 cudaError_t launch_o_proj_add(const Step& step, const LaunchContext& context) {
     const OProjAdd& op = step.ins.o_proj_add;
-    return with_float_type(op.o_proj.format, [&](auto type) {
-        const auto in = make_linear<decltype(type)>(step, op.o_proj.data, op.attn_output, op.attention_size,
-                                                    ceil_div(op.hidden_size, kTileRows));
-        return launch_linear(in, AddOProj{op}, context);
-    });
+    return launch_projection(step, op.o_proj, op.attn_output, op.attention_size, ceil_div(op.hidden_size, kTileRows),
+                             AddOProj{op}, context);
 }
 
 }  // namespace skipkernels::cuda

@@ -2,12 +2,15 @@
 
 #include <algorithm>
 
+#include "planes.h"
+
 namespace skipkernels::cuda {
 
 namespace {
 
 WeightRange range_of(const Matrix& matrix, int64_t columns) {
     const MatrixPart& part = matrix.parts[0];
+    if (!is_float(part.format)) return {part.data, PlaneOffsets(part.format, part.rows, columns).bytes};
     return {part.data, part.rows * columns * (part.format == Format::f32 ? 4 : 2)};
 }
 
@@ -34,6 +37,8 @@ Prefetch prefetch_of_attention(const std::vector<Instruction>& program, size_t i
     if (const Instruction* ins = find_next(program, index, OpCode::o_proj_add)) plan.always = o_proj_weights(*ins);
     const Instruction* ffn = find_next(program, index, OpCode::gate_up_act);
     if (!ffn) ffn = find_next(program, index, OpCode::gate_proj_act);
+    const Instruction* router = find_next(program, index, OpCode::route_experts);
+    if (router && ffn && router < ffn) ffn = nullptr;  // of a later layer; which experts this one reads is not known
     if (ffn) {
         plan.run_ffn = ffn->row_mask;
         plan.num_rows = ffn->num_rows;

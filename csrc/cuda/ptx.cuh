@@ -53,6 +53,19 @@ __device__ __forceinline__ void copy_weights_async(void* to_shared, const void* 
                  : "memory");
 }
 
+// 4, 8 or 16 bytes, aligned to as many: of weights' scales, which neighbours read too.
+template <int bytes>
+__device__ __forceinline__ void copy_few_async(void* to_shared, const void* from) {
+    if constexpr (bytes == 16) {
+        copy_async(to_shared, from);
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(
+                         static_cast<uint32_t>(__cvta_generic_to_shared(to_shared))),
+                     "l"(from), "n"(bytes)
+                     : "memory");
+    }
+}
+
 // 16 bytes of weights to registers, past L1; aligned. `policy` as above.
 __device__ __forceinline__ uint4 load_weights(const void* from, uint64_t policy) {
     uint4 v;
@@ -92,6 +105,13 @@ __device__ __forceinline__ uint32_t floats_to_bf16(float low, float high) {
     uint32_t bits;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
     return bits;
+}
+
+// a + b of both halves, rounded once.
+__device__ __forceinline__ uint32_t add_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t sum;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));  // sm_80 has no add
+    return sum;
 }
 
 __device__ __forceinline__ float fp16_to_float(uint16_t bits) {

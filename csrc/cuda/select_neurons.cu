@@ -109,7 +109,7 @@ __device__ void record(const SelectNeurons& op, const Wanted& wanted, const int3
         if (lane) continue;
         const int64_t token = row * op.max_seq_len + op.num_generated[row];
         op.kept_map[(token * op.num_hidden_layers + op.layer) * 2 + op.stage] = count;
-        op.left_out[row] += op.intermediate_size - count;
+        op.left_out[row] += (op.intermediate_size - count) * op.neuron_bytes;
     }
 }
 
@@ -117,10 +117,7 @@ __global__ void __launch_bounds__(kThreads)
     select_neurons_kernel(const __grid_constant__ SelectNeurons op, const __grid_constant__ Wanted wanted,
                           int32_t* arrivals, float* scratch) {
     const Clock clock(wanted.stamps);
-    if (!wanted.wait(clock)) {
-        if (blockIdx.x == 0 && threadIdx.x == 0) *op.num_neurons = 0;
-        return;
-    }
+    if (!wanted.wait(clock)) return;
     auto& shared = *reinterpret_cast<Shared*>(ptx::shared_memory());
     auto* words = reinterpret_cast<uint32_t*>(scratch);
     auto* counts = reinterpret_cast<int32_t*>(words + num_words(op));

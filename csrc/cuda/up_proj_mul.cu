@@ -25,7 +25,7 @@ constexpr int kBlocksOfMultiprocessor = 2;
 
 struct Shared {
     Rows rows;
-    float scales[kRowsOfPass];  // 1 / rms of a row
+    float scales[kRowsOfPass];  // 1 / rms of a row, or 1
 };
 
 // Columns [first, k) of a row, as a lane has them: V of them at a time for each of kAtOnce parts from `part` on.
@@ -53,6 +53,10 @@ __device__ __forceinline__ float sum_of_parts(const float (&parts)[kParts]) {
 template <int V>
 __device__ void find_scales(const UpProjMul& op, Shared& shared) {
     const int k = static_cast<int>(op.hidden_size);
+    if (!op.post_attention_layernorm) {
+        if (threadIdx.x < kRowsOfPass) shared.scales[threadIdx.x] = 1.0f;
+        return;
+    }
     for (int n = static_cast<int>(threadIdx.x) / 32; n < shared.rows.count(); n += kWarps) {
         const float* x = op.hidden_states + int64_t{shared.rows.at(n)} * k;
         float squares[kParts] = {};
@@ -94,7 +98,12 @@ __device__ __forceinline__ void multiply(const UpProjMul& op, uint64_t policy, c
             });
             for_parts<V, kAtOnce>(part, first, k, [&](int i, int at) {
                 float norm[V];
-                load_floats(op.post_attention_layernorm + at, norm);
+                if (op.post_attention_layernorm) {
+                    load_floats(op.post_attention_layernorm + at, norm);
+                } else {
+#pragma unroll
+                    for (float& each : norm) each = 1.0f;
+                }
 #pragma unroll
                 for (int n = 0; n < N; ++n) {
                     float xs[V];

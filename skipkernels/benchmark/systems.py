@@ -15,7 +15,7 @@ from skipkernels.model.weights import ModelWeights, parameter_views
 from skipkernels.skipping.policy import DensePolicy, Policy, TimingPolicy
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedModel
+    from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
     from skipkernels.executors import ProfilingExecutor
 
@@ -58,6 +58,7 @@ class SkipkernelsSystem:
 
     def decode(self, prompt_tokens: int, new_tokens: int) -> Measurement:
         prompts = [self._prompt[:prompt_tokens]] * self.batch_size
+        read_before = self._experts_read_by_first_tokens(prompts)
         self._engine.loop.forget_prefixes()  # each turn computes its prompts
         answers = self._engine.generate(prompts, max_new_tokens=new_tokens, eos_token_ids=(), policy=self._policy)
         seconds = answers[0].seconds_per_token[1:]
@@ -69,9 +70,34 @@ class SkipkernelsSystem:
         return Measurement(
             seconds=seconds,
             skip_ratio=float(unread.mean()),
-            bytes_per_step=weights.decode_nbytes() + cached - skipped_ffns * weights.ffn_nbytes(),
+            bytes_per_step=weights.decode_nbytes()
+            + cached
+            - skipped_ffns * weights.ffn_nbytes()
+            + self._nbytes_of_more_experts(self._engine.state.experts_read - read_before, unread.min(axis=0)),
             first_token_s=max(answer.time_to_first_token_s for answer in answers),
         )
+
+    def _experts_read_by_first_tokens(self, prompts: list[list[int]]) -> torch.Tensor:
+        """The counters of experts as they will stand when every prompt has its first token."""
+        if not self._engine.config.num_experts:
+            return self._engine.state.experts_read
+        before = self._engine.state.experts_read.clone()
+        self._engine.loop.forget_prefixes()
+        self._engine.generate(prompts, max_new_tokens=1, eos_token_ids=(), policy=self._policy)
+        return self._engine.state.experts_read * 2 - before
+
+    def _nbytes_of_more_experts(self, read: torch.Tensor, unread: np.ndarray) -> float:
+        """Bytes of the experts that a step read beyond those of one token: rows choose others.
+
+        Args:
+            read: i64 [layers], experts whose matrices were read in all steps.
+            unread: [steps, layers], the share of an FFN that no row read.
+        """
+        chosen = self._engine.config.num_experts_per_tok
+        more = 0.0
+        for layer, count, of_steps in zip(self._engine.weights.layers, read.tolist(), unread.T, strict=True):
+            more += (count - chosen * (1 - of_steps).sum()) * layer.expert_nbytes() / len(of_steps)
+        return float(more)
 
     def instruction_ms(self, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
         executor = cast("ProfilingExecutor", self._engine.executor_for(self._policy))
@@ -164,16 +190,17 @@ def policies_for(ratios: list[float], calibrated: Policy | None, with_test_only:
     return policies
 
 
-def module_over(weights: ModelWeights, config: ModelConfig, hf_config: LlamaConfig) -> PreTrainedModel:
-    """A transformers Llama on the packed matrices themselves: no second copy in memory."""
+def module_over(weights: ModelWeights, config: ModelConfig, hf_config: PreTrainedConfig) -> PreTrainedModel:
+    """A transformers Llama, of a LlamaConfig, on the packed matrices themselves: no second copy in memory."""
     from transformers import LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+    llama = cast("LlamaConfig", hf_config)
     with torch.device("meta"):
-        module = LlamaForCausalLM(hf_config)
+        module = LlamaForCausalLM(llama)
     state = {name: view.to(weights.dtype) for name, view in parameter_views(config, weights).items()}
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     module.load_state_dict(state, assign=True)
-    module.model.rotary_emb = LlamaRotaryEmbedding(hf_config)
+    module.model.rotary_emb = LlamaRotaryEmbedding(llama)
     return module.eval()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from skipkernels.model.matrix import MatrixOperand, TransposedMatrix, as_tensor, column_nbytes
 from skipkernels.program.table import Instruction
 
 
@@ -23,7 +24,7 @@ def torch_counterpart(ins: Instruction) -> Callable[[], object] | None:
     if matrix is None and ins.op in ("o_proj_add", "down_proj_add", "lm_head"):
         matrix = ins.op.removesuffix("_add")
     if matrix is not None:
-        weight = t[matrix]
+        weight = as_tensor(t[matrix], torch.bfloat16)  # of blocks what torch would multiply in their place
         x = torch.randn(len(rows), weight.shape[1], device=weight.device).to(weight.dtype)
         return lambda: F.linear(x, weight)
     if ins.op == "decode_attention":
@@ -37,10 +38,22 @@ def torch_counterpart(ins: Instruction) -> Callable[[], object] | None:
         return lambda: F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
     if ins.op == "embed":
         ids = t["input_ids"][rows].long()
+        if not isinstance(t["embed_tokens"], torch.Tensor):
+            return None
         return lambda: F.embedding(ids, t["embed_tokens"])
     if ins.op == "sample":
         return lambda: t["logits"].argmax(dim=-1)
     return None
+
+
+def read_nbytes(matrix: MatrixOperand, listed: int | None) -> float:
+    """Bytes of a matrix that are read for so many listed neurons, its rows; None: all. Scales that 32 neurons share are
+    taken to be read."""
+    if listed is None:
+        return matrix.nbytes
+    left_out = matrix.shape[0] - listed
+    own = column_nbytes(matrix.matrix) if isinstance(matrix, TransposedMatrix) else matrix.nbytes / matrix.shape[0]
+    return matrix.nbytes - left_out * own
 
 
 def bytes_of(ins: Instruction) -> int:
@@ -56,11 +69,13 @@ def bytes_of(ins: Instruction) -> int:
     for name in ("qkv_proj", "o_proj", "gate_up_proj", "gate_proj", "up_proj", "down_proj", "lm_head"):
         if name in t:
             listed = t.get("num_neurons")
-            return t[name].nbytes if listed is None else int(listed) * t[name][0].nbytes
+            return round(read_nbytes(t[name], None if listed is None else int(listed)))
     if ins.op == "embed":
-        return rows * s["hidden_size"] * (t["embed_tokens"].element_size() + 4)
+        return round(rows * (t["embed_tokens"].nbytes / s["vocab_size"] + s["hidden_size"] * 4))
     if ins.op == "branch_add":
         return rows * s["hidden_size"] * 16  # branch and hidden_states, read and written
+    if ins.op == "norm_rope_append":
+        return rows * s["qkv_size"] * 12  # qkv read and zeroed, query and the caches written
     if ins.op == "sample":
         return rows * s["vocab_size"] * 5  # logits and seen
     if ins.op == "select_neurons":

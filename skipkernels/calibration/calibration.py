@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 from collections.abc import Sequence
@@ -30,12 +31,15 @@ from skipkernels.calibration.speed import Gain, measure_gains
 from skipkernels.calibration.tuning import KINDS, TOLERANCE, Decoder, Kind, Trial
 from skipkernels.calibration.verification import Margin, margin, verify
 from skipkernels.errors import PolicyError
+from skipkernels.program.program import NO_NEURONS_OF_EXPERTS
 from skipkernels.skipping.policy import BatchRule, Policy
 from skipkernels.skipping.policy_file import save_policy
 from skipkernels.support.progress import Meter, Progress
 
 if TYPE_CHECKING:
     from skipkernels.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 WARN_KL = 0.1
 """Divergence, in nats, from which on an answer reads differently: a fifth of SmolLM2's most likely tokens change."""
@@ -195,7 +199,7 @@ def calibrate(
         wanted_ratio: share of the FFN bytes not read, over layers x generated tokens, warm-up included, in (0, 1).
         max_kl: in its place, the divergence that may be reached, in nats: the largest saving below it is found.
         warn_kl: where the best policy costs more, the largest saving below it is found and named.
-        kinds: what to try.
+        kinds: what to try; with experts, of blocks.
         text_label: what the texts are, for the policy file.
         prompt_tokens: tokens of each passage that are prefilled.
         new_tokens: tokens of each passage that are decoded. The saving holds for generations of this length: shorter
@@ -213,6 +217,8 @@ def calibrate(
         PolicyError: the saving cannot be reached; the message says what can.
     """
     check_wanted(wanted_ratio, max_kl, warn_kl)
+    if engine.config.num_experts:
+        kinds = _without_neurons(kinds)
     layers = engine.config.num_hidden_layers
     allowed = None if spans is None else tuple(spans)
     space = SearchSpace(layers, allowed, first_dense_layers, last_dense_layers, warmup_tokens, batch_rule)
@@ -254,6 +260,20 @@ def calibrate(
     )
 
 
+def _without_neurons(kinds: Sequence[Kind]) -> list[Kind]:
+    """Of a model with experts.
+
+    Raises:
+        PolicyError: nothing is left.
+    """
+    left = [kind for kind in kinds if kind not in ("neurons", "mixed")]
+    if not left:
+        raise PolicyError(NO_NEURONS_OF_EXPERTS)
+    if len(left) < len(kinds):
+        logger.warning("%s; calibration tries these kinds: %s", NO_NEURONS_OF_EXPERTS, ", ".join(left))
+    return left
+
+
 def _gains(engine: Engine, passage: Passage, verified: Sequence[Trial]) -> dict[Kind, Gain]:
     """Of the first; where it is no faster than the dense model, of all."""
     prompt = passage.token_ids[: passage.prompt_tokens]
@@ -275,6 +295,7 @@ class _Search:
     def __init__(self, decoder: Decoder, profile: NeuronProfile, space: SearchSpace) -> None:
         self._decoder = decoder
         self._profile = profile
+        self._most = profile.most  # of the FFN bytes, where no neurons at all are read
         self._space = space
         self._warmup = space.widest.warmup_tokens
 
@@ -329,5 +350,5 @@ class _Search:
 
     def _ceiling(self, kind: Kind) -> float:
         """Just below the most that ``kind`` can save: of neurons, gate_proj is always read."""
-        whole = {"neurons": 2 / 3, "mixed": 2 / 3, "similarity": self._space.reachable_ratio}.get(kind, 1.0)
+        whole = {"neurons": self._most, "mixed": self._most, "similarity": self._space.reachable_ratio}.get(kind, 1.0)
         return whole * self._decoder.share_past_warmup(self._warmup) - TOLERANCE

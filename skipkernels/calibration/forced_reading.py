@@ -6,12 +6,14 @@ The prompt and the first generated token run in full, as in a decode; a change o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from skipkernels.calibration.passages import Passage
 from skipkernels.decoding.prefill import Products, final_logits, prefill
+from skipkernels.model.weights import ModelWeights
+from skipkernels.support.memory import free_memory_bytes
 
 if TYPE_CHECKING:
     from skipkernels.engine import Engine
@@ -22,13 +24,29 @@ class Reading:
     """One passage, dense. Position ``t`` of the decoded ones predicts token ``prompt_tokens + t``."""
 
     passage: Passage
+    weights: ModelWeights  # that it was read with
     log_probs: torch.Tensor  # f32 [decoded, vocab]
     streams: list[torch.Tensor]  # per layer [tokens, hidden], the residual stream after it
     similarities: torch.Tensor  # f32 [decoded, layers], cosine of the stream before and after each FFN
 
 
-def read_dense(engine: Engine, passage: Passage, products: Products | None = None) -> Reading:
-    """``products`` sees the activated gates and the ups of every layer and position; it returns their product."""
+def for_torch(weights: ModelWeights) -> ModelWeights:
+    """Weights whose matrices torch multiplies as they are. Quantised ones are dequantised, so that a text is read with
+    the values they hold; where that takes more than half of the free memory, they stay, and are dequantised again for
+    each product."""
+    matrices = [matrix for _, matrix in weights.tensors() if not isinstance(matrix, torch.Tensor)]
+    needed = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices) * weights.dtype.itemsize
+    if not matrices or needed > free_memory_bytes(str(weights.embed_tokens.device)) / 2:
+        return weights
+    return weights.dequantized()
+
+
+def read_dense(
+    engine: Engine, passage: Passage, products: Products | None = None, weights: ModelWeights | None = None
+) -> Reading:
+    """``products`` sees the activated gates and the ups of every layer and position; it returns their product.
+    ``weights``: ``for_torch`` of the engine's; None makes them."""
+    weights = for_torch(engine.weights) if weights is None else weights
     streams, similarities = [], []
 
     def observe(layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -37,19 +55,36 @@ def read_dense(engine: Engine, passage: Passage, products: Products | None = Non
 
     tokens = torch.tensor(passage.token_ids[:-1], dtype=torch.int32)
     with engine.loop.own_rows() as own:
-        prefill(engine.config, engine.weights, own.state, 0, tokens, observe=observe, products=products)
+        prefill(engine.config, weights, own.state, 0, tokens, observe=observe, products=products)
     decoded = slice(passage.prompt_tokens - 1, None)
     return Reading(
-        passage, _log_probs(engine, streams[-1][decoded]), streams, torch.stack(similarities, dim=1)[decoded]
+        passage,
+        weights,
+        _log_probs(engine, weights, streams[-1][decoded]),
+        streams,
+        torch.stack(similarities, dim=1)[decoded],
     )
 
 
 def divergence(engine: Engine, dense: Reading, layer: int, products: Products) -> torch.Tensor:
     """KL(dense || changed) in nats, f32 [decoded], where ``products`` changes the FFN of ``layer`` alone."""
-    last: list[torch.Tensor] = []
 
     def at_one(index: int, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return products(index, gate, up) if index == layer else gate * up
+
+    return _divergence(engine, dense, layer, products=at_one)
+
+
+def divergence_without(engine: Engine, dense: Reading, layer: int) -> torch.Tensor:
+    """The same where the FFN of ``layer`` is left out past the prompt, its experts too."""
+    tokens = torch.tensor(dense.passage.token_ids[:-1], dtype=torch.int32)
+    run_map = torch.ones(len(tokens), engine.config.num_hidden_layers, dtype=torch.uint8)
+    run_map[dense.passage.prompt_tokens :, layer] = 0
+    return _divergence(engine, dense, layer, run_map=run_map)
+
+
+def _divergence(engine: Engine, dense: Reading, layer: int, **changes: Any) -> torch.Tensor:
+    last: list[torch.Tensor] = []
 
     def observe(index: int, before: torch.Tensor, after: torch.Tensor) -> None:
         last[:] = [after]
@@ -57,11 +92,11 @@ def divergence(engine: Engine, dense: Reading, layer: int, products: Products) -
     tokens = torch.tensor(dense.passage.token_ids[:-1], dtype=torch.int32)
     resume = (layer, dense.streams[layer - 1]) if layer else None
     with engine.loop.own_rows() as own:
-        prefill(engine.config, engine.weights, own.state, 0, tokens, observe=observe, products=at_one, resume=resume)
-    other = _log_probs(engine, last[0][dense.passage.prompt_tokens - 1 :])
+        prefill(engine.config, dense.weights, own.state, 0, tokens, observe=observe, resume=resume, **changes)
+    other = _log_probs(engine, dense.weights, last[0][dense.passage.prompt_tokens - 1 :])
     return (dense.log_probs.exp() * (dense.log_probs - other)).sum(-1).cpu()
 
 
 @torch.inference_mode()
-def _log_probs(engine: Engine, hidden: torch.Tensor) -> torch.Tensor:
-    return final_logits(engine.config, engine.weights, hidden).float().log_softmax(-1)
+def _log_probs(engine: Engine, weights: ModelWeights, hidden: torch.Tensor) -> torch.Tensor:
+    return final_logits(engine.config, weights, hidden).float().log_softmax(-1)

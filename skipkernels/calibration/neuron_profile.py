@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from skipkernels.calibration.forced_reading import Reading, divergence, read_dense
+from skipkernels.calibration.forced_reading import Reading, divergence, divergence_without, for_torch, read_dense
 from skipkernels.calibration.passages import Passage
 from skipkernels.engine import Engine
-from skipkernels.errors import PolicyError
+from skipkernels.model.weights import ModelWeights
 from skipkernels.skipping.policy import NeuronPolicy
 from skipkernels.skipping.up_scales import UpScales
 
@@ -34,7 +34,7 @@ _BISECTIONS = 30
 @dataclass(frozen=True)
 class NeuronProfile:
     """Of one model on one text. ``gates`` and ``products`` are magnitudes at sampled positions, per layer
-    f32 [samples, intermediate], paired."""
+    f32 [samples, intermediate], paired; of a model with experts, whose neurons are not left out, there are none."""
 
     gates: list[torch.Tensor]
     products: list[torch.Tensor]
@@ -42,10 +42,17 @@ class NeuronProfile:
     sensitivity: list[float]  # k_l
     block_kl: npt.NDArray[np.float32]  # [positions, layers], KL where the FFN of one layer alone is left out
     similarities: npt.NDArray[np.float32]  # [positions, layers], dense, at the same positions
+    neuron_shares: torch.Tensor = field(default_factory=lambda: torch.full((1, 2), 1 / 3))
+    """Of each layer's FFN bytes, what all neurons of up_proj and of down_proj take; of floats a third each."""
 
     @property
     def layers(self) -> int:
-        return len(self.gates)
+        return self.block_kl.shape[1]
+
+    @property
+    def most(self) -> float:
+        """The share of the FFN bytes that no neurons at all would leave unread."""
+        return float(self.neuron_shares.sum(-1).mean())
 
     @cached_property
     def scaled_gates(self) -> list[torch.Tensor]:
@@ -71,15 +78,15 @@ class NeuronProfile:
         return tuple(split * b for b in products), tuple(products)
 
     def unread(self, gate_thresholds: Sequence[float], product_thresholds: Sequence[float]) -> float:
-        """The share of FFN bytes that thresholds leave unread on this text, with the scales; gate_proj, a third, is
-        always read."""
-        shares = []
+        """The share of FFN bytes that thresholds leave unread on this text, with the scales; gate_proj is always
+        read."""
+        left_out = []
         layers = zip(self.scaled_gates, self.products, gate_thresholds, product_thresholds, strict=True)
         for gate, product, a, b in layers:
             up = gate >= a
             down = up & (product >= b)
-            shares.append(float(2 - up.float().mean() - down.float().mean()) / 3)
-        return float(np.mean(shares))
+            left_out.append([1 - float(up.float().mean()), 1 - float(down.float().mean())])
+        return float((torch.tensor(left_out) * self.neuron_shares).sum(-1).mean())
 
     def policy(self, saving: float, split: float, warmup_tokens: int) -> NeuronPolicy:
         gates, products = self.thresholds(saving, split)
@@ -92,7 +99,8 @@ class NeuronProfile:
 
     def uniform_gates(self, saving: float, warmup_tokens: int) -> NeuronPolicy:
         """CATS (arXiv 2404.08763): the same share of every layer's gates."""
-        gates = tuple(_rounded(_quantile(gate.flatten(), 1.5 * saving)) for gate in self.gates)
+        share = min(1.0, saving / self.most)
+        gates = tuple(_rounded(_quantile(gate.flatten(), share)) for gate in self.gates)
         return NeuronPolicy(gate_thresholds=gates, warmup_tokens=warmup_tokens)
 
 
@@ -101,11 +109,9 @@ def profile_neurons(
 ) -> NeuronProfile:
     """Reads ``passages``, and some of them again with one layer changed at a time; ``on_layer`` is called with 1 for
     each of these."""
+    weights = for_torch(engine.weights)
     if engine.config.num_experts:
-        raise PolicyError(
-            "a model with experts cannot be calibrated: what single experts bring is not read; choose a policy by hand "
-            "(SkipPolicy, or --threshold and --span)"
-        )
+        return _profile_blocks(engine, passages[:_PROBED_PASSAGES], on_layer, weights)
     layers, size = engine.config.num_hidden_layers, engine.config.intermediate_size
     gates: list[list[torch.Tensor]] = [[] for _ in range(layers)]
     products: list[list[torch.Tensor]] = [[] for _ in range(layers)]
@@ -123,7 +129,7 @@ def profile_neurons(
             products[layer].append(whole[acting][::step].abs().float().cpu())
             return whole
 
-        reading = read_dense(engine, passage, record)
+        reading = read_dense(engine, passage, record, weights)
         if len(readings) < _PROBED_PASSAGES:
             readings.append(reading)
     all_gates, all_products = [torch.cat(part) for part in gates], [torch.cat(part) for part in products]
@@ -147,6 +153,30 @@ def profile_neurons(
         sensitivity,
         np.stack(block_kl, axis=1),
         torch.cat([reading.similarities[1:] for reading in readings]).numpy(),
+        engine.weights.neuron_shares(),
+    )
+
+
+def _profile_blocks(
+    engine: Engine, passages: Sequence[Passage], on_layer: Callable[[int], None], weights: ModelWeights
+) -> NeuronProfile:
+    """Of a model with experts: what leaving out whole FFNs costs."""
+    readings = [read_dense(engine, passage, weights=weights) for passage in passages]
+    block_kl, layers = [], engine.config.num_hidden_layers
+    for layer in range(layers):
+        alone = []
+        for reading in readings:
+            alone.append(divergence_without(engine, reading, layer)[1:])
+            on_layer(1)
+        block_kl.append(torch.cat(alone).numpy())
+    return NeuronProfile(
+        gates=[],
+        products=[],
+        up_scales=_scales(np.ones((layers, 1))),
+        sensitivity=[],
+        block_kl=np.stack(block_kl, axis=1),
+        similarities=torch.cat([reading.similarities[1:] for reading in readings]).numpy(),
+        neuron_shares=torch.zeros(layers, 2),
     )
 
 

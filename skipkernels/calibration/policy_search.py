@@ -16,6 +16,7 @@ from skipkernels.calibration.search_space import SearchSpace
 from skipkernels.calibration.simulation import rank, tuned
 from skipkernels.calibration.tuning import Decoder, Kind, Trial
 from skipkernels.errors import PolicyError
+from skipkernels.program.program import NO_NEURONS_OF_EXPERTS
 from skipkernels.skipping.policy import FixedPolicy, Policy, RandomPolicy, SkipPolicy
 
 SPLITS = (1.0, 1.3)
@@ -69,7 +70,7 @@ class Candidates:
         return self._decoder.tune(kind, policy_at, self._wanted, self._warmup)
 
     def _neurons(self) -> list[Trial]:
-        self._check(2 / 3, "neurons: gate_proj, a third of the FFN bytes, is always read")
+        self._check_neurons("neurons: gate_proj is always read")
         return [self._tune("neurons", partial(self._neuron_policy, split)) for split in SPLITS]
 
     def _neuron_policy(self, split: float, saving: float) -> Policy:
@@ -90,7 +91,7 @@ class Candidates:
     def _mixed(self) -> list[Trial]:
         """The cheapest block left out for every token; or blocks by similarity; and neurons of all others."""
         layers, trials = self._profile.layers, []
-        self._check(2 / 3, "neurons beside blocks")
+        self._check_neurons("neurons beside blocks")
         if self._wanted * layers > 1:
             trials.append(self._tune("mixed", lambda saving: self._beside((self._cheapest[0],), saving)))
         part = _BLOCK_SHARE * self._wanted / self._decoder.share_past_warmup(self._warmup)
@@ -121,6 +122,11 @@ class Candidates:
         dense = 1 if ratio <= 1 - 2 / self._profile.layers else 0  # at each end
         policy = RandomPolicy(min(1.0, ratio), _SEED, dense, dense, self._warmup)
         return [self._decoder.try_out("random", policy, self._wanted, self._warmup)]
+
+    def _check_neurons(self, what: str) -> None:
+        if not self._profile.gates:
+            raise Unreachable(NO_NEURONS_OF_EXPERTS)
+        self._check(self._profile.most, what)
 
     def _check(self, reachable_past_warmup: float, what: str) -> None:
         reachable = reachable_past_warmup * self._decoder.share_past_warmup(self._warmup)

@@ -104,6 +104,11 @@ class ChatFormat(Protocol):
     modalities: tuple[str, ...]
     """What messages may hold: ``text``, ``image``, ``audio``."""
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the model was trained on conversations; else a prompt is the text of a single message."""
+        ...
+
     def request(self, chat: Chat) -> Request:
         """
         Raises:

@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from skipkernels.calibration.passages import cut_passages
 from skipkernels.chat.chat import ChatModel
+from skipkernels.chat.closed_loop import closed_loop_ms
+from skipkernels.chat.engine_worker import EngineModel
 from skipkernels.chat.neuron_levels import measured_kl
+from skipkernels.chat.step_times import measure_steps
 from skipkernels.chat.text_format import PROFILED_NEW_TOKENS, PROFILED_PROMPT_TOKENS, TextPrompt
 from skipkernels.chat.text_model import TextModel
 from skipkernels.chat.when_idle import WhenIdle
@@ -19,6 +22,7 @@ from skipkernels.modality.errors import ProfileError
 from skipkernels.modality.job import Request
 from skipkernels.modality.profile import Profile, StrategyProfile, Timing
 from skipkernels.modality.profiler import Progress, Sample, measure_profile
+from skipkernels.modality.step_times import StepTimes
 from skipkernels.modality.strategy import Strategy
 
 T = TypeVar("T")
@@ -71,6 +75,7 @@ def profile_of_texts(
     effort: Effort,
     max_batch_size: int,
     *,
+    slots: bool = True,
     journal: str | Path | None = None,
     progress: Progress = lambda stage, share: None,
     idle: WhenIdle | None = None,
@@ -85,11 +90,26 @@ def profile_of_texts(
     search, held_out = cut_passages(model.engine, texts, effort.passages, PROFILED_PROMPT_TOKENS, 1)
     prompts = [passage.token_ids[:PROFILED_PROMPT_TOKENS] for passage in search + held_out]
     samples = [ChatSample(Request({"text": TextPrompt(prompt, PROFILED_NEW_TOKENS)})) for prompt in prompts]
-    profile = profile_of_samples(model, samples, effort, max_batch_size, journal=journal, progress=progress, idle=idle)
+    profile = profile_of_samples(
+        model, samples, effort, max_batch_size, slots=slots, journal=journal, progress=progress, idle=idle
+    )
     policies = {strategy.skip_level: model.policy(strategy) for strategy in model.strategies}
     kl = measured_kl(model.engine, policies, texts, idle)
-    entries = tuple(replace(entry, kl=kl.get(entry.strategy.skip_level)) for entry in profile.strategies)
+    entries = tuple(
+        replace(
+            entry,
+            kl=kl.get(entry.strategy.skip_level),
+            steps=_steps(model, entry.strategy, max_batch_size, idle) if slots else None,
+        )
+        for entry in profile.strategies
+    )
     return replace(profile, strategies=entries)
+
+
+def _steps(model: TextModel, strategy: Strategy, largest: int, idle: WhenIdle | None) -> StepTimes:
+    if idle is None:
+        return measure_steps(model, strategy, largest)
+    return idle.measure(partial(measure_steps, model, strategy, largest, lambda: idle.given_up))
 
 
 def dense_profile(model: TextModel, max_batch_size: int) -> Profile:
@@ -132,6 +152,7 @@ def profile_of_samples(
     effort: Effort,
     max_batch_size: int,
     *,
+    slots: bool = True,
     journal: str | Path | None = None,
     progress: Progress = lambda stage, share: None,
     idle: WhenIdle | None = None,
@@ -141,6 +162,7 @@ def profile_of_samples(
     Args:
         samples: all of them with a right answer, or none.
         max_batch_size: the largest batch that the model can run.
+        slots: whether requests will join and leave the running step one by one; False: they run as whole batches.
         journal, progress: see ``measure_profile``.
         idle: None: nobody else uses the model. Else measurements run when nobody does.
 
@@ -171,6 +193,7 @@ def profile_of_samples(
         journal=journal,
         progress=progress,
         attempt=attempt,
+        timed=partial(closed_loop_ms, cast(EngineModel, model)) if slots else None,
     )
     mean_work = sum(sample.request.work for sample in samples) / len(samples)
     meaning = f"agreement with {_fullest(model)}" if faithful else "right answers"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 from skipkernels.chat.chat import Completion
 from skipkernels.chat.grammar import Grammars
@@ -37,6 +37,21 @@ class EngineModel(Protocol):
         ...
 
     def policy(self, strategy: Strategy) -> Policy: ...
+
+
+def submit(model: EngineModel, inputs: Inputs, strategy: Strategy, **changed: Any) -> Handle:
+    """The request on the model's engine. ``changed``: arguments of ``Engine.submit`` in place of what it asks for."""
+    asked = inputs["text"]
+    wanted = {
+        "max_new_tokens": asked.max_new_tokens,
+        "sampling": asked.sampling,
+        "stop": asked.stop,
+        "eos_token_ids": asked.eos_token_ids,
+        "policy": model.policy(strategy),
+    }
+    handle = model.engine.submit(model.prompt(inputs, strategy), **(wanted | changed))
+    handle.streamed = True
+    return handle
 
 
 class EngineWorker:
@@ -103,16 +118,7 @@ class EngineWorker:
         sampling = asked.sampling
         if asked.grammar is not None:  # each answer goes its own way through it
             sampling = replace(sampling, grammar=self._grammars.grammar(asked.grammar))
-        handle = self._engine.submit(
-            self._model.prompt(inputs, strategy),
-            max_new_tokens=asked.max_new_tokens,
-            sampling=sampling,
-            stop=asked.stop,
-            eos_token_ids=asked.eos_token_ids,
-            policy=self._model.policy(strategy),
-            deadline=deadline_ms,
-        )
-        handle.streamed = True
+        handle = submit(self._model, inputs, strategy, sampling=sampling, deadline=deadline_ms)
         with self._changed:
             self._replies[id(inputs)] = _Reply(self._engine, handle, inputs, settle)
             if self._steps.ident is None:

@@ -110,7 +110,9 @@ class ChatModelLoader:
         wanted = tuple(level for level in self.skip_levels or USUAL_LEVELS if level > 0.0)
         if not wanted:
             return ()
-        reason = self._no_neurons(source, config)
+        reason = self._no_neurons(config)
+        if reason is None and self.skip_levels is None and self._is_quantised(source, config):
+            reason = "single neurons of quantised weights save reading, but hardly time; --skip-levels asks for them"
         if reason is None and (multimodal or not self.measures):
             reason = "thresholds are measured for a text model in the server's own process only"
         if max(wanted) >= MOST_OF_NEURONS:
@@ -126,25 +128,31 @@ class ChatModelLoader:
         )
         return ()
 
-    def _no_neurons(self, source: Path, config: PreTrainedConfig) -> str | None:
-        """Why single neurons cannot be left out of these weights; None: they can."""
+    def _is_quantised(self, source: Path, config: PreTrainedConfig) -> bool:
         import torch
 
-        from skipkernels.model.config import ModelConfig
+        from skipkernels.model.config import quantization_of
+        from skipkernels.model.gguf_file import GgufFile
+        from skipkernels.model.matrix import FLOAT_FORMATS
         from skipkernels.model.recipe import resolve_weights
+
+        dtype = self.options.get("dtype")
+        if dtype is not None:
+            return not isinstance(resolve_weights(dtype), torch.dtype)
+        if source.is_file():
+            kinds = {tensor.type.name.lower() for tensor in GgufFile(source).tensors.values()}
+            return not kinds <= FLOAT_FORMATS.keys()
+        return quantization_of(config) is not None
+
+    def _no_neurons(self, config: PreTrainedConfig) -> str | None:
+        """Why single neurons cannot be left out of these weights; None: they can."""
+        from skipkernels.model.config import ModelConfig
         from skipkernels.program.program import NO_NEURONS_OF_EXPERTS
 
         if self.options.get("device", "cpu") != "cpu":
             return "thresholds for single neurons are measured on device cpu only"
         if ModelConfig.from_hf(config.get_text_config()).num_experts:
             return NO_NEURONS_OF_EXPERTS
-        dtype = self.options.get("dtype")
-        if dtype is not None and not isinstance(resolve_weights(dtype), torch.dtype):
-            return f"single neurons are left out of float weights only, not of {dtype}"
-        if source.is_file() and dtype is None:
-            return "single neurons are left out of float weights only, and a GGUF file is float with --dtype bf16 only"
-        if getattr(config, "quantization_config", None) is not None and dtype is None:
-            return "single neurons are left out of float weights only, and this checkpoint is quantised"
         return None
 
     def _load_text(

@@ -26,6 +26,11 @@ class Progress(Protocol):
     """What a running model reports and asks for one request. Called from the model's thread."""
 
     @property
+    def streamed(self) -> bool:
+        """Whether somebody reads the pieces as they come; else they need not be sent from process to process."""
+        ...
+
+    @property
     def given_up(self) -> bool:
         """Whether nobody waits for this answer any more; the model should then end it."""
         ...
@@ -42,7 +47,7 @@ class Progress(Protocol):
 class Unwatched:
     """The progress of a request that nobody watches."""
 
-    given_up = False
+    streamed = given_up = False
 
     def restart(self) -> None:
         pass
@@ -71,8 +76,11 @@ class LiveProgress:
     differs, nothing more is passed on: the reader finds out when it compares with the whole answer.
     """
 
-    def __init__(self, pieces: asyncio.Queue[Piece | None] | None = None, index: int = 0) -> None:
-        """``pieces``: where to put them, None: into a queue of its own."""
+    def __init__(
+        self, pieces: asyncio.Queue[Piece | None] | None = None, index: int = 0, *, streamed: bool = True
+    ) -> None:
+        """``pieces``: where to put them, None: into a queue of its own; not ``streamed``: nowhere."""
+        self.streamed = streamed
         self._loop = asyncio.get_running_loop()
         self._pieces = asyncio.Queue[Piece | None]() if pieces is None else pieces
         self._index = index
@@ -87,6 +95,8 @@ class LiveProgress:
         self._position = self._tokens = 0
 
     def add(self, text: str, logprobs: Sequence[SampledToken] = ()) -> None:
+        if not self.streamed:
+            return
         known = self._handed_on[self._position : self._position + len(text)]
         fresh = text[len(known) :]
         self._differs = self._differs or not text.startswith(known)

@@ -88,7 +88,8 @@ class TextFormat:
         new_tokens = allowed_new_tokens(max_new_tokens, len(token_ids), self.max_seq_len)
         prompt = TextPrompt(tuple(token_ids), new_tokens, sampling, stop, grammar, eos_token_ids)
         expected = min(new_tokens, max_new_tokens or EXPECTED_NEW_TOKENS)
-        return Request({"text": prompt}, work=work_of(len(token_ids), expected, self._prefill_share))
+        work = work_of(len(token_ids), expected, self._prefill_share)
+        return Request({"text": prompt}, work=work, prompt_tokens=len(token_ids), new_tokens=expected)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """
@@ -102,6 +103,10 @@ class TextFormat:
                 f"{most:,} characters at most; shorten it"
             )
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    @property
+    def has_template(self) -> bool:
+        return bool(self._original.chat_template)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -143,7 +148,7 @@ class TextFormat:
             raise RequestError("the messages hold no text; say something")
         if chat.tools and self.tool_form is None:
             raise RequestError("this model's chat template knows no tools; leave tools out, or serve a model that does")
-        if self._original.chat_template:
+        if self.has_template:
             return self.encode(self._rendered(chat), add_special_tokens=False)
         if len(chat.messages) != 1 or chat.messages[0].role != "user":
             raise RequestError(

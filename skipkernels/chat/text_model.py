@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
@@ -60,6 +61,7 @@ class TextModel:
         self.engine = engine
         self.format: ChatFormat = TextFormat(engine.tokenizer, engine.max_seq_len, prefill_share(engine))
         self.open_levels = tuple(open_levels)
+        check_reach(engine, open_levels)
         self._metric = metric
         self._policies: dict[float, Policy] = {}
         self._offer(policies)
@@ -76,6 +78,13 @@ class TextModel:
         self.strategies = tuple(Strategy(("text",), level) for level in self._policies)
         self.fingerprint = f"{self.engine.fingerprint}-{policies_hash(self._policies)}"
 
+    def only(self, strategies: Sequence[Strategy]) -> TextModel:
+        """The same model on the same engine, as if these of its strategies were all."""
+        assert set(strategies) <= set(self.strategies), f"there are {self.strategies}, got {strategies}"
+        seen = copy.copy(self)
+        seen.strategies = tuple(strategies)
+        return seen
+
     def run(self, batch: Sequence[Inputs], strategy: Strategy) -> list[Completion]:
         """Decodes the prompts together; each row ends at its own limit, stop string or end of sequence."""
         prompts = [self.prompt(inputs, strategy) for inputs in batch]
@@ -90,6 +99,17 @@ class TextModel:
 
     def score(self, output: Completion, expected: str) -> float:
         return self._metric(output.text, expected)
+
+
+def check_reach(engine: Engine, levels: Sequence[float]) -> None:
+    """Raises PolicyError for a level that no thresholds for neurons hold."""
+    reachable = float(engine.weights.neuron_shares().sum(-1).mean())
+    for level in levels:
+        if level >= reachable:
+            raise PolicyError(
+                f"skip level {level:g} cannot be held: the neurons of up_proj and down_proj take {reachable:.3f} of "
+                "these weights' FFN bytes; gate_proj and the scales that neurons share are always read"
+            )
 
 
 def check_policies(policies: Mapping[float, Policy], num_layers: int) -> None:

@@ -34,6 +34,8 @@ class WhenIdle:
 
     # the progress of every request that is measured
 
+    streamed = False
+
     @property
     def given_up(self) -> bool:
         self._disturbed = self._disturbed or self._stopped.is_set() or self._busy()

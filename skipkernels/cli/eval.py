@@ -48,7 +48,10 @@ class MethodOptions:
     ] = None
     policy: Annotated[
         Path | None,
-        typer.Option(help="A file of `skipkernels calibrate` for the method of its kind, not --ratios."),
+        typer.Option(
+            help="A file of `skipkernels calibrate`, or the name of a policy that comes with the package; for the "
+            "method of its kind, in place of --ratios."
+        ),
     ] = None
     warmup_tokens: Annotated[
         int, typer.Option(min=1, help="First generated tokens, which skip nothing; few, because answers may be short.")
@@ -89,6 +92,13 @@ class MethodOptions:
         if engine is not None:
             policy.plan(engine.config.num_hidden_layers)
         return policy
+
+    def digest(self) -> str | None:
+        """What tells one policy file from another."""
+        from skipkernels.evaluation.jsonl import digest
+        from skipkernels.skipping.policy_file import read_policy_file
+
+        return None if self.policy is None else digest(str(read_policy_file(self.policy)))
 
     def entries(self, setup: Setup, policy: Policy | None) -> list[Entry]:
         """Methods and ratios; the full model first, because others are compared with it. ``policy``: of the file."""
@@ -193,7 +203,7 @@ def _settings(
         "new_tokens": setup.new_tokens,
         "passages": setup.passages,
         "warmup_tokens": setup.warmup_tokens,
-        "policy": None if method_options.policy is None else digest(method_options.policy.read_text()),
+        "policy": method_options.digest(),
         "seed": setup.seed,
         "tasks": {task.name: task.settings for task in tasks},
     }

@@ -107,7 +107,8 @@ def _print_summary(policy: Policy, generation: Generation, speeds: dict[str, flo
     measured = speeds or {kind: generation.tokens_per_s}
     for name, speed in measured.items():
         ratio = generation.unread_ratio if name == kind else 0.0
-        rows.add_row(name, f"{speed:.1f}", f"{1e3 / speed:.2f}", percent(ratio))
+        shown = (f"{speed:.1f}", f"{1e3 / speed:.2f}") if speed else ("-", "-")  # of a single token there is no speed
+        rows.add_row(name, *shown, percent(ratio))
     err.print(rows)
     if kind != "dense":
         err.print(f"[dim]{kind}:[/] {policy.label}")

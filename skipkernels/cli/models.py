@@ -64,7 +64,7 @@ class ModelOptions:
         return str(folder)
 
     def load(self, *, max_batch_size: int = 1, policy: Policy | None = None, neuron_rows: bool | None = None) -> Engine:
-        """Loads the engine, showing a spinner. ``neuron_rows``: as in ``Engine.from_pretrained``."""
+        """Loads the engine, showing a spinner. ``neuron_rows``: where the model can, as for an ``Engine``."""
         path = self.path
         with err.status(f"loading {self.model} ..."):
             import torch
@@ -77,6 +77,8 @@ class ModelOptions:
             transformers_logging.set_verbosity_error()
             if self.threads is not None:
                 torch.set_num_threads(self.threads)
+            if neuron_rows and _has_experts(path):
+                neuron_rows = None
             return Engine.from_pretrained(
                 path,
                 policy=policy,
@@ -92,6 +94,14 @@ class ModelOptions:
                 loop=self.loop,
                 debug=console.debugging and self.device != "cpu",
             )
+
+
+def _has_experts(path: str) -> bool:
+    from skipkernels.model.checkpoint import load_config, resolve_checkpoint
+    from skipkernels.model.config import ModelConfig
+
+    config = load_config(resolve_checkpoint(path))
+    return bool(ModelConfig.from_hf(config.get_text_config(decoder=True)).num_experts)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ PolicyFile = Annotated[
     Path | None,
     typer.Option(
         "--policy",
-        help="A policy file of `skipkernels calibrate`; default: skip_policy.json in the model's folder, if any.",
+        help="A policy file of `skipkernels calibrate`, or the name of a policy that comes with the package (see "
+        "docs/policies.md); default: skip_policy.json in the model's folder, if any.",
         rich_help_panel=_POLICY_PANEL,
     ),
 ]

@@ -109,7 +109,8 @@ def _loader(
         name=model_options.model,
         path=path,
         skip_levels=scheduling.levels,
-        policy_files=tuple(str(file.resolve()) for file in policy_files),
+        # a name that is no file may be one of the policies that come with the package
+        policy_files=tuple(str(file.resolve() if file.exists() else file) for file in policy_files),
         metric=exact_match if chats and chats[0].expected is not None else shared_prefix,
         options=options,
         measures=not cluster.ray,
@@ -156,7 +157,7 @@ def _here(load: ChatModelLoader, scheduling: SchedulingOptions, chats: Chats) ->
                 profile = dense_profile(model, scheduling.max_batch_size)
             profiling = IdleProfiling(model, profile, lambda: _texts(scheduling.text))
     else:
-        profile = _profile(model, scheduling, chats, run, resumable=True)
+        profile = _profile(model, scheduling, chats, run, slots=True)
     worker = EngineWorker(cast("EngineModel", model))
     runtime = Runtime(profile, [worker], scheduling.selection, **scheduling.runtime_options)
     served = Served(profile, model.format, Embedded(runtime, cast("EngineModel", model).engine.loop.cache_status))
@@ -186,7 +187,7 @@ def _on_ray(
             with err.status("profiling ..."):
                 return cluster.profile(replicas[0], measure)
 
-        profile = _profile(cast("ChatModel", description), scheduling, chats, run, resumable=False)
+        profile = _profile(cast("ChatModel", description), scheduling, chats, run, slots=False)
         with err.status("starting the scheduler ..."):
             backend = cluster.start_scheduler(
                 profile, replicas, selection=scheduling.selection, **scheduling.runtime_options
@@ -195,12 +196,12 @@ def _on_ray(
 
 
 def _profile(
-    model: ChatModel, scheduling: SchedulingOptions, chats: Chats, run: Callable[[Measure], Profile], *, resumable: bool
+    model: ChatModel, scheduling: SchedulingOptions, chats: Chats, run: Callable[[Measure], Profile], *, slots: bool
 ) -> Profile:
     """Reads the profile from the file, or measures it with ``run``.
 
     Args:
-        resumable: whether a killed measurement can be resumed.
+        slots: whether it is served here, in slots, and a killed measurement can be resumed; on Ray it runs batches.
     """
     from skipkernels.chat import chat_profile
     from skipkernels.modality.profile_file import load_profile, save_profile
@@ -212,7 +213,8 @@ def _profile(
     options: dict[str, Any] = {
         "effort": chat_profile.QUICK if path is None else chat_profile.THOROUGH,
         "max_batch_size": scheduling.max_batch_size,
-        "journal": path.with_suffix(".journal") if path is not None and resumable else None,
+        "slots": slots,
+        "journal": path.with_suffix(".journal") if path is not None and slots else None,
     }
     if chats is not None:
         profile = run(partial(chat_profile.profile_of_samples, samples=samples_of(chats, model.format), **options))

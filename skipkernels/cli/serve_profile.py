@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,14 @@ from skipkernels.support.console import err
 if TYPE_CHECKING:
     from skipkernels.chat.text_model import TextModel
     from skipkernels.chat.when_idle import WhenIdle
-    from skipkernels.modality.profile import Profile
+    from skipkernels.modality.profile import Profile, StrategyProfile
+    from skipkernels.modality.strategy import Strategy
     from skipkernels.server.http.service import Service
+
+
+UNMEASURED = "strategies are still to be measured"
+"""In what a profile says of itself while others are to follow."""
+_MADE = "in-slots"  # another word where profiles are measured in another way
 
 
 def kept_profile(model: TextModel) -> Path:
@@ -25,7 +31,7 @@ def kept_profile(model: TextModel) -> Path:
 
     threads = model.engine.execution.num_threads
     key = f"{model.fingerprint}-{model.device}-{model.dtype}-{model.engine.max_batch_size}x{threads}"
-    return cache_folder() / "profiles" / f"{key.replace(':', '_')}.json"
+    return cache_folder() / "profiles" / f"{key.replace(':', '_')}-{_MADE}.json"
 
 
 def measure_levels(model: TextModel, texts: list[str], idle: WhenIdle | None = None) -> None:
@@ -38,8 +44,8 @@ def measure_levels(model: TextModel, texts: list[str], idle: WhenIdle | None = N
 
 
 class IdleProfiling:
-    """Profiles a text model while it serves, whenever nobody asks it anything. The strategies join when all are
-    measured, and the profile is kept for the next start.
+    """Profiles a text model while it serves, whenever nobody asks it anything. Each strategy joins when it is measured,
+    and when all are, the profile is kept for the next start.
 
     Args:
         first: the profile that is served with until then.
@@ -68,29 +74,51 @@ class IdleProfiling:
             self._thread.join()
 
     def _run(self) -> None:
-        from dataclasses import replace
-
-        from skipkernels.chat.chat_profile import IDLE, profile_of_texts
         from skipkernels.chat.when_idle import Stopped
         from skipkernels.modality.profile_file import save_profile
 
-        texts = self._texts()
+        texts, profile = self._texts(), None
         try:
             if self._model.open_levels:
                 measure_levels(self._model, texts, self._idle)
-            profile = profile_of_texts(self._model, texts, IDLE, self._model.engine.max_batch_size, idle=self._idle)
+            for profile in self._profiles(texts):
+                self._adopt(profile)
         except Stopped:
             return
         except SkipkernelsError as error:
-            err.print(f"[yellow]only the dense model is served: the other strategies were not measured ({error})[/]")
+            err.print(f"[yellow]not all strategies are served, for some were not measured ({error})[/]")
             return
+        assert profile is not None, "the dense model is a strategy"
         path = kept_profile(self._model)
         with contextlib.suppress(OSError):  # a read-only home: it is measured again next time
             path.parent.mkdir(parents=True, exist_ok=True)
             save_profile(path, profile)
+        err.print(f"{len(profile.strategies)} strategies measured in idle time, kept in {path}", soft_wrap=True)
+
+    def _profiles(self, texts: list[str]) -> Iterator[Profile]:
+        """One more strategy in each. Every one is timed beside the dense model, in turns, so that what else the machine
+        does is no part of the difference."""
+        from dataclasses import replace
+
+        from skipkernels.chat.chat_profile import IDLE, profile_of_texts
+
+        model = self._model
+        dense, *others = model.strategies
+        entries: dict[Strategy, StrategyProfile] = {}
+        for strategy in others or [dense]:
+            seen = model.only([dense] if strategy == dense else [dense, strategy])
+            profile = profile_of_texts(seen, texts, IDLE, model.engine.max_batch_size, idle=self._idle)
+            entries |= {entry.strategy: entry for entry in profile.strategies}
+            known = tuple(entries[strategy] for strategy in model.strategies if strategy in entries)
+            missing = len(model.strategies) - len(known)
+            source = f"{profile.source}; {missing} {UNMEASURED}" if missing else profile.source
+            yield replace(profile, strategies=known, source=source)
+
+    def _adopt(self, profile: Profile) -> None:
+        from dataclasses import replace
+
         assert self._loop is not None, "it is started in an event loop"
         assert self._service is not None, "it is started for a service"
         service, named = self._service, replace(profile, model=self._service.profile.model)
         with contextlib.suppress(RuntimeError):  # the server has just ended
             self._loop.call_soon_threadsafe(service.adopt, named)
-        err.print(f"{len(profile.strategies)} strategies measured in idle time, kept in {path}", soft_wrap=True)

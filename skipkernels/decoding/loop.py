@@ -333,6 +333,7 @@ class DecodeLoop:
             wish = 1  # what may come next is known when the token before has come
         decoding = any(sequence.decoding for sequence in self._handles)
         self.scheduler.prompt_rows = self._budget.rows(decoding)
+        self.scheduler.row_growth = self._budget.growth if decoding else 0.0
         step = self.scheduler.plan(wish)
         handed = {row.slot: row.sequence.num_generated for row in step.decode_rows}
         return _Flight(step, streamed, handed)
@@ -397,7 +398,8 @@ class DecodeLoop:
             seconds = executor.run(1 if self._inbox or self._wanted else flight.step.max_steps)
         if flight.done == 0:
             first_s = prefill_s + (seconds[0] if seconds else 0.0)
-            self._budget.measured(flight.step.num_prompt_rows, len(flight.step.decode_rows), first_s)
+            step = flight.step
+            self._budget.measured(step.num_prompt_rows, len(step.decode_rows), first_s, step.prompt_position)
         flight.done += max(1, len(seconds))
         self._hand_out(flight, seconds)
         if flight.seconds is None or not seconds or flight.done >= flight.step.max_steps or self._must_plan(flight):

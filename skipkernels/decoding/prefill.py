@@ -17,7 +17,7 @@ from skipkernels.model.config import ModelConfig
 from skipkernels.model.matrix import AnyMatrix, as_tensor, weight_rows
 from skipkernels.model.prompt import EmbeddedPrompt, shifted
 from skipkernels.model.weights import LayerWeights, ModelWeights
-from skipkernels.program.reference import activation_of, apply_rope
+from skipkernels.program.reference import activation_of, apply_rope, gated, softened, softmax_with_sinks
 from skipkernels.program.state import DecodeState
 
 CHUNK = 512
@@ -73,7 +73,7 @@ def prefill(
         for index, layer in enumerate(weights.layers[begin:], start=begin):
             rope = _rope(config, weights, index, first, last, axes)
             cache = _PagedLayer(state, index, slot, last)
-            attended = _attention(config, layer, index, hidden, first, rope, cache)
+            attended = _attention(config, layer, index, hidden, first, rope, weights.query_scale, cache)
             hidden = hidden + _branch(config, layer.attention_branch_norm, attended)
             multiply = None if products is None else partial(products, index)
             if neuron_scale is not None:
@@ -94,7 +94,7 @@ def prefill(
 def final_logits(config: ModelConfig, weights: ModelWeights, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [tokens, vocab] of the residual stream after the last layer, [tokens, hidden]."""
     x = _rms_norm(hidden, weights.norm, config.rms_norm_eps)
-    return F.linear(x, as_tensor(weights.lm_head, hidden.dtype))
+    return softened(F.linear(x, as_tensor(weights.lm_head, hidden.dtype)), config.logits_softcap)
 
 
 class _PagedLayer:
@@ -127,19 +127,19 @@ def _attention(
     hidden: torch.Tensor,
     start: int,
     rope: tuple[torch.Tensor, torch.Tensor],
+    query_scale: torch.Tensor | None,
     cache: _PagedLayer,
 ) -> torch.Tensor:
     """Self-attention of a chunk [tokens, hidden] at positions ``start`` and on over the cache, which gains the chunk's
     keys and values."""
     eps, dtype = config.rms_norm_eps, hidden.dtype
-    heads, kv_heads, end = config.num_attention_heads, config.num_key_value_heads, start + hidden.shape[0]
+    end = start + hidden.shape[0]
     x = _rms_norm(hidden, layer.input_layernorm, eps)
     bias = None if layer.qkv_bias is None else layer.qkv_bias.to(dtype)
     qkv = F.linear(x, as_tensor(layer.qkv_proj, hidden.dtype), bias)
-    qkv = qkv.view(-1, heads + 2 * kv_heads, config.head_dim).transpose(0, 1)
-    query, key, value = qkv.split([heads, kv_heads, kv_heads])
-    if layer.q_norm is not None and layer.k_norm is not None:
-        query, key = _rms_norm(query, layer.q_norm, eps), _rms_norm(key, layer.k_norm, eps)
+    query, key, value = split_heads(config, layer, qkv, _rms_norm)
+    if query_scale is not None:
+        query = query * query_scale[start:end, None].to(dtype)
     cache.append(start, apply_rope(key, *rope), value)
     window = config.sliding_windows[index]
     begin = max(0, start + 1 - window) if window else 0
@@ -147,23 +147,54 @@ def _attention(
     positions = torch.arange(begin, end, device=hidden.device)
     offsets = torch.arange(start, end, device=hidden.device)[:, None] - positions
     mask = offsets >= 0 if window is None else (offsets >= 0) & (offsets < window)
-    attended = F.scaled_dot_product_attention(
-        apply_rope(query, *rope)[None],
-        keys[None],
-        values[None],
-        attn_mask=mask,
-        scale=config.scaling,
-        enable_gqa=heads != kv_heads,
-    )
+    attended = attend(config, layer, apply_rope(query, *rope), keys, values, mask)
     o_bias = None if layer.o_proj_bias is None else layer.o_proj_bias.to(dtype)
-    attended = attended[0].transpose(0, 1).reshape(len(hidden), -1)
+    attended = attended.transpose(0, 1).reshape(len(hidden), -1)
     return F.linear(attended, as_tensor(layer.o_proj, hidden.dtype), o_bias)
+
+
+def split_heads(
+    config: ModelConfig,
+    layer: LayerWeights,
+    qkv: torch.Tensor,
+    norm: Callable[[torch.Tensor, torch.Tensor | None, float], torch.Tensor],
+) -> tuple[torch.Tensor, ...]:
+    """q, k and v [heads, tokens, head_dim] of their projections [tokens, qkv_size], with q and k normed."""
+    kv_size, eps = config.num_key_value_heads * config.head_dim, config.rms_norm_eps
+    query, key, value = qkv.split([config.attention_size, kv_size, kv_size], dim=-1)
+    if config.norms_whole_qk:
+        query, key = norm(query, layer.q_norm, eps), norm(key, layer.k_norm, eps)
+    query, key, value = (each.view(len(qkv), -1, config.head_dim).transpose(0, 1) for each in (query, key, value))
+    if not config.norms_whole_qk:
+        query, key = norm(query, layer.q_norm, eps), norm(key, layer.k_norm, eps)
+    return query, key, value
+
+
+def attend(
+    config: ModelConfig,
+    layer: LayerWeights,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of query [heads, tokens, head_dim] over keys and values [kv_heads, positions, head_dim] where mask
+    [tokens, positions] is true: [heads, tokens, head_dim]."""
+    grouped = config.num_attention_heads != config.num_key_value_heads
+    if not config.attention_softcap and layer.sinks is None:
+        return F.scaled_dot_product_attention(
+            query[None], keys[None], values[None], attn_mask=mask, scale=config.scaling, enable_gqa=grouped
+        )[0]
+    groups = config.num_attention_heads // config.num_key_value_heads
+    keys, values = (each.repeat_interleave(groups, dim=0) for each in (keys, values))
+    scores = softened(query @ keys.transpose(1, 2) * config.scaling, config.attention_softcap)
+    return softmax_with_sinks(scores.masked_fill(~mask, -torch.inf).float(), layer.sinks).to(query.dtype) @ values
 
 
 def _rope(
     config: ModelConfig, weights: ModelWeights, layer: int, start: int, end: int, positions: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine [tokens, head_dim / 2] of a chunk, in the weights' dtype. With positions [3, tokens] each channel
+    """Cosine and sine [tokens, rotary_pairs] of a chunk, in the weights' dtype. With positions [3, tokens] each channel
     pair has a position of its own, that of its axis; negative ones are the tables' mirror images."""
     all_cos, all_sin = weights.rope_of(config, layer)
     cos, sin = all_cos[start:end], all_sin[start:end]
@@ -202,7 +233,11 @@ def of_experts(config: ModelConfig, layer: LayerWeights, x: torch.Tensor) -> tor
     )
     gate_up_proj = gate_up_proj.view(config.num_experts, -1, x.shape[-1])
     down_proj = down_proj.view(config.num_experts, x.shape[-1], -1)
-    logits = F.linear(x, router).float()
+    router_bias, gate_up_bias, down_proj_bias = (
+        None if bias is None else bias.to(x.dtype)
+        for bias in (layer.router_bias, layer.gate_up_bias, layer.down_proj_bias)
+    )
+    logits = F.linear(x, router, router_bias).float()
     chosen = torch.sort(logits, descending=True, stable=True).indices[:, : config.num_experts_per_tok]
     weights = logits.softmax(-1).gather(1, chosen)
     if config.norm_topk_prob:
@@ -210,8 +245,12 @@ def of_experts(config: ModelConfig, layer: LayerWeights, x: torch.Tensor) -> tor
     branch = torch.zeros_like(x)
     for expert in chosen.unique().tolist():
         tokens, choice = (chosen == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(x[tokens], gate_up_proj[expert]).chunk(2, dim=-1)
-        outputs = F.linear(activation_of(config.activation)(gate) * up, down_proj[expert])
+        own, own_down = (
+            None if bias is None else bias.view(config.num_experts, -1)[expert]
+            for bias in (gate_up_bias, down_proj_bias)
+        )
+        gate, up = F.linear(x[tokens], gate_up_proj[expert], own).chunk(2, dim=-1)
+        outputs = F.linear(gated(config.activation, gate, up), down_proj[expert], own_down)
         branch[tokens] += (outputs * weights[tokens, choice, None]).to(x.dtype)
     return branch
 
@@ -224,8 +263,10 @@ def _multiply_kept(
     return products.where(products.abs() >= product_threshold, 0)
 
 
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """As transformers: normalised in fp32, scaled in the model's dtype."""
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """As transformers: normalised in fp32, scaled in the model's dtype; x itself where there is no weight."""
+    if weight is None:
+        return x
     normed = x.float()
     normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
     return weight.to(x.dtype) * normed.to(x.dtype)

@@ -30,6 +30,9 @@ from skipkernels.errors import RequestError
 OLDEST_SHARE = 4
 """The oldest prompt gets one in so many prompt rows, whoever has a deadline."""
 
+LEAST_ROWS = 2
+"""Of the prompt that comes first and of the oldest one, where there are as many and however dear they are."""
+
 
 class RowScheduler:
     """``add`` and ``cancel`` sequences; ``plan`` a step, run it, and ``commit`` it, or ``abandon`` it where it failed.
@@ -58,6 +61,8 @@ class RowScheduler:
             if value < 1:
                 raise RequestError(f"{name} must be at least 1, got {value}")
         self.prompt_rows = prompt_rows
+        self.row_growth = 0.0
+        """A prompt row counts for 1 and this for every position before it."""
         self.max_seq_len = max_seq_len
         self._pool = pool
         self._tables = BlockTables(pool, index)
@@ -226,15 +231,20 @@ class RowScheduler:
         decode_rows: list[DecodeRow] = []
         prompts = [sequence for sequence in self._running if not sequence.decoding]
         granted: dict[Sequence, int] = {}
-        free_rows = self.prompt_rows
+        free_rows, free = self.prompt_rows, float(self.prompt_rows)  # rows, and what they may count for
         kept = max(1, free_rows // OLDEST_SHARE)
         for sequence in sorted(prompts, key=lambda sequence: sequence.deadline):
             if free_rows:
                 self._tables.adopt_filled(sequence)
             oldest = prompts[0]
             reserve = 0 if oldest in granted or sequence is oldest else min(kept, oldest.num_prompt_rows)
-            granted[sequence] = rows = min(sequence.num_prompt_rows, max(0, free_rows - reserve))
+            counts = 1.0 + self.row_growth * sequence.num_cached
+            afforded = int((free - reserve) / counts)
+            if not granted or sequence is oldest:  # however long it is, it gets on
+                afforded = max(afforded, LEAST_ROWS)
+            granted[sequence] = rows = max(0, min(sequence.num_prompt_rows, free_rows - reserve, afforded))
             free_rows -= rows
+            free -= rows * counts
         for sequence in self._running:
             assert sequence.slot is not None
             start, missing = sequence.num_cached, sequence.num_prompt_rows

@@ -62,6 +62,12 @@ class Step:
         return sum(chunk.end - chunk.start for chunk in self.chunks)
 
     @property
+    def prompt_position(self) -> float:
+        """Mean over the prompt rows; 0 where there are none."""
+        ends = sum((chunk.end - chunk.start) * (chunk.start + chunk.end - 1) / 2 for chunk in self.chunks)
+        return ends / self.num_prompt_rows if self.chunks else 0.0
+
+    @property
     def empty(self) -> bool:
         """There is nothing to run."""
         return not self.chunks and not self.decode_rows

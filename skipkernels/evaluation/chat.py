@@ -2,7 +2,7 @@
 
 Questions and answers are written as FastChat reads them (``question.jsonl``, ``model_answer/<model>.jsonl``), so its
 tools work on them as well. A judge may grade every turn; grades go to ``model_judgment/<judge>_single.jsonl``.
-Answers and grades are appended as soon as they are complete, and complete ones are not repeated.
+Answers are appended as soon as a batch of questions is answered, grades one by one; what is there is not repeated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from skipkernels.evaluation.jsonl import digest, read_jsonl
 from skipkernels.evaluation.judge import Judge, JudgeUnreachable
 from skipkernels.evaluation.summarization import rouge_scorer
 from skipkernels.evaluation.task import Outcome
-from skipkernels.methods.method import Method, OnItem, ignore
+from skipkernels.methods.method import Answer, Method, OnItem, ignore
 from skipkernels.methods.work import Work
 
 SCORE = Metric("judge's score", "points", higher_is_better=True)
@@ -112,12 +112,14 @@ class Chat:
         """The line of the answer file for each question, in order."""
         path = self._folder / "model_answer" / f"{_file_name(label)}.jsonl"
         known = {line["question_id"]: line for line in _lines(path)}
-        for question in self._questions:
-            if question["question_id"] not in known:
-                line = self._answer(method, label, question)
+        open_ones = [question for question in self._questions if question["question_id"] not in known]
+        on_item(len(self._questions) - len(open_ones))
+        for start in range(0, len(open_ones), self._engine.max_batch_size):
+            together = open_ones[start : start + self._engine.max_batch_size]
+            for line in self._asked_together(method, label, together):
                 _append(path, line)
-                known[question["question_id"]] = line
-            on_item(1)
+                known[line["question_id"]] = line
+            on_item(len(together))
         answers = [known[question["question_id"]] for question in self._questions]
         lengths = {answer["skipkernels"]["max_new_tokens"] for answer in answers}
         if lengths != {self._max_new_tokens}:
@@ -127,17 +129,22 @@ class Chat:
             )
         return answers
 
-    def _answer(self, method: Method, label: str, question: Question) -> dict[str, Any]:
+    def _asked_together(self, method: Method, label: str, questions: Sequence[Question]) -> list[dict[str, Any]]:
         """Answers turn by turn; the prompt of each turn is the conversation up to it."""
-        turns: list[str] = []
-        token_ids: list[list[int]] = []
-        work = Work()
-        for number in range(len(question["turns"])):
-            prompt = self._engine.encode(_conversation(question, turns, number))
-            (answer,) = method.generate([prompt], max_new_tokens=self._max_new_tokens)
-            turns.append(answer.text)
-            token_ids.append(answer.token_ids)
-            work += answer.work
+        answers: list[list[Answer]] = [[] for _ in questions]
+        for turn in range(max(len(question["turns"]) for question in questions)):
+            asked = [index for index, question in enumerate(questions) if turn < len(question["turns"])]
+            prompts = [
+                self._engine.encode(_conversation(questions[index], [answer.text for answer in answers[index]], turn))
+                for index in asked
+            ]
+            for index, answer in zip(asked, method.generate(prompts, max_new_tokens=self._max_new_tokens), strict=True):
+                answers[index].append(answer)
+        return [self._line(label, *pair) for pair in zip(questions, answers, strict=True)]
+
+    def _line(self, label: str, question: Question, answers: Sequence[Answer]) -> dict[str, Any]:
+        """A line of the answer file."""
+        turns = [answer.text for answer in answers]
         return {
             "question_id": question["question_id"],
             "answer_id": hashlib.sha256(f"{label}{question['question_id']}{turns}".encode()).hexdigest()[:22],
@@ -145,8 +152,8 @@ class Chat:
             "choices": [{"index": 0, "turns": turns}],
             "tstamp": time.time(),
             "skipkernels": {
-                "token_ids": token_ids,
-                "work": asdict(work),
+                "token_ids": [answer.token_ids for answer in answers],
+                "work": asdict(sum((answer.work for answer in answers), Work())),
                 "max_new_tokens": self._max_new_tokens,
             },
         }

@@ -6,15 +6,12 @@ from collections.abc import Generator
 
 from skipkernels import _C
 from skipkernels.errors import DeviceError
-from skipkernels.executors.formats import require_formats, require_interleaved_int8
+from skipkernels.executors.formats import require_arranged_int8, require_formats
 from skipkernels.executors.native import native_program
 from skipkernels.model.matrix import BLOCK_FORMATS, FLOAT_FORMATS
 from skipkernels.program import Program
 from skipkernels.program.state import DecodeState
 from skipkernels.support.machine import default_threads
-
-_FLOAT_OPS = ("gate_proj_act", "up_proj_mul", "down_proj_neurons_add")
-"""Ops that read single rows of their matrices, which lie between others where weights are quantised."""
 
 
 class CpuExecutor:
@@ -27,9 +24,8 @@ class CpuExecutor:
     ) -> None:
         if state.active.device.type != "cpu":
             raise DeviceError(f"the cpu executor needs buffers on the cpu, got {state.active.device}")
-        require_formats(tuple(ins for ins in program if ins.op in _FLOAT_OPS), "cpu")
         require_formats(program, "cpu", (*FLOAT_FORMATS, *BLOCK_FORMATS))
-        require_interleaved_int8(program, "cpu")
+        require_arranged_int8(program, "cpu")
         self.program = program  # keeps the tensors alive whose addresses the native program holds
         self.state = state
         try:

@@ -8,7 +8,8 @@ import torch
 
 from skipkernels.errors import DeviceError
 from skipkernels.model.config import dtype_name
-from skipkernels.model.matrix import FLOAT_FORMATS, formats_of
+from skipkernels.model.matrix import FLOAT_FORMATS, BlockLayout, TransposedMatrix, formats_of
+from skipkernels.model.weights import NO_COLUMNS_IN_PLANES
 from skipkernels.program import Program
 from skipkernels.program.state import DecodeState
 
@@ -28,8 +29,16 @@ def require_formats(program: Program, executor: str, formats: Collection[str] = 
                     )
 
 
-def require_interleaved_int8(program: Program, executor: str) -> None:
-    """Refuses what kernels for interleaved rows and int8 activations do not compute.
+_LAYOUTS: dict[tuple[str, str], tuple[BlockLayout, ...]] = {
+    ("gate_up_act", "gate_up_proj"): ("interleaved", "single_rows"),
+    ("up_proj_mul", "up_proj"): ("single_rows",),
+    ("down_proj_neurons_add", "down_proj"): ("single_columns",),
+}
+"""In which the C++ kernels read an op's blocks, where not ``interleaved``."""
+
+
+def require_arranged_int8(program: Program, executor: str) -> None:
+    """Refuses what kernels for arranged blocks and int8 activations do not compute.
 
     Raises:
         DeviceError: names the matrix and what to change.
@@ -43,8 +52,54 @@ def require_interleaved_int8(program: Program, executor: str) -> None:
                     f"the {executor} executor multiplies {name} in {matrix.parts[0].format} with int8 activations, not "
                     f"{ins.activations}; use the reference executor, or load the model with dtype fp32"
                 )
-            if any(part.layout != "interleaved" for part in matrix.parts):
-                raise DeviceError(f"the {executor} executor needs {name} interleaved (Matrix.interleaved)")
+            layouts = _LAYOUTS.get((ins.op, name), ("interleaved",))
+            for part in matrix.parts:
+                if part.layout not in layouts:
+                    raise DeviceError(
+                        f"the {executor} executor needs {name} of {ins.op} in layout {' or '.join(layouts)}, got "
+                        f"{part.layout} (Matrix.arranged)"
+                    )
+
+
+READ_IN_PARTS = ("qkv_rope_append", "gate_up_act")
+"""Ops whose GPU kernels read a matrix whose parts have formats of their own."""
+_OF_EXPERTS = ("route_experts", "experts_gate_up_act", "experts_down_proj_add")
+"""Ops whose GPU kernels read floats only."""
+
+
+def require_planes_fp32(program: Program, executor: str) -> None:
+    """Refuses what GPU kernels do not compute: blocks lie in planes and are multiplied with fp32 activations.
+
+    Raises:
+        DeviceError: names the matrix and what to change.
+    """
+    for ins in program:
+        for name, matrix in ins.matrices.items():
+            if isinstance(matrix, torch.Tensor):
+                continue
+            if ins.op in _OF_EXPERTS:
+                raise DeviceError(
+                    f"the {executor} executor has no kernel of {ins.op} for {name} in {matrix.parts[0].format}; load "
+                    "the model with dtype='bf16' (--dtype bf16), or decode on device 'cpu'"
+                )
+            if isinstance(matrix, TransposedMatrix):
+                raise DeviceError(NO_COLUMNS_IN_PLANES.format(matrix.matrix.format))
+            if ins.activations != "fp32":
+                raise DeviceError(
+                    f"the {executor} executor multiplies {name} in {matrix.parts[0].format} with fp32 activations, not "
+                    f"{ins.activations}"
+                )
+            if len(matrix.parts) > 1 and ins.op not in READ_IN_PARTS:
+                raise DeviceError(
+                    f"the {executor} executor has no kernel of {ins.op} for {name} in several formats "
+                    f"({', '.join(part.format for part in matrix.parts)}); load the model with dtype='bf16'"
+                )
+            for part in matrix.parts:
+                if part.layout != "planes":
+                    raise DeviceError(
+                        f"the {executor} executor needs {name} of {ins.op} in layout planes, got {part.layout} "
+                        "(weights.into_planes)"
+                    )
 
 
 def require_cache_dtype(program: Program, executor: str, state: DecodeState) -> None:

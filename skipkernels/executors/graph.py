@@ -9,8 +9,9 @@ from itertools import groupby
 
 from skipkernels.errors import DeviceError
 from skipkernels.executors.execution import Execution
-from skipkernels.executors.formats import require_cache_dtype, require_formats
+from skipkernels.executors.formats import require_cache_dtype, require_formats, require_planes_fp32
 from skipkernels.executors.runtime import CudaRuntime, Graph
+from skipkernels.model.matrix import BLOCK_FORMATS, FLOAT_FORMATS
 from skipkernels.program import Program
 from skipkernels.program.state import DECODING, DecodeState
 
@@ -38,7 +39,8 @@ class GraphExecutor:
         Raises:
             DeviceError: the kernels cannot run this program, or its capture failed; nothing is left behind.
         """
-        require_formats(program, "graph")
+        require_formats(program, "graph", (*FLOAT_FORMATS, *BLOCK_FORMATS))
+        require_planes_fp32(program, "graph")
         require_cache_dtype(program, "graph", state)
         self.program = program
         self.state = state

@@ -36,7 +36,8 @@ from skipkernels.engine import DEFAULT_MAX_SEQ_LEN, Engine
 from skipkernels.errors import ModelError, RequestError
 from skipkernels.model.config import ModelConfig
 from skipkernels.model.module_check import check_module, shares_embeddings
-from skipkernels.model.weights import as_packed, expected_parameters, parameter_views, rope_tables
+from skipkernels.model.rope import rope_tables
+from skipkernels.model.weights import as_packed, expected_parameters, parameter_views
 from skipkernels.skipping.policy import Policy
 from skipkernels.support.turns import Turns
 
@@ -315,8 +316,8 @@ def _is_current(engine: Engine, model: PreTrainedModel) -> bool:
         and torch.equal(sin, weights.rope_sin[:2].cpu())
         and all(
             parameters[name].data_ptr() == view.data_ptr()
-            if view.dim() >= 2
-            else torch.equal(as_packed(config, name, parameters[name]).float(), view)
+            if view.dim() >= 2 and view.shape == parameters[name].shape
+            else torch.equal(as_packed(config, name, parameters[name]).to(view.dtype), view)
             for name, view in parameter_views(engine.config, weights).items()
         )
     )

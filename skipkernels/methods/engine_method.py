@@ -82,7 +82,7 @@ class EngineMethod:
         return self._engine if self._engine.max_batch_size == 1 else self._engine.with_rows(1)
 
     def _work(self, unread_map: UnreadMap) -> Work:
-        return Work.of_ffns(self._engine.config, self._engine.weights.dtype, unread_map)
+        return Work.of_ffns(self._engine.weights, unread_map)
 
 
 class PolicyKind:

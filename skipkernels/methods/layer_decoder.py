@@ -16,11 +16,11 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from skipkernels.decoding.prefill import of_experts
+from skipkernels.decoding.prefill import attend, of_experts, split_heads
 from skipkernels.model.config import ModelConfig
 from skipkernels.model.matrix import dequantized, float_tensor, weight_rows
 from skipkernels.model.weights import LayerWeights, ModelWeights
-from skipkernels.program.reference import activation_of, apply_rope, rms_norm
+from skipkernels.program.reference import activation_of, apply_rope, rms_norm, softened
 
 _CHUNK = 512  # tokens processed at a time: bounds the memory of attention
 
@@ -60,6 +60,7 @@ class LayerDecoder:
         self.max_seq_len = max_seq_len
         self._embed_tokens = weights.embed_tokens
         self._layers = [_in_fp32(layer) for layer in weights.layers]
+        self._query_scale = weights.query_scale
         self._norm, self._lm_head = weights.norm, dequantized(weights.lm_head)
         self._ropes = [weights.rope_of(config, index) for index in range(config.num_hidden_layers)]
         shape = (config.num_hidden_layers, config.num_key_value_heads, max_seq_len, config.head_dim)
@@ -94,7 +95,8 @@ class LayerDecoder:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and lm_head of hidden [tokens, hidden]: f32 [tokens, vocab]."""
-        return F.linear(rms_norm(hidden, self._norm, self.config.rms_norm_eps), self._lm_head)
+        logits = F.linear(rms_norm(hidden, self._norm, self.config.rms_norm_eps), self._lm_head)
+        return softened(logits, self.config.logits_softcap)
 
     def _read_chunk(
         self, tokens: torch.Tensor, rule: LayerRule, steps: torch.Tensor
@@ -115,14 +117,11 @@ class LayerDecoder:
     def _project(self, index: int, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
         """Appends keys and values of hidden [tokens, hidden]; returns the queries [heads, tokens, head_dim]."""
         c, start, end = self.config, self._length, self._length + len(hidden)
-        heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         x = rms_norm(hidden, layer.input_layernorm, c.rms_norm_eps)
         qkv = F.linear(x, float_tensor(layer.qkv_proj), layer.qkv_bias)
-        qkv = qkv.view(len(hidden), heads + 2 * kv_heads, c.head_dim).transpose(0, 1)
-        query, key, value = qkv.split([heads, kv_heads, kv_heads])
-        if layer.q_norm is not None and layer.k_norm is not None:
-            query = rms_norm(query, layer.q_norm, c.rms_norm_eps)
-            key = rms_norm(key, layer.k_norm, c.rms_norm_eps)
+        query, key, value = split_heads(c, layer, qkv, rms_norm)
+        if self._query_scale is not None:
+            query = query * self._query_scale[start:end, None]
         cos, sin = (table[start:end] for table in self._ropes[index])
         self._k_cache[index, :, start:end] = apply_rope(key, cos, sin)
         self._v_cache[index, :, start:end] = value
@@ -136,15 +135,8 @@ class LayerDecoder:
         positions = torch.arange(begin, start + tokens, device=self._device)
         offsets = positions[-tokens:, None] - positions
         mask = (offsets >= 0) & (offsets < window) if window else offsets >= 0
-        attended = F.scaled_dot_product_attention(
-            query[None],
-            self._k_cache[None, index, :, begin : start + tokens].float(),
-            self._v_cache[None, index, :, begin : start + tokens].float(),
-            attn_mask=mask,
-            scale=self.config.scaling,
-            enable_gqa=True,
-        )
-        attended = attended[0].transpose(0, 1).reshape(tokens, -1)
+        keys, values = (cache[index, :, begin : start + tokens].float() for cache in (self._k_cache, self._v_cache))
+        attended = attend(self.config, layer, query, keys, values, mask).transpose(0, 1).reshape(tokens, -1)
         return F.linear(attended, float_tensor(layer.o_proj), layer.o_proj_bias)
 
     def _branch(self, norm: torch.Tensor | None, change: torch.Tensor) -> torch.Tensor:

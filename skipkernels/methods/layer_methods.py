@@ -115,4 +115,4 @@ class LayerMethod:
 
     def _work(self, ran: torch.Tensor) -> Work:
         skipped = np.logical_not(ran.cpu().numpy())
-        return Work.of_layers(self._engine.config, self._decoder.dtype, skipped, fills_cache=self._fills_cache)
+        return Work.of_layers(self._engine.config, self._engine.weights, skipped, fills_cache=self._fills_cache)

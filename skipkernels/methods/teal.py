@@ -74,7 +74,7 @@ class _Recorder(LayerDecoder):
 
 class ColumnMethod(LayerMethod):
     def _work(self, ran: torch.Tensor) -> Work:
-        return Work.of_ffns(self._engine.config, self._decoder.dtype, (1.0 - ran.cpu()).numpy().astype(np.float32))
+        return Work.of_ffns(self._engine.weights, (1.0 - ran.cpu()).numpy().astype(np.float32))
 
 
 class TealSkip:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from skipkernels.model.config import ModelConfig
+from skipkernels.model.weights import ModelWeights
 
 UnreadMap = npt.NDArray[np.float32] | npt.NDArray[np.bool_]
 """[tokens, layers], the share of the FFN's or layer's bytes that was not read; True: all."""
@@ -25,29 +25,29 @@ class Work:
     tokens: int = 0
     ffns: int = 0
     ffns_skipped: float = 0.0  # parts of FFNs count as such
-    layer_bytes: int = 0
+    layer_bytes: float = 0
     layer_bytes_skipped: float = 0.0
 
     @classmethod
-    def of_ffns(cls, config: ModelConfig, dtype: torch.dtype, unread: UnreadMap) -> Work:
+    def of_ffns(cls, weights: ModelWeights, unread: UnreadMap) -> Work:
         """The work of a method that leaves out FFNs or neurons only."""
-        return cls._of(config, dtype, unread, config.ffn_bytes(dtype))
+        return cls._of(weights, unread, weights.ffn_nbytes())
 
     @classmethod
-    def of_layers(cls, config: ModelConfig, dtype: torch.dtype, unread: UnreadMap, *, fills_cache: bool) -> Work:
+    def of_layers(cls, config: ModelConfig, weights: ModelWeights, unread: UnreadMap, *, fills_cache: bool) -> Work:
         """The work of a method that skips whole layers; ``fills_cache``: it still reads their k_proj and v_proj."""
-        kv_bytes = 2 * config.num_key_value_heads * config.head_dim * config.hidden_size * dtype.itemsize
-        layer = config.attention_bytes(dtype) + config.ffn_bytes(dtype)
-        return cls._of(config, dtype, unread, layer - kv_bytes * fills_cache)
+        qkv = sum(layer.qkv_proj.nbytes for layer in weights.layers) / len(weights.layers)
+        kv_bytes = qkv * 2 * config.num_key_value_heads * config.head_dim / config.qkv_size
+        return cls._of(weights, unread, weights.layer_nbytes() - kv_bytes * fills_cache)
 
     @classmethod
-    def _of(cls, config: ModelConfig, dtype: torch.dtype, unread: UnreadMap, bytes_each: int) -> Work:
+    def _of(cls, weights: ModelWeights, unread: UnreadMap, bytes_each: float) -> Work:
         count = float(unread.sum(dtype=np.float64))
         return cls(
             tokens=len(unread),
             ffns=unread.size,
             ffns_skipped=count,
-            layer_bytes=unread.size * (config.attention_bytes(dtype) + config.ffn_bytes(dtype)),
+            layer_bytes=unread.size * weights.layer_nbytes(),
             layer_bytes_skipped=count * bytes_each,
         )
 

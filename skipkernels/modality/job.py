@@ -19,10 +19,13 @@ class Request:
         inputs: data by modality name. Of a request that lacks modalities, only strategies without them can be chosen.
         work: its cost as a multiple of the profiled requests' cost, for models whose requests differ in length. A
             batch takes as long as its largest request makes it.
+        prompt_tokens, new_tokens: of models that decode, where a simulation is to know its steps; 0: not said.
     """
 
     inputs: Inputs = field(repr=False)
     work: float = 1.0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not self.inputs:

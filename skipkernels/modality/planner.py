@@ -68,6 +68,12 @@ class Planner:
         for demand in demands:
             demand.budget_ms = _time_ms(demand.deadline_ms, free_ms)
         given_up = without_hope([demand.budget_ms for demand in demands], _costs(demands, least, self._prices(demands)))
+        hopeless = [
+            position
+            for position, demand in enumerate(demands)
+            if now_ms + self._at_once_ms(demand, least[position], len(free_ms)) > demand.deadline_ms
+        ]
+        given_up.update(hopeless)
         in_time = [position for position in range(len(demands)) if position not in given_up]
         timed = sum(demands[position].deadline_ms < math.inf for position in in_time)
         order = [*in_time[:timed], *sorted(given_up), *range(len(demands), len(everyone)), *in_time[timed:]]
@@ -75,12 +81,11 @@ class Planner:
         if _missed(plan, demands):
             large = lay_out(everyone, least, order, free_ms, self._latency, BatchLimits(self._latency.largest_batches))
             plan = min(plan, large, key=lambda plan: _missed(plan, demands))
-        lost = []
-        for position in given_up:
-            at_once_ms = self._latency.alone_ms(least[position]) * demands[position].work / len(free_ms)
-            if now_ms + at_once_ms > demands[position].deadline_ms:
-                lost.append(position)
-        return plan, lost
+        return plan, hopeless
+
+    def _at_once_ms(self, demand: Demand, least: Split, workers: int) -> float:
+        """What a job takes if it begins now and all workers are free for it. A request runs on one of them."""
+        return self._latency.alone_ms(least) * demand.work / min(workers, demand.requests)
 
     def _least(self, demand: Demand) -> Split:
         return self._selection.least(demand) if demand.deadline_ms < math.inf else self._selection.most(demand)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from skipkernels.modality.errors import ProfileError, StrategyError
 from skipkernels.modality.profile import Profile, StrategyProfile, Timing
+from skipkernels.modality.step_times import StepTimes
 from skipkernels.modality.strategy import ModalityModel, Strategy
 from skipkernels.support.files import read_document
 
@@ -32,7 +34,7 @@ def load_profile(path: str | Path, *, model: ModalityModel | None = None) -> Pro
             profile.check(model)
     except (ProfileError, StrategyError) as error:
         raise ProfileError(f"{path}: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ProfileError(f"{path}: a field is missing or of the wrong type ({error!r})") from error
     return profile
 
@@ -53,6 +55,7 @@ def _to_document(profile: Profile) -> dict[str, Any]:
                 "samples": entry.samples,
                 "exact": entry.exact,
                 "kl": entry.kl,
+                "steps": None if entry.steps is None else asdict(entry.steps),
                 "timings": [
                     {
                         "batch_size": timing.batch_size,
@@ -81,9 +84,16 @@ def _from_document(document: dict[str, Any]) -> Profile:
                 timings=tuple(Timing(**timing) for timing in entry["timings"]),
                 score_sum=entry["score_sum"],
                 samples=entry["samples"],
-                exact=entry.get("exact", False),  # files of earlier releases have none, nor a KL
+                exact=entry.get("exact", False),  # files of earlier releases have none, nor a KL nor steps
                 kl=entry.get("kl"),
+                steps=_steps(entry.get("steps")),
             )
             for entry in document["strategies"]
         ),
     )
+
+
+def _steps(document: dict[str, Any] | None) -> StepTimes | None:
+    if document is None:
+        return None
+    return StepTimes(**document | {"decode_ms": tuple((rows, ms) for rows, ms in document["decode_ms"])})

@@ -33,6 +33,10 @@ Progress = Callable[[str, float], None]
 Attempt = Callable[[Callable[[], float]], float]
 """Called with a measurement, when its turn has come; returns its result. May call it again if it was disturbed."""
 
+Timed = Callable[[Sequence[Inputs], Strategy, int], float]
+"""Called as (inputs of ``2 * size - 1`` requests, strategy, size); returns milliseconds of a request while ``size`` of
+them share their steps."""
+
 _SHARES = {"accuracy": (0.0, 0.4), "memory": (0.4, 0.5), "time": (0.5, 1.0)}  # of the progress bar
 
 
@@ -54,6 +58,7 @@ def measure_profile(
     journal: str | Path | None = None,
     progress: Progress = lambda stage, share: None,
     attempt: Attempt = lambda measure: measure(),
+    timed: Timed | None = None,
 ) -> Profile:
     """
     Args:
@@ -64,6 +69,7 @@ def measure_profile(
         memory: whether to measure peak memory; without it, a memory budget cannot be set.
         journal: where to keep results until all are measured; an existing file is resumed.
         progress, attempt: see ``Progress`` and ``Attempt``.
+        timed: None: the times are those of whole batches. Else see ``Timed``.
 
     Raises:
         ProfileError: the arguments are impossible, or the journal is another measurement's.
@@ -82,8 +88,9 @@ def measure_profile(
         "batch_sizes": list(batch_sizes),
         "rounds": rounds,
         "samples": len(samples),
+        "timed": "batches" if timed is None else "requests in slots",
     }
-    profiler = _Profiler(model, samples, list(batch_sizes), rounds, Journal(journal, header), progress, attempt)
+    profiler = _Profiler(model, samples, list(batch_sizes), rounds, Journal(journal, header), progress, attempt, timed)
     return profiler.measure(memory)
 
 
@@ -97,6 +104,7 @@ class _Profiler:
         journal: Journal,
         progress: Progress,
         attempt: Attempt,
+        timed: Timed | None,
     ) -> None:
         self._model = model
         self._samples = samples
@@ -105,6 +113,7 @@ class _Profiler:
         self._journal = journal
         self._progress = progress
         self._attempt = attempt
+        self._timed = timed
         self._done = {(entry["what"], *entry["key"]): entry["value"] for entry in journal.entries}
 
     def measure(self, memory: bool) -> Profile:
@@ -165,12 +174,15 @@ class _Profiler:
         return peak_memory_bytes(self._model.device, lambda: self._run(name, size, 0))
 
     def _time(self, name: str, size: int, turn: int) -> float:
+        if self._timed is not None:
+            return self._timed(self._inputs(2 * size - 1, turn), Strategy.parse(name), size)
         begin = time.perf_counter()
         self._run(name, size, turn)
         return (time.perf_counter() - begin) * 1e3
 
     def _run(self, name: str, size: int, turn: int) -> None:
-        """Runs one batch of samples, different ones each turn."""
-        first = turn * size
-        batch = [self._samples[(first + offset) % len(self._samples)].inputs for offset in range(size)]
-        self._model.run(batch, Strategy.parse(name))
+        self._model.run(self._inputs(size, turn), Strategy.parse(name))
+
+    def _inputs(self, count: int, turn: int) -> list[Inputs]:
+        """Of samples, different ones each turn."""
+        return [self._samples[(turn * count + offset) % len(self._samples)].inputs for offset in range(count)]

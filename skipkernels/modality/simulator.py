@@ -16,6 +16,7 @@ from skipkernels.modality.metrics import Outcome
 from skipkernels.modality.policies import SelectionPolicy
 from skipkernels.modality.profile import Profile
 from skipkernels.modality.scheduler import Admission, Scheduler
+from skipkernels.modality.shared_steps import SharedSteps
 from skipkernels.modality.ticket import Batch, Ticket
 
 _Z95 = 1.645  # of the standard normal
@@ -35,8 +36,9 @@ def simulate(
 ) -> list[Outcome]:
     """Simulates all arrivals until every job is done; outcomes are in the order of arrival.
 
-    Batch times are log-normal, with the profile's median and 95th percentile. A request is answered correctly with the
-    probability of its strategy's measured accuracy, which is above the promised one.
+    Batch times are log-normal, with the profile's median and 95th percentile. Where requests share steps whose times
+    were profiled, and say how many tokens they have, the steps themselves are simulated. A request is answered
+    correctly with the probability of its strategy's measured accuracy, which is above the promised one.
 
     Args:
         arrivals: in order of their times.
@@ -44,6 +46,10 @@ def simulate(
         selection, workers, slots, memory_bytes, admission: as in ``Scheduler``.
     """
     scheduling = {"workers": workers, "slots": slots, "memory_bytes": memory_bytes, "admission": admission}
+    steps = [entry.steps for entry in profile.strategies if entry.steps is not None]
+    counted = all(request.new_tokens > 0 for arrival in arrivals for request in arrival.job.requests)
+    if slots is not None and counted and len(steps) == len(profile.strategies):
+        return _StepSimulation(profile, selection, scheduling, overhead_ms, seed, -(-workers // slots)).run(arrivals)
     return _Simulation(profile, selection, scheduling, overhead_ms, seed).run(arrivals)
 
 
@@ -112,8 +118,11 @@ class _Simulation:
             if batch is None:
                 return
             self._free.pop()
-            now_ms = self._clock()
-            self._runs[batch.worker] = _Run(batch, now_ms + self._overhead_ms, self._factor(batch), at_ms=now_ms)
+            self._begin(batch)
+
+    def _begin(self, batch: Batch) -> None:
+        now_ms = self._clock()
+        self._runs[batch.worker] = _Run(batch, now_ms + self._overhead_ms, self._factor(batch), at_ms=now_ms)
 
     def _end_ms(self, run: _Run) -> float:
         return max(run.at_ms, run.begins_ms) + max(0.0, 1.0 - run.done) * self._whole_ms(run)
@@ -133,6 +142,46 @@ class _Simulation:
 
     def _score(self, batch: Batch) -> float:
         return float(self._rng.random() < batch.profiled.accuracy)
+
+
+class _StepSimulation(_Simulation):
+    """Of requests whose steps are known."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        selection: str | SelectionPolicy,
+        scheduling: dict[str, Any],
+        overhead_ms: float,
+        seed: int,
+        machines: int,
+    ) -> None:
+        super().__init__(profile, selection, scheduling, overhead_ms, seed)
+        self._steps = SharedSteps([entry.steps for entry in profile.strategies if entry.steps is not None], machines)
+        self._batches: dict[int, Batch] = {}  # by worker
+
+    def run(self, arrivals: Sequence[Arrival]) -> list[Outcome]:
+        tickets: list[Ticket | str] = []
+        while len(tickets) < len(arrivals) or self._batches:
+            coming_ms = arrivals[len(tickets)].at_ms if len(tickets) < len(arrivals) else math.inf
+            now_ms = min(coming_ms, self._steps.next_ms())
+            self._clock.advance_to(now_ms)
+            for worker in self._steps.advance(now_ms):
+                batch = self._batches.pop(worker)
+                self._scheduler.finish(batch, [self._score(batch)])
+                self._free.append(worker)
+            if now_ms == coming_ms:
+                tickets.append(self._submit(arrivals[len(tickets)]))
+            self._start_batches()
+            for batch in self._scheduler.review():
+                self._steps.move(batch.worker, batch.index)
+        return [_outcome(arrival, ticket) for arrival, ticket in zip(arrivals, tickets, strict=True)]
+
+    def _begin(self, batch: Batch) -> None:
+        ((ticket, position),) = batch.members
+        self._batches[batch.worker] = batch
+        order = batch.deadline_ms, batch.number
+        self._steps.add(batch.worker, batch.index, ticket.job.requests[position], order, self._overhead_ms)
 
 
 def _outcome(arrival: Arrival, ticket: Ticket | str) -> Outcome:

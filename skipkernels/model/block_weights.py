@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 
 import torch
 
-from skipkernels.errors import ModelError
 from skipkernels.model.config import ModelConfig, dtype_name
-from skipkernels.model.matrix import BLOCK_FORMATS, FLOAT_FORMATS, AnyMatrix, stacked
+from skipkernels.model.family import FAMILIES
+from skipkernels.model.matrix import BLOCK_FORMATS, FLOAT_FORMATS, AnyMatrix, merged, stacked
 from skipkernels.model.parameters import Parameters
-from skipkernels.model.weights import ModelWeights, allocate_weights, empty_matrix, parameter_views, warn_of_nan
+from skipkernels.model.recipe import large_matrices
+from skipkernels.model.weights import ModelWeights, allocate_weights, empty_matrix, saved_views, warn_of_nan
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,18 @@ PARTS = {
 """The matrices of a layer, and the Hugging Face parameters in them from top to bottom."""
 
 
+def _names_of_experts(config: ModelConfig, layer: int) -> dict[str, list[str]]:
+    """The matrices of a layer's FFN with experts, and what is in them from top to bottom, by the names in files."""
+    family, prefix = FAMILIES[config.model_type].experts, f"model.layers.{layer}."
+    assert family is not None
+    of_each = {"gate_up_proj": (family.saved_gate, family.saved_up), "down_proj": (family.saved_down,)}
+    names = {
+        field: [prefix + name.format(expert) for expert in range(config.num_experts) for name in parts]
+        for field, parts in of_each.items()
+    }
+    return {"router": [prefix + family.saved_router], **names}
+
+
 def load_as_floats(
     parameters: Parameters,
     config: ModelConfig,
@@ -35,7 +49,7 @@ def load_as_floats(
 ) -> ModelWeights:
     """Packed weights, all of them floats of ``dtype``."""
     weights = allocate_weights(config, dtype, max_seq_len, device, neuron_rows)
-    views = parameter_views(config, weights)
+    views = saved_views(config, weights)
     for name, view in views.items():
         parameters.copy_floats(name, view)
     warn_of_nan(views)
@@ -50,42 +64,48 @@ def load_in_formats(
     device: torch.device | str = "cpu",
     neuron_rows: bool = False,
 ) -> ModelWeights:
-    """Packed weights in the parameters' formats. A matrix whose format has no kernels, or that is stacked with floats,
-    is dequantised to ``float_dtype``, which is logged.
-
-    Raises:
-        ModelError: ``neuron_rows``; blocks cannot lie transposed.
+    """Packed weights in the parameters' formats. A matrix whose format has no kernels, or that is stacked with floats
+    (of experts, with another format), is dequantised to ``float_dtype``, which is logged. Routers, which are small and
+    decide much, stay floats of their own dtype. Blocks lie as in the file: an executor arranges them
+    (``weights.interleave``), with ``neuron_rows`` so that single neurons can be left out.
     """
-    if neuron_rows:
-        raise ModelError(
-            f"{parameters.source}: single neurons are left out of float weights only; load it with dtype bf16 "
-            "(--dtype bf16), or leave out whole blocks only"
-        )
-    shapes_only = parameter_views(config, allocate_weights(config, torch.float32, 1, "meta"))
-    names = [name for name, view in shapes_only.items() if view.dim() == 2]
+    shapes_only = saved_views(config, allocate_weights(config, torch.float32, 1, "meta"))
+    ffns = {
+        layer: _names_of_experts(config, layer)
+        for layer in range(config.num_hidden_layers)
+        if config.has_experts(layer)
+    }
+    routers = {name for ffn in ffns.values() for name in ffn["router"]}
+    names = large_matrices(config, {name: tuple(view.shape) for name, view in shapes_only.items()})
     dtype = float_dtype(parameters, names)
     without = Counter(kind for name in names if (kind := parameters.format(name)) not in BLOCK_FORMATS | FLOAT_FORMATS)
     for kind, count in without.items():
         logger.warning(
-            "%s: no kernels read %s; %d matrices are dequantised to %s",
+            "%s: no kernels read %s; %d matrices are dequantised to %s, %d significant bits of each weight",
             parameters.source,
             kind.upper(),
             count,
             dtype_name(dtype),
+            1 - round(math.log2(torch.finfo(dtype).eps)),
         )
-    weights = allocate_weights(config, dtype, max_seq_len, device, vectors_only=True)
+    weights = allocate_weights(config, dtype, max_seq_len, device, neuron_rows, vectors_only=True)
     weights.cache_dtype = dtype
-    vectors = {name: view for name, view in parameter_views(config, weights).items() if view.device.type != "meta"}
+    vectors = {name: view for name, view in saved_views(config, weights).items() if view.device.type != "meta"}
     for name, view in vectors.items():
         parameters.copy_floats(name, view)
     beside_floats: Counter[str] = Counter()
 
-    def matrix(*parts: str) -> AnyMatrix:
+    def matrix(*parts: str, transposed: bool = False, of_experts: bool = False) -> AnyMatrix:
         formats = [parameters.format(name) for name in parts]
-        if all(format in BLOCK_FORMATS for format in formats):
-            return stacked([parameters.blocks(name).to(device) for name in parts])
-        rows = [shapes_only[name].shape[0] for name in parts]
-        floats = empty_matrix(sum(rows), shapes_only[parts[0]].shape[1], dtype, device)
+        if all(format in BLOCK_FORMATS for format in formats) and not (of_experts and len(set(formats)) > 1):
+            blocks = [parameters.blocks(name).to(device) for name in parts]
+            return stacked(merged(blocks) if of_experts else blocks)
+        rows, columns = [shapes_only[name].shape[0] for name in parts], shapes_only[parts[0]].shape[1]
+        own = FLOAT_FORMATS.get(formats[0], dtype) if parts[0] in routers else dtype
+        if transposed:
+            floats = empty_matrix(columns, sum(rows), own, device).T
+        else:
+            floats = empty_matrix(sum(rows), columns, own, device)
         for name, part in zip(parts, floats.split(rows), strict=True):
             parameters.copy_floats(name, part)
         beside_floats.update(format for format in formats if format in BLOCK_FORMATS)
@@ -95,13 +115,19 @@ def load_in_formats(
     tied = config.tie_word_embeddings
     weights.lm_head = weights.embed_tokens if tied else matrix("lm_head.weight")
     for index, layer in enumerate(weights.layers):
+        ffn = ffns.get(index, {})
+        for field, listed in ffn.items():
+            setattr(layer, field, matrix(*listed, of_experts=field != "router"))
         for field, parts in PARTS.items():
+            if field in ffn:
+                continue
             whole = f"model.layers.{index}.{parts[0].rpartition('.')[0]}.{field}.weight"  # of families that fuse them
             names = [whole] if whole in shapes_only else [f"model.layers.{index}.{part}.weight" for part in parts]
-            setattr(layer, field, matrix(*names))
+            setattr(layer, field, matrix(*names, transposed=neuron_rows and field == "down_proj"))
     for format, count in beside_floats.items():
         logger.warning(
-            "%s: %d matrices in %s are dequantised to %s: they are stacked with floats (q, k and v, or gate and up)",
+            "%s: %d matrices in %s are dequantised to %s: they are stacked with floats, or experts with other formats "
+            "(q, k and v; gate and up; of all experts)",
             parameters.source,
             count,
             format.upper(),
@@ -113,7 +139,7 @@ def load_in_formats(
 
 
 def float_dtype(parameters: Parameters, names: Sequence[str]) -> torch.dtype:
-    """Of the KV cache, and of what is dequantised: that of the floats where all matrices are floats of one dtype, else
+    """Of the KV cache, and of what is dequantised: that of the matrices of floats where they are of one dtype, else
     bf16."""
-    formats = {parameters.format(name) for name in names}
-    return FLOAT_FORMATS.get(formats.pop(), torch.bfloat16) if len(formats) == 1 else torch.bfloat16
+    floats = {parameters.format(name) for name in names} & FLOAT_FORMATS.keys()
+    return FLOAT_FORMATS[floats.pop()] if len(floats) == 1 else torch.bfloat16

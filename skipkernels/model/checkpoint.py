@@ -35,10 +35,7 @@ def resolve_checkpoint(model: str | Path) -> Path:
         )
     path = Path(model)
     if path.is_dir():
-        if not (path / "config.json").exists() and (gguf := gguf_of_folder(path)):
-            return gguf
-        _check_folder(path)
-        return path
+        return _in_folder(_snapshot_of(path))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"{model}: no such file")
@@ -50,9 +47,30 @@ def resolve_checkpoint(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=_PATTERNS))
+        snapshot = Path(snapshot_download(str(model), allow_patterns=_PATTERNS))
     except Exception as error:  # the hub client raises many kinds, none of them ours
         raise ModelError(f"{model}: neither a folder nor loadable from the hub ({_first_line(error)})") from error
+    return _in_folder(snapshot)
+
+
+def _in_folder(path: Path) -> Path:
+    """The folder of a Hugging Face checkpoint, or the GGUF file in it."""
+    if not (path / "config.json").exists() and (gguf := gguf_of_folder(path)):
+        return gguf
+    _check_folder(path)
+    return path
+
+
+def _snapshot_of(path: Path) -> Path:
+    """The folder itself; of a repository in the hub's cache, the snapshot of its main branch."""
+    reference = path / "refs" / "main"
+    if not (path / "snapshots").is_dir() or (path / "config.json").exists():
+        return path
+    snapshot = path / "snapshots" / (reference.read_text().strip() if reference.is_file() else "")
+    if not (snapshot / "config.json").exists() and not any(snapshot.glob("*.gguf")):
+        found = ", ".join(sorted(each.name for each in (path / "snapshots").iterdir())) or "none"
+        raise ModelError(f"{path}: is a repository in the hub's cache; give one of its snapshots' folders: {found}")
+    return snapshot
 
 
 def _check_folder(path: Path) -> None:
@@ -65,16 +83,30 @@ def _check_folder(path: Path) -> None:
 
 def load_config(folder: Path) -> PreTrainedConfig:
     """The configuration of what ``resolve_checkpoint`` found."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     if folder.is_file():
         return hf_config(GgufFile(folder))
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # None would ask on stdin
+        config = _read_config(folder)
         GenerationConfig.from_model_config(config)  # as a module of it would be made
     except Exception as error:  # transformers' validation raises kinds of its own, with the reason on the second line
-        raise ModelError(f"{folder}: its config.json cannot be read ({_one_line(error)})") from error
+        own_code = "trust_remote_code" in str(error)
+        reason = "the model is code of its own, which is never run" if own_code else _one_line(error)
+        raise ModelError(f"{folder}: its config.json cannot be read ({reason})") from error
     return config
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    document, _ = PreTrainedConfig.get_config_dict(folder)
+    scaling = document.get("rope_scaling")
+    if isinstance(scaling, dict) and "su" in (scaling.get("type"), scaling.get("rope_type")):
+        # longrope's first name, in Phi-3's first checkpoints: transformers 5 misses their original length
+        document["rope_scaling"] = {**scaling, "type": "longrope", "rope_type": "longrope"}
+        return CONFIG_MAPPING[document["model_type"]].from_dict(document)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # None would ask on stdin
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -91,10 +123,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         own_tokens = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
     except Exception as error:  # whatever a broken file makes of transformers' readers
         missing = "" if find_spec("sentencepiece") else "; a tokenizer.model needs `pip install sentencepiece`"
+        own_code = "trust_remote_code" in str(error)
+        reason = "it is code of its own, which is never run; pass tokenizer=" if own_code else _one_line(error)
         own = (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
-        raise ModelError(
-            f"{folder}: its tokenizer cannot be read ({_one_line(error)}){missing if own else ''}"
-        ) from error
+        raise ModelError(f"{folder}: its tokenizer cannot be read ({reason}){missing if own else ''}") from error
     if not own_tokens:  # transformers makes one out of tokenizer_config.json alone
         raise ModelError(f"{folder}: its tokenizer has no vocabulary; tokenizer.json or tokenizer.model is missing")
     return tokenizer

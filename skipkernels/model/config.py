@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
-ACTIVATIONS = ("silu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu_tanh", "clamped_swiglu")
 """Of the FFN's gate, in the order of the instruction set's numbers."""
+GATE_SLOPE, GATE_LIMIT = 1.702, 7.0
+"""Of clamped_swiglu (gpt-oss)."""
 _ACTIVATION_NAMES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -85,6 +87,14 @@ class ModelConfig:
     moe_intermediate_size: int = 0  # of one expert
     norm_topk_prob: bool = False  # the chosen experts' shares sum to 1
     expert_layers: tuple[bool, ...] = ()  # which have a router and experts; none: all FFNs are dense
+    norms_whole_qk: bool = False  # qk_norm is of all heads together
+    input_norms: bool = True  # what attention and FFN read is normed
+    partial_rotary_factor: float = 1.0  # the share of a head's channels that are rotated
+    query_scale_beta: float = 0.0  # queries grow with their position: Ministral 3
+    attention_softcap: float = 0.0  # of scores; 0: none
+    logits_softcap: float = 0.0
+    attention_sinks: bool = False  # every head has one more score, of a position without a value: gpt-oss
+    expert_biases: bool = False  # of routers and experts
 
     @classmethod
     def from_hf(cls, config: PreTrainedConfig) -> ModelConfig:
@@ -95,7 +105,6 @@ class ModelConfig:
         """
         kind = family_of(config)
         family = kind.name
-        refuse_quantised(config)
         if getattr(config, "is_causal", True) is False:
             raise ModelError(f"{family}: is_causal=False is not supported; a decoder attends to earlier tokens only")
         for entry in kind.must_be_off:
@@ -107,6 +116,9 @@ class ModelConfig:
             raise ModelError(f"{family}: {kind.activation}={activation!r} is not supported; supported: {known}")
         if kind.reads_mlp_bias and config.mlp_bias:
             raise ModelError(f"{family}: mlp_bias=True is not supported; the FFN kernels have no bias")
+        if kind.clamps_gates and (config.swiglu_alpha, config.swiglu_limit) != (GATE_SLOPE, GATE_LIMIT):
+            got = f"swiglu_alpha={config.swiglu_alpha} and swiglu_limit={config.swiglu_limit}"
+            raise ModelError(f"{family}: {got} are not supported; the kernels have {GATE_SLOPE} and {GATE_LIMIT}")
         rope, second_rope = _rope_parameters(config, kind)
         heads = _size(config, "num_attention_heads")
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -132,10 +144,17 @@ class ModelConfig:
             tie_word_embeddings=bool(config.tie_word_embeddings),
             qkv_bias=attention_bias or kind.attention_bias == "qkv",
             o_proj_bias=attention_bias,
-            qk_norm=kind.qk_norm,
+            qk_norm=kind.qk_norm != "none",
+            norms_whole_qk=kind.qk_norm == "whole",
+            input_norms=kind.input_norms,
+            partial_rotary_factor=float(cast(float, rope.get("partial_rotary_factor", 1.0))),
+            query_scale_beta=_query_scale_beta(kind, rope),
+            attention_softcap=_softcap(config, kind, "attn_logit_softcapping"),
+            logits_softcap=_softcap(config, kind, "final_logit_softcapping"),
             sliding_windows=_sliding_windows(config, kind),
             rope_parameters=_hashable_rope(rope),
-            activation=_ACTIVATION_NAMES[activation],
+            activation="clamped_swiglu" if kind.clamps_gates else _ACTIVATION_NAMES[activation],
+            attention_sinks=kind.sinks,
             branch_norms=kind.branch_norms,
             norm_offset=kind.norm_offset,
             attention_scaling=_unless(head_dim**-0.5, kind.scaling(config)),
@@ -152,6 +171,11 @@ class ModelConfig:
     def scaling(self) -> float:
         """Of attention's scores."""
         return self.head_dim**-0.5 if self.attention_scaling is None else self.attention_scaling
+
+    @property
+    def rotary_pairs(self) -> int:
+        """Pairs of a head's channels that are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor) // 2
 
     @property
     def changes_branches(self) -> bool:
@@ -267,16 +291,13 @@ def _hashable(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def refuse_quantised(config: PreTrainedConfig) -> None:
-    """Raises ModelError where a configuration says that the weights are not what they seem."""
-    for entry in ("quantization_config", "compression_config"):
-        if (found := getattr(config, entry, None)) is not None:
-            values = found if isinstance(found, dict) else vars(found)
-            method = values.get("quant_method", "an unknown method")
-            raise ModelError(
-                f"its configuration has {entry} ({getattr(method, 'value', method)}), and quantised weights are not "
-                "read; load a checkpoint in fp32, bf16 or fp16"
-            )
+def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """What a configuration, or that of its text model, says of quantised weights; None: they are floats."""
+    for part in (config, config.get_text_config(decoder=True)):
+        for entry in ("quantization_config", "compression_config"):
+            if (found := getattr(part, entry, None)) is not None:
+                return found if isinstance(found, dict) else dict(vars(found))
+    return None
 
 
 def _size(config: PreTrainedConfig, name: str) -> int:
@@ -297,7 +318,7 @@ def rope_by_kind(config: PreTrainedConfig, kind: Family) -> dict[str | None, dic
 
 def _rope_parameters(config: PreTrainedConfig, kind: Family) -> tuple[dict[str, object], dict[str, object]]:
     """Of most layers, and of those of ``_second_rope_layers``."""
-    checked = [_checked_rope(kind.name, rope) for rope in rope_by_kind(config, kind).values()]
+    checked = [_checked_rope(kind, rope) for rope in rope_by_kind(config, kind).values()]
     return checked[0], checked[1] if len(checked) > 1 else {}
 
 
@@ -310,7 +331,8 @@ def _second_rope_layers(config: PreTrainedConfig, kind: Family) -> tuple[bool, .
     return flags if any(flags) else ()
 
 
-def _checked_rope(family: str, rope: dict[str, object]) -> dict[str, object]:
+def _checked_rope(kind: Family, rope: dict[str, object]) -> dict[str, object]:
+    family = kind.name
     nested = [name for name, value in rope.items() if isinstance(value, dict)]
     if nested or "rope_type" not in rope:
         raise ModelError(
@@ -326,9 +348,32 @@ def _checked_rope(family: str, rope: dict[str, object]) -> dict[str, object]:
         value = rope.get(name, None if rope["rope_type"] in needed.get(name, ()) else 1.0)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ModelError(f"{family}: {name} of the rotary parameters must be a positive number, got {value!r}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError(f"{family}: partial_rotary_factor={rope['partial_rotary_factor']} is not supported; only 1.0")
+    share = rope.get("partial_rotary_factor", 1.0)
+    if not isinstance(share, int | float) or not 0 < share <= 1:
+        raise ModelError(f"{family}: partial_rotary_factor must be above 0 and at most 1, got {share!r}")
+    if share != 1.0 and not kind.rotates_partly:
+        raise ModelError(f"{family}: partial_rotary_factor={share} is not supported; only 1.0")
     return rope
+
+
+def _query_scale_beta(kind: Family, rope: Mapping[str, object]) -> float:
+    """Of log(1 + floor(position / original length)), by which queries grow."""
+    beta = rope.get("llama_4_scaling_beta") if kind.scales_queries else 0.0
+    if isinstance(beta, bool) or not isinstance(beta, int | float):
+        raise ModelError(f"{kind.name}: llama_4_scaling_beta of the rotary parameters must be a number, got {beta!r}")
+    if beta and rope.get("original_max_position_embeddings") is None:
+        raise ModelError(
+            f"{kind.name}: llama_4_scaling_beta={beta} counts positions in original_max_position_embeddings, which the "
+            "rotary parameters lack"
+        )
+    return float(beta)
+
+
+def _softcap(config: PreTrainedConfig, kind: Family, name: str) -> float:
+    cap = (getattr(config, name, None) or 0.0) if kind.softcaps else 0.0
+    if isinstance(cap, bool) or not isinstance(cap, int | float) or not 0 <= cap < math.inf:
+        raise ModelError(f"{kind.name}: {name} must be a positive number or null, got {cap!r}")
+    return float(cap)
 
 
 def _experts(config: PreTrainedConfig, kind: Family) -> dict[str, Any]:
@@ -346,6 +391,7 @@ def _experts(config: PreTrainedConfig, kind: Family) -> dict[str, Any]:
         "num_experts_per_tok": chosen,
         "moe_intermediate_size": _size(config, kind.experts.intermediate_size),
         "norm_topk_prob": bool(config.norm_topk_prob) if norm is None else norm,
+        "expert_biases": kind.experts.transposed,
         "expert_layers": tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers)),
     }
 

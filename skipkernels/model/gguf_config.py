@@ -12,8 +12,17 @@ from skipkernels.model.gguf_file import GgufFile, Value
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig
 
-FAMILY_OF = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
-"""GGUF's name of an architecture -> Hugging Face's of the family. Mistral's files call themselves llama."""
+FAMILY_OF = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "olmo2": "olmo2",
+    "qwen3moe": "qwen3_moe",
+}
+"""GGUF's name of an architecture -> Hugging Face's of the family. Mistral's and Mixtral's files call themselves llama,
+and those of OLMo 3 olmo2."""
 EMBEDDINGS, HEAD, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 
 _END_TEXTS = frozenset(
@@ -56,16 +65,59 @@ def hf_config(file: GgufFile) -> PreTrainedConfig:
         "eos_token_id": end_tokens(file),
         "pad_token_id": values.token("padding"),
     }
-    if architecture in ("llama", "qwen3"):
+    if architecture in ("llama", "qwen3", "qwen3moe"):
         settings["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    family = FAMILY_OF[architecture]
+    if architecture == "gemma2":
+        settings |= _of_gemma2(values, settings)
     if architecture == "gemma3":
         settings |= _of_gemma3(values, settings)
+    if architecture == "olmo2" and values.get("attention.sliding_window"):
+        family, settings = "olmo3", settings | _of_olmo3(values, settings)
     if values.integer("expert_count", 0):
-        raise ModelError(f"{file.path}: {architecture} with experts is not supported")
-    return AutoConfig.for_model(FAMILY_OF[architecture], **settings)
+        if architecture not in _EXPERTS_OF:
+            raise ModelError(f"{file.path}: {architecture} with experts is not supported")
+        family, settings = _EXPERTS_OF[architecture], settings | _of_experts(values)
+    return AutoConfig.for_model(family, **settings)
 
 
+_EXPERTS_OF = {"llama": "mixtral", "qwen3moe": "qwen3_moe"}
+_GEMMA2_PERIOD, _GEMMA2_27B_LAYERS = 2, 46
+_OLMO3_PERIOD = 4
 _GEMMA3_PERIOD, _GEMMA3_SLIDING_THETA, _GEMMA3_27B_LAYERS = 6, 10_000.0, 62
+
+
+def _of_gemma2(values: _Values, settings: dict[str, Any]) -> dict[str, object]:
+    """As ``_of_gemma3``; every second layer slides, and 27B has 46 layers."""
+    by_heads = settings["num_hidden_layers"] == _GEMMA2_27B_LAYERS
+    heads_dim = settings["hidden_size"] // settings["num_attention_heads"]
+    return {
+        "layer_types": _layer_types(values, settings["num_hidden_layers"], _GEMMA2_PERIOD),
+        "sliding_window": values.integer("attention.sliding_window"),
+        "query_pre_attn_scalar": heads_dim if by_heads else settings["head_dim"],
+        "attn_logit_softcapping": values.number("attn_logit_softcapping"),
+        "final_logit_softcapping": values.number("final_logit_softcapping"),
+    }
+
+
+def _of_experts(values: _Values) -> dict[str, object]:
+    """Chosen experts' shares sum to 1, as in llama.cpp."""
+    return {
+        "num_experts": values.integer("expert_count"),
+        "num_experts_per_tok": values.integer("expert_used_count"),
+        "moe_intermediate_size": values.integer("expert_feed_forward_length", values.integer("feed_forward_length")),
+        "norm_topk_prob": True,
+    }
+
+
+def _of_olmo3(values: _Values, settings: dict[str, Any]) -> dict[str, object]:
+    """What makes a file of OLMo 2's architecture one of OLMo 3; rotary scaling is that of the full layers."""
+    sliding = {"rope_type": "default", "rope_theta": settings["rope_parameters"]["rope_theta"]}
+    return {
+        "layer_types": _layer_types(values, settings["num_hidden_layers"], _OLMO3_PERIOD),
+        "sliding_window": values.integer("attention.sliding_window"),
+        "rope_parameters": {"full_attention": settings["rope_parameters"], "sliding_attention": sliding},
+    }
 
 
 def _of_gemma3(values: _Values, settings: dict[str, Any]) -> dict[str, object]:

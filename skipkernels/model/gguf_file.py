@@ -12,7 +12,7 @@ import mmap
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -54,6 +54,11 @@ class GgufTensor:
             # a private mapping is writable, as torch wants it, and never writes to the file
             mapped = mmap.mmap(file.fileno(), self.offset - start + self.nbytes, access=mmap.ACCESS_COPY, offset=start)
         return torch.frombuffer(mapped, dtype=torch.uint8)[self.offset - start :]
+
+    def part(self, index: int) -> GgufTensor:
+        """Of a tensor [parts, rows, columns] one part."""
+        nbytes = self.nbytes // self.shape[0]
+        return replace(self, shape=self.shape[1:], offset=self.offset + index * nbytes, nbytes=nbytes)
 
 
 class GgufFile:

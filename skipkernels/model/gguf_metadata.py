@@ -9,11 +9,19 @@ import torch
 
 from skipkernels.errors import ModelError
 from skipkernels.model.config import ModelConfig
+from skipkernels.model.rope import rope_frequencies, unscaled_frequencies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-ARCHITECTURE_OF = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURE_OF = {
+    "llama": "llama",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+}
 """Hugging Face's name of a family -> GGUF's of an architecture that computes the same."""
 
 
@@ -29,6 +37,11 @@ def architecture_of(config: ModelConfig, source: str) -> str:
         )
     if any(window is not None for window in config.sliding_windows):
         raise ModelError(f"{source}: its sliding windows cannot be written: GGUF's {config.model_type} has none")
+    if config.num_experts and not (all(config.expert_layers) and config.norm_topk_prob):
+        raise ModelError(
+            f"{source}: cannot be written: in GGUF's {config.model_type} every layer has experts, and the shares of "
+            "those chosen sum to 1"
+        )
     return ARCHITECTURE_OF[config.model_type]
 
 
@@ -39,6 +52,10 @@ def add_sizes(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
+    if config.num_experts:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
@@ -63,11 +80,8 @@ def add_sizes(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
 
 def rope_factors(hf_config: PreTrainedConfig, config: ModelConfig) -> torch.Tensor | None:
     """By what Llama 3's scaling divides each rotary frequency [head_dim / 2], fp32; None: there is none."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
     rope: dict[str, Any] = dict(config.rope_parameters)
     if rope.get("rope_type") != "llama3":
         return None
-    scaled = LlamaRotaryEmbedding(hf_config).inv_freq  # type: ignore[arg-type]
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    return (float(rope["rope_theta"]) ** -exponents) / scaled
+    scaled, _ = rope_frequencies(hf_config, config.max_position_embeddings)
+    return unscaled_frequencies(hf_config) / scaled

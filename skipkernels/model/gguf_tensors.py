@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -16,6 +17,8 @@ from skipkernels.model.matrix import FLOAT_FORMATS, Matrix
 
 _PERMUTED = ("llama",)
 """Architectures whose q and k rows llama.cpp stores in the order of its own rotary embedding."""
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+"""In Hugging Face's names; a file stacks all experts of a layer in one tensor."""
 _CHUNK = 1 << 22
 """Weights dequantised at a time: 16 MB of floats."""
 
@@ -34,8 +37,8 @@ class GgufTensors:
         self._names = _names(file, architecture, config.num_hidden_layers, shapes)
         self._heads = permuted_heads(architecture, config)
         self._refuse_unknown()
-        for name, shape in shapes.items():
-            self._check(self._placed(name), shape)
+        for own, shape in self._whole_shapes(config, shapes).items():
+            self._check(file.tensors[own], shape)
 
     def format(self, name: str) -> str:
         """The format of a parameter: one of ``BLOCK_FORMATS`` or ``FLOAT_FORMATS``, or another of GGUF's types."""
@@ -71,7 +74,15 @@ class GgufTensors:
         return self.file.contents()
 
     def _placed(self, name: str) -> GgufTensor:
-        return self.file.tensors[self._names[name]]
+        tensor, expert = self.file.tensors[self._names[name]], expert_of(name)
+        return tensor if expert is None else tensor.part(expert)
+
+    def _whole_shapes(self, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The shape of each of the file's tensors."""
+        return {
+            self._names[name]: shape if expert_of(name) is None else (config.num_experts, *shape)
+            for name, shape in shapes.items()
+        }
 
     def _row_order(self, name: str, rows: int) -> torch.Tensor | None:
         """Which of the file's rows stand in each of Hugging Face's: halves of a head, where llama.cpp has pairs."""
@@ -112,11 +123,19 @@ def halves_from_pairs(rows: int, heads: int) -> torch.Tensor:
     return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
 
 
+def expert_of(name: str) -> int | None:
+    """The number of the expert that a parameter belongs to."""
+    found = _EXPERT.search(name)
+    return int(found[1]) if found else None
+
+
 def gguf_names(architecture: str, layers: int, names: Iterable[str]) -> dict[str, str]:
-    """Hugging Face's names -> the file's; those that the architecture has not are left out."""
+    """Hugging Face's names -> the file's, of experts that of their stack; those that the architecture has not are left
+    out."""
     arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
     mapping = get_tensor_name_map(arch, layers)
-    found = {name: mapping.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
+    stacks = {name: _EXPERT.sub(".experts.", name) for name in names}
+    found = {name: mapping.get_name(stack, try_suffixes=(".weight", ".bias")) for name, stack in stacks.items()}
     return {name: own for name, own in found.items() if own is not None}
 
 

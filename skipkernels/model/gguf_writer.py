@@ -24,19 +24,19 @@ from skipkernels.model.checkpoint import (
     load_tokenizer,
     resolve_checkpoint,
 )
-from skipkernels.model.config import DTYPES, ModelConfig, resolve_dtype
-from skipkernels.model.float_parameters import FloatParameters
+from skipkernels.model.config import DTYPES, ModelConfig, quantization_of, resolve_dtype
 from skipkernels.model.gguf_config import ROPE_FACTORS, hf_config
 from skipkernels.model.gguf_file import GgufFile
 from skipkernels.model.gguf_metadata import add_sizes, architecture_of, rope_factors
-from skipkernels.model.gguf_tensors import GgufTensors, gguf_names, halves_from_pairs, permuted_heads
+from skipkernels.model.gguf_tensors import GgufTensors, expert_of, gguf_names, halves_from_pairs, permuted_heads
 from skipkernels.model.gguf_vocabulary import add_vocabulary
 from skipkernels.model.matrix import BLOCK_FORMATS, FLOAT_FORMATS
+from skipkernels.model.packed.packed_parameters import shard_parameters
 from skipkernels.model.parameters import Parameters
 from skipkernels.model.quantized import QuantizedParameters
-from skipkernels.model.recipe import RECIPES, matrix_formats
+from skipkernels.model.recipe import RECIPES, large_matrices, matrix_formats
 from skipkernels.model.shards import Shards
-from skipkernels.model.weights import expected_parameters
+from skipkernels.model.weights import expected_tensors
 
 _FILE_TYPES = {"fp32": "ALL_F32", "fp16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
 _NOT_COPIED = ("split.", "general.file_type", "general.quantization_version", "general.architecture")
@@ -74,7 +74,7 @@ def write_gguf(
     """Writes ``model`` (what ``Engine.from_pretrained`` takes, but for a module) with its matrices in ``kind``: a name
     of ``RECIPES``, or fp32, fp16 or bf16; norms and biases are fp32.
 
-    ``out`` is there as a whole or not at all. One tensor at a time is in memory.
+    ``out`` is there as a whole or not at all. One tensor at a time is in memory; routers are fp32.
 
     Raises:
         ModelError: the model cannot be read or written, the kind is not known, or ``out`` exists.
@@ -88,11 +88,11 @@ def write_gguf(
     if out.exists() and not overwrite:
         raise ModelError(f"{out}: exists; give another name, or --force to replace it")
     source = _from_gguf(GgufFile(path)) if path.is_file() else _from_folder(path)
-    shapes = expected_parameters(source.config)
+    shapes = expected_tensors(source.config)
     if kind in RECIPES:
         formats = matrix_formats(source.config, shapes, kind)
     else:
-        formats = {name: _float_format(kind) for name, shape in shapes.items() if len(shape) == 2}
+        formats = dict.fromkeys(large_matrices(source.config, shapes), _float_format(kind))
     parameters = source.parameters
     if kind in RECIPES:
         parameters = QuantizedParameters(parameters, formats, shapes)
@@ -116,24 +116,36 @@ def _write(
     source.add_metadata(writer)
     writer.add_file_type(LlamaFileType[_FILE_TYPES.get(kind, f"MOSTLY_{kind.upper()}")])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    names = gguf_names(source.architecture, source.config.num_hidden_layers, shapes)
-    for name, shape in shapes.items():
-        _add_info(writer, names[name], shape, formats.get(name, "f32"))
+    tensors = _tensors(source, shapes)
+    for own, names in tensors.items():
+        shape = shapes[names[0]]
+        whole = shape if expert_of(names[0]) is None else (len(names), *shape)
+        _add_info(writer, own, whole, formats.get(names[0], "f32"))
     if source.rope_factors is not None:
         _add_info(writer, ROPE_FACTORS, tuple(source.rope_factors.shape), "f32")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     heads = permuted_heads(source.architecture, source.config)
-    for index, (name, shape) in enumerate(shapes.items()):
-        report("weights", index / len(shapes))
-        order = None
-        if (of := heads.get(name.split(".")[-2])) is not None:
+    for index, names in enumerate(tensors.values()):
+        report("weights", index / len(tensors))
+        shape, order = shapes[names[0]], None
+        if (of := heads.get(names[0].split(".")[-2])) is not None:
             order = torch.argsort(halves_from_pairs(shape[0], of))
-        writer.write_tensor_data(_data(source.parameters, name, shape, formats.get(name, "f32"), order).numpy())
+        parts = [_data(source.parameters, name, shape, formats.get(name, "f32"), order) for name in names]
+        writer.write_tensor_data(torch.cat(parts).numpy())
     if source.rope_factors is not None:
         writer.write_tensor_data(source.rope_factors.float().numpy())
     writer.close()
+
+
+def _tensors(source: _Source, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+    """The file's tensors, and the parameters in each: one, or those of all experts in their order."""
+    names = gguf_names(source.architecture, source.config.num_hidden_layers, shapes)
+    tensors: dict[str, list[str]] = {}
+    for name in shapes:
+        tensors.setdefault(names[name], []).append(name)
+    return tensors
 
 
 def _data(
@@ -157,7 +169,7 @@ def _add_info(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], format
 
 def _from_gguf(file: GgufFile) -> _Source:
     config = ModelConfig.from_hf(hf_config(file))
-    tensors = GgufTensors(file, config, expected_parameters(config))
+    tensors = GgufTensors(file, config, expected_tensors(config))
 
     def add_metadata(writer: gguf.GGUFWriter) -> None:
         for key, value in file.metadata.items():
@@ -174,9 +186,9 @@ def _from_folder(folder: Path) -> _Source:
     shards = Shards(folder)
     config = replace(config, tie_word_embeddings=shards.head_is_tied(config))
     architecture = architecture_of(config, str(folder))
-    shards.check(expected_parameters(config), config.num_hidden_layers)
     tokenizer = load_tokenizer(folder)
     ends = default_eos_token_ids(tokenizer, load_generation_config(folder))
+    parameters = shard_parameters(shards, config, quantization_of(own), expected_tensors(config))
 
     def add_metadata(writer: gguf.GGUFWriter) -> None:
         writer.add_name(folder.name)
@@ -186,7 +198,6 @@ def _from_folder(folder: Path) -> _Source:
         else:
             add_vocabulary(writer, tokenizer, config.vocab_size, ends, str(folder))
 
-    parameters = FloatParameters(str(folder), config, shards.tensor)
     return _Source(parameters, config, architecture, add_metadata, rope_factors(own, config))
 
 

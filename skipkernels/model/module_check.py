@@ -14,7 +14,7 @@ import torch
 from torch.nn.modules import module as torch_module
 
 from skipkernels.errors import ModelError
-from skipkernels.model.config import DTYPES, ModelConfig, refuse_quantised
+from skipkernels.model.config import DTYPES, GATE_LIMIT, GATE_SLOPE, ModelConfig, quantization_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +32,12 @@ def check_module(
         ModelError: the module is not what the decode program would compute; nothing was changed.
     """
     decoder, head = module.get_decoder(), head_of(module)
-    refuse_quantised(module.config)
+    if (settings := quantization_of(module.config)) is not None:
+        method = settings.get("quant_method")
+        raise ModelError(
+            f"{type(module).__name__}: is quantised ({getattr(method, 'value', method)}), and modules are read as "
+            "floats only; give the folder of the checkpoint instead"
+        )
     parameters = {f"model.{name}": parameter for name, parameter in decoder.named_parameters()}
     parameters["lm_head.weight"] = cast(torch.nn.Parameter, head.weight)
     parts = {"": module, **{f"model.{name}".rstrip("."): part for name, part in decoder.named_modules()}}
@@ -95,7 +100,8 @@ def _check_part(name: str, part: torch.nn.Module, config: ModelConfig) -> None:
     if name and not _is_known(name.rpartition(".")[2], kind, config):
         raise ModelError(f"{title!r} is a {kind.__module__}.{kind.__name__}, which the decode program does not know")
     origin = inspect.unwrap(kind.forward).__module__ or ""
-    if "forward" in vars(part) or not origin.startswith(("transformers.models.", "transformers.activations", "torch.")):
+    replaced = "forward" in vars(part) and not _is_placed_by_accelerate(title, part)
+    if replaced or not origin.startswith(("transformers.models.", "transformers.activations", "torch.")):
         raise ModelError(f"the forward of {title!r} was replaced (by {origin}); the decode program would not call it")
     for hooks in (*_hooks(part), torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
         for hook in hooks.values():
@@ -107,6 +113,28 @@ def _check_part(name: str, part: torch.nn.Module, config: ModelConfig) -> None:
         value = getattr(part, attribute)
         if value != expected:
             raise ModelError(f"{title!r} has {attribute}={value}, its configuration says {expected}")
+
+
+def _is_placed_by_accelerate(title: str, part: torch.nn.Module) -> bool:
+    """Whether accelerate has replaced a forward by one that moves inputs to the weights' device, and does no more.
+
+    Raises:
+        ModelError: it also fetches the weights, which lie elsewhere.
+    """
+    hook, own = getattr(part, "_hf_hook", None), getattr(part, "_old_forward", None)
+    replacement = getattr(vars(part)["forward"], "func", None)
+    if (type(hook).__module__, type(hook).__name__) != ("accelerate.hooks", "AlignDevicesHook"):
+        return False
+    if getattr(replacement, "__module__", None) != "accelerate.hooks":
+        return False
+    if getattr(own, "__func__", None) is not type(part).forward:
+        return False
+    if getattr(hook, "offload", True):
+        raise ModelError(
+            f"{title!r} was offloaded by accelerate, so its weights are not in the module; load it without device_map, "
+            "or give the folder of the checkpoint"
+        )
+    return True
 
 
 _TORCH_CLASSES: dict[str, type[torch.nn.Module]] = {
@@ -146,6 +174,8 @@ def _expected_attributes(part: torch.nn.Module, config: ModelConfig) -> dict[str
     if isinstance(part, torch.nn.Embedding):
         scale = {"scalar_embed_scale": config.embed_scale} if config.rounds_embed_scale else {}
         return {"max_norm": None, **scale}
+    if kind.endswith("Experts") and config.activation == "clamped_swiglu":
+        return {"alpha": GATE_SLOPE, "limit": GATE_LIMIT}
     if kind.endswith("Attention"):
         return {
             "scaling": config.scaling,

@@ -10,6 +10,7 @@ import torch
 
 from skipkernels.errors import ModelError
 from skipkernels.model.config import ModelConfig, resolve_dtype
+from skipkernels.model.family import FAMILIES
 from skipkernels.model.matrix import BLOCK_FORMATS
 from skipkernels.model.shards import EMBEDDINGS, HEAD
 
@@ -27,7 +28,7 @@ RECIPES = {
 """Name -> the format of most matrices."""
 _INSTEAD = {"q4_k": "q5_0", "q6_k": "q8_0"}
 """What a format of 256 columns gives way to where they do not divide a matrix's, as in llama.cpp."""
-_WIDE = re.compile(r"model\.layers\.(\d+)\.(self_attn\.v_proj|mlp\.down_proj)\.weight")
+_WIDE = re.compile(r"model\.layers\.(\d+)\..+\.(v_proj|down_proj|w2)\.weight")
 
 
 def resolve_weights(dtype: str | torch.dtype | None) -> torch.dtype | str | None:
@@ -46,8 +47,15 @@ def resolve_weights(dtype: str | torch.dtype | None) -> torch.dtype | str | None
         raise ModelError(f"{error}, or, quantised, {', '.join(RECIPES)}") from error
 
 
+def large_matrices(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """The matrices among ``shapes`` but for routers, which are small and decide much."""
+    family = FAMILIES.get(config.model_type)
+    router = family.experts.saved_router if family and family.experts else None
+    return [name for name, shape in shapes.items() if len(shape) == 2 and not (router and name.endswith(router))]
+
+
 def matrix_formats(config: ModelConfig, shapes: dict[str, tuple[int, ...]], recipe: str) -> dict[str, str]:
-    """The format of every matrix among ``shapes``; norms and biases, which stay floats, are not in it.
+    """The format of every matrix among ``shapes``; norms, biases and routers, which stay floats, are not in it.
 
     As in llama.cpp the head, or the embeddings that it shares, is q6_k (q8_0 with q8_0 or where 256 does not divide
     the columns); in q4_k_m half of v_proj and down_proj are q6_k.
@@ -60,14 +68,12 @@ def matrix_formats(config: ModelConfig, shapes: dict[str, tuple[int, ...]], reci
     head = EMBEDDINGS if config.tie_word_embeddings else HEAD
     formats: dict[str, str] = {}
     instead: Counter[str] = Counter()
-    for name, shape in shapes.items():
-        if len(shape) != 2:
-            continue
+    for name in large_matrices(config, shapes):
         wanted = RECIPES[recipe]
         is_wide = recipe == "q4_k_m" and _has_more_bits(name, config.num_hidden_layers)
         if is_wide or (name == head and wanted != "q8_0"):
             wanted = "q6_k"
-        formats[name] = _that_divides(name, wanted, shape[1])
+        formats[name] = _that_divides(name, wanted, shapes[name][1])
         if formats[name] != wanted and name != head:
             instead[f"{formats[name]} instead of {wanted}"] += 1
     for what, count in instead.items():

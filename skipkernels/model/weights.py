@@ -6,24 +6,37 @@ of the packed matrices, so memory is not doubled.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
 
-from skipkernels.errors import DeviceError, ModelError
-from skipkernels.model.config import ModelConfig, dtype_name, rope_by_kind
-from skipkernels.model.family import FAMILIES, family_of
-from skipkernels.model.matrix import FLOAT_FORMATS, AnyMatrix, Matrix, StackedMatrix, float_tensor, formats_of
+from skipkernels.errors import DeviceError
+from skipkernels.model.config import ModelConfig, dtype_name
+from skipkernels.model.family import FAMILIES, Experts
+from skipkernels.model.matrix import (
+    FLOAT_FORMATS,
+    AnyMatrix,
+    Matrix,
+    StackedMatrix,
+    as_tensor,
+    column_nbytes,
+    float_tensor,
+    formats_of,
+    halves,
+    merged,
+    stacked,
+)
 from skipkernels.model.module_check import check_module
+from skipkernels.model.rope import query_scales, rope_tables
 from skipkernels.model.shards import Shards
 from skipkernels.skipping.fingerprint import WeightsHash, fingerprint
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -32,20 +45,41 @@ logger = logging.getLogger(__name__)
 class LayerWeights:
     """One decoder layer. Matrices are [out, in], each in a format of its own; norms and biases are fp32."""
 
-    input_layernorm: torch.Tensor  # [hidden]
+    input_layernorm: torch.Tensor | None  # [hidden]; None: attention reads the residual stream as it is
     qkv_proj: AnyMatrix  # [(heads + 2 kv_heads) head_dim, hidden]
     qkv_bias: torch.Tensor | None  # [(heads + 2 kv_heads) head_dim]
-    q_norm: torch.Tensor | None  # [head_dim]
-    k_norm: torch.Tensor | None  # [head_dim]
+    q_norm: torch.Tensor | None  # [head_dim], or [heads head_dim] of all heads together
+    k_norm: torch.Tensor | None  # [head_dim], or [kv_heads head_dim]
     o_proj: AnyMatrix  # [hidden, heads head_dim]
     o_proj_bias: torch.Tensor | None  # [hidden]
-    post_attention_layernorm: torch.Tensor  # [hidden], in front of the FFN; Gemma's pre_feedforward_layernorm
+    post_attention_layernorm: torch.Tensor | None  # [hidden], in front of the FFN; Gemma's pre_feedforward_layernorm
     gate_up_proj: AnyMatrix  # [2 intermediate, hidden]; of experts one below the other
-    down_proj: AnyMatrix  # [hidden, intermediate]; with neuron_rows a view of storage that lies transposed; of experts
+    down_proj: AnyMatrix  # [hidden, intermediate]; with neuron_rows floats are a view of transposed storage; of experts
     # one below the other
     attention_branch_norm: torch.Tensor | None = None  # [hidden], of what attention adds to the residual stream
     ffn_branch_norm: torch.Tensor | None = None  # [hidden], of what the FFN adds
     router: AnyMatrix | None = None  # [experts, hidden], where the layer has experts
+    sinks: torch.Tensor | None = None  # [heads], of models whose heads have one more score
+    router_bias: torch.Tensor | None = None  # [experts]
+    gate_up_bias: torch.Tensor | None = None  # [experts 2 intermediate]
+    down_proj_bias: torch.Tensor | None = None  # [experts hidden]
+
+    def neuron_nbytes(self) -> tuple[int, int]:
+        """The bytes that are not read where a neuron's row of up_proj, and where its column of down_proj is left out.
+        0 with experts."""
+        if self.router is not None:
+            return 0, 0
+        up = self.gate_up_proj.parts[-1] if isinstance(self.gate_up_proj, StackedMatrix) else self.gate_up_proj
+        return round(up.nbytes / up.shape[0]), round(column_nbytes(self.down_proj))
+
+    def expert_nbytes(self) -> float:
+        """The bytes of one expert's matrices; 0 without experts."""
+        if self.router is None:
+            return 0.0
+        return (self.gate_up_proj.nbytes + self.down_proj.nbytes) / self.router.shape[0]
+
+
+_MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "router")
 
 
 @dataclass
@@ -56,11 +90,12 @@ class ModelWeights:
     layers: list[LayerWeights]
     norm: torch.Tensor  # [hidden], fp32
     lm_head: AnyMatrix  # [vocab, hidden]; the same storage as embed_tokens where tied
-    rope_cos: torch.Tensor  # [max_seq_len, head_dim / 2], fp32
-    rope_sin: torch.Tensor  # [max_seq_len, head_dim / 2], fp32
-    neuron_rows: bool = False  # down_proj lies transposed, one neuron a row, so that single neurons can be left out
+    rope_cos: torch.Tensor  # [max_seq_len, rotary_pairs], fp32
+    rope_sin: torch.Tensor  # [max_seq_len, rotary_pairs], fp32
+    neuron_rows: bool = False  # down_proj lies one neuron after the other, so that single neurons can be left out
     second_rope_cos: torch.Tensor | None = None  # of the config's second_rope_layers
     second_rope_sin: torch.Tensor | None = None
+    query_scale: torch.Tensor | None = None  # [max_seq_len], fp32, of models whose queries grow with their position
     contents: str = ""  # a hash over the values they were loaded with; none: random ones
     experts_per_token: int = 0  # that a router chooses
     cache_dtype: torch.dtype = torch.bfloat16  # of the KV cache, where embed_tokens is quantised
@@ -97,6 +132,24 @@ class ModelWeights:
         if self.lm_head is not self.embed_tokens:
             yield "lm_head", self.lm_head
 
+    def dequantized(self) -> ModelWeights:
+        """The same weights with all matrices as floats of ``dtype``; those that are share their memory."""
+
+        def floats(matrix: AnyMatrix) -> torch.Tensor:
+            return as_tensor(matrix, self.dtype)
+
+        embed_tokens = floats(self.embed_tokens)
+        layers = [
+            replace(
+                layer, **{name: floats(getattr(layer, name)) for name in _MATRICES if getattr(layer, name) is not None}
+            )
+            for layer in self.layers
+        ]
+        tied = self.lm_head is self.embed_tokens
+        return replace(
+            self, embed_tokens=embed_tokens, layers=layers, lm_head=embed_tokens if tied else floats(self.lm_head)
+        )
+
     def nbytes(self) -> int:
         return sum(tensor.nbytes for _, tensor in self.tensors())
 
@@ -104,32 +157,48 @@ class ModelWeights:
         """Bytes of one layer's FFN matrices that a token reads, as they are stored, in the mean over layers."""
         nbytes = 0.0
         for layer in self.layers:
-            matrices = layer.gate_up_proj.nbytes + layer.down_proj.nbytes
             if layer.router is None:
-                nbytes += matrices
+                nbytes += layer.gate_up_proj.nbytes + layer.down_proj.nbytes
             else:
-                nbytes += layer.router.nbytes + matrices * self.experts_per_token / layer.router.shape[0]
+                nbytes += layer.router.nbytes + self.experts_per_token * layer.expert_nbytes()
         return nbytes / len(self.layers)
+
+    def layer_nbytes(self) -> float:
+        """Bytes of one layer's matrices that a token reads, in the mean over layers."""
+        attention = sum(layer.qkv_proj.nbytes + layer.o_proj.nbytes for layer in self.layers)
+        return attention / len(self.layers) + self.ffn_nbytes()
+
+    def neuron_shares(self) -> torch.Tensor:
+        """The shares of each layer's FFN bytes that all rows of up_proj, and what is single of all columns of
+        down_proj, take: f32 [layers, 2], a third each where weights are floats."""
+        shares = []
+        for layer in self.layers:
+            whole = layer.gate_up_proj.nbytes + layer.down_proj.nbytes
+            shares.append([layer.down_proj.shape[1] * each / whole for each in layer.neuron_nbytes()])
+        return torch.tensor(shares)
 
     def decode_nbytes(self) -> float:
         """Bytes of matrices one dense decode step reads as they are stored: every layer, lm_head, one embedding row."""
-        attention = sum(layer.qkv_proj.nbytes + layer.o_proj.nbytes for layer in self.layers)
         row = self.embed_tokens.nbytes / self.embed_tokens.shape[0]
-        return attention + len(self.layers) * self.ffn_nbytes() + self.lm_head.nbytes + row
+        return len(self.layers) * self.layer_nbytes() + self.lm_head.nbytes + row
 
     def fingerprint(self, config: ModelConfig) -> str:
         """Binds a policy file to a model: the same checkpoint has the same one in every dtype."""
-        return fingerprint(config.architecture_hash(), (self.layers[0].input_layernorm, self.norm), self.contents)
+        first = self.layers[0].input_layernorm if config.input_norms else self.layers[0].attention_branch_norm
+        return fingerprint(config.architecture_hash(), (cast("torch.Tensor", first), self.norm), self.contents)
 
 
 def interleave(weights: ModelWeights, num_threads: int = 1) -> None:
-    """Replaces every matrix of blocks by its interleaved copy, which the C++ kernels read; one at a time, so that its
-    source can go. A tied lm_head stays the same matrix as embed_tokens."""
+    """Replaces every matrix of blocks by a copy that the C++ kernels read; one at a time, so that its source can go.
+    Rows are interleaved; with ``neuron_rows``, those of up_proj and the columns of down_proj lie in one piece each. A
+    tied lm_head stays the same matrix as embed_tokens."""
     tied = weights.lm_head is weights.embed_tokens
     for layer in weights.layers:
+        if weights.neuron_rows:
+            _arrange_neurons(layer, num_threads)
         for item in fields(layer):
             matrix = getattr(layer, item.name)
-            if isinstance(matrix, Matrix | StackedMatrix):
+            if isinstance(matrix, Matrix | StackedMatrix) and not (weights.neuron_rows and item.name in _OF_NEURONS):
                 setattr(layer, item.name, matrix.interleaved(num_threads))
     if isinstance(weights.embed_tokens, Matrix | StackedMatrix):
         weights.embed_tokens = weights.embed_tokens.interleaved(num_threads)
@@ -139,14 +208,76 @@ def interleave(weights: ModelWeights, num_threads: int = 1) -> None:
         weights.lm_head = weights.lm_head.interleaved(num_threads)
 
 
+def into_planes(weights: ModelWeights) -> None:
+    """Replaces every matrix of blocks by a copy that GPU kernels read (``model.planes``), one at a time. Neighbours in
+    a stack that share a format become one matrix, and a tied lm_head stays the same matrix as embed_tokens.
+
+    Raises:
+        DeviceError: with ``neuron_rows``, where down_proj is one of blocks.
+    """
+
+    def planes(matrix: AnyMatrix) -> AnyMatrix:
+        if isinstance(matrix, torch.Tensor):
+            return matrix
+        return stacked([part.arranged("planes") for part in merged(matrix.parts)])
+
+    tied = weights.lm_head is weights.embed_tokens
+    for layer in weights.layers:
+        if weights.neuron_rows and isinstance(layer.down_proj, Matrix):
+            raise DeviceError(NO_COLUMNS_IN_PLANES.format(layer.down_proj.format))
+        if weights.neuron_rows and not isinstance(layer.gate_up_proj, torch.Tensor):  # gate and up are read apart
+            gate, up = halves(layer.gate_up_proj)
+            assert isinstance(gate, Matrix)
+            assert isinstance(up, Matrix)
+            layer.gate_up_proj = StackedMatrix((gate.arranged("planes"), up.arranged("planes")))
+        for name in _MATRICES:
+            if (matrix := getattr(layer, name)) is not None and not (weights.neuron_rows and name == "gate_up_proj"):
+                setattr(layer, name, planes(matrix))
+    weights.embed_tokens = planes(weights.embed_tokens)
+    weights.lm_head = weights.embed_tokens if tied else planes(weights.lm_head)
+
+
+NO_COLUMNS_IN_PLANES = (
+    "single neurons of a down_proj in {} cannot be left out on a GPU; leave out whole FFN blocks, load the model with "
+    "dtype bf16 (--dtype bf16), or decode on device 'cpu'"
+)
+_OF_NEURONS = ("gate_up_proj", "down_proj")
+
+
+def _arrange_neurons(layer: LayerWeights, num_threads: int) -> None:
+    """So that single rows of up_proj and single columns of down_proj can be left unread, where they are blocks."""
+    if not isinstance(layer.gate_up_proj, torch.Tensor):
+        gate, up = halves(layer.gate_up_proj)
+        assert isinstance(gate, Matrix)
+        assert isinstance(up, Matrix)
+        layer.gate_up_proj = StackedMatrix((gate.interleaved(num_threads), up.arranged("single_rows", num_threads)))
+    if isinstance(layer.down_proj, Matrix):
+        layer.down_proj = layer.down_proj.arranged("single_columns", num_threads)
+
+
 def expected_parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face's parameter names of the model and their shapes."""
     shapes_only = allocate_weights(config, torch.float32, 1, "meta")
-    return {name: tuple(view.shape) for name, view in parameter_views(config, shapes_only).items()}
+    shapes = {name: tuple(view.shape) for name, view in parameter_views(config, shapes_only).items()}
+    return {
+        name: (*shape[:-2], shape[-2] * shape[-1]) if _alternates(config, name) else shape
+        for name, shape in shapes.items()
+    }
+
+
+def stacks_experts(config: ModelConfig) -> bool:
+    """Whether files hold a layer's experts as a module does, in transposed stacks (``model.stacked_experts``)."""
+    family = FAMILIES.get(config.model_type)
+    return family is not None and family.experts is not None and family.experts.transposed
+
+
+def _alternates(config: ModelConfig, name: str) -> bool:
+    """Whether a parameter holds gate and up in alternate columns: a view of it has one dimension more, [.., 2]."""
+    return stacks_experts(config) and ".experts.gate_up_proj" in name
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The names of ``expected_parameters`` in files, and their shapes."""
+    """The names of ``expected_parameters`` in files, and their shapes; of ``stacks_experts`` each expert's matrices."""
     shapes_only = allocate_weights(config, torch.float32, 1, "meta")
     return {name: tuple(view.shape) for name, view in saved_views(config, shapes_only).items()}
 
@@ -185,7 +316,7 @@ def allocate_weights(
 
     def rotary_table() -> torch.Tensor:
         try:
-            return vector(max_seq_len, c.head_dim // 2)
+            return vector(max_seq_len, c.rotary_pairs)
         except RuntimeError as error:  # what torch's allocators raise
             raise DeviceError(f"no memory for max_seq_len={max_seq_len} ({str(error).splitlines()[0]})") from error
 
@@ -193,22 +324,26 @@ def allocate_weights(
         experts = c.num_experts if c.has_experts(index) else 0
         size, copies = (c.moe_intermediate_size, experts) if experts else (c.intermediate_size, 1)
         return LayerWeights(
-            input_layernorm=vector(hidden),
+            input_layernorm=vector(hidden) if c.input_norms else None,
             qkv_proj=matrix(c.qkv_size, hidden),
             qkv_bias=vector(c.qkv_size) if c.qkv_bias else None,
-            q_norm=vector(c.head_dim) if c.qk_norm else None,
-            k_norm=vector(c.head_dim) if c.qk_norm else None,
+            q_norm=vector(c.attention_size if c.norms_whole_qk else c.head_dim) if c.qk_norm else None,
+            k_norm=vector(kv_size if c.norms_whole_qk else c.head_dim) if c.qk_norm else None,
             o_proj=matrix(hidden, c.attention_size),
             o_proj_bias=vector(hidden) if c.o_proj_bias else None,
-            post_attention_layernorm=vector(hidden),
+            post_attention_layernorm=vector(hidden) if c.input_norms else None,
             gate_up_proj=matrix(copies * 2 * size, hidden),
             down_proj=matrix(size, hidden).T if neuron_rows else matrix(copies * hidden, size),
             attention_branch_norm=vector(hidden) if c.branch_norms else None,
             ffn_branch_norm=vector(hidden) if c.branch_norms else None,
             router=matrix(experts, hidden) if experts else None,
+            sinks=vector(c.num_attention_heads) if c.attention_sinks else None,
+            router_bias=vector(experts) if c.expert_biases else None,
+            gate_up_bias=vector(experts * 2 * size) if c.expert_biases else None,
+            down_proj_bias=vector(experts * hidden) if c.expert_biases else None,
         )
 
-    hidden, c = config.hidden_size, config
+    hidden, c, kv_size = config.hidden_size, config, config.num_key_value_heads * config.head_dim
     embed_tokens = matrix(c.vocab_size, hidden)
     return ModelWeights(
         embed_tokens=embed_tokens,
@@ -219,6 +354,7 @@ def allocate_weights(
         rope_sin=rotary_table(),
         second_rope_cos=rotary_table() if c.second_rope_layers else None,
         second_rope_sin=rotary_table() if c.second_rope_layers else None,
+        query_scale=vector(max_seq_len) if c.query_scale_beta else None,
         neuron_rows=neuron_rows,
         experts_per_token=c.num_experts_per_tok,
     )
@@ -244,6 +380,7 @@ def parameter_views(config: ModelConfig, weights: ModelWeights) -> dict[str, tor
             attention + "o_proj.bias": layer.o_proj_bias,
             attention + "q_norm.weight": layer.q_norm,
             attention + "k_norm.weight": layer.k_norm,
+            attention + "sinks": layer.sinks,
         }
         if config.branch_norms:
             named[prefix + "post_attention_layernorm.weight"] = layer.attention_branch_norm
@@ -252,7 +389,8 @@ def parameter_views(config: ModelConfig, weights: ModelWeights) -> dict[str, tor
         else:
             named[prefix + "post_attention_layernorm.weight"] = layer.post_attention_layernorm
         named |= _qkv_views(config, attention, layer, fused)
-        named |= _ffn_views(prefix + "mlp.", layer, fused)
+        ffn = _transposed_views if stacks_experts(config) else partial(_ffn_views, fused=fused)
+        named |= ffn(prefix + "mlp.", layer)
         views.update({name: view for name, view in named.items() if view is not None})
     return views
 
@@ -267,6 +405,23 @@ def _qkv_views(config: ModelConfig, prefix: str, layer: LayerWeights, fused: boo
         for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
             views[f"{prefix}{name}.{kind}"] = part
     return views
+
+
+def _transposed_views(prefix: str, layer: LayerWeights) -> dict[str, torch.Tensor | None]:
+    """Of ``stacks_experts``."""
+    router, gate_up, down = (
+        float_tensor(cast("AnyMatrix", each)) for each in (layer.router, layer.gate_up_proj, layer.down_proj)
+    )
+    experts = len(router)
+    gate_up_bias, down_bias = cast("torch.Tensor", layer.gate_up_bias), cast("torch.Tensor", layer.down_proj_bias)
+    return {
+        prefix + "router.weight": router,
+        prefix + "router.bias": layer.router_bias,
+        prefix + "experts.gate_up_proj": gate_up.view(experts, 2, -1, gate_up.shape[1]).permute(0, 3, 2, 1),
+        prefix + "experts.gate_up_proj_bias": gate_up_bias.view(experts, 2, -1).transpose(1, 2),
+        prefix + "experts.down_proj": down.view(experts, -1, down.shape[1]).transpose(1, 2),
+        prefix + "experts.down_proj_bias": down_bias.view(experts, -1),
+    }
 
 
 def _ffn_views(prefix: str, layer: LayerWeights, fused: bool) -> dict[str, torch.Tensor]:
@@ -291,6 +446,8 @@ def as_saved(config: ModelConfig, name: str, tensor: torch.Tensor) -> dict[str, 
     if experts is None or ".mlp." not in name:
         return {name: tensor}
     prefix, _, part = name.partition("mlp.")
+    if experts.transposed:
+        return _of_transposed(experts, prefix, part, as_packed(config, name, tensor))
     if part == "gate.weight":
         return {prefix + experts.saved_router: tensor}
     if part == "experts.down_proj":
@@ -302,6 +459,25 @@ def as_saved(config: ModelConfig, name: str, tensor: torch.Tensor) -> dict[str, 
         gate, up = matrix.chunk(2)
         saved[prefix + experts.saved_gate.format(index)] = gate
         saved[prefix + experts.saved_up.format(index)] = up
+    return saved
+
+
+def _of_transposed(experts: Experts, prefix: str, part: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Each expert's matrices and biases, of a stack as a view of it is."""
+    if not part.startswith("experts."):
+        return {f"{prefix}mlp.{part}": tensor}
+    is_bias, saved = part.endswith("_bias"), {}
+
+    def add(name: str, index: int, own: torch.Tensor) -> None:
+        name = prefix + name.format(index)
+        saved[name.replace(".weight", ".bias") if is_bias else name] = own if is_bias else own.T
+
+    for index, own in enumerate(tensor):
+        if "down_proj" in part:
+            add(experts.saved_down, index, own)
+        else:
+            add(experts.saved_gate, index, own[..., 0])
+            add(experts.saved_up, index, own[..., 1])
     return saved
 
 
@@ -320,6 +496,8 @@ def as_packed(config: ModelConfig, name: str, parameter: torch.Tensor) -> torch.
         parameter = parameter.float() + config.norm_offset
     if name == "model.norm.weight" and config.logits_multiplier != 1.0:
         parameter = parameter.float() * config.logits_multiplier
+    if _alternates(config, name) and parameter.dim() == (2 if name.endswith("_bias") else 3):
+        parameter = parameter.unflatten(-1, (-1, 2))
     return parameter
 
 
@@ -329,61 +507,15 @@ def fill_rope(
     module: PreTrainedModel | None = None,
     frequency_factors: torch.Tensor | None = None,
 ) -> None:
-    """Rotary tables by transformers' own embedding, which knows every scaling rule; with the frequencies of a loaded
-    ``module``, which was perhaps cast to another dtype as a whole, or divided by ``frequency_factors``
-    [head_dim / 2], which a GGUF file holds."""
+    """Rotary tables into the weights; see ``rope_tables`` for the arguments and errors."""
     tables = rope_tables(hf_config, len(weights.rope_cos), module, frequency_factors)
     pairs = [(weights.rope_cos, weights.rope_sin), (weights.second_rope_cos, weights.second_rope_sin)]
     for (own_cos, own_sin), (cos, sin) in zip(pairs, tables, strict=False):
         if own_cos is not None and own_sin is not None:
             own_cos.copy_(cos)
             own_sin.copy_(sin)
-
-
-def rope_tables(
-    hf_config: PreTrainedConfig,
-    positions: int,
-    module: PreTrainedModel | None = None,
-    frequency_factors: torch.Tensor | None = None,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Cosines and sines [positions, head_dim / 2], fp32, of most layers and then those of the second_rope_layers."""
-    family = family_of(hf_config)
-    tables = [
-        _rope_table(hf_config, kind, rope, positions, module, frequency_factors)
-        for kind, rope in rope_by_kind(hf_config, family).items()
-    ]
-    if family.layers_without_rope:
-        tables.append((torch.ones_like(tables[0][0]), torch.zeros_like(tables[0][1])))  # an angle of 0 everywhere
-    return tables
-
-
-def _rope_table(
-    hf_config: PreTrainedConfig,
-    kind: str | None,
-    rope: dict[str, object],
-    positions: int,
-    module: PreTrainedModel | None,
-    frequency_factors: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            of_kind = copy.copy(hf_config)
-            of_kind.rope_parameters = rope
-            rotary = LlamaRotaryEmbedding(cast("LlamaConfig", of_kind))
-            own = None if module is None else module.get_decoder().rotary_emb
-            prefix = f"{kind}_" if kind else ""
-            if own is not None and (kind is None or hasattr(own, prefix + "inv_freq")):  # else no layer is of the kind
-                rotary.inv_freq = getattr(own, prefix + "inv_freq").detach().cpu().clone()
-                rotary.attention_scaling = getattr(own, prefix + "attention_scaling")
-            if frequency_factors is not None:
-                rotary.register_buffer("inv_freq", cast(torch.Tensor, rotary.inv_freq) / frequency_factors)
-            cos, sin = rotary(torch.empty(1, dtype=torch.float32), torch.arange(positions)[None])
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"rotary parameters {rope} cannot be used ({error})") from error
-    half = cos.shape[-1] // 2
-    return cos[0, :, :half], sin[0, :, :half]
+    if weights.query_scale is not None:
+        weights.query_scale.copy_(query_scales(hf_config, len(weights.query_scale)))
 
 
 def load_checkpoint(
@@ -422,7 +554,8 @@ def pack_module(
     """Packs a loaded module layer by layer and turns its parameters into views of the packed weights. Of a multimodal
     module its text decoder is packed.
 
-    Norms and biases are copied to fp32; matrices move. With another ``dtype`` than the module's the module is left
+    Norms and biases are copied to fp32; matrices move, but for gates and ups in alternate columns (gpt-oss), which are
+    copied. With another ``dtype`` than the module's the module is left
     alone, since views cannot change dtype.
     """
     parameters = check_module(module, config, expected_parameters(config), device)
@@ -435,7 +568,7 @@ def pack_module(
             for saved, tensor in as_saved(config, name, parameters[name]).items():
                 contents.add(saved, tensor)
             view.copy_(as_packed(config, name, parameters[name]))
-            shared = view.dtype == parameters[name].dtype and view.dim() >= 2
+            shared = view.dtype == parameters[name].dtype and view.dim() >= 2 and view.shape == parameters[name].shape
             if shared and not parameters[name].is_inference():  # one made in inference mode cannot change its storage
                 parameters[name].data = view
     warn_of_nan(views)

@@ -9,7 +9,7 @@ import torch
 
 from skipkernels.errors import PolicyError
 from skipkernels.model.config import ACTIVATIONS, ModelConfig
-from skipkernels.model.matrix import float_tensor
+from skipkernels.model.matrix import StackedMatrix, halves
 from skipkernels.model.weights import LayerWeights, ModelWeights
 from skipkernels.program.state import DecodeState
 from skipkernels.program.table import Instruction, Operand, instruction
@@ -107,7 +107,7 @@ def build_program(
             left_out=s.left_out,
             scale_map=s.scale_map,
             num_hidden_layers=config.num_hidden_layers,
-            intermediate_size=config.intermediate_size,
+            ffn_bytes=round(weights.ffn_nbytes()),
         )
     axes = config.position_axes
     position_axes = None if axes is None else torch.tensor(axes, dtype=torch.int32, device=s.active.device)
@@ -137,37 +137,54 @@ def build_program(
                 ramp_tokens=s.ramp_tokens,
                 layer=index,
             )
-        record(
-            "qkv_rope_append",
-            hidden_states=s.hidden_states,
-            input_layernorm=layer.input_layernorm,
-            qkv_proj=layer.qkv_proj,
-            qkv_bias=layer.qkv_bias,
-            q_norm=layer.q_norm,
-            k_norm=layer.k_norm,
-            rope_cos=rope_cos,
-            rope_sin=rope_sin,
-            position_axes=position_axes,
-            prompt_positions=None if position_axes is None else s.prompt_positions,
-            query=s.query,
-            k_cache=s.k_cache[index],
-            v_cache=s.v_cache[index],
-            block_table=s.block_table,
-            row_sequence=s.row_sequence,
-            row_position=s.row_position,
-            rms_norm_eps=eps,
-        )
+        cache: dict[str, Operand] = {
+            "k_cache": s.k_cache[index],
+            "v_cache": s.v_cache[index],
+            "block_table": s.block_table,
+            "row_sequence": s.row_sequence,
+            "row_position": s.row_position,
+        }
+        turned: dict[str, Operand] = {
+            "q_norm": layer.q_norm,
+            "k_norm": layer.k_norm,
+            "rope_cos": rope_cos,
+            "rope_sin": rope_sin,
+            "query": s.query,
+            "rms_norm_eps": eps,
+        }
+        if config.norms_whole_qk:
+            record(
+                "o_proj_add",
+                attn_output=s.hidden_states[:, None],
+                o_proj=layer.qkv_proj,
+                o_proj_bias=layer.qkv_bias,
+                hidden_states=s.qkv,
+            )
+            record("norm_rope_append", s.active, qkv=s.qkv, **turned, **cache)
+        else:
+            record(
+                "qkv_rope_append",
+                s.active,
+                hidden_states=s.hidden_states,
+                input_layernorm=layer.input_layernorm,
+                qkv_proj=layer.qkv_proj,
+                qkv_bias=layer.qkv_bias,
+                query_scale=weights.query_scale,
+                position_axes=position_axes,
+                prompt_positions=None if position_axes is None else s.prompt_positions,
+                **turned,
+                **cache,
+            )
         record(
             "decode_attention",
+            s.active,
             query=s.query,
-            k_cache=s.k_cache[index],
-            v_cache=s.v_cache[index],
-            block_table=s.block_table,
-            row_sequence=s.row_sequence,
-            row_position=s.row_position,
+            **cache,
+            sinks=layer.sinks,
             attn_partials=s.attn_partials,
             attn_output=s.attn_output,
             scaling=config.scaling,
+            softcap=config.attention_softcap,
             sliding_window=config.sliding_windows[index] or 0,
             kv_split_size=s.layout.kv_split_size,
         )
@@ -195,6 +212,7 @@ def build_program(
         lm_head=weights.lm_head,
         logits=s.logits,
         rms_norm_eps=eps,
+        softcap=config.logits_softcap,
     )
     record(
         "sample",
@@ -276,12 +294,14 @@ def _record_ffn(
     if not weights.neuron_rows:
         record("down_proj_add", down_proj=layer.down_proj, **added)
         return
+    assert not isinstance(layer.down_proj, StackedMatrix)
+    of_blocks = not isinstance(layer.down_proj, torch.Tensor)
     record(
         "down_proj_neurons_add",
         neurons=s.neurons if neurons else None,
         num_neurons=s.num_neurons if neurons else None,
-        down_proj=float_tensor(layer.down_proj).T,
-        neuron_chunk=neuron_chunk(config.intermediate_size),
+        down_proj=layer.down_proj.T,
+        neuron_chunk=neuron_chunk(config.intermediate_size, of_blocks),
         **added,
     )
 
@@ -303,6 +323,7 @@ def _record_experts(
         row_mask=s.run_ffn[index],
         hidden_states=s.hidden_states,
         router=layer.router,
+        router_bias=layer.router_bias,
         router_logits=s.router_logits,
         expert_ids=s.expert_ids,
         expert_weights=s.expert_weights,
@@ -317,6 +338,7 @@ def _record_experts(
         row_mask=s.run_ffn[index],
         hidden_states=s.hidden_states,
         gate_up_proj=layer.gate_up_proj,
+        gate_up_bias=layer.gate_up_bias,
         expert_intermediate=s.expert_intermediate,
         activation=ACTIVATIONS.index(config.activation),
         **normed,
@@ -328,6 +350,7 @@ def _record_experts(
         expert_intermediate=s.expert_intermediate,
         expert_weights=s.expert_weights,
         down_proj=layer.down_proj,
+        down_proj_bias=layer.down_proj_bias,
         hidden_states=stream,
         similarity_partials=partials,
         rows_per_partial=s.layout.rows_per_partial,
@@ -339,7 +362,7 @@ def _record_neurons(
     record: Callable[..., None], config: ModelConfig, layer: LayerWeights, s: DecodeState, index: int
 ) -> None:
     """From the residual stream to the products of gate and up of the neurons that some row keeps."""
-    gate_proj, up_proj = float_tensor(layer.gate_up_proj).chunk(2)
+    (gate_proj, up_proj), neuron_nbytes = halves(layer.gate_up_proj), layer.neuron_nbytes()
 
     def select(stage: int, thresholds: torch.Tensor) -> None:
         record(
@@ -356,6 +379,7 @@ def _record_neurons(
             kept_map=s.kept_map,
             layer=index,
             stage=stage,
+            neuron_bytes=neuron_nbytes[stage],
         )
 
     record(
@@ -383,6 +407,8 @@ def _record_neurons(
     select(1, s.product_thresholds[..., None])
 
 
-def neuron_chunk(intermediate_size: int) -> int:
-    """Neurons whose share of an FFN's output is summed by itself: a 32nd of them, at least 64, in whole 32s."""
-    return max(64, -(-intermediate_size // 1024) * 32)
+def neuron_chunk(intermediate_size: int, of_blocks: bool = False) -> int:
+    """Neurons whose share of an FFN's output is summed by itself: a 32nd of them, at least 64, in whole 32s. Of blocks,
+    whose neurons take a quarter of the bytes and less, a 16th: the sums of chunks must not take longer to add."""
+    chunks = 16 if of_blocks else 32
+    return max(64, -(-intermediate_size // (32 * chunks)) * 32)

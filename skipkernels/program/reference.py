@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from skipkernels.model.config import ACTIVATIONS
+from skipkernels.model.config import ACTIVATIONS, GATE_LIMIT, GATE_SLOPE
 from skipkernels.model.matrix import dequantized, weight_rows
 from skipkernels.program.philox import GATE_STREAM, SAMPLE_STREAM, philox_uniform
 from skipkernels.program.state import (
@@ -30,15 +30,33 @@ from skipkernels.program.table import OPS, Instruction
 from skipkernels.skipping.policy import BATCH_RULES, GATE_MODES
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square norm over the last dimension."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """Root-mean-square norm over the last dimension; x itself where there is no weight."""
+    if weight is None:
+        return x
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the pairs (i, i + head_dim/2) of x [..., head_dim] by the angles of cos and sin [..., head_dim/2]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """Rotates the pairs (i, i + pairs) of x [..., head_dim] by the angles of cos and sin [..., pairs]; channels behind
+    them stay."""
+    pairs = cos.shape[-1]
+    first, second, rest = x.split([pairs, pairs, x.shape[-1] - 2 * pairs], dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def softened(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap * tanh(x / cap): no score is larger than cap (Gemma 2). 0 is no cap."""
+    return x if cap == 0 else cap * torch.tanh(x / cap)
+
+
+def softmax_with_sinks(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Shares [heads, ..., positions] of scores, beside those of one more score for each head [heads], which go nowhere
+    (gpt-oss)."""
+    if sinks is None:
+        return scores.softmax(dim=-1)
+    more = sinks.to(scores).view(-1, *[1] * (scores.dim() - 1)).expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, more), dim=-1).softmax(dim=-1)[..., :-1]
 
 
 ACTIVATION_BLOCK = 32
@@ -55,12 +73,19 @@ def int8_activations(x: torch.Tensor) -> torch.Tensor:
     return (torch.round(blocks * inverse) * (largest / 127)).view(-1)
 
 
-def linear(ins: Instruction, matrix: str, bias: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Multiplies x [columns] with the instruction's ``matrix`` and adds ``bias``."""
-    operand = ins.tensors[matrix]
-    weights = dequantized(operand)
-    rounds = not isinstance(operand, torch.Tensor) and ins.activations == "int8"
-    return lambda x: F.linear(int8_activations(x) if rounds else x, weights, bias)
+def activations_for(ins: Instruction, matrix: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the instruction's ``matrix`` is multiplied with, in the place of x [columns]."""
+    rounds = not isinstance(ins.tensors[matrix], torch.Tensor) and ins.activations == "int8"
+    return int8_activations if rounds else lambda x: x
+
+
+def linear(
+    ins: Instruction, matrix: str, bias: torch.Tensor | None = None, rows: torch.Tensor | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Multiplies x [columns] with the instruction's ``matrix``, or with some ``rows`` of it, and adds ``bias``."""
+    weights, activations = dequantized(ins.tensors[matrix]), activations_for(ins, matrix)
+    weights = weights if rows is None else weights[rows]
+    return lambda x: F.linear(activations(x), weights, bias)
 
 
 def embed(ins: Instruction) -> None:
@@ -166,7 +191,7 @@ class NeuronController:
     def __init__(self, ins: Instruction, row: int) -> None:
         t, self._row = ins.tensors, row
         self._scale = t["threshold_scale"][row : row + 1]
-        per_ffn = 3 * int(ins.scalars["intermediate_size"])
+        per_ffn = int(ins.scalars["ffn_bytes"])
         per_token = per_ffn * int(ins.scalars["num_hidden_layers"])
         unread = int(t["left_out"][row]) + per_ffn * int(t["skipped"][row])
         owed = owed_after(
@@ -239,26 +264,47 @@ def qkv_rope_append(ins: Instruction) -> None:
         x = rms_norm(t["hidden_states"][row], t["input_layernorm"], eps)
         qkv = qkv_proj(x).view(-1, head_dim)
         query, key, value = qkv.split([heads, kv_heads, kv_heads])
-        if t["q_norm"] is not None:
-            query = rms_norm(query, t["q_norm"], eps)
-        if t["k_norm"] is not None:
-            key = rms_norm(key, t["k_norm"], eps)
-        cos, sin = _angles(ins, row)
+        query, key = rms_norm(query, t["q_norm"], eps), rms_norm(key, t["k_norm"], eps)
+        _append(ins, row, query, key, value, _angles(ins, row))
+        if t["query_scale"] is not None:
+            t["query"][row] *= t["query_scale"][int(t["row_position"][row])]
+
+
+def norm_rope_append(ins: Instruction) -> None:
+    t, eps, head_dim = ins.tensors, float(ins.scalars["rms_norm_eps"]), ins.sizes["head_dim"]
+    for row in ins.rows:
         position = int(t["row_position"][row])
-        block, offset = _place(ins, row, torch.tensor([position]))
-        t["query"][row] = apply_rope(query, cos, sin)
-        t["k_cache"][block[0], :, offset[0]] = apply_rope(key, cos, sin).to(t["k_cache"].dtype)
-        t["v_cache"][block[0], :, offset[0]] = value.to(t["v_cache"].dtype)
+        query, key, value = t["qkv"][row].split([len(t["q_norm"]), len(t["k_norm"]), len(t["k_norm"])])
+        query, key = rms_norm(query, t["q_norm"], eps), rms_norm(key, t["k_norm"], eps)
+        query, key, value = (each.view(-1, head_dim) for each in (query, key, value))
+        _append(ins, row, query, key, value, (t["rope_cos"][position], t["rope_sin"][position]))
+        t["qkv"][row] = 0
+
+
+def _append(
+    ins: Instruction,
+    row: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """Rotates query and key [heads, head_dim]; key and value go into the caches at the row's position."""
+    t = ins.tensors
+    block, offset = _place(ins, row, torch.tensor([int(t["row_position"][row])]))
+    t["query"][row] = apply_rope(query, *angles)
+    t["k_cache"][block[0], :, offset[0]] = apply_rope(key, *angles).to(t["k_cache"].dtype)
+    t["v_cache"][block[0], :, offset[0]] = value.to(t["v_cache"].dtype)
 
 
 def _angles(ins: Instruction, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine [head_dim / 2] of a row's position, or of its three positions."""
+    """Cosine and sine [rotary_pairs] of a row's position, or of its three positions."""
     t, s = ins.tensors, ins.sizes
     if t["position_axes"] is None or row < s["num_sequences"]:
         position = int(t["row_position"][row])
         return t["rope_cos"][position], t["rope_sin"][position]
     positions = t["prompt_positions"][row - s["num_sequences"]][t["position_axes"].long()].long()
-    pairs = torch.arange(s["half_head_dim"])
+    pairs = torch.arange(s["rotary_pairs"])
     cos, sin = (t[name][positions.abs(), pairs] for name in ("rope_cos", "rope_sin"))
     return cos, torch.where(positions < 0, -sin, sin)
 
@@ -280,7 +326,8 @@ def decode_attention(ins: Instruction) -> None:
             t[cache][block, :, offset].float().repeat_interleave(groups, dim=1) for cache in ("k_cache", "v_cache")
         )
         scores = torch.einsum("hd,phd->hp", t["query"][row], keys) * ins.scalars["scaling"]
-        t["attn_output"][row] = torch.einsum("hp,phd->hd", scores.softmax(dim=-1), values)
+        scores = softened(scores, ins.scalars["softcap"])
+        t["attn_output"][row] = torch.einsum("hp,phd->hd", softmax_with_sinks(scores, t["sinks"]), values)
 
 
 def o_proj_add(ins: Instruction) -> None:
@@ -292,16 +339,24 @@ def o_proj_add(ins: Instruction) -> None:
 
 def activation_of(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """The gate's activation, one of ``ACTIVATIONS``."""
+    if name == "clamped_swiglu":
+        return lambda gate: gate.clamp(max=GATE_LIMIT) * torch.sigmoid(GATE_SLOPE * gate.clamp(max=GATE_LIMIT))
     return F.silu if name == "silu" else partial(F.gelu, approximate="tanh")
+
+
+def gated(name: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """act(gate) * up; of clamped_swiglu, up is within the limit and grows by 1."""
+    if name == "clamped_swiglu":
+        up = up.clamp(-GATE_LIMIT, GATE_LIMIT) + 1
+    return activation_of(name)(gate) * up
 
 
 def gate_up_act(ins: Instruction) -> None:
     t, gate_up_proj = ins.tensors, linear(ins, "gate_up_proj")
-    activate = activation_of(ACTIVATIONS[int(ins.scalars["activation"])])
+    activation = ACTIVATIONS[int(ins.scalars["activation"])]
     for row in ins.rows:
         x = rms_norm(t["hidden_states"][row], t["post_attention_layernorm"], float(ins.scalars["rms_norm_eps"]))
-        gate, up = gate_up_proj(x).chunk(2)
-        t["intermediate"][row] = activate(gate) * up
+        t["intermediate"][row] = gated(activation, *gate_up_proj(x).chunk(2))
 
 
 def down_proj_add(ins: Instruction) -> None:
@@ -325,15 +380,13 @@ def _add_and_compare(ins: Instruction, row: int, branch: torch.Tensor) -> None:
 def branch_add(ins: Instruction) -> None:
     t = ins.tensors
     for row in ins.rows:
-        change = t["branch"][row].clone()
-        if t["norm"] is not None:
-            change = rms_norm(change, t["norm"], float(ins.scalars["rms_norm_eps"]))
+        change = rms_norm(t["branch"][row].clone(), t["norm"], float(ins.scalars["rms_norm_eps"]))
         _add_and_compare(ins, row, change * float(ins.scalars["multiplier"]))
         t["branch"][row] = 0
 
 
 def route_experts(ins: Instruction) -> None:
-    t, router = ins.tensors, linear(ins, "router")
+    t, router = ins.tensors, linear(ins, "router", ins.tensors["router_bias"])
     for row in ins.rows:
         x = rms_norm(t["hidden_states"][row], t["post_attention_layernorm"], float(ins.scalars["rms_norm_eps"]))
         t["router_logits"][row] = router(x)
@@ -369,8 +422,8 @@ def choices_by_expert(ins: Instruction) -> Iterator[tuple[int, list[tuple[int, i
 
 def experts_gate_up_act(ins: Instruction) -> None:
     t, size = ins.tensors, 2 * ins.sizes["expert_size"]
-    activate = activation_of(ACTIVATIONS[int(ins.scalars["activation"])])
-    gate_up_proj = linear(ins, "gate_up_proj")
+    activation = ACTIVATIONS[int(ins.scalars["activation"])]
+    gate_up_proj = linear(ins, "gate_up_proj", t["gate_up_bias"])
     products = {
         row: gate_up_proj(
             rms_norm(t["hidden_states"][row], t["post_attention_layernorm"], float(ins.scalars["rms_norm_eps"]))
@@ -380,11 +433,12 @@ def experts_gate_up_act(ins: Instruction) -> None:
     for expert, choices in choices_by_expert(ins):
         for row, choice in choices:
             gate, up = products[row][expert * size : (expert + 1) * size].chunk(2)
-            t["expert_intermediate"][row, choice] = activate(gate) * up
+            t["expert_intermediate"][row, choice] = gated(activation, gate, up)
 
 
 def experts_down_proj_add(ins: Instruction) -> None:
-    t, size, down_proj = ins.tensors, ins.sizes["hidden_size"], linear(ins, "down_proj")
+    t, size = ins.tensors, ins.sizes["hidden_size"]
+    down_proj = linear(ins, "down_proj", t["down_proj_bias"])
     branches = {row: torch.zeros(size) for row in ins.rows}
     for expert, choices in choices_by_expert(ins):
         for row, choice in choices:
@@ -395,10 +449,11 @@ def experts_down_proj_add(ins: Instruction) -> None:
 
 
 def gate_proj_act(ins: Instruction) -> None:
-    t, activate = ins.tensors, activation_of(ACTIVATIONS[int(ins.scalars["activation"])])
+    t, gate_proj = ins.tensors, linear(ins, "gate_proj")
+    activate = activation_of(ACTIVATIONS[int(ins.scalars["activation"])])
     for row in ins.rows:
         x = rms_norm(t["hidden_states"][row], t["post_attention_layernorm"], float(ins.scalars["rms_norm_eps"]))
-        t["intermediate"][row] = activate(F.linear(x, t["gate_proj"].float()))
+        t["intermediate"][row] = activate(gate_proj(x))
 
 
 def select_neurons(ins: Instruction) -> None:
@@ -415,7 +470,7 @@ def select_neurons(ins: Instruction) -> None:
         if row < ins.sizes["num_sequences"]:
             count = int((values != 0).sum())
             t["kept_map"][row, t["num_generated"][row], layer, stage] = count
-            t["left_out"][row] += size - count
+            t["left_out"][row] += (size - count) * int(ins.scalars["neuron_bytes"])
     chosen = kept.nonzero()[:, 0]
     t["neurons"][: len(chosen)] = chosen
     t["num_neurons"][0] = len(chosen)
@@ -429,26 +484,26 @@ def listed_neurons(ins: Instruction) -> torch.Tensor:
 
 def up_proj_mul(ins: Instruction) -> None:
     t, chosen = ins.tensors, listed_neurons(ins)
-    up_proj = t["up_proj"][chosen].float()
+    up_proj = linear(ins, "up_proj", rows=chosen)
     for row in ins.rows:
         x = rms_norm(t["hidden_states"][row], t["post_attention_layernorm"], float(ins.scalars["rms_norm_eps"]))
         gate = t["intermediate"][row, chosen]
-        t["intermediate"][row, chosen] = torch.where(gate == 0, 0.0, gate * F.linear(x, up_proj))
+        t["intermediate"][row, chosen] = torch.where(gate == 0, 0.0, gate * up_proj(x))
 
 
 def down_proj_neurons_add(ins: Instruction) -> None:
     t, chosen = ins.tensors, listed_neurons(ins)
-    down_proj = t["down_proj"][chosen].float()
+    down_proj, activations = dequantized(t["down_proj"]), activations_for(ins, "down_proj")
     for row in ins.rows:
-        own = (t["intermediate"][row, chosen] != 0).nonzero()[:, 0]
-        _add_and_compare(ins, row, t["intermediate"][row, chosen[own]] @ down_proj[own])
+        own = chosen[t["intermediate"][row, chosen] != 0]
+        _add_and_compare(ins, row, activations(t["intermediate"][row])[own] @ down_proj[own])
 
 
 def lm_head(ins: Instruction) -> None:
     t, head = ins.tensors, linear(ins, "lm_head")
     for row in ins.rows:
         x = rms_norm(t["hidden_states"][row], t["norm"], float(ins.scalars["rms_norm_eps"]))
-        t["logits"][row] = head(x)
+        t["logits"][row] = softened(head(x), ins.scalars["softcap"])
 
 
 def sample(ins: Instruction) -> None:

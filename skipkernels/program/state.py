@@ -112,15 +112,19 @@ class DecodeState:
     threshold_scale: (
         torch.Tensor
     )  # f32 [sequences], what the ratio controller has made of 1 - threshold, or of neurons'
-    left_out: torch.Tensor  # i64 [sequences], rows of up_proj and down_proj left out so far in FFNs that ran
+    left_out: torch.Tensor  # i64 [sequences], bytes of up_proj and down_proj left out so far in FFNs that ran
     similarity: torch.Tensor  # f32 [layers, sequences], NaN where not measured in this step
     similarity_partials: torch.Tensor  # f32 [partials, sequences, 3]: <h, h'>, |h|^2, |h'|^2
     run_map: torch.Tensor  # host, u8 [sequences, max_seq_len, layers], run_ffn of every generated token
     similarity_map: torch.Tensor  # host, f32 [sequences, max_seq_len, layers]
     scale_map: torch.Tensor  # host, f32 [sequences, max_seq_len], neuron_scale of every generated token
     kept_map: torch.Tensor  # host, i32 [sequences, max_seq_len, layers, 2], neurons read of up_proj and of down_proj
+    neuron_shares: (
+        torch.Tensor
+    )  # host, f32 [layers, 2], of an FFN's bytes, that all neurons of up_proj and down_proj take
     # activations
     hidden_states: torch.Tensor  # f32 [rows, hidden], the residual stream
+    qkv: torch.Tensor  # f32 [rows, qkv_size], or without a column where no op uses it; zero between two steps
     branch: torch.Tensor  # f32 [rows, hidden], what goes to hidden_states by branch_add; zero between two steps
     query: torch.Tensor  # f32 [rows, heads, head_dim]
     attn_partials: torch.Tensor  # f32 [rows, heads, splits, head_dim + 2]: max, sum, output
@@ -239,7 +243,9 @@ class DecodeState:
             similarity_map=host_buffer(f32, sequences, max_seq_len, layers),
             scale_map=host_buffer(f32, sequences, max_seq_len),
             kept_map=host_buffer(i32, sequences, max_seq_len, layers, 2),
+            neuron_shares=host_buffer(f32, layers, 2).fill_(1 / 3),
             hidden_states=buffer(f32, rows, config.hidden_size),
+            qkv=buffer(f32, rows, config.qkv_size if config.norms_whole_qk else 0),
             branch=buffer(f32, rows, config.hidden_size),
             query=buffer(f32, rows, heads, config.head_dim),
             attn_partials=buffer(f32, rows, heads, splits, config.head_dim + 2),
@@ -367,7 +373,7 @@ class DecodeState:
         """The share of each FFN's bytes that the first ``tokens`` generated tokens of ``slot`` did not read: f32
         [tokens, layers], 1 where the FFN was skipped."""
         run_map, scale_map, kept_map = (each[slot, :tokens] for each in (self.run_map, self.scale_map, self.kept_map))
-        return unread_share(run_map, scale_map, kept_map, self.intermediate.shape[1])
+        return unread_share(run_map, scale_map, kept_map, self.intermediate.shape[1], self.neuron_shares)
 
     def set_blocks(self, slot: int, blocks: Sequence[int], first: int = 0) -> None:
         """Writes ``blocks`` into the table of ``slot``, from its entry ``first`` on; entries after them are emptied."""
@@ -433,10 +439,15 @@ def gate_thresholds_of(plan: NeuronPlan) -> torch.Tensor:
 
 
 def unread_share(
-    run_map: torch.Tensor, scale_map: torch.Tensor, kept_map: torch.Tensor, intermediate_size: int
+    run_map: torch.Tensor,
+    scale_map: torch.Tensor,
+    kept_map: torch.Tensor,
+    intermediate_size: int,
+    neuron_shares: torch.Tensor,
 ) -> torch.Tensor:
     """The share of each FFN's bytes that was not read, f32 [tokens, layers], from ``DecodeState``'s maps of a sequence:
-    run_map u8 [tokens, layers], scale_map f32 [tokens], kept_map i32 [tokens, layers, 2]. gate_proj, a third, is always
-    read; where scale_map is 0 all neurons are, and kept_map means nothing."""
-    unread = torch.where(scale_map[:, None] > 0, (2 - kept_map.sum(-1) / intermediate_size) / 3, 0)
+    run_map u8 [tokens, layers], scale_map f32 [tokens], kept_map i32 [tokens, layers, 2], and its neuron_shares.
+    gate_proj is always read; where scale_map is 0 all neurons are, and kept_map means nothing."""
+    left_out = ((1 - kept_map / intermediate_size) * neuron_shares).sum(-1)
+    unread = torch.where(scale_map[:, None] > 0, left_out, 0)
     return torch.where(run_map == 0, 1, unread).float()

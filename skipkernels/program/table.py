@@ -10,6 +10,7 @@ a ``matrix`` has a format of its own (``model.matrix``): floats, or blocks of qu
 Where a matrix is quantised, a program multiplies it with activations in ``int8``: each row of a matrix's input is cut
 into blocks of 32, and a block becomes d * q with d = max |x| / 127 in fp32 and q = x / d, rounded to the nearest
 integer, ties to even. With ``fp32`` activations they stay as they are. Weights are what their format says, exactly.
+A neuron left out is an activation of 0 among the 32 of its block.
 
 A *row* is one token of one sequence. The first ``num_sequences`` rows are decode rows: row i is the newest token of
 sequence i, the one whose logits are wanted. The rows after them are prompt rows: tokens whose keys and values are to be
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 
 from skipkernels.errors import ModelError
-from skipkernels.model.matrix import AnyMatrix, Matrix, StackedMatrix, formats_of
+from skipkernels.model.matrix import Matrix, MatrixOperand, StackedMatrix, TransposedMatrix, formats_of
 
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("int8", "fp32")
@@ -78,6 +79,8 @@ _PAGED_CACHE = {
     "row_position": _t("i32 num_rows"),
 }
 """Position p of sequence s stands in block ``block_table[s, p / block_size]``, at offset ``p % block_size``."""
+
+_HAS_ROTARY_PAIRS = ("2 rotary_pairs are at most head_dim", lambda s: 2 * s["rotary_pairs"] <= s["head_dim"])
 
 _CHOSEN_EXPERTS = {
     "expert_begins": _t("i32 num_begins"),
@@ -155,12 +158,11 @@ OPS: dict[str, Op] = {
             scale_map under ``num_generated``, so that a token can be computed again as it was.
 
             ``neuron_target_ratio`` above 0 makes the sequence's running share of FFN bytes not read hold that value.
-            Counted in neurons' rows of the three matrices, a token has 3 intermediate_size num_hidden_layers of them;
-            ``left_out`` are those not read so far in FFNs that ran, and each FFN in ``skipped`` adds 3
-            intermediate_size. behind = (owed - those) / a token's, within -1 and 1, where owed grows as in skip_gate,
-            from ``ramp_tokens`` on for the warm-up too. threshold_scale grows by the factor 1 + behind / 4, and
-            neuron_scale is threshold_scale (1 + 2 behind), or threshold_scale / (1 - 2 behind) where that is negative.
-            Every operation is one fp32 rounding.
+            A token has ``ffn_bytes`` num_hidden_layers of them; ``left_out`` are those not read so far in FFNs that
+            ran, and each FFN in ``skipped`` adds ``ffn_bytes``, the mean of the layers. behind = (owed - those) / a
+            token's, within -1 and 1, where owed grows as in skip_gate, from ``ramp_tokens`` on for the warm-up too.
+            threshold_scale grows by the factor 1 + behind / 4, and neuron_scale is threshold_scale (1 + 2 behind), or
+            threshold_scale / (1 - 2 behind) where that is negative. Every operation is one fp32 rounding.
             """,
             {
                 "neuron_scale": _t("f32 num_rows", "inout"),
@@ -173,7 +175,7 @@ OPS: dict[str, Op] = {
                 "left_out": _t("i64 num_sequences"),
                 "scale_map": _t("f32 num_sequences max_seq_len", "inout", on_host=True),
             },
-            {"num_hidden_layers": int, "intermediate_size": int},
+            {"num_hidden_layers": int, "ffn_bytes": int},
             rows="num_sequences",
         ),
         Op(
@@ -181,10 +183,11 @@ OPS: dict[str, Op] = {
             """query = rope(q), and k = rope(k), v into the paged cache at the row's position, of
             qkv_proj(rms_norm(hidden_states)).
 
-            q and k are normed per head first where q_norm and k_norm are given (Qwen3). Rotary pairs
-            are (i, i + head_dim/2). The angle is that of row_position; where position_axes is given (M-RoPE, arXiv
-            2409.12191), a prompt row's pair i has the position ``prompt_positions[axis]`` of its axis, and a negative
-            one rotates backwards.
+            q and k are normed per head first where q_norm and k_norm are given (Qwen3). Rotary pairs are
+            (i, i + rotary_pairs), and channels from 2 rotary_pairs on are not rotated. Queries are multiplied by
+            ``query_scale`` of their position, where it is given (Ministral 3). The angle is that of row_position; where
+            position_axes is given (M-RoPE, arXiv 2409.12191), a prompt row's pair i has the position
+            ``prompt_positions[axis]`` of its axis, and a negative one rotates backwards.
             """,
             {
                 "hidden_states": _t("f32 num_rows hidden_size"),
@@ -193,16 +196,17 @@ OPS: dict[str, Op] = {
                 "qkv_bias": _t("f32 qkv_size", optional=True),
                 "q_norm": _t("f32 head_dim", optional=True),
                 "k_norm": _t("f32 head_dim", optional=True),
-                "rope_cos": _t("f32 max_seq_len half_head_dim"),
-                "rope_sin": _t("f32 max_seq_len half_head_dim"),
-                "position_axes": _t("i32 half_head_dim", optional=True),
+                "rope_cos": _t("f32 max_seq_len rotary_pairs"),
+                "rope_sin": _t("f32 max_seq_len rotary_pairs"),
+                "query_scale": _t("f32 max_seq_len", optional=True),
+                "position_axes": _t("i32 rotary_pairs", optional=True),
                 "prompt_positions": _t("i32 num_prompt_rows three", optional=True),
                 "query": _t("f32 num_rows num_attention_heads head_dim", "out"),
                 **_PAGED_CACHE,
             },
             {"rms_norm_eps": float},
             (
-                ("half_head_dim = head_dim / 2", lambda s: 2 * s["half_head_dim"] == s["head_dim"]),
+                _HAS_ROTARY_PAIRS,
                 (
                     "qkv_size = (num_attention_heads + 2 num_key_value_heads) head_dim",
                     lambda s: (
@@ -213,22 +217,54 @@ OPS: dict[str, Op] = {
             ),
         ),
         Op(
+            "norm_rope_append",
+            """query = rope(q_norm(q)), and k = rope(k_norm(k)), v into the paged cache at the row's position, of
+            ``qkv``; then qkv = 0. For models that norm q and k over all their heads together (OLMo 2): o_proj_add has
+            added qkv_proj's product to the zeros of qkv before. Rotary pairs as for qkv_rope_append.
+            """,
+            {
+                "qkv": _t("f32 num_rows qkv_size", "inout"),
+                "q_norm": _t("f32 query_size"),
+                "k_norm": _t("f32 key_size"),
+                "rope_cos": _t("f32 max_seq_len rotary_pairs"),
+                "rope_sin": _t("f32 max_seq_len rotary_pairs"),
+                "query": _t("f32 num_rows num_attention_heads head_dim", "out"),
+                **_PAGED_CACHE,
+            },
+            {"rms_norm_eps": float},
+            (
+                _HAS_ROTARY_PAIRS,
+                (
+                    "query_size = num_attention_heads head_dim",
+                    lambda s: s["query_size"] == s["num_attention_heads"] * s["head_dim"],
+                ),
+                (
+                    "key_size = num_key_value_heads head_dim",
+                    lambda s: s["key_size"] == s["num_key_value_heads"] * s["head_dim"],
+                ),
+                ("qkv_size = query_size + 2 key_size", lambda s: s["qkv_size"] == s["query_size"] + 2 * s["key_size"]),
+            ),
+        ),
+        Op(
             "decode_attention",
             """attn_output = softmax(scaling q k^T) v over the positions of the row's own sequence from
             max(0, row_position + 1 - sliding_window) to row_position, read through the block table.
 
             Grouped queries: head h attends with key/value head h // (num_attention_heads / num_key_value_heads).
-            sliding_window 0 means none. The range is cut at multiples of ``kv_split_size`` positions and merged in
+            sliding_window 0 means none. ``sinks`` (gpt-oss, arXiv 2309.17453) are one more score of each head, of a
+            position without a value. Where ``softcap`` is not 0, a scaled score s becomes softcap tanh(s / softcap)
+            (Gemma 2). The range is cut at multiples of ``kv_split_size`` positions and merged in
             order, so the result does not depend on how many workers there are, on block_size, or on which rows share
             the step. attn_partials is scratch.
             """,
             {
                 "query": _t("f32 num_rows num_attention_heads head_dim"),
                 **{name: _t(" ".join((spec.dtype, *spec.shape))) for name, spec in _PAGED_CACHE.items()},
+                "sinks": _t("f32 num_attention_heads", optional=True),
                 "attn_partials": _t("f32 num_rows num_attention_heads num_splits partial_size", "scratch"),
                 "attn_output": _t("f32 num_rows num_attention_heads head_dim", "out"),
             },
-            {"scaling": float, "sliding_window": int, "kv_split_size": int},
+            {"scaling": float, "softcap": float, "sliding_window": int, "kv_split_size": int},
             (
                 ("partial_size = head_dim + 2", lambda s: s["partial_size"] == s["head_dim"] + 2),
                 ("heads are grouped evenly", lambda s: s["num_attention_heads"] % s["num_key_value_heads"] == 0),
@@ -236,7 +272,8 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "o_proj_add",
-            "hidden_states += o_proj(attn_output).",
+            """hidden_states += o_proj(attn_output). Also another product of rows as they are, which is added to what
+            stands in a buffer (norm_rope_append).""",
             {
                 "attn_output": _t("f32 num_rows num_attention_heads head_dim"),
                 "o_proj": _t("matrix hidden_size attention_size"),
@@ -253,12 +290,15 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "gate_up_act",
-            """intermediate = act(gate_proj(x)) * up_proj(x) of x = rms_norm(hidden_states); gate rows before up rows.
-            ``activation`` numbers ``model.config.ACTIVATIONS``: 0 silu, 1 gelu_tanh (GELU by tanh).
+            """intermediate = act(gate_proj(x)) * up_proj(x) of x = rms_norm(hidden_states), or of hidden_states as they
+            are where there is no norm (OLMo 2; also in gate_proj_act and up_proj_mul); gate rows before up rows.
+            ``activation`` numbers ``model.config.ACTIVATIONS``: 0 silu, 1 gelu_tanh (GELU by tanh), 2 clamped_swiglu
+            (gpt-oss): act(gate) = gate sigmoid(1.702 gate) of gate, at most 7, is multiplied by up + 1 with up within
+            -7 and 7.
             """,
             {
                 "hidden_states": _t("f32 num_rows hidden_size"),
-                "post_attention_layernorm": _t("f32 hidden_size"),
+                "post_attention_layernorm": _t("f32 hidden_size", optional=True),
                 "gate_up_proj": _t("matrix gate_up_size hidden_size"),
                 "intermediate": _t("f32 num_rows intermediate_size", "out"),
             },
@@ -298,15 +338,16 @@ OPS: dict[str, Op] = {
         Op(
             "route_experts",
             """Chooses each row's experts (Switch Transformers, arXiv 2101.03961; Mixtral, arXiv 2401.04088):
-            router_logits = router(x) of x = rms_norm(hidden_states); expert_ids are those of the largest, in descending
-            order, the lower id of equals first; expert_weights are their shares of the softmax over all experts, with
-            ``norm_topk_prob`` divided by their sum. Adds to ``experts_read[layer]`` how many experts some row chose:
-            those whose matrices are read.
+            router_logits = router(x) + router_bias of x = rms_norm(hidden_states); expert_ids are those of the largest,
+            in descending order, the lower id of equals first; expert_weights are their shares of the softmax over all
+            experts, with ``norm_topk_prob`` divided by their sum. Adds to ``experts_read[layer]`` how many experts some
+            row chose: those whose matrices are read.
             """,
             {
                 "hidden_states": _t("f32 num_rows hidden_size"),
                 "post_attention_layernorm": _t("f32 hidden_size"),
                 "router": _t("matrix num_experts hidden_size"),
+                "router_bias": _t("f32 num_experts", optional=True),
                 "router_logits": _t("f32 num_rows num_experts", "out"),
                 "expert_ids": _t("i32 num_rows experts_per_token", "out"),
                 "expert_weights": _t("f32 num_rows experts_per_token", "out"),
@@ -326,12 +367,14 @@ OPS: dict[str, Op] = {
         Op(
             "experts_gate_up_act",
             """gate_up_act of each row's chosen experts: expert_intermediate[row, choice] of that expert's gate_proj and
-            up_proj, which stand one below the other, expert by expert. Only chosen experts' are read.
+            up_proj, which stand one below the other, expert by expert, and of their biases, where there are such. Only
+            chosen experts' are read.
             """,
             {
                 "hidden_states": _t("f32 num_rows hidden_size"),
                 "post_attention_layernorm": _t("f32 hidden_size"),
                 "gate_up_proj": _t("matrix gate_up_size hidden_size"),
+                "gate_up_bias": _t("f32 gate_up_size", optional=True),
                 **_CHOSEN_EXPERTS,
                 "expert_intermediate": _t("f32 num_rows experts_per_token expert_size", "out"),
             },
@@ -346,14 +389,15 @@ OPS: dict[str, Op] = {
         Op(
             "experts_down_proj_add",
             """hidden_states += the sum over a row's chosen experts, in the order of their ids, of expert_weights *
-            down_proj(expert_intermediate). down_proj holds one expert's rows after the other's; only chosen experts'
-            are read. similarity_partials as for down_proj_add.
+            (down_proj(expert_intermediate) + its down_proj_bias). down_proj holds one expert's rows after the other's;
+            only chosen experts' are read. similarity_partials as for down_proj_add.
             """,
             {
                 "expert_intermediate": _t("f32 num_rows experts_per_token expert_size"),
                 "expert_weights": _t("f32 num_rows experts_per_token"),
                 **_CHOSEN_EXPERTS,
                 "down_proj": _t("matrix down_size expert_size"),
+                "down_proj_bias": _t("f32 down_size", optional=True),
                 "hidden_states": _t("f32 num_rows hidden_size", "inout"),
                 "similarity_partials": _t("f32 num_partials num_sequences three", "out", optional=True),
             },
@@ -367,10 +411,10 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "gate_proj_act",
-            "intermediate = act(gate_proj(x)) of x = rms_norm(hidden_states), of every neuron; gate_proj holds floats.",
+            "intermediate = act(gate_proj(x)) of x = rms_norm(hidden_states), of every neuron.",
             {
                 "hidden_states": _t("f32 num_rows hidden_size"),
-                "post_attention_layernorm": _t("f32 hidden_size"),
+                "post_attention_layernorm": _t("f32 hidden_size", optional=True),
                 "gate_proj": _t("matrix intermediate_size hidden_size"),
                 "intermediate": _t("f32 num_rows intermediate_size", "out"),
             },
@@ -384,8 +428,9 @@ OPS: dict[str, Op] = {
             those that are not 0 in some row, ``num_neurons`` their number: a neuron that is exactly 0 everywhere adds
             nothing, and is not read either. The list's rest is undefined.
 
-            What a decode row keeps is recorded in kept_map under (num_generated, layer, ``stage``), and what it leaves
-            out added to ``left_out``. stage 0 is what up_proj reads, after gate_proj_act, 1 what down_proj reads.
+            What a decode row keeps is recorded in kept_map under (num_generated, layer, ``stage``), and
+            ``neuron_bytes`` for each that it leaves out are added to ``left_out``. stage 0 is what up_proj reads, after
+            gate_proj_act, 1 what down_proj reads.
             """,
             {
                 "intermediate": _t("f32 num_rows intermediate_size", "inout"),
@@ -398,7 +443,7 @@ OPS: dict[str, Op] = {
                 "left_out": _t("i64 num_sequences", "inout"),
                 "kept_map": _t("i32 num_sequences max_seq_len num_hidden_layers two", "inout", on_host=True),
             },
-            {"layer": int, "stage": int},
+            {"layer": int, "stage": int, "neuron_bytes": int},
             (
                 (
                     "a layer has 1 threshold or intermediate_size",
@@ -411,11 +456,11 @@ OPS: dict[str, Op] = {
         Op(
             "up_proj_mul",
             """intermediate *= up_proj(x) of x = rms_norm(hidden_states), for the neurons of the list, where it is not
-            0. No other row of up_proj, which holds floats, is read.
+            0. No other row of up_proj is read.
             """,
             {
                 "hidden_states": _t("f32 num_rows hidden_size"),
-                "post_attention_layernorm": _t("f32 hidden_size"),
+                "post_attention_layernorm": _t("f32 hidden_size", optional=True),
                 "up_proj": _t("matrix intermediate_size hidden_size"),
                 "neurons": _t("i32 intermediate_size"),
                 "num_neurons": _t("i32 one"),
@@ -425,8 +470,8 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "down_proj_neurons_add",
-            """down_proj_add over a down_proj of floats that lies transposed, one neuron a row: only the rows of the
-            list's neurons are read, without a list all.
+            """down_proj_add over a down_proj that lies transposed, one neuron a row: only the rows of the list's
+            neurons are read, without a list all. Of blocks, the scales that 32 neurons share are read where one is.
 
             The sum over neurons is cut into chunks of ``neuron_chunk`` neurons, added in their order, so that a row's
             bits depend neither on the list of its neighbours nor on the number of workers.
@@ -443,14 +488,15 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "lm_head",
-            "logits = lm_head(rms_norm(hidden_states)) of the decode rows.",
+            """logits = lm_head(rms_norm(hidden_states)) of the decode rows; where ``softcap`` is not 0, softcap
+            tanh(logits / softcap) (Gemma 2).""",
             {
                 "hidden_states": _t("f32 num_rows hidden_size"),
                 "norm": _t("f32 hidden_size"),
                 "lm_head": _t("matrix vocab_size hidden_size"),
                 "logits": _t("f32 num_sequences vocab_size", "out"),
             },
-            {"rms_norm_eps": float},
+            {"rms_norm_eps": float, "softcap": float},
             rows="num_sequences",
         ),
         Op(
@@ -551,7 +597,7 @@ class Instruction:
     activations: str = "int8"
 
     @property
-    def matrices(self) -> dict[str, AnyMatrix]:
+    def matrices(self) -> dict[str, MatrixOperand]:
         """The matrix operands by name."""
         return {name: self.tensors[name] for name, spec in OPS[self.op].tensors.items() if spec.dtype == "matrix"}
 
@@ -561,7 +607,7 @@ class Instruction:
         return [int(row) for row in self.row_mask.nonzero()[:, 0]]
 
 
-Operand = AnyMatrix | int | float | None
+Operand = MatrixOperand | int | float | None
 
 
 def instruction(op_name: str, *, row_mask: torch.Tensor, activations: str = "int8", **operands: Operand) -> Instruction:
@@ -623,8 +669,8 @@ def instruction(op_name: str, *, row_mask: torch.Tensor, activations: str = "int
     return Instruction(op_name, tensors, scalars, sizes, row_mask, activations)
 
 
-def _checked_matrix(op_name: str, name: str, matrix: object) -> AnyMatrix:
-    if not isinstance(matrix, torch.Tensor | Matrix | StackedMatrix):
+def _checked_matrix(op_name: str, name: str, matrix: object) -> MatrixOperand:
+    if not isinstance(matrix, torch.Tensor | Matrix | StackedMatrix | TransposedMatrix):
         raise ValueError(f"{op_name}: {name} must be a matrix, got {type(matrix).__name__}")
     try:
         formats_of(matrix)

@@ -13,6 +13,7 @@ n = rms_norm(h):
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import ClassVar
@@ -114,11 +115,27 @@ class NeuronPlan:
     ramp_tokens: int = 0
     up_scales: UpScales | None = None
 
-    def check_neurons(self, intermediate_size: int) -> None:
+    def reachable(self, shares: Sequence[Sequence[float]]) -> float:
+        """The share of FFN bytes that is not read when every threshold that is not 0 leaves out all it can, of weights
+        of whose bytes all neurons of up_proj and of down_proj take ``shares`` of a layer (``neuron_shares``)."""
+        layers = zip(self.gate_thresholds, self.product_thresholds, shares, strict=True)
+        unread = [up + down if gate else down if product else 0.0 for gate, product, (up, down) in layers]
+        return sum(unread) / len(unread)
+
+    def check_neurons(self, intermediate_size: int, shares: Sequence[Sequence[float]] | None = None) -> None:
         """
+        Args:
+            shares: see ``reachable``; None: they are not known yet.
+
         Raises:
-            PolicyError: the scales are those of a model of another width.
+            PolicyError: the scales are those of a model of another width, or the target is beyond the weights' reach.
         """
+        if shares is not None and self.target_ratio and self.target_ratio >= (reachable := self.reachable(shares)):
+            raise PolicyError(
+                f"target_ratio {self.target_ratio:g} cannot be held: the thresholds that are not 0 can leave out less "
+                f"than {reachable:.3f} of the FFN bytes of these weights; what neurons share, gate_proj and the scales "
+                "of quantised blocks, is always read"
+            )
         if self.up_scales and self.up_scales.shape[1] != intermediate_size:
             given = self.up_scales.shape[1]
             raise PolicyError(

@@ -16,6 +16,16 @@ VERSIONS = (1, 2, 3)
 """What is read. 2: policies may hold thresholds for neurons; 3: and scales beside them."""
 
 
+SHIPPED = Path(__file__).parent / "policies"
+"""Policies that come with the package. They are bound to a model by the first part of its fingerprint, which every
+quantisation of a checkpoint shares."""
+
+
+def shipped_policies() -> list[str]:
+    """Names that stand for the path of a policy file."""
+    return sorted(path.stem for path in SHIPPED.glob("*.json"))
+
+
 def save_policy(path: str | Path, policy: Policy, *, fingerprint: str, measured: dict[str, Any]) -> None:
     """Writes a policy file, of the first version that can hold the policy's thresholds; ``measured`` is kept for people
     and tables, and not read back."""
@@ -34,7 +44,8 @@ def save_policy(path: str | Path, policy: Policy, *, fingerprint: str, measured:
 
 
 def load_policy(path: str | Path, *, fingerprint: str | None = None) -> Policy:
-    """Reads a policy file; with ``fingerprint``, only one that was made for that model.
+    """Reads a policy file, or the one of ``shipped_policies`` of this name. With ``fingerprint``, only one that was
+    made for that model.
 
     Raises:
         PolicyError: unreadable, another format or version, or another model's.
@@ -57,4 +68,11 @@ def load_policy(path: str | Path, *, fingerprint: str | None = None) -> Policy:
 
 def read_policy_file(path: str | Path) -> dict[str, Any]:
     """The whole document, checked for format and version only."""
-    return read_document(path, "policy file", FORMAT, VERSIONS, PolicyError)
+    if str(path) in shipped_policies() and not Path(path).is_file():  # a model's folder may have the name too
+        path = SHIPPED / f"{path}.json"
+    try:
+        return read_document(path, "policy file", FORMAT, VERSIONS, PolicyError)
+    except PolicyError as error:
+        if Path(path).exists():
+            raise
+        raise PolicyError(f"{error}; with the package come {', '.join(shipped_policies())}") from error

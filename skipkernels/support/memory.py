@@ -10,6 +10,7 @@ from pathlib import Path
 from skipkernels.errors import DeviceError
 
 _RESET_PEAK = "5"  # of the resident set, see proc(5) on clear_refs
+_BLOCK = 1 << 20  # bytes; smaller pieces of free memory are too few to matter
 
 
 def peak_memory_bytes(device: str, work: Callable[[], object]) -> int:
@@ -41,15 +42,54 @@ def _peak_on_cuda(device: str, work: Callable[[], object]) -> int:
 
 def _peak_on_cpu(work: Callable[[], object]) -> int:
     try:
-        ctypes.CDLL(None).malloc_trim(0)
+        libc = _libc()
+        libc.malloc_trim(0)
+        blocks = _use_up_the_heap(libc)
         Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
     except (OSError, AttributeError) as error:
         raise DeviceError(
             f"peak memory on a CPU needs Linux's /proc and the GNU C library ({error}); profile without memory"
         ) from error
     before = _status_bytes("VmRSS")
-    work()
-    return max(0, _status_bytes("VmHWM") - before)
+    try:
+        work()
+        return max(0, _status_bytes("VmHWM") - before)
+    finally:
+        for block in blocks:
+            libc.free(block)
+
+
+_MALLINFO2 = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in _MALLINFO2]
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.malloc.argtypes, libc.malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
+    libc.free.argtypes, libc.free.restype = (ctypes.c_void_p,), None
+    libc.mallinfo2.restype = _Mallinfo2
+    return libc
+
+
+def _use_up_the_heap(libc: ctypes.CDLL) -> list[int]:
+    """Takes what the allocator holds free, in blocks that are never written, until it asks the system for more.
+
+    malloc_trim leaves the end of the heap alone once another mapping lies behind it. Work that fits in there would
+    seem to take nothing.
+    """
+    blocks: list[int] = []
+    before = _from_the_system(libc)
+    while _from_the_system(libc) == before:
+        blocks.append(libc.malloc(_BLOCK))
+    return blocks
+
+
+def _from_the_system(libc: ctypes.CDLL) -> int:
+    info = libc.mallinfo2()
+    return info.arena + info.hblkhd
 
 
 def _status_bytes(field: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -19,10 +20,12 @@ from skipkernels.model.weights import fill_rope, random_weights
 from skipkernels.program.table import OPS
 from skipkernels.skipping.policy import DensePolicy, FixedPolicy, NeuronPolicy, TimingPolicy
 from skipkernels.support.report import with_peak_floor
+from tests.models import random_prompt, tiny_engine, tiny_module
 from tests.real_models import smollm2_gguf
 
 NEURON_OPS = {"neuron_gate", "gate_proj_act", "select_neurons", "up_proj_mul", "down_proj_neurons_add"}
-OF_A_LLAMA = set(OPS) - NEURON_OPS - {"branch_add", "route_experts", "experts_gate_up_act", "experts_down_proj_add"}
+EXPERT_OPS = {"route_experts", "experts_gate_up_act", "experts_down_proj_add"}
+OF_A_LLAMA = set(OPS) - NEURON_OPS - EXPERT_OPS - {"branch_add", "norm_rope_append"}
 """What a Llama runs under a policy for whole blocks."""
 TINY = {
     "hidden_size": 64,
@@ -172,6 +175,34 @@ def test_bytes_of_single_neurons_are_counted(monkeypatch):
     attention, head = (64 + 2 * 32 + 64) * 64, 129 * 64
     cache = 2 * sum(2 * 8 * length * 2 * 16 for length in (5, 6, 7, 8)) / 4
     assert measured.bytes_per_step == pytest.approx(2 * (8 * attention + 64 * rows + head + cache), rel=1e-6)
+
+
+def test_bytes_of_experts_are_counted_from_what_was_read():
+    """Two tokens of one step that choose the same experts read them once."""
+    module = tiny_module("qwen3_moe with dense layers")  # 3 of 30 experts in all layers but one
+    engine = tiny_engine(module=module, max_batch_size=2)
+    policy = FixedPolicy((1, 2), warmup_tokens=0)
+    system = SkipkernelsSystem(engine, policy, 2, random_prompt(4))
+    measured = system.decode(prompt_tokens=4, new_tokens=5)
+    # written out: 4 attentions, 2 FFNs of 3 experts and a router, lm_head and an embedding row, and the cache
+    attention, ffn, head = (40 + 2 * 20 + 40) * 40, (3 * 3 * 24 + 30) * 40, 260 * 40
+    dense_ffn = 3 * 72 * 40
+    mean_ffn = (3 * ffn + dense_ffn) / 4  # two FFNs of the mean size are left out
+    cache = 2 * sum(2 * 4 * length * 2 * 10 for length in (5, 6, 7, 8)) / 4
+    assert measured.bytes_per_step == pytest.approx(4 * (4 * attention + 2 * mean_ffn + head + cache))
+
+    prompts = [random_prompt(4, seed) for seed in (1, 2)]
+    before = engine.state.experts_read.clone()
+    answers = engine.generate(prompts, max_new_tokens=1, eos_token_ids=(), policy=policy)
+    of_first = engine.state.experts_read - before
+    before = engine.state.experts_read.clone()
+    engine.loop.forget_prefixes()
+    answers = engine.generate(prompts, max_new_tokens=5, eos_token_ids=(), policy=policy)
+    read = engine.state.experts_read - before - of_first
+    unread = np.stack([answer.unread_map[1:] for answer in answers]).min(axis=0)
+    assert 4 * 3 < int(read[0]) <= 4 * 2 * 3  # the rows differ
+    more = (int(read[0]) + int(read[3]) - 2 * 4 * 3) * 3 * 24 * 40 * 4 / 4
+    assert system._nbytes_of_more_experts(read, unread) == pytest.approx(more)
 
 
 def test_transformers_runs_on_the_same_storage(monkeypatch):

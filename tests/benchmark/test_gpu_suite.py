@@ -17,7 +17,7 @@ from bench.gpu.peers import measure_peers
 from skipkernels.executors.kernel_options import SWITCHES
 
 ROOT = Path(__file__).parents[2]
-PARTS = ["versions", "build", "first", "ops", "tokens", "decode", "kernels", "neurons", "timeline"]
+PARTS = ["versions", "build", "first", "ops", "tokens", "decode", "kernels", "blocks", "neurons", "timeline"]
 PARTS += ["switches", "memcheck", "peers", "engine", "triton"]
 
 
@@ -79,7 +79,7 @@ def test_a_part_that_fails_or_hangs_costs_the_others_nothing(tmp_path: Path) -> 
     assert failed == {"decode": 3, "kernels": 137}  # killed, for it does not end when it is asked
     assert list(ends) == PARTS
     assert ends["kernels"]["seconds"] <= ends["kernels"]["limit"] + 6
-    assert len([row for row in rows_of(out) if row["part"] == "row of a part"]) == 6
+    assert len([row for row in rows_of(out) if row["part"] == "row of a part"]) == 7
     assert "it broke" in (out / "suite.log").read_text()
     assert result.returncode == 1
 
@@ -136,6 +136,9 @@ class TestDryRun:
         assert measured["decode"][0]["policy"] == "dense"
         assert all(row["floor_ms"] > 0 and row["commit"] for row in measured["decode"])
         assert {row["op"] for row in measured["kernels"]} >= {"lm_head", "skip_gate"}
+        assert {row["format"] for row in measured["blocks"]} == {"q8_0", "q4_0", "q4_k"}
+        assert {row.get("op") for row in measured["blocks"]} >= {"gate_up_act", "lm_head", "embed"}
+        assert {row["policy"] for row in measured["blocks"] if "policy" in row} >= {"dense"}
         of_neurons = {row["op"] for row in measured["neurons"] if "op" in row}
         assert of_neurons >= {"gate_proj_act", "select_neurons", "up_proj_mul", "down_proj_neurons_add"}
         assert {row["variant"] for row in measured["neurons"] if "variant" in row} >= {"dense", "40.0% of the neurons"}

@@ -72,7 +72,7 @@ class Kinds(_Search):
     more than the budget, and would be the better ones at an equal saving."""
 
     def __init__(self, dear: float) -> None:
-        self._dear = dear
+        self._dear, self._most = dear, 2 / 3
         self._space, self._warmup, self._decoder = SearchSpace(12), 1, cast(Decoder, self)
 
     def share_past_warmup(self, warmup_tokens: int) -> float:

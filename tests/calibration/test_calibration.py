@@ -69,6 +69,18 @@ def test_a_baseline_that_is_best_is_what_is_returned() -> None:
     assert result.policy.kind == result.best.kind
 
 
+def test_blocks_of_experts_are_calibrated(caplog: pytest.LogCaptureFixture) -> None:
+    """Neurons are not among what is tried, which is said; alone they are refused."""
+    experts = tiny_engine(module=tiny_module("qwen3_moe", num_hidden_layers=LAYERS), max_batch_size=8)
+    result = calibrate(experts, [TEXT], 0.3, timed=False, **SIZES)
+    assert {trial.kind for trial in result.verified} == {"similarity", "fixed", "random"}
+    assert result.reached
+    assert result.held_out.skip_ratio == pytest.approx(0.3, abs=0.06)
+    assert "calibration tries these kinds: similarity, fixed, random" in caplog.text
+    with pytest.raises(PolicyError, match="single neurons of experts cannot be left out"):
+        calibrate(experts, [TEXT], 0.3, kinds=("neurons", "mixed"), **SIZES)
+
+
 def test_an_engine_with_the_policy_saves_as_measured(calibration: Calibration) -> None:
     prompts = [random_prompt(8, seed) for seed in range(8)]
     generations = engine().generate(prompts, max_new_tokens=40, eos_token_ids=(), policy=calibration.policy)

@@ -14,6 +14,7 @@ from skipkernels.cli.builtin_text import demo_streams
 from skipkernels.demo import demo_model_path
 from skipkernels.engine import Engine
 from skipkernels.errors import PolicyError
+from skipkernels.skipping.policy import FixedPolicy
 from skipkernels.skipping.up_scales import UpScales
 from tests.models import random_prompt, tiny_engine, tiny_module
 
@@ -173,6 +174,14 @@ def trained_saving(saving: float) -> float:
     return decoder.try_out("neurons", policy, saving, 1).comparison.skip_ratio
 
 
-def test_a_model_with_experts_is_refused() -> None:
-    with pytest.raises(PolicyError, match=r"with experts cannot be calibrated.*--threshold"):
-        profile_neurons(tiny_engine("mixtral"), PASSAGES)
+def test_of_experts_what_whole_blocks_cost_is_read() -> None:
+    """As decoding without the block makes it; there are no neurons to leave out."""
+    engine, (passage, *_) = tiny_engine("mixtral"), PASSAGES
+    profile = profile_neurons(engine, [passage])
+    assert (profile.layers, profile.most) == (4, 0.0)
+    assert profile.block_kl.shape == profile.similarities.shape == (passage.decoded_tokens - 1, 4)
+    decoder = Decoder(engine, [passage], lambda tokens: None)
+    for layer in range(4):
+        policy = FixedPolicy(layers=(layer,), warmup_tokens=1)
+        trial = decoder.try_out("fixed", policy, 0.25, 1)
+        assert trial.comparison.kl * passage.decoded_tokens == pytest.approx(profile.block_kl[:, layer].sum(), rel=0.05)

@@ -1,12 +1,14 @@
 """A name and options become a model that chats, also in another process."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from skipkernels.chat.loading import ChatModelLoader
 from skipkernels.chat.text_model import TextModel, exact_match
+from skipkernels.engine import Engine
 from skipkernels.errors import ModelError, PolicyError
 from skipkernels.skipping.policy import FixedPolicy, NeuronPolicy, Policy, SkipPolicy
 from skipkernels.skipping.policy_file import save_policy
@@ -105,19 +107,40 @@ def test_who_wants_dense_steps_only_gets_their_weights(checkpoint: Path) -> None
     assert not model.engine.weights.neuron_rows
 
 
-@pytest.mark.parametrize("dtype", [None, "bf16", "q8_0"])
-def test_neurons_of_block_formats_cannot_be_left_out(
+@pytest.mark.parametrize("dtype", [None, "bf16", "q4_0"])
+def test_neurons_of_block_formats_are_left_out_where_levels_are_asked_for(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: str | None
 ) -> None:
     file = tmp_path / "tiny.gguf"
     write_gguf(file, tiny_module(num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=96), Type.Q8_0)
     options = {"dtype": dtype, "tokenizer": byte_tokenizer()}
     model = text_model(loader_of(file, levels=None, **options))
-    assert bool(model.open_levels) == (dtype == "bf16")
+    assert bool(model.open_levels) == model.engine.weights.neuron_rows == (dtype == "bf16")
     assert ("served dense" in caplog.text) == (dtype != "bf16")
     if dtype is None:
-        with pytest.raises(PolicyError, match=r"level 0.2 needs a policy file.*--dtype bf16"):
-            loader_of(file, **options)()
+        asked = text_model(loader_of(file, **options))
+        assert asked.open_levels == (0.2,)
+        assert asked.engine.weights.neuron_rows
+
+
+def test_a_gguf_of_floats_is_not_quantised(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, tiny_module(num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=96), Type.BF16)
+    assert text_model(loader_of(file, levels=None, tokenizer=byte_tokenizer())).open_levels == (0.1, 0.2, 0.3)
+
+
+def test_levels_beyond_the_reach_of_quantised_weights_are_refused(tmp_path: Path) -> None:
+    """Of Q4_0 the scales of 32 neurons of down_proj are read as long as one of them is."""
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, tiny_module(num_hidden_layers=LAYERS, hidden_size=128, intermediate_size=96), Type.Q4_0)
+    loader = loader_of(file, levels=(0.0, 0.65), tokenizer=byte_tokenizer())
+    with pytest.raises(PolicyError, match=r"skip level 0\.65 cannot be held: .* take 0\.6"):
+        loader()
+    neurons = NeuronPolicy(gate_thresholds=(0.1,) * LAYERS, target_ratio=0.65)
+    engine = Engine.from_pretrained(file, neuron_rows=True, tokenizer=byte_tokenizer())
+    with pytest.raises(PolicyError, match=r"target_ratio 0\.65 cannot be held: .* less than 0\.6"):
+        engine.plan_of(neurons)
+    assert engine.plan_of(replace(neurons, target_ratio=0.6)) is not None
 
 
 def test_a_model_with_experts_is_served_dense(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

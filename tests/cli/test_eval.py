@@ -10,6 +10,7 @@ import pytest
 from typer.testing import Result
 
 from skipkernels import Engine, NeuronPolicy, save_policy
+from skipkernels.skipping import policy_file
 from tests.models import byte_tokenizer, tiny_module
 
 Run = Callable[..., Result]
@@ -83,6 +84,19 @@ def test_json_may_go_to_stdout(run: Run, checkpoint: str, prose: str) -> None:
     (line,) = result.stdout.splitlines()
     assert json.loads(line)["cells"][0]["method"] == "full"
     assert not Path("-").exists()
+
+
+def test_a_policy_of_the_package_is_named(
+    run: Run, checkpoint: str, prose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy_file, "SHIPPED", tmp_path)
+    fits = Engine.from_pretrained(checkpoint).fingerprint
+    policy = NeuronPolicy(gate_thresholds=(0.1,) * 10, warmup_tokens=1)
+    save_policy(tmp_path / "a-model.json", policy, fingerprint=fits, measured={})
+    words = ["--tasks", "perplexity", "--policy", "a-model", "--methods", "neuron", "--json", "out.json"]
+    result = run("eval", checkpoint, "--text", prose, *SIZES, *words)
+    assert result.exit_code == 0, result.output
+    assert document()["cells"][0]["found"]["policy"]["gate_thresholds"] == [0.1] * 10
 
 
 @pytest.mark.parametrize(("kind", "method"), [("similarity", "skip"), ("neurons", "neuron"), ("mixed", "mixed")])

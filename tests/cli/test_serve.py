@@ -322,6 +322,7 @@ def test_a_multimodal_model_needs_samples(run: Run, llava: str) -> None:
         (["--skip-levels", "0,0.9"], 1, "cannot be held"),
         (["--skip-levels", "0.2"], 1, "add skip level 0"),
         (["--policy", "none.json"], 1, "none.json"),
+        (["--policy", "smollm2-135m-instruct"], 1, "30 entries"),  # it comes with the package
         (["--profile", "no/such/folder.json"], 1, "no folder"),
         (["--host", "256.1.1.1"], 1, "cannot listen on 256.1.1.1"),
         (["--dtype", "int3"], 1, "int3"),

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import sysconfig
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-import pybind11
 import torch
 
 from skipkernels.executors.native import native_program
 from skipkernels.program import Program
 from skipkernels.program.state import DecodeState
-from tests.cuda_host.build import ROOT, build_host_extension, load_module
+from tests.cuda_host.build import (
+    PYTHON_HEADERS,
+    ROOT,
+    SKIPKERNELS_HEADERS,
+    build_host_extension,
+    load_module,
+)
 from tests.cuda_host.controls import HostRuntime
 
 KERNELS = ROOT / "csrc" / "cuda"
@@ -21,11 +25,20 @@ SOURCES = [*sorted(path for path in KERNELS.glob("*.cu") if path.stem != "condit
 SOURCES += [KERNELS / "kernels.cpp", KERNELS / "plan.cpp"]
 
 
+def build(*, sanitize: bool = False, races: bool = False) -> Path:
+    return build_host_extension(
+        [*SOURCES, Path(__file__).with_name("module.cpp")],
+        name="kernels.so",
+        sanitize=sanitize,
+        races=races,
+        flags=[SKIPKERNELS_HEADERS],
+        cpp_flags=PYTHON_HEADERS,
+    )
+
+
 @cache
 def load(*, sanitize: bool = False, races: bool = False) -> tuple[ModuleType, HostRuntime]:
-    flags = [f"-I{ROOT / 'csrc'}", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
-    sources = [*SOURCES, Path(__file__).with_name("module.cpp")]
-    library = build_host_extension(sources, name="kernels.so", sanitize=sanitize, races=races, flags=flags)
+    library = build(sanitize=sanitize, races=races)
     return load_module(f"cuda_kernels_{library.parent.name}.kernels", library), HostRuntime(library)
 
 

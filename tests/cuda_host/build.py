@@ -13,14 +13,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import pybind11
 from filelock import FileLock
 
 HERE = Path(__file__).resolve().parent
@@ -36,6 +38,8 @@ RACES = ["-fsanitize=thread"]  # in the kernels alone: src/race.cpp takes the pl
 # -ffp-contract=off: __fmul_rn and __fadd_rn must not become one instruction.
 FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-ffp-contract=off", "-pthread"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{HERE / 'include'}"]
+SKIPKERNELS_HEADERS = f"-I{ROOT / 'csrc'}"
+PYTHON_HEADERS = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 SANITIZE += ["-fno-optimize-sibling-calls"]  # every function in the stack trace
 
@@ -58,6 +62,11 @@ def processor_flags() -> list[str]:
 
 def environment_flags() -> list[str]:
     return shlex.split(os.environ.get("CXXFLAGS", ""))
+
+
+def job_count() -> int:
+    """How many compilers run at a time."""
+    return int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
 
 
 def key_of(*parts: str | bytes) -> str:
@@ -134,31 +143,31 @@ def build_host_extension(
     races: bool = False,
     cuda_version: int = 13000,
     flags: Sequence[str] = (),
-    flags_of: Mapping[Path, Sequence[str]] | None = None,
+    cpp_flags: Sequence[str] = (),
+    made: Sequence[str] = (),
 ) -> Path:
     """A shared library of ``sources`` (.cu, .cpp), the fake runtime and its controls; returns its path.
 
-    ``cuda_version`` is the CUDART_VERSION whose signatures the headers declare, ``flags`` go to every compiler command
-    and ``flags_of`` to that of one source. ``sanitize`` adds AddressSanitizer and UndefinedBehaviorSanitizer: load the
-    library in a process that run_under_asan() started. ``races`` fails every launch that holds a data race.
+    ``cuda_version`` is the CUDART_VERSION whose signatures the headers declare, ``flags`` go to every compiler command,
+    ``cpp_flags`` to those of .cpp sources, and objects that are ``made`` already are linked too. ``sanitize`` adds
+    AddressSanitizer and UndefinedBehaviorSanitizer: load the library in a process that run_under_asan() started.
+    ``races`` fails every launch that holds a data race.
 
     Raises:
         RuntimeError: A command failed; the message holds it and what it printed.
     """
     version = f"-DCUDART_VERSION={cuda_version}"
     common = [*FLAGS, *processor_flags(), *(SANITIZE if sanitize else []), version, *flags]
-    own_flags = {source: [*(flags_of or {}).get(source, [])] for source in sources}
-    if races:
-        own_flags = {source: own + RACES * (source.suffix == ".cu") for source, own in own_flags.items()}
-    commands = [(source, [*common, *own]) for source, own in own_flags.items()]
+    own_flags = {".cu": RACES if races else [], ".cpp": cpp_flags}
+    commands = [(source, [*common, *own_flags[source.suffix]]) for source in sources]
     # The harness itself is not instrumented: all libraries share most of its objects.
     commands += [(source, FLAGS) for source in HARNESS if source not in AWARE_OF_SANITIZER]
     commands += [(source, [*FLAGS, f"-DCUDA_HOST_ASAN={int(sanitize)}"]) for source in AWARE_OF_SANITIZER]
     commands += [(HERE / "controls.cpp", [*FLAGS, version])]
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+    with ThreadPoolExecutor(job_count()) as pool:
         objects = list(pool.map(lambda command: compile_source(*command), commands))
-    link = [*compiler(), "-shared", "-pthread", *(SANITIZE if sanitize else []), *map(str, objects), "-ldl"]
-    library = CACHE / key_of(compiler_version(), *link) / name
+    link = [*compiler(), "-shared", "-pthread", *(SANITIZE if sanitize else []), *map(str, objects), *made, "-ldl"]
+    library = CACHE / key_of(compiler_version(), *link, *(Path(path).read_bytes() for path in made)) / name
     if not is_kept(library.parent) or not library.exists():
         forget_unused()
         library.parent.mkdir(exist_ok=True)
@@ -168,19 +177,28 @@ def build_host_extension(
     return library
 
 
-def build_core_extension(*, sanitize: bool = False, cuda_version: int = 13000) -> Path:
-    """The extension that setup.py builds, with its CUDA part compiled for the CPU; load it with load_core_extension."""
+def build_core_extension(*, cuda_version: int = 13000) -> Path:
+    """The extension that setup.py builds, with its CUDA part compiled for the CPU; load it with load_core_extension.
+
+    Its objects of csrc/cpu are those of the installed extension.
+    """
     setup = load_module("skipkernels_setup", ROOT / "setup.py")
     units = setup.plan_units(setup.CudaBuild(None, "compiled for the CPU"))
-    macros = [f"-D{setup.isa_macro(source)}=1" for source in setup.X86_SOURCES]
-    own_flags = {ROOT / source: flags for source, flags in setup.X86_SOURCES.items()}
-    sources = [ROOT / unit.source for unit in units] + [ROOT / source for source in setup.CUDA_SOURCES]
+    folder = setup.object_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / "cpu.lock"), ThreadPoolExecutor(job_count()) as pool:
+        made = list(pool.map(lambda unit: unit.compile(folder), [unit for unit in units if is_of_cpu(unit.source)]))
+    sources = [ROOT / unit.source for unit in units if not is_of_cpu(unit.source)]
+    sources += [ROOT / source for source in setup.CUDA_SOURCES]
     # pybind11 must not take this module's types for those of the installed one
-    flags = ["-DSKIPKERNELS_CUDA_BUILT=1", '-DPYBIND11_COMPILER_TYPE="_cuda_host"', *macros, f"-I{ROOT / 'csrc'}"]
-    flags += ["-isystem", setup.pybind11.get_include(), "-isystem", setup.sysconfig.get_path("include")]
+    cpp_flags = ["-DSKIPKERNELS_CUDA_BUILT=1", '-DPYBIND11_COMPILER_TYPE="_cuda_host"', *PYTHON_HEADERS]
     return build_host_extension(
-        sources, name="_C.so", sanitize=sanitize, cuda_version=cuda_version, flags=flags, flags_of=own_flags
+        sources, name="_C.so", cuda_version=cuda_version, flags=[SKIPKERNELS_HEADERS], cpp_flags=cpp_flags, made=made
     )
+
+
+def is_of_cpu(source: str) -> bool:
+    return source.startswith("csrc/cpu/")
 
 
 def load_module(name: str, path: Path) -> ModuleType:

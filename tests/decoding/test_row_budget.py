@@ -42,3 +42,25 @@ def test_a_machine_that_becomes_slower_is_noticed() -> None:
     for _ in range(20):
         budget.measured(32, 1, 0.01 + 32 * 0.001)
     assert budget.rows(decoding=True) < before / 3
+
+
+def test_rows_late_in_a_long_prompt_cost_more() -> None:
+    budget = taught(0.01, 0.0005)
+    for start in range(0, 3000, 8):
+        cost = 8 * 0.0005 * (1 + start / 500)
+        budget.measured(8, 1, 0.01 + cost, start)
+    assert budget.growth == pytest.approx(1 / 500, rel=0.1)
+    assert budget.rows(decoding=True) == pytest.approx((SLOWDOWN - 1) * 0.01 / 0.0005, rel=0.1)
+
+
+def test_costs_by_chance_make_no_line_that_falls() -> None:
+    budget = RowBudget(240)
+    budget.measured(0, 1, 0.01)
+    for position, seconds in [(0, 0.05), (100, 0.02), (200, 0.03), (3000, 0.02)] * 3:
+        budget.measured(8, 1, seconds, position)
+    assert budget.growth == 0.0
+    assert 1 <= budget.rows(decoding=True) <= 240
+    steep = RowBudget(240)
+    for position in (1000, 1100, 1200):
+        steep.measured(8, 0, 0.001 * (position - 990), position)
+    assert 0.0 < steep.growth < 1.0

@@ -1,5 +1,7 @@
 """The scheduler's decisions one by one; test_scheduler_model.py has them in any order."""
 
+from itertools import pairwise
+
 import pytest
 
 from skipkernels.decoding.block_pool import BlockPool
@@ -331,3 +333,21 @@ def test_prompt_rows_go_to_the_earliest_deadline_but_a_share_to_the_oldest() -> 
     rows = [{c.sequence: c.end - c.start for c in cache.run_step().chunks} for _ in range(4)]
     assert rows[:3] == [{hurried: 6, oldest: 2}, {hurried: 6, oldest: 2}, {hurried: 6, oldest: 2}]
     assert rows[3] == {hurried: 2, later: 4, oldest: 2}
+
+
+def test_a_row_late_in_a_prompt_counts_for_more() -> None:
+    pool = BlockPool(64, 4, block_bytes=1)
+    scheduler = RowScheduler(3, 8, pool, PrefixIndex(pool), 128)
+    scheduler.row_growth = 1 / 8
+    long = Sequence(range(100, 161))
+    scheduler.add(long)
+    ends = []
+    while not long.decoding:
+        step = scheduler.plan()
+        ends.append(step.chunks[0].end)
+        if len(ends) == 3:
+            scheduler.add(short := Sequence([7] * 5, deadline=1.0))
+        scheduler.commit(step, {row.slot: [3] for row in step.decode_rows})
+    assert ends[:4] == [8, 12, 15, 17], "8 rows, then as many as count for 8; beside an urgent one what is kept for it"
+    assert short.decoding
+    assert min(end - begin for begin, end in pairwise(ends[:-1])) == 2, "it always gets on"

@@ -9,7 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
+import signal
 import torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs start without
 from tests.models import tiny_engine, tiny_module
 module = tiny_module(max_position_embeddings=1 << 20, vocab_size=20000)
 engine = tiny_engine(module=module, max_seq_len=1 << 17)

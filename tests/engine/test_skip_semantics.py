@@ -1,6 +1,8 @@
 """FFN-SkipLLM's rule, rendered literally on the Hugging Face module, decides the same skips and tokens."""
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,14 +53,16 @@ def decode_literally(
         to_skip = 0
         skipped, similarities = [], []
         for index, layer in enumerate(model.layers):
-            kind = (module.config.layer_types[index],) if module.config.model_type == "gemma3_text" else ()
+            kind = (module.config.layer_types[index],) if module.config.model_type in ("gemma3_text", "olmo3") else ()
+            norms = norms_of(layer)
             attended, _ = layer.self_attn(
-                hidden_states=layer.input_layernorm(hidden),
+                hidden_states=norms["attention"](hidden),
                 position_embeddings=model.rotary_emb(hidden, positions, *kind),
                 attention_mask=causal,
+                position_ids=positions,
                 past_key_values=cache,
             )
-            h = hidden + (layer.post_attention_layernorm(attended) if kind else attended)
+            h = hidden + norms["after attention"](attended)
             middle = cold_start <= index < layers - cold_end
             if middle and to_skip > 0:
                 to_skip -= 1
@@ -66,10 +70,9 @@ def decode_literally(
                 skipped.append(True)
                 similarities.append(math.nan)
                 continue
-            if kind:  # the similarity is that across the whole branch, its second norm included
-                hidden = h + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(h)))
-            else:
-                hidden = h + layer.mlp(layer.post_attention_layernorm(h))
+            # the similarity is that across the whole branch, its second norm and its experts' router included
+            branch = layer.mlp(norms["FFN"](h))
+            hidden = h + norms["after FFN"](branch[0] if isinstance(branch, tuple) else branch)
             similarity = float(F.cosine_similarity(h[0, -1], hidden[0, -1], dim=0))
             skipped.append(False)
             similarities.append(similarity)
@@ -82,6 +85,16 @@ def decode_literally(
         result.skipped.append(skipped)
         result.similarity.append(similarities)
     return result
+
+
+def norms_of(layer: torch.nn.Module) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """The norms in front of attention and FFN, and behind them; families have the ones, the others or both."""
+    ffn, after_ffn = (getattr(layer, f"{place}_feedforward_layernorm", None) for place in ("pre", "post"))
+    attention, after_attention = getattr(layer, "input_layernorm", None), layer.post_attention_layernorm
+    if after_ffn is None:  # what is called so stands behind attention, and in front of the FFN
+        ffn, after_attention = after_attention, None
+    found = {"attention": attention, "after attention": after_attention, "FFN": ffn, "after FFN": after_ffn}
+    return {place: norm or torch.nn.Identity() for place, norm in found.items()}
 
 
 def thresholds(module: PreTrainedModel) -> list[float]:
@@ -103,21 +116,16 @@ def clear_cut(module: PreTrainedModel, threshold: float, rule: dict) -> tuple[li
     pytest.fail("every prompt has a similarity too near the threshold to compare decisions")
 
 
+@functools.cache
+def module_of(family: str) -> PreTrainedModel:
+    """Sliding layers have a window that holds all: among full ones they differ in their rotary embeddings."""
+    windows = {"sliding_window": 256} if family in ("gemma2", "gemma3_text", "gpt_oss", "olmo3") else {}
+    return tiny_module(family, num_hidden_layers=LAYERS, attn_implementation="eager", **windows)
+
+
 @pytest.fixture(scope="module")
 def llama() -> PreTrainedModel:
-    return tiny_module("llama", num_hidden_layers=LAYERS, attn_implementation="eager")
-
-
-@pytest.fixture(scope="module")
-def qwen3() -> PreTrainedModel:
-    return tiny_module("qwen3", num_hidden_layers=LAYERS, attn_implementation="eager")
-
-
-@pytest.fixture(scope="module")
-def gemma3_text() -> PreTrainedModel:
-    """Full layers among sliding ones whose window holds all: they differ in their rotary embeddings."""
-    options = {"num_hidden_layers": LAYERS, "sliding_window": 256}
-    return tiny_module("gemma3_text", attn_implementation="eager", **options)
+    return module_of("llama")
 
 
 def test_the_rendering_without_skips_is_stock_decoding(llama: PreTrainedModel) -> None:
@@ -127,6 +135,10 @@ def test_the_rendering_without_skips_is_stock_decoding(llama: PreTrainedModel) -
         )
     assert rendering.tokens == stock_tokens(llama, PROMPTS[0], NEW_TOKENS)
     assert not np.any(rendering.skipped)
+
+
+def _id(part: object) -> str:
+    return "-".join(map(str, part.values())) if isinstance(part, dict) else str(part)
 
 
 RULES = [
@@ -145,11 +157,17 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(map(str, rule.values())))
-@pytest.mark.parametrize("quantile", range(3))
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
-def test_the_same_skips_and_tokens(family: str, quantile: int, rule: dict, request: pytest.FixtureRequest) -> None:
-    module = request.getfixturevalue(family)
+FAMILIES = ["llama", "qwen3", "gemma3_text", "gemma2", "olmo2", "qwen3_moe"]
+MORE_FAMILIES = ["gpt_oss", "olmo3", "ministral3", "phi3 with partial rotary"]
+CASES = [
+    *((family, quantile, rule) for family in FAMILIES for quantile in range(3) for rule in RULES),
+    *((family, 1, rule) for family in MORE_FAMILIES for rule in RULES[4:6]),
+]
+
+
+@pytest.mark.parametrize(("family", "quantile", "rule"), CASES, ids=_id)
+def test_the_same_skips_and_tokens(family: str, quantile: int, rule: dict) -> None:
+    module = module_of(family)
     policy = SkipPolicy(threshold=thresholds(module)[quantile], **rule)
     prompt, expected = clear_cut(module, policy.threshold, rule)
     (actual,) = tiny_engine(module=module, policy=policy).generate(prompt, max_new_tokens=NEW_TOKENS)

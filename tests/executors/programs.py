@@ -62,10 +62,16 @@ class Case:
     activation: str = "silu"
     branch_norms: bool = False
     multiplier: float = 1.0  # of embeddings and of branches
+    post_norms_only: bool = False  # and q and k are normed over all their heads together
+    rotary_share: float = 1.0  # of a head's channels
+    grows_queries: bool = False  # by their position
+    softcap: float = 0.0  # of scores and logits
     multi_axis: bool = False  # prompt rows rotate by three positions
     num_layers: int = 4
     neuron_rows: bool = False
     num_experts: int = 0  # in all layers but the second
+    expert_biases: bool = False
+    sinks: bool = False  # of attention
     layout: Layout = LAYOUTS["cpu"]
 
     @property
@@ -91,9 +97,16 @@ class Case:
             tie_word_embeddings=False,
             qkv_bias=self.qkv_bias,
             o_proj_bias=self.o_proj_bias,
-            qk_norm=self.qk_norm,
+            qk_norm=self.qk_norm or self.post_norms_only,
+            norms_whole_qk=self.post_norms_only,
+            input_norms=not self.post_norms_only,
             activation=self.activation,
-            branch_norms=self.branch_norms,
+            branch_norms=self.branch_norms or self.post_norms_only,
+            partial_rotary_factor=self.rotary_share,
+            query_scale_beta=float(self.grows_queries),
+            attention_softcap=self.softcap,
+            logits_softcap=self.softcap,
+            attention_sinks=self.sinks,
             embed_scale=self.multiplier,
             residual_multiplier=self.multiplier,
             # the first layers slide, the last attends to all
@@ -110,6 +123,7 @@ class Case:
             "num_experts_per_tok": min(3, self.num_experts),
             "moe_intermediate_size": max(1, self.intermediate_size // 2),
             "norm_topk_prob": self.seed % 2 == 0,
+            "expert_biases": self.expert_biases,
             "expert_layers": tuple(layer != 1 for layer in range(self.num_layers)),
         }
 
@@ -136,8 +150,10 @@ class Case:
                 layer.down_proj = guarded(layer.down_proj.T).T
         for name in ("embed_tokens", "norm", "lm_head"):
             setattr(weights, name, _in_dtype(filled(getattr(weights, name))))
-        half = torch.arange(self.head_dim // 2)
-        angles = torch.arange(self.max_seq_len)[:, None] * 100.0 ** (-half / max(1, len(half)))
+        pairs = torch.arange(self.config().rotary_pairs)
+        positions = torch.arange(self.max_seq_len)
+        angles = positions[:, None] * 100.0 ** (-pairs / max(1, len(pairs)))
+        weights.query_scale = guarded(1 + positions / 50) if self.grows_queries else None
         weights.rope_cos, weights.rope_sin = guarded(angles.cos()), guarded(angles.sin())
         return weights
 
@@ -163,6 +179,7 @@ class Case:
                 tensor.fill_(float("nan"))
         state.top_p.fill_(1.0)
         state.branch.zero_()
+        state.qkv.zero_()
         blocks = torch.randperm(state.num_blocks, generator=generator).tolist()
         row = 0
         for slot, (seq_len, active, chunk) in enumerate(zip(self.seq_lens, self.active, prompt_rows, strict=True)):
@@ -180,7 +197,7 @@ class Case:
             state.gate_thresholds[slot] *= torch.rand(state.gate_thresholds.shape[1:], generator=generator) * 2 + 0.2
             state.skipped[slot] = int(draw(0, 8))
             state.threshold_scale[slot] = draw(0.1, 10.0)
-            state.left_out[slot] = int(draw(0, 12 * self.intermediate_size))
+            state.left_out[slot] = int(draw(0, 12 * self.intermediate_size * self.hidden_size * self.dtype.itemsize))
             state.max_new_tokens[slot] = int(draw(1, 8))
             state.eos_token_ids[slot, 0] = int(draw(0, self.vocab_size))
             cached = torch.arange(seq_len - chunk)
@@ -268,7 +285,7 @@ def compare_instruction(
     executor ``rounds_activations`` to bf16 before it multiplies, its products agree within that.
     """
     rounded = rounds_activations and ins.op in ROUNDED_OPS
-    if ins.op == "route_experts":
+    if ins.op == "route_experts" and ins.rows:
         _choose_by(actual.router_logits, ins, expected, before, "bf16 activations" if rounded else "fp32")
     written = _written_fields(ins, actual)
     for name, now in actual.buffers():

@@ -13,8 +13,8 @@ from skipkernels.executors.cpu import CpuExecutor
 from skipkernels.model.matrix import BLOCK_FORMATS, AnyMatrix, Matrix, StackedMatrix
 from skipkernels.program.reference import REFERENCE
 from skipkernels.program.table import Instruction, instruction
+from tests.executors.native_rows import Rows
 from tests.executors.programs import guarded, same_bits
-from tests.executors.test_rows_of_matrices import Rows
 from tests.matrices import random_matrix, scale_offsets
 from tests.tolerances import assert_close
 
@@ -151,7 +151,7 @@ def test_gate_and_up_may_have_different_formats(isa: str, rows: int) -> None:
 
 def test_what_the_cpu_executor_does_not_compute_is_refused_by_name() -> None:
     matrix, x = random_matrix("q4_0", 3, 32), activations(1, 32)
-    with pytest.raises(DeviceError, match="needs o_proj interleaved"):
+    with pytest.raises(DeviceError, match="needs o_proj of o_proj_add in layout interleaved, got rows"):
         run(o_proj(matrix, x, torch.zeros(1, 3)))
     with pytest.raises(DeviceError, match="multiplies o_proj in q4_0 with int8 activations, not fp32"):
         run(o_proj(matrix.interleaved(), x, torch.zeros(1, 3), activations="fp32"))

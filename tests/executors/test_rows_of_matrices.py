@@ -6,28 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skipkernels import _C
-from skipkernels.executors.cpu import CpuExecutor
-from skipkernels.program.state import DecodeState
-from skipkernels.program.table import Instruction, instruction
+from skipkernels.program.table import instruction
+from tests.executors.native_rows import run
 from tests.executors.programs import guarded, same_bits
 from tests.tolerances import assert_close
 
 ISAS = pytest.mark.parametrize("isa", _C.usable_isas())
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-
-
-class Rows:
-    """As much of a state as one instruction over ``rows`` needs."""
-
-    def __init__(self, row_mask: torch.Tensor, dtype: torch.dtype) -> None:
-        self.active = row_mask
-        self.k_cache = torch.zeros(1, dtype=dtype)
-        self.num_rows = self.num_sequences = row_mask.numel()
-
-
-def run(ins: Instruction, dtype: torch.dtype, isa: str, num_threads: int = 2) -> None:
-    state: DecodeState = Rows(ins.row_mask, dtype)  # type: ignore[assignment]
-    CpuExecutor((ins,), state, num_threads=num_threads, isa=isa).run_instruction(0)
 
 
 def gate_up(x: torch.Tensor, weights: torch.Tensor, isa: str, rows: list[int] | None = None) -> torch.Tensor:

@@ -1,13 +1,12 @@
 """Tests on a real GPU: ``pytest -m gpu``, skipped where there is none. They need no package beyond pytest.
 
 ``-k cuda`` is made to end within four minutes on 16 cores, by this account (estimates, for none of it has run on a
-GPU): 40 random programs, each of 27 instructions between two copies of 35 buffers, a second and a half each; 34 cases
+GPU): 48 random programs, each of 27 instructions between two copies of 35 buffers, a second and a half each; 34 cases
 of the engine, most of them a model of four layers and some dozens of steps, a second each, beside 10,000 steps and 14
 engines. Nothing is compiled but the extension.
 
-``-k triton`` compiles: sizes are constants of the kernels, so that each of the 9 random programs compiles its 11 to 16
-kernels
-and each of the 5 models of the engine's cases as many, some 150 compilations of one to two seconds on one core.
+``-k triton`` compiles: sizes are constants of the kernels, so that each of the 11 random programs compiles its 11 to 16
+kernels and each of the 5 models of the engine's cases as many, some 150 compilations of one to two seconds on one core.
 """
 
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import torch
 from skipkernels.executors.support import CudaSupport
 
 SUPPORT = CudaSupport.probe()
-CASES = {"cuda": 80, "triton": 34}
+CASES = {"cuda": 99, "triton": 39}
 """Of each kernel set; a test compares."""
 
 

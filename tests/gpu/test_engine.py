@@ -24,12 +24,9 @@ def gpu_engine(**options) -> Engine:
     return Engine.from_pretrained(module.cuda(), device="cuda", **{"max_seq_len": 96, **options})
 
 
-ON_A_CPU = ("qwen3_moe", "qwen3_moe with dense layers", "mixtral")  # experts have no GPU kernels
-FEW_FAMILIES = ("llama", "mistral with a sliding window", "qwen3")
+FEW_FAMILIES = ("llama", "mistral with a sliding window", "qwen3", "qwen3_moe", "olmo2", "gemma2")
 """For Triton, which compiles all its kernels for the sizes of each."""
-CASES = [("cuda", family) for family in FAMILIES if family not in ON_A_CPU] + [
-    ("triton", family) for family in FEW_FAMILIES
-]
+CASES = [("cuda", family) for family in FAMILIES] + [("triton", family) for family in FEW_FAMILIES]
 
 
 @pytest.mark.parametrize(("kernels", "family"), CASES, indirect=["kernels"])

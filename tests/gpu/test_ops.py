@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from skipkernels.executors.execution import Execution
+from skipkernels.model.matrix import BLOCK_FORMATS
 from skipkernels.program.state import LAYOUTS
 from skipkernels.skipping.policy import (
     DensePolicy,
@@ -16,6 +17,7 @@ from skipkernels.skipping.policy import (
     SkipPolicy,
     TimingPolicy,
 )
+from tests.executors.block_case import BlockCase
 from tests.executors.programs import Case, compare_program
 from tests.gpu.twin import GpuTwin
 
@@ -83,6 +85,16 @@ def parameters(cuda: Iterable[int], triton: Iterable[int], name: str) -> pytest.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_every_buffer_agrees_after_every_instruction(kernels: str, seed: int, dtype: torch.dtype) -> None:
     check(case(seed, dtype), kernels)
+
+
+FORMATS = tuple(BLOCK_FORMATS)
+
+
+@parameters(range(len(FORMATS)), (0, 1), "format")
+def test_blocks_agree_in_every_format(kernels: str, format: int) -> None:
+    lengths = tuple(5 + row % 3 for row in range(1 + 8 * (format % 2)))
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "vocab_size": 1000}
+    check(BlockCase.of(FORMATS[format], seq_lens=lengths, qk_norm=format % 3 == 0, num_layers=2, **sizes), kernels)
 
 
 @parameters(range(1, 17), (1, 5, 16), "sequences")

@@ -1,12 +1,14 @@
 """An executor on a GPU that stands in for one on the CPU: buffers go over before an instruction and come back after."""
 
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.graph import GraphExecutor
 from skipkernels.executors.runtime import CudaRuntime
+from skipkernels.model.matrix import stacked
 from skipkernels.model.weights import ModelWeights
 from skipkernels.program import Program
 from skipkernels.program.state import DecodeState
@@ -16,9 +18,11 @@ from tests.executors.programs import Case
 def weights_on_gpu(weights: ModelWeights, device: str) -> ModelWeights:
     """A copy; a down_proj that lies transposed does so there too."""
 
-    def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    def moved(tensor: Any) -> Any:
         if tensor is None:
             return None
+        if not isinstance(tensor, torch.Tensor):
+            return stacked([part.to(device) for part in tensor.parts])
         is_transposed = tensor.dim() == 2 and tensor.T.is_contiguous() and not tensor.is_contiguous()
         return tensor.T.to(device, copy=True).T if is_transposed else tensor.to(device, copy=True)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skipkernels.modality.errors import JobError, ProfileError, StrategyError
-from skipkernels.modality.profile import Profile, StrategyProfile, Timing, prune_dominated, wilson_lower_bound
+from skipkernels.modality.profile import WORTH, Profile, StrategyProfile, Timing, prune_dominated, wilson_lower_bound
 from skipkernels.modality.strategy import Strategy
 from tests.modality.profiles import BOTH, entry, profile_of, random_profiles
 
@@ -76,16 +76,23 @@ def test_an_impossible_measurement_is_refused(settings: dict[str, Any], message:
 
 @given(random_profiles(most=6))
 def test_what_is_pruned_is_dominated_and_what_is_kept_is_not(profile: Profile) -> None:
-    def dominates(one: StrategyProfile, other: StrategyProfile) -> bool:
+    def dominates(one: StrategyProfile, other: StrategyProfile, worth: float = 0.0) -> bool:
         return one.promised_accuracy >= other.promised_accuracy and all(
-            one.median_ms(size) <= other.median_ms(size) for size in range(1, 5)
+            one.median_ms(size) * (1.0 - worth) <= other.median_ms(size) for size in range(1, 5)
         )
 
     kept = prune_dominated(profile.strategies)
     for other in profile.strategies:
-        assert other in kept or any(dominates(one, other) for one in kept)
+        assert other in kept or any(dominates(one, other, WORTH) for one in kept)
         assert other not in kept or not any(dominates(one, other) for one in kept if one is not other)
     assert [one.promised_accuracy for one in kept] == sorted((one.promised_accuracy for one in kept), reverse=True)
+
+
+def test_accuracy_is_not_given_away_for_what_may_be_noise() -> None:
+    dense = entry("audio", 0.9, 100.0, batch_ms=0.0)
+    for ms, kept in ((98.0, [dense]), (95.0, [dense, None])):
+        cheaper = entry("audio@0.5", 0.5, ms, batch_ms=0.0)
+        assert prune_dominated([cheaper, dense]) == [one or cheaper for one in kept]
 
 
 def test_a_strategy_that_is_smaller_in_memory_is_kept() -> None:

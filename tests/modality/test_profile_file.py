@@ -1,6 +1,7 @@
 """serving_profile.json: what is written is read, and anything else refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from skipkernels.modality.errors import ProfileError
 from skipkernels.modality.profile_file import load_profile, save_profile
+from skipkernels.modality.step_times import StepTimes
 from tests.modality.profiles import entry, profile_of
 
 PROFILE = profile_of(entry("audio+video@0.25", 0.9, 10.0, request_bytes=1000, spread=1.5), entry("audio", 0.8, 2.0))
@@ -27,6 +29,20 @@ def path(tmp_path: Path) -> Path:
 
 def test_a_profile_survives_its_file(path: Path) -> None:
     assert load_profile(path) == PROFILE
+
+
+def test_times_of_steps_survive_it_too(tmp_path: Path) -> None:
+    steps = StepTimes(((1, 8.0), (4, 12.5)), positions=38, position_ms=0.001, prompt_ms=0.4, prompt_rows=16.0)
+    profile = profile_of(replace(entry("audio", 0.8, 2.0), steps=steps))
+    save_profile(tmp_path / "profile.json", profile)
+    assert load_profile(tmp_path / "profile.json") == profile
+    document = json.loads((tmp_path / "profile.json").read_text())
+    document["strategies"][0]["steps"]["decode_ms"] = [[2, 1.0]]
+    with pytest.raises(ProfileError, match="times of steps"):
+        load_profile(changed(tmp_path / "profile.json", strategies=document["strategies"]))
+    document["strategies"][0]["steps"]["decode_ms"] = [[1, 2, 3]]
+    with pytest.raises(ProfileError, match="a field is missing or of the wrong type"):
+        load_profile(changed(tmp_path / "profile.json", strategies=document["strategies"]))
 
 
 def test_it_is_refused_for_another_model(path: Path) -> None:

@@ -1,5 +1,7 @@
 """The profiler on a model whose times, memory and errors are known."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,6 +119,27 @@ def test_memory_is_measured_where_it_can_be() -> None:
     assert peak / MIB == pytest.approx(32, abs=2)
     with pytest.raises(DeviceError, match="can be measured on cpu and cuda, not on tpu:0"):
         peak_memory_bytes("tpu:0", lambda: None)
+
+
+def test_memory_that_the_allocator_could_not_give_back_is_not_reused_unseen() -> None:
+    """A mapping right behind the heap keeps malloc_trim from returning its end."""
+    script = """
+import ctypes, numpy as np
+from skipkernels.support.memory import peak_memory_bytes
+libc, MIB = ctypes.CDLL(None), 1 << 20
+libc.sbrk.restype = libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+behind = -(-libc.sbrk(0) // 4096) * 4096
+assert libc.mmap(behind, 4096, 0, 0x100022, -1, 0) == behind  # private, anonymous, at exactly this address
+for size in (8, 16, 24):  # from now on malloc takes such sizes from the heap
+    np.ones(size * MIB, dtype=np.uint8)
+kept = [bytes(1000) for _ in range(20000)]
+for size in (16, 16, 4):
+    print(peak_memory_bytes("cpu", lambda: np.ones(size * MIB, dtype=np.uint8).sum()) / MIB)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert [float(line) for line in run.stdout.split()] == pytest.approx([16, 16, 4], abs=2)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,23 @@ def test_a_running_request_in_danger_skips_more_if_its_promise_allows() -> None:
         assert ticket.answer.answers[0].strategy == batch.strategy
 
 
+def test_what_cannot_be_in_time_takes_no_slot_from_what_can() -> None:
+    """A request runs in one slot, however many there are: 54 ms of work cannot be done in 40, though eight slots have
+    more time than that together. It runs after the other one, whose deadline comes later."""
+    slots = 8
+    clock = VirtualClock()
+    scheduler = scheduler_of(clock, slots)
+    for _ in range(slots):
+        scheduler.submit(one(work=4.0))
+    batches = [start(scheduler, slot) for slot in range(slots)]  # eight at once take 18 ms dense, four times
+    hopeless = scheduler.submit(one(100.0, min_accuracy=0.85, work=3.0))
+    hopeful = scheduler.submit(one(200.0, min_accuracy=0.85))
+    clock.advance_to(60.0)
+    for batch, waiting in zip(batches[:2], (hopeful, hopeless), strict=True):
+        scheduler.finish(batch, ["out"])
+        assert start(scheduler, batch.worker).members[0][0] is waiting
+
+
 def test_without_a_deadline_nothing_is_lost_for_others_and_nobody_starves() -> None:
     """More requests with deadlines than can be served keep coming; the best-effort one runs all the same, and with the
     most accurate strategy."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, Olmo2Config, PreTrainedConfig
+from transformers import GPT2Config, LlamaConfig, OlmoConfig, PreTrainedConfig
 
 from skipkernels.errors import ModelError
 from skipkernels.model.config import ModelConfig, dtype_name, resolve_dtype
@@ -13,7 +13,7 @@ from tests.models import FAMILIES, tiny_config, tiny_engine
 from tests.multimodal import omni_config
 
 
-@pytest.mark.parametrize("config", [GPT2Config(), Olmo2Config()], ids=lambda config: config.model_type)
+@pytest.mark.parametrize("config", [GPT2Config(), OlmoConfig()], ids=lambda config: config.model_type)
 def test_another_family_is_named_with_what_is_supported(config: PreTrainedConfig) -> None:
     with pytest.raises(
         ModelError, match=f"'{config.model_type}' is not supported; supported are llama, mistral.*docs/families.md"
@@ -48,6 +48,15 @@ def test_a_variant_that_is_not_supported_is_named(overrides: dict[str, Any], mes
         ModelConfig.from_hf(tiny_config("llama", **overrides))
 
 
+def test_queries_that_grow_by_a_length_that_is_not_there_are_refused() -> None:
+    config = tiny_config("ministral3")
+    del config.rope_parameters["original_max_position_embeddings"]
+    with pytest.raises(
+        ModelError, match=r"llama_4_scaling_beta=0.4 counts positions in original_max_position_embeddings"
+    ):
+        ModelConfig.from_hf(config)
+
+
 def test_irregularities_of_the_families_are_absorbed() -> None:
     configs = {family: ModelConfig.from_hf(tiny_config(family)) for family in FAMILIES}
     assert configs["llama"].sliding_windows == (None,) * 4
@@ -55,8 +64,14 @@ def test_irregularities_of_the_families_are_absorbed() -> None:
     assert configs["qwen2 with sliding layers"].sliding_windows == (None, None, 12, 12)
     assert configs["qwen3 with sliding layers and bias"].sliding_windows == (None, 12, 12, 12)
     assert [family for family, config in configs.items() if config.qk_norm] == [
-        family for family in FAMILIES if "qwen3" in family or "gemma3" in family
+        family for family in FAMILIES if any(name in family for name in ("qwen3", "gemma3", "olmo"))
     ]
+    assert [family for family, config in configs.items() if not config.input_norms] == [
+        family for family in FAMILIES if "olmo" in family
+    ]
+    assert configs["phi3 with partial rotary"].rotary_pairs == 7
+    assert configs["ministral3"].query_scale_beta == 0.4
+    assert (configs["gemma2"].attention_softcap, configs["gemma2"].logits_softcap) == (2.0, 3.0)
     assert configs["gemma3_text"].sliding_windows == (12, 12, 12, 12, 12, None, 12)
     assert configs["gemma3_text"].second_rope_layers == (True, True, True, True, True, False, True)
     assert configs["gemma3_text"].embed_scale_in(torch.bfloat16) == 6.3125 != configs["gemma3_text"].embed_scale

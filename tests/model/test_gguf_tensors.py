@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType as Type
 
 from skipkernels import Engine
 from skipkernels.errors import ModelError
+from skipkernels.model.config import ModelConfig
 from skipkernels.model.gguf_config import end_tokens, hf_config
 from skipkernels.model.gguf_file import GgufFile
 from skipkernels.model.weights import parameter_views
@@ -57,6 +58,34 @@ def test_rotary_scaling(tmp_path: Path, rope: str) -> None:
     (answer,) = Engine.from_pretrained(path, num_threads=1).generate([prompt], max_new_tokens=24, eos_token_ids=[])
     assert answer.token_ids == stock_tokens(module, prompt, 24)
     assert answer.token_ids != stock_tokens(tiny_module("llama"), prompt, 24)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "metadata"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 14}, {}),
+        ("olmo2", {}, {}),
+        (
+            "olmo3",
+            {"num_hidden_layers": 5},
+            {
+                "olmo2.rope.scaling.type": "yarn",
+                "olmo2.rope.scaling.factor": 4.0,
+                "olmo2.rope.scaling.original_context_length": 128,
+            },
+        ),
+    ],
+)
+def test_other_architectures_decode_as_transformers(
+    tmp_path: Path, family: str, changes: dict[str, Any], metadata: dict[str, Any]
+) -> None:
+    module = tiny_module(family, **changes)
+    engine = Engine.from_pretrained(
+        write_gguf(tmp_path / "model.gguf", module, **metadata), dtype="fp32", num_threads=1
+    )
+    assert engine.config == ModelConfig.from_hf(module.config)
+    (answer,) = engine.generate([PROMPT], max_new_tokens=64, eos_token_ids=[])
+    assert answer.token_ids == stock_tokens(module, PROMPT, 64)
 
 
 def test_gemma3_decodes_as_transformers(tmp_path: Path) -> None:
@@ -126,7 +155,7 @@ def test_mixed_formats_decode_as_their_weights_dequantised(tmp_path: Path, caplo
     layer = engine.weights.layers[0]
     assert [part.format for part in layer.qkv_proj.parts] == ["q4_k", "q4_k", "q6_k"]  # type: ignore[union-attr]
     assert isinstance(layer.gate_up_proj, torch.Tensor)  # q4_k on top of floats: floats
-    assert "2 matrices in Q4_K are dequantised to bf16: they are stacked with floats" in caplog.text
+    assert "2 matrices in Q4_K are dequantised to fp16: they are stacked with floats" in caplog.text
     expected = dict(read_back(path, module).named_parameters())
     qkv = torch.cat([expected[f"model.layers.0.self_attn.{part}_proj.weight"] for part in "qkv"])
     assert torch.equal(layer.qkv_proj.dequantize(), qkv)  # type: ignore[union-attr]
@@ -159,7 +188,7 @@ def test_several_ends_of_sequence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"llama.expert_count": 8}, "with experts is not supported"),
+        ({"llama.expert_count": 8}, "llama.expert_used_count is missing"),
         ({"llama.attention.value_length": 6}, "keys of 10 and values of 6 channels"),
         ({"llama.rope.scaling.type": "linear"}, "llama.rope.scaling.factor is missing"),
         ({"llama.rope.freq_base": "many"}, "llama.rope.freq_base must be one number, got 'many'"),

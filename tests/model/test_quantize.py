@@ -129,8 +129,6 @@ def test_a_second_rounding_is_announced_and_none_is_not(tmp_path: Path, caplog: 
 def test_what_dtype_may_be() -> None:
     with pytest.raises(ModelError, match="unknown dtype 'q2_k'; use one of fp32, bf16, fp16, or, quantised, q8_0, "):
         Engine.from_pretrained(tiny_module("llama"), dtype="q2_k")
-    with pytest.raises(ModelError, match=r"single neurons are left out of float weights only; .*--dtype bf16"):
-        Engine.from_pretrained(tiny_module("llama", **WIDE), dtype="q8_0", neuron_rows=True)
 
 
 def test_those_who_need_floats_say_what_to_do() -> None:

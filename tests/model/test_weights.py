@@ -214,7 +214,7 @@ def test_healthy_weights_are_not_warned_of(single: Path, caplog: pytest.LogCaptu
 
 
 def test_a_folder_without_weights_is_an_error(single: Path) -> None:
-    (single / "model.safetensors").rename(single / "pytorch_model.bin")
+    (single / "model.safetensors").rename(single / "model.gone")
     with pytest.raises(ModelError, match=r"holds neither model\.safetensors nor .*; only safetensors are read"):
         tiny_engine(module=single)
 

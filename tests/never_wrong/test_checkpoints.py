@@ -248,6 +248,7 @@ def test_what_the_model_wants_and_is_not_done_is_refused(tmp_path: Path, entry: 
         ("llama", {"attention_multiplier": 3.0, "logits_scaling": 2.0, "final_logit_softcapping": 1.0}),
         ("mistral", {"attention_bias": True, "mlp_bias": True}),
         ("mistral", {"sliding_window": 4}),
+        ("mistral", {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"] * 2}),
         ("qwen2", {"attention_bias": True, "mlp_bias": True}),
         ("qwen2", {"attention_bias": False}),
         ("qwen2", {"sliding_window": 3}),
@@ -266,11 +267,6 @@ def test_entries_count_only_where_the_family_reads_them(tmp_path: Path, family: 
     [
         ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "there is no sliding_window"),
         ("qwen3", {"layer_types": ["full_attention"] * 3 + ["linear_attention"]}, "linear_attention"),
-        (
-            "mistral",
-            {"sliding_window": 4, "layer_types": ["full_attention"] * 4},
-            "family 'ministral' is not supported",
-        ),
         ("mistral", {"sliding_window": 0}, "sliding_window must be at least 1"),
         ("llama", {"num_hidden_layers": 0}, "num_hidden_layers must be an integer of at least 1"),
         (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -278,11 +279,11 @@ def test_a_held_ratio_is_held_whatever_the_thresholds(target: float) -> None:
         assert answer.unread_ratio == pytest.approx(target, abs=0.01)
 
 
-def test_a_preempted_sequence_is_computed_again_bit_for_bit(module: PreTrainedModel) -> None:
-    policy = scaled(SCALES, warmup_tokens=2, target_ratio=0.2)
-    roomy = engine_of(module, max_batch_size=3, max_seq_len=128)
+def assert_preempted_alike(engine_with: Callable[..., Engine], policy: Policy) -> None:
+    """``engine_with`` options decodes the same where sequences give way to each other and where they need not."""
+    roomy = engine_with(max_batch_size=3, max_seq_len=128)
     block = roomy.state.cache_bytes() // roomy.state.num_blocks
-    tight = engine_of(module, max_batch_size=3, max_seq_len=128, cache_bytes=6 * block)
+    tight = engine_with(max_batch_size=3, max_seq_len=128, cache_bytes=6 * block)
     prompts = [random_prompt(20 + row, seed=row) for row in range(3)]
     answers = [
         engine.generate(prompts, max_new_tokens=70, policy=policy, eos_token_ids=()) for engine in (roomy, tight)
@@ -290,3 +291,7 @@ def test_a_preempted_sequence_is_computed_again_bit_for_bit(module: PreTrainedMo
     for expected, actual in zip(*answers, strict=True):
         assert actual.token_ids == expected.token_ids
         assert (actual.unread_map == expected.unread_map).all()
+
+
+def test_a_preempted_sequence_is_computed_again_bit_for_bit(module: PreTrainedModel) -> None:
+    assert_preempted_alike(partial(engine_of, module), scaled(SCALES, warmup_tokens=2, target_ratio=0.2))

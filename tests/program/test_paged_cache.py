@@ -132,6 +132,7 @@ def attend(
     caches: tuple[torch.Tensor, torch.Tensor],
     table: torch.Tensor,
     window: int = 0,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """attn_output [rows, heads, head_dim] over paged caches."""
     num_rows = len(rows.sequences)
@@ -145,6 +146,7 @@ def attend(
         attn_partials=torch.full((num_rows, HEADS, POSITIONS // SPLIT + 1, HEAD_DIM + 2), float("nan")),
         attn_output=torch.full((num_rows, HEADS, HEAD_DIM), float("nan")),
         scaling=HEAD_DIM**-0.5,
+        softcap=softcap,
         sliding_window=window,
         kv_split_size=SPLIT,
         **rows.tensors(),
@@ -172,6 +174,18 @@ def cached(dtype: torch.dtype = torch.float32, num_sequences: int = 3) -> tuple[
     """Keys and values [sequences, kv_heads, positions, head_dim]."""
     shape = num_sequences, KV_HEADS, POSITIONS, HEAD_DIM
     return random(*shape, seed=4, dtype=dtype), random(*shape, seed=5, dtype=dtype)
+
+
+@both
+def test_nan_stays_nan_under_a_soft_cap(runs: tuple[Run, Run]) -> None:
+    keys, values = cached(torch.float32)
+    queries = random(len(ROWS.sequences), HEADS, HEAD_DIM, seed=6)
+    queries[1] = float("nan")
+    table, num_blocks = scattered(16, ROWS.num_sequences)
+    caches = paged(keys, table, num_blocks), paged(values, table, num_blocks)
+    rows = attend(runs[1], ROWS, queries, caches, table, softcap=5.0).isnan().flatten(1)
+    assert rows[1].all()
+    assert not rows[[row for row in range(len(rows)) if row != 1]].any()
 
 
 @both

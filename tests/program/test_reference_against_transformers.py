@@ -1,12 +1,14 @@
 """Every reference op against the Hugging Face module it stands for, on every layer of every family."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
 
 from skipkernels.model.config import ModelConfig
 from skipkernels.program.table import OPS
@@ -43,8 +45,17 @@ class Modules:
 
         return record
 
+    def logits(self, position: int) -> torch.Tensor:
+        """Of a position, capped where the model caps them."""
+        cap = getattr(self._module.config, "final_logit_softcapping", None)
+        logits = self.outputs["lm_head"][position]
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
     def parameter(self, name: str) -> torch.Tensor:
         return self._module.get_parameter(name).detach()
+
+    def part(self, name: str) -> Any:
+        return self._module.get_submodule(name)
 
     def rotated(self, projected: torch.Tensor, head_dim: int, layer: int) -> torch.Tensor:
         """Queries or keys [positions, heads, head_dim] of a layer at their positions."""
@@ -54,9 +65,20 @@ class Modules:
         config, rotary = self._module.config, self._module.model.rotary_emb
         if config.model_type == "smollm3" and not config.no_rope_layers[layer]:
             return heads[0].transpose(0, 1)
-        kind = (config.layer_types[layer],) if config.model_type == "gemma3_text" else ()
+        kind = (config.layer_types[layer],) if config.model_type in ("gemma3_text", "olmo3") else ()
         cos, sin = rotary(torch.zeros(1), torch.arange(len(PROMPT))[None], *kind)
-        return apply_rotary_pos_emb(heads, heads, cos, sin)[0][0].transpose(0, 1)
+        if config.model_type == "gpt_oss":  # whose tables hold each pair once
+            cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+        width = cos.shape[-1]
+        turned = apply_rotary_pos_emb(heads[..., :width], heads[..., :width], cos, sin)[0]
+        return torch.cat((turned, heads[..., width:]), dim=-1)[0].transpose(0, 1)
+
+    def grown(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries [positions, heads, head_dim], scaled by their positions."""
+        if (rope := self._module.config.rope_parameters).get("llama_4_scaling_beta") is None:
+            return query
+        beta, length = rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]
+        return query * get_llama_4_attn_scale(torch.arange(len(PROMPT))[None], beta, length)[0, 0, :, :, None]
 
 
 NEURON_OPS = {"neuron_gate", "gate_proj_act", "select_neurons", "up_proj_mul", "down_proj_neurons_add"}
@@ -76,7 +98,11 @@ def test_every_op_gives_what_its_module_gives(family: str) -> None:
     decoder.state.start_decoding(0)
     compared, layer, projection = set(), -1, ""
     for index, ins in enumerate(decoder.program):
-        layer += ins.op == "qkv_rope_append"
+        is_qkv = ins.op == "o_proj_add" and ins.tensors["hidden_states"] is decoder.state.qkv
+        layer += is_qkv or ins.op == "qkv_rope_append"
+        if is_qkv:  # compared when its heads are normed
+            decoder.executor.run_instruction(index)
+            continue
         projection = ins.op if ins.op in BRANCHES else projection
         decoder.executor.run_instruction(index)
         compared.add(ins.op)
@@ -91,6 +117,7 @@ def test_every_op_gives_what_its_module_gives(family: str) -> None:
 
 def _ops_of(config: ModelConfig) -> set[str]:
     ops = set(OPS) - NEURON_OPS
+    ops -= {"qkv_rope_append" if config.norms_whole_qk else "norm_rope_append"}
     if not config.changes_branches:
         ops -= {"branch_add"}
     if not config.num_experts:
@@ -109,9 +136,10 @@ def _compare(op: str, decoder: Decoder, expected: Modules, layer: int) -> None:
     attention = prefix + "self_attn."
     hidden = _positions(s.hidden_states)
     ffn_norm = "pre_feedforward_layernorm" if config.branch_norms else "post_attention_layernorm"
+    ffn_norm = ffn_norm if config.input_norms else "mlp"
     if op == "embed":
         assert_close(hidden, expected.inputs["model.layers.0"], "fp32", what)
-    elif op == "qkv_rope_append":
+    elif op in ("qkv_rope_append", "norm_rope_append"):
         if (fused := expected.outputs.get(attention + "qkv_proj")) is not None:
             kv_size = config.num_key_value_heads * config.head_dim
             *projected, value = fused.split([config.attention_size, kv_size, kv_size], dim=-1)
@@ -120,6 +148,7 @@ def _compare(op: str, decoder: Decoder, expected: Modules, layer: int) -> None:
             projected = [expected.outputs[attention + kind + normed] for kind in "qk"]
             value = expected.outputs[attention + "v_proj"]
         query, key = (expected.rotated(heads, config.head_dim, layer) for heads in projected)
+        query = expected.grown(query)
         value = value.reshape(len(PROMPT), -1, config.head_dim)
         assert_close(_positions(s.query), query, "fp32", what + ", query")
         keys, values = (cache[layer].transpose(0, 1) for cache in decoder.cached(0, len(PROMPT)))
@@ -132,8 +161,9 @@ def _compare(op: str, decoder: Decoder, expected: Modules, layer: int) -> None:
     elif op == "gate_up_act":
         assert_close(_positions(s.intermediate), expected.inputs[prefix + "mlp.down_proj"], "fp32", what)
     elif op == "route_experts":
-        weight = expected.parameter(prefix + "mlp.gate.weight")
-        logits = F.linear(expected.inputs[prefix + "mlp"], weight)
+        own = prefix + ("mlp.router." if config.expert_biases else "mlp.gate.")
+        bias = expected.parameter(own + "bias") if config.expert_biases else None
+        logits = F.linear(expected.inputs[prefix + "mlp"], expected.parameter(own + "weight"), bias)
         assert_close(_positions(s.router_logits), logits, "fp32", what)
         shares, chosen = logits.softmax(-1).topk(config.num_experts_per_tok)
         assert _positions(s.expert_ids).tolist() == chosen.tolist()
@@ -142,6 +172,11 @@ def _compare(op: str, decoder: Decoder, expected: Modules, layer: int) -> None:
     elif op == "experts_gate_up_act":
         weight, x = expected.parameter(prefix + "mlp.experts.gate_up_proj"), expected.inputs[prefix + "mlp"]
         chosen = _positions(s.expert_ids).long()
+        if config.expert_biases:  # gpt-oss
+            bias, module = expected.parameter(prefix + "mlp.experts.gate_up_proj_bias"), expected.part(prefix + "mlp")
+            gate_up = torch.einsum("pcho,ph->pco", weight[chosen], x) + bias[chosen]
+            assert_close(_positions(s.expert_intermediate), module.experts._apply_gate(gate_up), "fp32", what)
+            return
         gate, up = torch.einsum("pcoh,ph->pco", weight[chosen], x).chunk(2, dim=-1)
         assert_close(_positions(s.expert_intermediate), F.silu(gate) * up, "fp32", what)
     elif op in ("down_proj_add", "experts_down_proj_add"):
@@ -153,7 +188,7 @@ def _compare(op: str, decoder: Decoder, expected: Modules, layer: int) -> None:
         similarity = F.cosine_similarity(before[LAST], after[LAST], dim=0)
         assert_close(s.similarity[layer, 0], similarity, "similarity", what)
     elif op == "lm_head":
-        assert_close(s.logits[0], expected.outputs["lm_head"][LAST] * config.logits_multiplier, "fp32", what)
+        assert_close(s.logits[0], expected.logits(LAST) * config.logits_multiplier, "fp32", what)
     elif op == "sample":
         assert int(s.next_token[0]) == int(expected.outputs["lm_head"][LAST].argmax())
     else:

@@ -107,6 +107,7 @@ def lm_head(num_rows: int, num_sequences: int, flags: int) -> Instruction:
         lm_head=torch.zeros(3, 4),
         logits=torch.zeros(num_sequences, 3),
         rms_norm_eps=1e-5,
+        softcap=0.0,
     )
 
 
@@ -150,7 +151,7 @@ def test_both_caches_share_a_dtype() -> None:
 )
 def test_native_instructions_are_checked_too(change: dict[str, Any], message: str) -> None:
     names = _C.instruction_set()["embed"]
-    operands = {name: [(1, "f32", 1)] if kind == "matrix" else 1 for name, kind in names.items()}
+    operands = {name: [(1, "f32", "rows", 1)] if kind == "matrix" else 1 for name, kind in names.items()}
     valid = {"op": "embed", "dtype": "fp32", "row_mask": 1, "num_rows": 1, "operands": operands}
     _C.Instruction(**valid)
     with pytest.raises(ValueError, match=message):

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from skipkernels import Engine
 from skipkernels.errors import PolicyError
 from skipkernels.skipping.policy import FixedPolicy, NeuronPolicy, Policy, SkipPolicy, policy_from_dict
-from skipkernels.skipping.policy_file import load_policy, read_policy_file, save_policy
+from skipkernels.skipping.policy_file import load_policy, read_policy_file, save_policy, shipped_policies
 from tests.models import random_prompt, tiny_engine, tiny_module
+from tests.real_models import smollm2_gguf
 
 POLICY = SkipPolicy(threshold=0.5, span=2, first_dense_layers=0, warmup_tokens=0, layer_thresholds=(0.1, 0.2, 0.3, 0.4))
 
@@ -155,3 +157,43 @@ def test_a_document_that_is_no_object_is_refused(path: Path, document: str) -> N
     path.write_text(document)
     with pytest.raises(PolicyError, match="is not a policy file"):
         load_policy(path)
+
+
+@pytest.mark.parametrize("name", shipped_policies())
+def test_policies_of_the_package_say_what_they_cost(name: str) -> None:
+    policy = load_policy(name)
+    assert isinstance(policy, NeuronPolicy)
+    measured = read_policy_file(name)["measured"]
+    assert all(margin["verdict"] == "beats" for margin in measured["margins"])
+    assert 0.2 < measured["held_out"]["skip_ratio"] < 0.3
+    assert measured["held_out"]["kl"] < 0.05
+
+
+def test_the_policy_of_smollm2_fits_its_gguf_file() -> None:
+    engine = Engine.from_pretrained(smollm2_gguf(), policy="smollm2-135m-instruct", num_threads=1, max_seq_len=128)
+    (answer,) = engine.generate(
+        [[{"role": "user", "content": "What is the capital of France, and what is it known for?"}]], max_new_tokens=24
+    )
+    assert "Paris" in answer.text
+    assert 0.15 < answer.unread_ratio < 0.35
+
+
+def test_a_file_goes_before_a_policy_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = shipped_policies()[0]
+    monkeypatch.chdir(tmp_path)
+    save_policy(name, SkipPolicy(threshold=0.5), fingerprint="f", measured={})
+    assert load_policy(name) == SkipPolicy(threshold=0.5)
+
+
+def test_a_folder_of_the_name_does_not_hide_a_policy_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = shipped_policies()[0]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    assert isinstance(load_policy(name), NeuronPolicy)
+
+
+def test_a_name_that_is_none_is_answered_with_those_there_are() -> None:
+    with pytest.raises(PolicyError, match=f"with the package come {', '.join(shipped_policies())}"):
+        load_policy("smollm")

@@ -49,6 +49,8 @@ class MultimodalFormat:
         prefill_share: what a token of the prompt costs, as a share of a new token.
     """
 
+    has_template = True
+
     def __init__(
         self, processor: ProcessorMixin, modalities: tuple[str, ...], max_seq_len: int, prefill_share: float
     ) -> None:

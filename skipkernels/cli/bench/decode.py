@@ -87,6 +87,8 @@ def decode(
             engine, module = _random_model(shapes, dtype or "bf16", length, execution)
             prompt = list(range(1, length))
             policies = policies_for(ratios, None, test_only)
+            if module is None and peers:
+                raise typer.BadParameter(f"--against {against} takes a Llama's shapes or --model, got {shapes}")
         else:
             skipping = any(ratio > 0 for ratio in ratios)
             engine, module = _trained_model(str(model), dtype, length, execution, policy, skipping)
@@ -159,8 +161,8 @@ def _peer(name: str, module: PreTrainedModel, config: ModelConfig, batch_size: i
     return kinds[name](module, config, batch_size, prompt)
 
 
-def _random_model(shapes: str, dtype: str, length: int, execution: Execution) -> tuple[Engine, PreTrainedModel]:
-    """Random weights, and a transformers module on the same storage."""
+def _random_model(shapes: str, dtype: str, length: int, execution: Execution) -> tuple[Engine, PreTrainedModel | None]:
+    """Random weights, and of a Llama's shapes a transformers module on the same storage."""
     from skipkernels.benchmark.shapes import shape_config
     from skipkernels.benchmark.systems import module_over
     from skipkernels.engine import Engine
@@ -172,6 +174,8 @@ def _random_model(shapes: str, dtype: str, length: int, execution: Execution) ->
     weights = random_weights(config, resolve_dtype(dtype), length, device=execution.device)
     fill_rope(weights, hf_config)
     engine = Engine(config, weights, max_seq_len=length, execution=execution)
+    if config.model_type != "llama":
+        return engine, None
     return engine, module_over(weights, config, hf_config)
 
 

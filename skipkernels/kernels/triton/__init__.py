@@ -23,13 +23,17 @@ from skipkernels.kernels.triton.decode_attention import decode_attention
 from skipkernels.kernels.triton.down_proj_add import down_proj_add
 from skipkernels.kernels.triton.down_proj_neurons_add import down_proj_neurons_add
 from skipkernels.kernels.triton.embed import embed
+from skipkernels.kernels.triton.experts_down_proj_add import experts_down_proj_add
+from skipkernels.kernels.triton.experts_gate_up_act import experts_gate_up_act
 from skipkernels.kernels.triton.gate_proj_act import gate_proj_act
 from skipkernels.kernels.triton.gate_up_act import gate_up_act
 from skipkernels.kernels.triton.launch import Launch
 from skipkernels.kernels.triton.lm_head import lm_head
 from skipkernels.kernels.triton.neuron_gate import neuron_gate
+from skipkernels.kernels.triton.norm_rope_append import norm_rope_append
 from skipkernels.kernels.triton.o_proj_add import o_proj_add
 from skipkernels.kernels.triton.qkv_rope_append import qkv_rope_append
+from skipkernels.kernels.triton.route_experts import route_experts
 from skipkernels.kernels.triton.sample import sample
 from skipkernels.kernels.triton.select_neurons import select_neurons
 from skipkernels.kernels.triton.skip_gate import skip_gate
@@ -42,11 +46,15 @@ LAUNCHES: dict[str, Callable[[Instruction], tuple[Launch, ...]]] = {
         skip_gate,
         neuron_gate,
         qkv_rope_append,
+        norm_rope_append,
         decode_attention,
         o_proj_add,
         gate_up_act,
         down_proj_add,
         branch_add,
+        route_experts,
+        experts_gate_up_act,
+        experts_down_proj_add,
         gate_proj_act,
         select_neurons,
         up_proj_mul,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from skipkernels.kernels.triton.activation import softened
 from skipkernels.kernels.triton.launch import Launch
 from skipkernels.kernels.triton.paged_cache import cache_entries
 from skipkernels.program.table import Instruction
@@ -42,6 +43,7 @@ def attend_split_kernel(
     blocks_per_sequence,
     num_splits,
     scaling,
+    softcap: tl.constexpr,
     sliding_window: tl.constexpr,
     kv_split_size: tl.constexpr,
     num_attention_heads: tl.constexpr,
@@ -79,6 +81,8 @@ def attend_split_kernel(
     v = tl.load(v_cache + at, mask=mask, other=0.0).to(tl.float32)
 
     scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scaling
+    if softcap > 0:
+        scores = softened(softcap, scores)
     scores = tl.where(attends[None, :], scores, float("-inf"))
     top = tl.max(scores, axis=1)
     weights = tl.exp(scores - top[:, None])
@@ -93,6 +97,7 @@ def attend_split_kernel(
 @triton.jit(do_not_specialize=["num_splits"])
 def merge_splits_kernel(
     row_position,
+    sinks,  # None: there are none
     attn_partials,
     attn_output,
     row_mask,
@@ -113,6 +118,9 @@ def merge_splits_kernel(
     of_head = (row * num_attention_heads + head).to(tl.int64)
     top = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
+    if sinks is not None:  # one more score, without a value
+        top = tl.load(sinks + head)
+        total += 1.0
     out = tl.zeros([BLOCK_DIM], tl.float32)
     start = 0
     while start < splits:

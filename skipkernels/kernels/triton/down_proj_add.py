@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from skipkernels.kernels.triton.launch import Launch
-from skipkernels.kernels.triton.linear import linear, tile
+from skipkernels.kernels.triton.linear import linear, operand, tile
 from skipkernels.kernels.triton.rows import row_tiles, wanted_rows
 from skipkernels.program.table import Instruction
 
@@ -85,6 +85,7 @@ def down_proj_add_kernel(
     hidden_size: tl.constexpr,
     intermediate_size: tl.constexpr,
     rows_per_partial: tl.constexpr,
+    planes: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     PARTIALS: tl.constexpr,
     LANES: tl.constexpr,
@@ -96,7 +97,7 @@ def down_proj_add_kernel(
     channels, inside = channels_of_program(hidden_size, rows_per_partial, PARTIALS, LANES)
     change = linear(
         intermediate, None, 0.0, down_proj, channels, inside, rows, wanted,
-        intermediate_size, BLOCK_ROWS, PARTIALS * LANES, BLOCK_IN,
+        intermediate_size, planes, BLOCK_ROWS, PARTIALS * LANES, BLOCK_IN,
     )  # fmt: skip
     add_to_stream(
         change, channels, inside, hidden_states, similarity_partials, rows, wanted, num_sequences,
@@ -112,6 +113,7 @@ def down_proj_add(ins: Instruction) -> tuple[Launch, ...]:
     partials = cut.out // lanes
     grid = (tiles, triton.cdiv(ins.sizes["hidden_size"], partials * rows_per_partial))
     blocks = {
+        **operand("down_proj", ins.tensors["down_proj"]),
         "num_sequences": ins.sizes.get("num_sequences", 0),  # only similarity_partials has the symbol
         "BLOCK_ROWS": block_rows,
         "PARTIALS": partials,

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from skipkernels.kernels.triton.linear_blocks import block_products, plane_numbers
+from skipkernels.model.matrix import Matrix, MatrixOperand
+from skipkernels.model.planes import GROUP_COLUMNS, PLANE_FORMATS
 
 STAGES = tl.constexpr(4)
 """Tiles of weights on their way from memory while one is multiplied."""
@@ -24,12 +29,13 @@ def linear(
     x,  # f32 [num_rows, in_features]
     norm,  # f32 [in_features], or None: x is taken as it is
     norm_eps,
-    weight,  # [out_features, in_features]
+    weight,  # [out_features, in_features], or the planes of blocks
     features,  # the rows of weight wanted here [BLOCK_OUT]
     features_inside,
     rows,
     wanted,
     in_features: tl.constexpr,
+    planes: tl.constexpr,  # where those of blocks lie (``linear_blocks.plane_numbers``); None: weight holds floats
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -41,7 +47,12 @@ def linear(
     """
     # where BLOCK_IN divides in_features, the compiler is to know that no mask is needed
     DIVIDES: tl.constexpr = in_features % BLOCK_IN == 0
-    if BLOCK_ROWS == 1:
+    if planes is not None:
+        out, squares = block_products(
+            x, norm, weight, features, features_inside, rows, wanted,
+            in_features, planes, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
+        )  # fmt: skip
+    elif BLOCK_ROWS == 1:
         squares = tl.zeros([BLOCK_IN], tl.float32)
         products = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
         for start in tl.range(0, in_features, BLOCK_IN, num_stages=STAGES):
@@ -83,7 +94,7 @@ class Tile:
     columns: int
 
 
-def tile(weight: torch.Tensor, num_rows: int, *, unit: int = 1) -> Tile:
+def tile(weight: torch.Tensor | Matrix, num_rows: int, *, unit: int = 1) -> Tile:
     """The tile for a matrix [out, in]; ``unit`` (a power of two) rows stay in one program.
 
     Large tiles read the activations less often, small ones leave no multiprocessor of a GPU idle: so a tile is halved
@@ -96,7 +107,20 @@ def tile(weight: torch.Tensor, num_rows: int, *, unit: int = 1) -> Tile:
     while out > smallest and out_features < out * programs:
         out //= 2
     out = max(out, unit)
-    # one row: 16 KB of weights, 64 products a thread; more: 128 bytes of each matrix row, or tf32 halves would spill
-    size = weight.element_size()
-    columns = 16384 // (out * size) if num_rows == 1 else 128 // size
-    return Tile(out, max(16, min(columns, triton.next_power_of_2(in_features))))
+    if isinstance(weight, torch.Tensor):
+        # one row: 16 KB of weights, 64 products a thread; more: 128 bytes of each row, or tf32 halves would spill
+        size = weight.element_size()
+        columns = 16384 // (out * size) if num_rows == 1 else 128 // size
+        return Tile(out, max(16, min(columns, triton.next_power_of_2(in_features))))
+    # one row: 8 KB of words, 16 a thread; more: 64 bytes of each matrix row, which tensor cores take for every code
+    words = 2048 // out if num_rows == 1 else 16
+    columns = words * PLANE_FORMATS[weight.format].word_codes
+    return Tile(out, max(GROUP_COLUMNS, min(columns, triton.next_power_of_2(in_features))))
+
+
+def operand(name: str, matrix: MatrixOperand, planes_name: str = "planes") -> dict[str, Any]:
+    """A matrix of floats, or one part of blocks, as kernels take it: its memory, and where its planes lie."""
+    if isinstance(matrix, torch.Tensor):
+        return {name: matrix, planes_name: None}
+    assert isinstance(matrix, Matrix)
+    return {name: matrix.data.view(torch.int32), planes_name: plane_numbers(matrix)}

@@ -33,7 +33,7 @@ def neuron_gate_kernel(
     num_sequences,
     max_seq_len,
     num_hidden_layers: tl.constexpr,
-    intermediate_size: tl.constexpr,
+    ffn_bytes: tl.constexpr,
     BLOCK_SEQUENCES: tl.constexpr,
 ):
     sequences, wanted, any_wanted = wanted_rows(row_mask, num_sequences, BLOCK_SEQUENCES)
@@ -46,9 +46,8 @@ def neuron_gate_kernel(
     target = tl.load(neuron_target_ratio + sequences, mask=warm, other=0.0)
     holds = target > 0
 
-    # neurons' rows of the three matrices
-    per_token = tl.full([BLOCK_SEQUENCES], 3 * intermediate_size * num_hidden_layers, tl.float32)
-    so_far = tl.load(skipped + sequences, mask=holds, other=0).to(tl.int64) * (3 * intermediate_size)
+    per_token = tl.full([BLOCK_SEQUENCES], ffn_bytes * num_hidden_layers, tl.float32)
+    so_far = tl.load(skipped + sequences, mask=holds, other=0).to(tl.int64) * ffn_bytes
     so_far += tl.load(left_out + sequences, mask=holds, other=0)
     ramp = tl.load(ramp_tokens + sequences, mask=holds, other=0)
     behind = owed(tokens, target * per_token, warmup, ramp) - so_far.to(tl.float32)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from skipkernels.kernels.triton.launch import Launch
-from skipkernels.kernels.triton.linear import linear, tile
+from skipkernels.kernels.triton.linear import linear, operand, tile
 from skipkernels.kernels.triton.rows import row_tiles, wanted_rows
 from skipkernels.program.table import Instruction
 
@@ -21,6 +21,7 @@ def o_proj_add_kernel(
     num_rows,
     hidden_size: tl.constexpr,
     attention_size: tl.constexpr,
+    planes: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -31,8 +32,9 @@ def o_proj_add_kernel(
     channels = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inside = channels < hidden_size
     change = linear(
-        attn_output, None, 0.0, o_proj, channels, inside, rows, wanted, attention_size, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN
-    )
+        attn_output, None, 0.0, o_proj, channels, inside, rows, wanted,
+        attention_size, planes, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
+    )  # fmt: skip
     if o_proj_bias is not None:
         change += tl.load(o_proj_bias + channels, mask=inside, other=0.0)[None, :]
     at = hidden_states + rows[:, None] * hidden_size + channels[None, :]
@@ -44,5 +46,6 @@ def o_proj_add(ins: Instruction) -> tuple[Launch, ...]:
     tiles, block_rows = row_tiles(ins.sizes["num_rows"])
     cut = tile(ins.tensors["o_proj"], ins.sizes["num_rows"])
     grid = (tiles, triton.cdiv(ins.sizes["hidden_size"], cut.out))
-    blocks = {"BLOCK_ROWS": block_rows, "BLOCK_OUT": cut.out, "BLOCK_IN": cut.columns}
+    blocks = operand("o_proj", ins.tensors["o_proj"])
+    blocks |= {"BLOCK_ROWS": block_rows, "BLOCK_OUT": cut.out, "BLOCK_IN": cut.columns}
     return (Launch.of(o_proj_add_kernel, ins, grid, blocks),)

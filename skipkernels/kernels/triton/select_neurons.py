@@ -34,7 +34,17 @@ def leave_out(values, thresholds, scale, size: tl.constexpr, num_thresholds: tl.
     return count
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_sequences", "num_hidden_layers", "max_seq_len", "layer", "stage"])
+@triton.jit(
+    do_not_specialize=[
+        "num_rows",
+        "num_sequences",
+        "num_hidden_layers",
+        "max_seq_len",
+        "layer",
+        "stage",
+        "neuron_bytes",
+    ]
+)
 def select_neurons_kernel(
     intermediate,
     neuron_thresholds,
@@ -52,6 +62,7 @@ def select_neurons_kernel(
     max_seq_len,
     layer,
     stage,
+    neuron_bytes,
     intermediate_size: tl.constexpr,
     num_thresholds: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -59,7 +70,6 @@ def select_neurons_kernel(
 ):
     _, _, any_wanted = wanted_rows(row_mask, num_rows, BLOCK_ROWS)
     if not any_wanted:
-        tl.store(num_neurons, 0)
         return
     for row in range(num_rows):
         if tl.load(row_mask + row) != 0:
@@ -73,7 +83,7 @@ def select_neurons_kernel(
                 tl.store(kept_map + (token * num_hidden_layers + layer) * 2 + stage, count)
                 so_far = tl.load(left_out + row)
                 tl.debug_barrier()  # all threads have read it before one writes it
-                tl.store(left_out + row, so_far + (intermediate_size - count))
+                tl.store(left_out + row, so_far + (intermediate_size - count).to(tl.int64) * neuron_bytes)
     tl.debug_barrier()  # what one thread wrote another may read
     listed = tl.zeros([], tl.int32)
     for start in range(0, intermediate_size, BLOCK):

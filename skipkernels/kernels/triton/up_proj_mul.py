@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from skipkernels.kernels.triton.launch import Launch
-from skipkernels.kernels.triton.linear import linear, tile
+from skipkernels.kernels.triton.linear import linear, operand, tile
 from skipkernels.kernels.triton.rows import row_tiles, wanted_rows
 from skipkernels.program.table import Instruction
 
@@ -27,6 +27,7 @@ def up_proj_mul_kernel(
     rms_norm_eps,
     hidden_size: tl.constexpr,
     intermediate_size: tl.constexpr,
+    planes: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -42,7 +43,7 @@ def up_proj_mul_kernel(
     chosen = tl.load(neurons + entries, mask=inside, other=0)
     up = linear(
         hidden_states, post_attention_layernorm, rms_norm_eps, up_proj, chosen, inside, rows, wanted,
-        hidden_size, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
+        hidden_size, planes, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
     )  # fmt: skip
     at = intermediate + rows[:, None] * intermediate_size + chosen[None, :]
     mask = wanted[:, None] & inside[None, :]
@@ -54,5 +55,6 @@ def up_proj_mul(ins: Instruction) -> tuple[Launch, ...]:
     tiles, block_rows = row_tiles(ins.sizes["num_rows"])
     cut = tile(ins.tensors["up_proj"], ins.sizes["num_rows"])
     grid = (tiles, triton.cdiv(ins.sizes["intermediate_size"], cut.out))
-    blocks = {"BLOCK_ROWS": block_rows, "BLOCK_OUT": cut.out, "BLOCK_IN": cut.columns}
+    blocks = operand("up_proj", ins.tensors["up_proj"])
+    blocks |= {"BLOCK_ROWS": block_rows, "BLOCK_OUT": cut.out, "BLOCK_IN": cut.columns}
     return (Launch.of(up_proj_mul_kernel, ins, grid, blocks),)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Header, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -33,6 +33,28 @@ from skipkernels.server.http.schema import (
 )
 from skipkernels.server.http.service import Service
 
+Route = Callable[..., Awaitable[Any]]
+
+_ERROR = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+            },
+            "required": ["message", "type", "param", "code"],
+        }
+    },
+    "required": ["error"],
+}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    kind: {"description": "Refused, with the reason.", "content": {"application/json": {"schema": _ERROR}}}
+    for kind in ("4XX", "5XX")
+}
 _PAGE = Path(__file__).with_name("page.html")
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 _REQUEST_ID = "x-request-id"
@@ -56,12 +78,21 @@ def create_app(service: Service) -> FastAPI:
     guarded = [Depends(check_key)]
     converter = service.converter
 
-    def read(path: str, **options: Any) -> Any:
-        return app.api_route(path, methods=["GET", "HEAD"], **options)
+    def read(path: str, **options: Any) -> Callable[[Route], Route]:
+        def register(route: Route) -> Route:
+            app.add_api_route(path, route, methods=["GET"], **({"responses": {**_ERRORS}} | options))
+            # two operations of one route would have one id in the OpenAPI document
+            app.add_api_route(path, route, methods=["HEAD"], **(options | {"include_in_schema": False}))
+            return route
+
+        return register
 
     def post(path: str, body: type[BaseModel]) -> Any:
         schema = {"content": {"application/json": {"schema": _inlined(body)}}, "required": True}
-        return app.post(path, dependencies=guarded, openapi_extra={"requestBody": schema})
+        answers: dict[int | str, dict[str, Any]] = {**_ERRORS}
+        if "stream" in body.model_fields:
+            answers[200] = {"content": {"text/event-stream": {}}}
+        return app.post(path, dependencies=guarded, openapi_extra={"requestBody": schema}, responses=answers)
 
     @post("/v1/chat/completions", ChatCompletionRequest)
     async def chat_completions() -> Response:
@@ -99,7 +130,7 @@ def create_app(service: Service) -> FastAPI:
         service.check_model(name)
         return service.model_document()
 
-    @read("/metrics", dependencies=guarded)
+    @read("/metrics", dependencies=guarded, response_class=PlainTextResponse)
     async def metrics() -> Response:
         """In Prometheus's text format."""
         return Response(service.metrics.render(await service.backend.status()), media_type=CONTENT_TYPE_LATEST)
@@ -109,7 +140,7 @@ def create_app(service: Service) -> FastAPI:
         """A page to chat with the model. It loads nothing from elsewhere, and asks this server only."""
         return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": _PAGE_POLICY})
 
-    @read("/health")
+    @read("/health", responses={503: {"description": "Requests are not accepted now."}})
     async def health() -> JSONResponse:
         """200 while requests are accepted, else 503."""
         workers = 0 if service.closing else (await service.backend.status()).workers
@@ -189,12 +220,15 @@ def _answer(error: HttpError) -> JSONResponse:
 
 async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    if headers.get("Allow") == "GET":
+        headers["Allow"] = "GET, HEAD"
     if request.method == "OPTIONS" and error.status_code == 405:
-        return Response(status_code=204, headers=error.headers)
+        return Response(status_code=204, headers=headers)
     codes = {404: "not_found", 405: "method_not_allowed"}
     message = f"{request.method} {request.url.path[:80]}: {error.detail}"
     answer = _answer(HttpError(error.status_code, codes.get(error.status_code, "http_error"), message))
-    answer.headers.update(error.headers or {})
+    answer.headers.update(headers)
     return answer
 
 

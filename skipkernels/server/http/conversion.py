@@ -114,6 +114,10 @@ class Converter:
         grammar = _grammar(request)
         if grammar is not None:
             check_grammar(grammar)
+        if grammar is not None and request.ignore_eos:
+            message = "a grammar ends with the end of the sequence, which ignore_eos ignores; give one"
+            raise HttpError(400, "invalid_request", message, "ignore_eos")
+        eos = () if request.ignore_eos else None
         limit = _COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
         asked, echoes = [], []
         for prompt in _prompts(request):
@@ -133,7 +137,9 @@ class Converter:
                 asked.append(text_format.prompt_request(tokens[:1], new, sampling, grammar=known, eos_token_ids=()))
             else:
                 stop = _stop(request)
-                asked.append(text_format.prompt_request(tokens, limit, sampling, stop=stop, grammar=grammar))
+                asked.append(
+                    text_format.prompt_request(tokens, limit, sampling, stop=stop, grammar=grammar, eos_token_ids=eos)
+                )
         dialect = TextDocuments(
             self.naming,
             [echo for echo in echoes for _ in range(request.n or 1)],

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from skipkernels.chat.chat import Completion
+from skipkernels.chat.chat import ChatFormat, Completion
 from skipkernels.chat.progress import Piece, SampledToken
 from skipkernels.chat.reply_parser import Called, ReplyForm, ReplyParser, ReplyPart, Said, Thought
 from skipkernels.modality.job import JobAnswer
@@ -143,7 +143,7 @@ def _call(call: Called) -> dict[str, Any]:
     }
 
 
-def model_document(profile: Profile, modalities: tuple[str, ...], created: int) -> dict[str, Any]:
+def model_document(profile: Profile, chat_format: ChatFormat, created: int) -> dict[str, Any]:
     """An entry of ``/v1/models``."""
     return {
         "id": profile.model,
@@ -151,7 +151,8 @@ def model_document(profile: Profile, modalities: tuple[str, ...], created: int) 
         "created": created,
         "owned_by": "skipkernels",
         "skipkernels": {
-            "modalities": list(modalities),
+            "modalities": list(chat_format.modalities),
+            "chat_template": chat_format.has_template,
             "device": profile.device,
             "dtype": profile.dtype,
             "profile": profile.source,

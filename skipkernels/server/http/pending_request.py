@@ -19,11 +19,14 @@ class PendingRequest:
 
     Args:
         on_exit: called when the block is left.
+        streamed: whether its pieces are wanted; else there are none.
     """
 
-    def __init__(self, backend: Backend, job: Job, on_exit: Callable[[PendingRequest], None]) -> None:
+    def __init__(
+        self, backend: Backend, job: Job, on_exit: Callable[[PendingRequest], None], *, streamed: bool = True
+    ) -> None:
         self._pieces = asyncio.Queue[Piece | None]()
-        self._progress = [LiveProgress(self._pieces, index) for index in range(len(job.requests))]
+        self._progress = [LiveProgress(self._pieces, index, streamed=streamed) for index in range(len(job.requests))]
         watched = [
             replace(request, inputs=ChatInputs(request.inputs, progress))
             for request, progress in zip(job.requests, self._progress, strict=True)

@@ -225,12 +225,14 @@ Tokens = Annotated[list[int], Field(max_length=1 << 20)]
 
 
 class CompletionRequest(Sampled):
-    """``/v1/completions``."""
+    """``/v1/completions``. With ``ignore_eos``, as vLLM and llama.cpp have it, answers are ``max_tokens`` long,
+    unless a stop string ends them."""
 
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=128)] | Tokens | list[Tokens]
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=20)
     best_of: int | None = Field(default=None, ge=1)
+    ignore_eos: bool | None = None
     suffix: str | None = None
 
 

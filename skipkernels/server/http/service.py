@@ -154,7 +154,7 @@ class Service:
 
     def submit(self, parsed: ParsedRequest) -> PendingRequest:
         """Hands a request to the backend."""
-        pending = PendingRequest(self.backend, parsed.job, self._pending.discard)
+        pending = PendingRequest(self.backend, parsed.job, self._pending.discard, streamed=parsed.stream)
         self._pending.add(pending)
         return pending
 
@@ -170,4 +170,4 @@ class Service:
         check_model(name, self.profile.model)
 
     def model_document(self) -> dict[str, Any]:
-        return model_document(self.profile, self._format.modalities, self._created)
+        return model_document(self.profile, self._format, self._created)

@@ -46,7 +46,7 @@ class RayBackend:
         progress.restart()
         plain = replace(job, requests=[replace(request, inputs=dict(request.inputs))])
         with _losses():
-            events = self._scheduler.options(stream=True).answer.remote(plain)
+            events = self._scheduler.options(stream=True).answer.remote(plain, progress.streamed)
             try:
                 async for event in cast(AsyncIterator[Any], events):
                     if isinstance(event, str):

@@ -45,11 +45,14 @@ class Replica:
         """``measure`` of the model, while nothing else runs on it."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, measure, self._model)
 
-    async def run(self, batch: Sequence[Inputs], strategy: Strategy) -> AsyncIterator[Pieces | Outputs | ModelFailure]:
-        """Runs a batch: yields its text as it is generated, and at the end its outputs or failure."""
+    async def run(
+        self, batch: Sequence[Inputs], strategy: Strategy, streamed: Sequence[bool]
+    ) -> AsyncIterator[Pieces | Outputs | ModelFailure]:
+        """Runs a batch: yields the text of the ``streamed`` requests as it is generated, and at the end its outputs or
+        failure."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[tuple[int, str] | None] = asyncio.Queue()
-        senders = self._running = [_Sender(loop, queue, position) for position in range(len(batch))]
+        senders = self._running = [_Sender(loop, queue, position, wanted) for position, wanted in enumerate(streamed)]
         watched = [ChatInputs(inputs, sender) for inputs, sender in zip(batch, senders, strict=True)]
         running = loop.run_in_executor(self._thread, self._model.run, watched, strategy)
         running.add_done_callback(lambda _: queue.put_nowait(None))
@@ -77,8 +80,13 @@ class _Sender:
     """Sends the progress of one request out of this process."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[tuple[int, str] | None], position: int
+        self,
+        loop: asyncio.AbstractEventLoop,
+        queue: asyncio.Queue[tuple[int, str] | None],
+        position: int,
+        streamed: bool,
     ) -> None:
+        self.streamed = streamed
         self._loop = loop
         self._queue = queue
         self._position = position
@@ -88,5 +96,5 @@ class _Sender:
         """Nothing to do: the sender of a batch restarts the progress itself."""
 
     def add(self, text: str, logprobs: Sequence[SampledToken] = ()) -> None:
-        if text:
+        if text and self.streamed:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (self._position, text))

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from skipkernels.chat.progress import progress_of
+from skipkernels.chat.progress import Progress, progress_of
 from skipkernels.errors import RequestError
 from skipkernels.modality.errors import WorkerLost
 from skipkernels.modality.strategy import Inputs, Strategy
@@ -15,6 +15,7 @@ from skipkernels.server.ray.events import ModelFailure, Outputs, Pieces
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
+_LOOK_S = 0.05  # between two looks at who has left
 _RETRY_S = 0.2  # between two calls to a replica that does not answer
 
 
@@ -38,10 +39,10 @@ class ReplicaWorker:
         progress = [progress_of(inputs) for inputs in batch]
         for one in progress:
             one.restart()
-        given_up: set[int] = set()
+        watching = asyncio.create_task(self._tell_who_leaves(progress))
         try:
             plain = [dict(inputs) for inputs in batch]
-            events = self._replica.options(stream=True).run.remote(plain, strategy)
+            events = self._replica.options(stream=True).run.remote(plain, strategy, [one.streamed for one in progress])
             async for event in cast(AsyncIterator[Any], events):
                 if isinstance(event, Outputs):
                     return event.outputs
@@ -50,13 +51,21 @@ class ReplicaWorker:
                 assert isinstance(event, Pieces)
                 for position, text in event.texts:
                     progress[position].add(text)
-                leaving = {position for position, one in enumerate(progress) if one.given_up} - given_up
-                if leaving:
-                    given_up |= leaving
-                    self._replica.give_up.remote(sorted(leaving))
         except (RayError, RayServeException) as error:
             raise WorkerLost(_first_line(error)) from error
+        finally:
+            watching.cancel()
         raise WorkerLost("the replica ended a batch without its outputs")
+
+    async def _tell_who_leaves(self, progress: Sequence[Progress]) -> None:
+        """Also of requests that are not streamed, from which nothing comes before their end."""
+        given_up: set[int] = set()
+        while len(given_up) < len(progress):
+            await asyncio.sleep(_LOOK_S)
+            leaving = {position for position, one in enumerate(progress) if one.given_up} - given_up
+            if leaving:
+                given_up |= leaving
+                self._replica.give_up.remote(sorted(leaving))
 
     async def recover(self) -> None:
         """Waits until Ray has restarted the replica.

@@ -44,11 +44,12 @@ class SchedulerDeployment:
         self._embedded = Embedded(runtime)
         self._starting: asyncio.Task[None] | None = None
 
-    async def answer(self, job: Job) -> AsyncIterator[str | JobAnswer | JobFailure]:
-        """Yields the text of a job of one request as it is generated, and at the end its answer or failure."""
+    async def answer(self, job: Job, streamed: bool) -> AsyncIterator[str | JobAnswer | JobFailure]:
+        """Yields the text of a job of one request as it is generated, where it is ``streamed``, and at the end its
+        answer or failure."""
         await self._started()
         try:
-            async with PendingRequest(self._embedded, job, lambda _: None) as pending:
+            async with PendingRequest(self._embedded, job, lambda _: None, streamed=streamed) as pending:
                 while (piece := await pending.next_piece()) is not None:
                     yield piece.text
                 yield await pending.answer()

@@ -5,6 +5,8 @@
 //   void prefetch_l2(const void* p, uint32_t bytes)   p and bytes multiples of 16; here the range is read
 //   void copy_async(void* to_shared, const void* from), commit_copies(), wait_copies<pending>()
 //                                                cp.async of 16 bytes; here done when waited for, or a bit earlier
+//   copy_few_async<bytes>(to, from)              the same of 4, 8 or 16
+//   uint32_t add_bf16x2(uint32_t a, uint32_t b)  pairs; here the sum of floats is rounded, which sums of two bf16 bear
 //   copy_weights_async(to, from, policy), uint4 load_weights(from, policy), touch(const void* p)
 //   int thread_index(), unsigned multiprocessor()    threadIdx.x; one of those of the device
 //   unsigned long long global_timer()            here a counter: later calls get larger numbers
@@ -27,12 +29,12 @@ namespace skipkernels::cuda::ptx {
 char* shared_memory();
 void grid_dependency_wait();
 void grid_dependency_launch();
-void start_copy(void* to_shared, const void* from);
+void start_copy(void* to_shared, const void* from, uint32_t bytes);
 void commit_copies();
 void finish_copies(int pending);
 
-inline void check_alignment(const void* p, const char* what) {
-    if (reinterpret_cast<uintptr_t>(p) % 16) cuda_host::fail("%s: %p is not aligned to 16 bytes", what, p);
+inline void check_alignment(const void* p, const char* what, uint32_t bytes = 16) {
+    if (reinterpret_cast<uintptr_t>(p) % bytes) cuda_host::fail("%s: %p is not aligned to %u bytes", what, p, bytes);
 }
 
 // Reads 8 bytes at a time: no address that AddressSanitizer guards lies in between.
@@ -48,14 +50,23 @@ inline void prefetch_l2(const void* p, uint32_t bytes) {
     touch(p, bytes);
 }
 
-inline void copy_async(void* to_shared, const void* from) {
-    check_alignment(from, "copy_async");
-    check_alignment(to_shared, "copy_async");
-    touch(from, 16);
-    cuda_host::watch_read(from, 16);
-    cuda_host::watch_write(to_shared, 16);
-    start_copy(to_shared, from);
+// 4, 8 or 16 bytes.
+template <int bytes>
+inline void copy_few_async(void* to_shared, const void* from) {
+    static_assert(bytes == 4 || bytes == 8 || bytes == 16);
+    check_alignment(from, "copy_async", bytes);
+    check_alignment(to_shared, "copy_async", bytes);
+    if constexpr (bytes == 4) {
+        static_cast<void>(cuda_host::load_unwatched(static_cast<const uint32_t*>(from)));
+    } else {
+        touch(from, bytes);
+    }
+    cuda_host::watch_read(from, bytes);
+    cuda_host::watch_write(to_shared, bytes);
+    start_copy(to_shared, from, bytes);
 }
+
+inline void copy_async(void* to_shared, const void* from) { copy_few_async<16>(to_shared, from); }
 
 // The cache keeps everything: a policy only has to be one of the two that are used.
 inline void check_policy(unsigned long long policy, const char* what) {
@@ -95,6 +106,13 @@ inline uint16_t float_to_bf16(float value) {
 
 inline uint32_t floats_to_bf16(float low, float high) {
     return float_to_bf16(low) | uint32_t{float_to_bf16(high)} << 16;
+}
+
+inline uint32_t add_bf16x2(uint32_t a, uint32_t b) {
+    const auto sum = [&](int half) {
+        return bf16_to_float(static_cast<uint16_t>(a >> half)) + bf16_to_float(static_cast<uint16_t>(b >> half));
+    };
+    return floats_to_bf16(sum(0), sum(16));
 }
 
 inline float fp16_to_float(uint16_t bits) {

@@ -18,7 +18,7 @@ namespace {
 void carry_out_copies(int end) {
     auto& copies = scheduler.current().copies;
     const auto waiting = std::stable_partition(copies.begin(), copies.end(), [&](const Copy& copy) {
-        if (copy.group < end) std::memcpy(copy.to, copy.from, 16);
+        if (copy.group < end) std::memcpy(copy.to, copy.from, copy.bytes);
         return copy.group >= end;
     });
     copies.erase(waiting, copies.end());
@@ -42,13 +42,13 @@ unsigned multiprocessor() {
     return block.number % static_cast<unsigned>(cuda_host::runtime.settings.sm_count);
 }
 
-void start_copy(void* to_shared, const void* from) {
+void start_copy(void* to_shared, const void* from, uint32_t bytes) {
     const cuda_host::Block& block = *scheduler.current().block;
     const auto* to = static_cast<const char*>(to_shared);
-    if (to < block.shared.get() || to + 16 > block.shared.get() + block.grid->launch->shared_bytes)
+    if (to < block.shared.get() || to + bytes > block.shared.get() + block.grid->launch->shared_bytes)
         cuda_host::fail("copy_async: %p is outside of shared memory", to_shared);
     cuda_host::Thread& thread = scheduler.current();
-    thread.copies.push_back({to_shared, from, thread.copy_groups});
+    thread.copies.push_back({to_shared, from, bytes, thread.copy_groups});
 }
 
 void commit_copies() {

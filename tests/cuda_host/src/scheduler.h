@@ -22,6 +22,7 @@ struct Grid;
 struct Copy {  // cp.async
     void* to;
     const void* from;
+    uint32_t bytes;
     int group;
 };
 

@@ -14,7 +14,8 @@ from skipkernels.executors import Executor
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.graph import GraphExecutor
 from skipkernels.executors.runtime import CudaRuntime
-from skipkernels.program import Program, state
+from skipkernels.model.weights import into_planes
+from skipkernels.program import Program, build_program, state
 from skipkernels.program.state import LAYOUTS, DecodeState
 from tests.cuda_host.build import build_core_extension, load_core_extension
 from tests.cuda_host.controls import HostRuntime
@@ -56,6 +57,11 @@ def device(library: tuple[ModuleType, HostRuntime]) -> Iterator[FakeDevice]:
     assert not controls.failure
 
 
+def with_fp32_activations(*operands: Any, **options: Any) -> Program:
+    """What engines on a GPU build."""
+    return build_program(*operands, **{**options, "activations": "fp32"})
+
+
 @pytest.fixture
 def gpu_engine(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> GpuEngine:
     """Engines whose executors are graphs on the fake device."""
@@ -76,6 +82,8 @@ def gpu_engine(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> GpuEngine
 
         monkeypatch.setitem(state.LAYOUTS, "cpu", LAYOUTS["cuda"])
         monkeypatch.setattr("skipkernels.engine.get_executor", get_executor)
+        monkeypatch.setattr("skipkernels.engine.interleave", lambda weights, _: into_planes(weights))
+        monkeypatch.setattr("skipkernels.engine.build_program", with_fp32_activations)
         monkeypatch.setattr("skipkernels.engine.PROMPT_ROWS", 4)  # threads of an emulated device are slow
         return tiny_engine(**options)
 

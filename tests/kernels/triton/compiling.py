@@ -16,7 +16,9 @@ from skipkernels.benchmark.shapes import shape_config
 from skipkernels.kernels.triton import LAUNCHES
 from skipkernels.kernels.triton.launch import Launch
 from skipkernels.model.config import ModelConfig
-from skipkernels.model.weights import allocate_weights
+from skipkernels.model.matrix import AnyMatrix, Matrix, StackedMatrix
+from skipkernels.model.planes import PlaneSizes
+from skipkernels.model.weights import ModelWeights, allocate_weights
 from skipkernels.program import build_program
 from skipkernels.program.state import LAYOUTS, DecodeState, Layout
 
@@ -50,13 +52,17 @@ def launches(
     *,
     gated: bool,
     neurons: bool = False,
+    formats: tuple[str, str] | None = None,
     layout: Layout = LAYOUTS["cuda"],
     **changes: object,
 ) -> Iterator[Launch]:
-    """One of each kernel that a decode of these shapes launches; no memory is taken for the model."""
+    """One of each kernel that a decode of these shapes launches; no memory is taken for the model. ``formats``: of
+    blocks that the matrices hold; v_proj and up_proj are in the second."""
     config = ModelConfig.from_hf(shape_config(shapes, 4096))
     config = replace(config, num_hidden_layers=2, sliding_windows=(None, None), **changes)  # type: ignore[arg-type]
     weights = allocate_weights(config, dtype, 4096, "meta", neuron_rows=neurons)
+    if formats is not None:
+        _in_blocks(weights, config, *formats)
     state = DecodeState.allocate(
         config,
         num_sequences=num_sequences,
@@ -67,9 +73,29 @@ def launches(
         layout=layout,
         neurons=neurons,
     )
-    program = {ins.op: ins for ins in build_program(config, weights, state, gated=gated, neurons=neurons)}
+    built = build_program(config, weights, state, gated=gated, neurons=neurons, activations="fp32")
+    program = {ins.op: ins for ins in built}
     for op, ins in program.items():
         yield from LAUNCHES[op](ins)
+
+
+def _in_blocks(weights: ModelWeights, config: ModelConfig, format: str, other: str) -> None:
+    def blocks(kind: str, rows: int, columns: int) -> Matrix:
+        data = torch.empty(PlaneSizes.of(kind, rows, columns).nbytes, dtype=torch.uint8, device="meta")
+        return Matrix(kind, rows, columns, data, layout="planes")
+
+    def stack(rows: int, last: int, columns: int) -> AnyMatrix:
+        if format == other:
+            return blocks(format, rows + last, columns)
+        return StackedMatrix((blocks(format, rows, columns), blocks(other, last, columns)))
+
+    hidden, inner, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    for layer in weights.layers:
+        layer.qkv_proj = stack(config.qkv_size - kv, kv, hidden)
+        layer.o_proj = blocks(format, hidden, config.attention_size)
+        layer.gate_up_proj = stack(inner, inner, hidden)
+        layer.down_proj = blocks(format, hidden, inner)
+    weights.embed_tokens = weights.lm_head = blocks(format, config.vocab_size, hidden)
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,19 @@ from skipkernels.model.config import resolve_dtype
 from skipkernels.program.state import LAYOUTS
 from tests.kernels.triton.compiling import Compiled, compile_launch, launches
 
+EXPERT_KERNELS = (
+    "router_kernel",
+    "choose_experts_kernel",
+    "experts_gate_up_act_kernel",
+    "experts_down_proj_add_kernel",
+)
+EXPERTS = {
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "expert_layers": (True, True),
+}
 MULTI_AXIS = (("rope_type", "default"), ("rope_theta", 10000.0), ("mrope_section", (16, 24, 24)))
 SHARED_BYTES = 99 * 1024
 """The most a program may have on every GPU from compute capability 8.0 on."""
@@ -135,6 +149,52 @@ def test_attention_is_one_code_for_blocks_of_every_size() -> None:
 def test_many_rows_spill_nothing(rows: tuple[int, int], *, qk_norm: bool) -> None:
     compile_all(90, "llama-3-8b", torch.bfloat16, rows, qk_norm=qk_norm, rope_parameters=MULTI_AXIS)
     compile_all(90, "llama-3-8b", torch.bfloat16, rows, neurons=True, only=NEURON_KERNELS)
+
+
+BLOCK_KERNELS = {
+    f"{op}_kernel" for op in ("embed", "qkv_rope_append", "o_proj_add", "gate_up_act", "down_proj_add", "lm_head")
+}
+"""Those that read matrices of blocks, in steps that leave no neurons out."""
+FORMATS = [("q4_0", "q4_0"), ("q8_0", "q8_0"), ("q4_1", "q5_1"), ("q5_0", "q5_0"), ("q4_k", "q6_k"), ("q6_k", "q5_k")]
+
+
+@pytest.mark.parametrize(("formats", "rows"), [(("q4_0", "q4_0"), (1, 0)), (("q4_k", "q6_k"), (16, 0))])
+def test_blocks_spill_nothing_and_are_read_in_wide_pieces(formats: tuple[str, str], rows: tuple[int, int]) -> None:
+    """16 bytes a thread. With several rows of activations 8 where a tile has 16 rows of a matrix: these are 64 bytes of
+    each row all the same, and tiles twice as wide take 255 registers and spill (sm_90, q6_k)."""
+    kernels = compile_all(90, "llama-3-8b", torch.bfloat16, rows, only=BLOCK_KERNELS, formats=formats)
+    assert set(kernels) == BLOCK_KERNELS
+    for name, kernel in kernels.items():
+        wide = "0x10" if rows[0] == 1 else "0x(10|8)"
+        assert re.search(rf"cp\.async\S*shared\.global.* {wide}\b|ld\.global\S*v4\.b32", kernel.ptx), name
+        assert not re.search(r"ld\.global\S*b(8|16)", kernel.ptx), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("rows", [(1, 0), (2, 0), (16, 0)])
+def test_blocks_spill_nothing_anywhere(capability: int, formats: tuple[str, str], rows: tuple[int, int]) -> None:
+    for shapes in ("llama-3.2-1b", "llama-3-8b"):
+        compile_all(capability, shapes, torch.bfloat16, rows, only=BLOCK_KERNELS, formats=formats)
+
+
+@pytest.mark.parametrize(
+    ("only", "variant"),
+    [
+        (
+            ("norm_rope_append_kernel", "gate_up_act_kernel"),
+            {"qk_norm": True, "norms_whole_qk": True, "input_norms": False, "branch_norms": True},
+        ),
+        (("qkv_rope_append_kernel",), {"partial_rotary_factor": 0.75, "query_scale_beta": 0.1}),
+        (("attend_split_kernel", "lm_head_kernel"), {"attention_softcap": 50.0, "logits_softcap": 30.0}),
+        (("merge_splits_kernel",), {"attention_sinks": True}),
+        (EXPERT_KERNELS, {**EXPERTS, "activation": "clamped_swiglu", "expert_biases": True}),
+    ],
+)
+def test_what_single_families_need_spills_nothing(only: tuple[str, ...], variant: dict[str, Any]) -> None:
+    assert set(compile_all(90, "llama-3-8b", torch.bfloat16, (1, 0), only=only, **variant)) == set(only)
 
 
 @pytest.mark.slow

@@ -45,6 +45,7 @@ class EchoFormat:
     """Keeps the last message: its words, and the sizes of its pictures and recordings."""
 
     modalities = ("text", "image", "audio")
+    has_template = True
 
     def request(self, chat: Chat) -> Request:
         inputs: dict[str, Any] = {"text": (chat, chat.messages[-1].text)}

@@ -113,6 +113,8 @@ def test_methods_slashes_origins_and_ids() -> None:
             assert (await client.get("/v1/models/")).status_code == 200
             options = await client.request("OPTIONS", COMPLETIONS)
             assert (options.status_code, options.headers["allow"]) == (204, "POST")
+            options = await client.request("OPTIONS", "/v1/models")
+            assert (options.status_code, options.headers["allow"]) == (204, "GET, HEAD")
             preflight = {"origin": "https://page.example", "access-control-request-method": "POST"}
             allowed = await client.request("OPTIONS", COMPLETIONS, headers=preflight)
             assert allowed.headers["access-control-allow-origin"] == "https://page.example"
@@ -242,6 +244,11 @@ def test_the_document_of_the_routes_has_no_loose_ends() -> None:
     document = create_app(echo_service()).openapi()
     assert set(document["paths"]) >= {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize"}
     assert "$defs" not in json.dumps(document)
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert {"200", "503" if path == "/health" else "4XX"} <= set(operation["responses"]), path
+    answers = document["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
+    assert set(answers) == {"application/json", "text/event-stream"}
 
 
 def test_an_echo_is_what_was_said(engine: Engine) -> None:
@@ -289,3 +296,13 @@ def test_the_largest_saving_within_a_divergence(engine: Engine) -> None:
     refused = ask(real_service(engine), "/v1/completions", document | {"max_kl": 0.1, "skip_level": 0.3})
     assert refused.status_code == 400
     assert "within max_kl 0.1" in refused.json()["error"]["message"]
+
+
+def test_an_answer_is_as_long_as_asked_where_the_end_is_ignored(engine: Engine) -> None:
+    (end,) = engine.default_eos_token_ids
+    asked = {"model": "tiny", "prompt": "hello", "max_tokens": 5, "logit_bias": {str(end): 100}}
+    answers = [ask(real_service(engine), "/v1/completions", asked | more).json() for more in ({}, {"ignore_eos": True})]
+    assert [answer["usage"]["completion_tokens"] for answer in answers] == [1, 5]
+    assert [answer["choices"][0]["finish_reason"] for answer in answers] == ["stop", "length"]
+    both = ask(real_service(engine), "/v1/completions", asked | {"ignore_eos": True, "guided_regex": "a+"})
+    assert (both.status_code, both.json()["error"]["param"]) == (400, "ignore_eos")

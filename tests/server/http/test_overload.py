@@ -1,24 +1,90 @@
-"""Who has left, or reads nothing, costs nothing."""
+"""Five times as many clients as there are places; and who has left, or reads nothing, costs nothing."""
 
 import asyncio
 import json
+import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import httpx
+import psutil
 import pytest
 
 from skipkernels.engine import Engine
 from skipkernels.server.http.app import create_app
 from skipkernels.server.http.limits import RequestLimits
+from tests.server.http.running import running
 from tests.server.http.test_interface import engine, real_service  # noqa: F401  # a fixture
 from tests.server.http.test_load import settled
 
+PLACES = 40
 TOKENS = 180  # of an answer that nobody waits for
 
 
 def asked(number: int, **fields: Any) -> dict[str, Any]:
     return {"model": "tiny", "prompt": f"the quick brown fox {number % 97}", "max_tokens": 4} | fields
+
+
+async def behave(client: httpx.AsyncClient, number: int) -> str:
+    """One client; returns what became of it."""
+    kind = random.Random(number).choice(["whole", "hurried", "stream", "leaves"])
+    if kind in ("whole", "hurried"):
+        wish = {"deadline_ms": 20.0} if kind == "hurried" else {}
+        response = await client.post("/v1/completions", json=asked(number, **wish))
+        if response.status_code == 429:
+            return "refused"
+        assert response.status_code == 200, response.text
+        answer = response.json()
+        assert answer["usage"]["completion_tokens"] == 4
+        assert answer["skipkernels"]["deadline_met"] or wish
+        return "answered" if answer["skipkernels"]["deadline_met"] else "late by its wish"
+    body = asked(number, stream=True, max_tokens=4 if kind == "stream" else TOKENS)
+    last = ""
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        if response.status_code == 429:
+            return "refused"
+        async for line in response.aiter_lines():
+            if kind == "leaves" and '"text"' in line:
+                return "left"
+            last = line or last
+    assert last == "data: [DONE]"
+    return "answered"
+
+
+@pytest.mark.parametrize("requests", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_five_times_as_many_clients_as_places(engine: Engine, requests: int) -> None:  # noqa: F811
+    """Each request is answered, refused, or late by its own wish; nobody's connection breaks, and memory stays flat."""
+    service = real_service(engine, limits=RequestLimits(max_requests=PLACES))
+    memory: list[int] = []
+
+    async def load(url: str) -> Counter[str]:
+        outcomes: Counter[str] = Counter()
+        numbers = iter(range(requests))
+
+        async def keep_asking() -> None:
+            # each with a client of its own: httpx looks at every connection of a client before every request
+            async with httpx.AsyncClient(base_url=url, timeout=120, verify=False) as client:
+                for number in numbers:
+                    outcomes[await behave(client, number)] += 1
+                    if sum(outcomes.values()) % (requests // 10) == 0:
+                        memory.append(psutil.Process().memory_info().rss)
+                    if outcomes["refused"]:
+                        await asyncio.sleep(0.01)
+
+        await asyncio.gather(*(keep_asking() for _ in range(5 * PLACES)))
+        await settled(service)
+        cache = (await service.backend.status()).cache
+        assert cache is not None
+        assert cache.used == 0, "no row is left behind"
+        return outcomes
+
+    with running(service) as server:
+        outcomes = asyncio.run(load(server.url))
+    assert sum(outcomes.values()) == requests
+    assert min(outcomes[kind] for kind in ("answered", "refused", "left")) > requests // 100
+    assert memory[-1] < memory[1] + (32 << 20), [rss >> 20 for rss in memory]
 
 
 @pytest.mark.parametrize("how", ["leaves", "reads nothing"])

@@ -114,3 +114,14 @@ def test_malformed_requests_on_a_real_socket(server: Running) -> None:
             if request.method == "OPTIONS" and response.status_code == 204:
                 continue  # it says which methods there are
             assert response.status_code in REFUSED, f"seed {seed}, {request.kind}: {response.text[:300]}"
+
+
+def test_an_idle_connection_outlives_the_clients_patience(server: Running) -> None:
+    """httpx and openai keep one for 5 s. Were it closed here at that moment, what they just send would be lost."""
+    with httpx.Client(base_url=server.url, limits=httpx.Limits(keepalive_expiry=60)) as client:
+        sockets = []
+        for pause_s in (0.0, 5.5):
+            time.sleep(pause_s)
+            response = client.get("/health")
+            sockets.append(response.extensions["network_stream"].get_extra_info("client_addr"))
+        assert sockets[0] == sockets[1], "the same connection"

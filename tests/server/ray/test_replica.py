@@ -16,11 +16,13 @@ def inputs(text: str) -> Inputs:
 
 
 async def collect(
-    replica: Replica, *texts: str, leave: tuple[int, ...] = ()
+    replica: Replica, *texts: str, leave: tuple[int, ...] = (), unread: tuple[int, ...] = ()
 ) -> tuple[list[str], Outputs | ModelFailure]:
-    """The text of each request and what came at the end; ``leave`` gives up after the first pieces."""
+    """The text of each request and what came at the end; ``leave`` gives up after the first pieces; nobody streams
+    ``unread``."""
     said = [""] * len(texts)
-    async for event in replica.run([inputs(text) for text in texts], TEXT):
+    streamed = [position not in unread for position in range(len(texts))]
+    async for event in replica.run([inputs(text) for text in texts], TEXT, streamed):
         if not isinstance(event, Pieces):
             return said, event
         for position, text in event.texts:
@@ -36,6 +38,13 @@ def test_the_text_of_a_batch_comes_before_its_outputs() -> None:
     assert isinstance(end, Outputs)
     assert [output.text for output in end.outputs] == ["a b c ", "d e ", "be mute now "]
     assert all(isinstance(output, Completion) for output in end.outputs)
+
+
+def test_what_nobody_streams_is_not_sent_before_the_end() -> None:
+    said, end = asyncio.run(collect(Replica(EchoModel), "a b c", "d e", unread=(0,)))
+    assert said == ["", "d e "]
+    assert isinstance(end, Outputs)
+    assert [output.text for output in end.outputs] == ["a b c ", "d e "]
 
 
 def test_a_model_that_fails_is_no_lost_worker() -> None:

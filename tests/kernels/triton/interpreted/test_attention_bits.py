@@ -5,42 +5,12 @@ import torch
 
 from skipkernels.kernels.triton import TRITON
 from skipkernels.program.reference import decode_attention
-from skipkernels.program.table import Instruction, instruction
+from tests.executors.attention_case import AttentionCase
 from tests.tolerances import assert_close
 
-SEQUENCES, POSITIONS, HEADS, KV_HEADS, HEAD_DIM, SPLIT = 3, 100, 4, 2, 6, 16
-ROWS = [(0, 99), (1, 40), (2, 7), (0, 63), (0, 64), (1, 0)]
+ROWS = ((0, 99), (1, 40), (2, 7), (0, 63), (0, 64), (1, 0))
 """Sequence and position; the last three are prompt rows."""
-
-
-def attention(block_size: int, active: list[int], sliding_window: int) -> Instruction:
-    """The same keys, values and queries in blocks of any size, which lie in another order for each."""
-    generator = torch.Generator().manual_seed(1)
-    keys, values = torch.randn(2, SEQUENCES, POSITIONS, KV_HEADS, HEAD_DIM, generator=generator).bfloat16()
-    query = torch.randn(len(ROWS), HEADS, HEAD_DIM, generator=generator)
-    table = -(-POSITIONS // block_size)
-    blocks = torch.randperm(SEQUENCES * table, generator=generator).view(SEQUENCES, table)
-    positions = torch.arange(POSITIONS)
-    caches = []
-    for entries in (keys, values):
-        cache = torch.full((SEQUENCES * table, KV_HEADS, block_size, HEAD_DIM), float("nan"), dtype=torch.bfloat16)
-        cache[blocks[:, positions // block_size], :, positions % block_size] = entries
-        caches.append(cache)
-    return instruction(
-        "decode_attention",
-        row_mask=torch.tensor([int(row in active) for row in range(len(ROWS))], dtype=torch.int32),
-        query=query,
-        k_cache=caches[0],
-        v_cache=caches[1],
-        block_table=blocks.to(torch.int32),
-        row_sequence=torch.tensor([sequence for sequence, _ in ROWS], dtype=torch.int32),
-        row_position=torch.tensor([position for _, position in ROWS], dtype=torch.int32),
-        attn_partials=torch.full((len(ROWS), HEADS, -(-POSITIONS // SPLIT) + 1, HEAD_DIM + 2), float("nan")),
-        attn_output=torch.zeros(len(ROWS), HEADS, HEAD_DIM),
-        scaling=HEAD_DIM**-0.5,
-        sliding_window=sliding_window,
-        kv_split_size=SPLIT,
-    )
+attention = AttentionCase(ROWS, positions=100, heads=4, kv_heads=2, head_dim=6, kv_split_size=16).instruction
 
 
 @pytest.mark.parametrize("sliding_window", [0, 30])

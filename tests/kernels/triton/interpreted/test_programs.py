@@ -73,6 +73,33 @@ def plain_case(num_sequences: int, dtype: torch.dtype, **changes: object) -> Cas
     return replace(case, **changes)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"post_norms_only": True, "num_key_value_heads": 3},
+        {"post_norms_only": True, "rotary_share": 0.6, "qkv_bias": True, "head_dim": 10},
+        {"rotary_share": 0.6, "head_dim": 10},
+        {"rotary_share": 0.6, "head_dim": 10, "qk_norm": True, "grows_queries": True, "sinks": True},
+        {"softcap": 1.5, "branch_norms": True, "grows_queries": True},
+    ],
+    ids=str,
+)
+def test_what_single_families_do_agrees(changes: dict[str, object], dtype: torch.dtype) -> None:
+    check(plain_case(3, dtype, prompt_rows=(2, 0, 1), seq_lens=(4, 7, 9), num_layers=2, **changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_sequences", [1, 3, 5])
+def test_experts_agree(num_sequences: int, dtype: torch.dtype) -> None:
+    policy = SkipPolicy(threshold=0.3, span=1, cold_start=0, cold_end=0, warmup_tokens=0)
+    changes = {"num_experts": 6, "num_layers": 3, "policies": (policy,), "hidden_size": 21, "idle_rows": 0}
+    if num_sequences > 1:  # as gpt-oss
+        changes |= {"expert_biases": True, "activation": "clamped_swiglu"}
+    case = plain_case(num_sequences, dtype, **changes)
+    check(case if num_sequences < 5 else replace(case, prompt_rows=(2, 0, 1, 0, 3), seq_lens=(4, 7, 9, 0, 3)))
+
+
 @settings(max_examples=4)
 @given(case=cases(layout=LAYOUT, max_sequences=4))
 def test_every_buffer_agrees_after_every_instruction(case: Case) -> None:

@@ -8,6 +8,7 @@ import torch
 from triton.runtime import interpreter
 
 from skipkernels.kernels.triton import TRITON
+from skipkernels.program.reference import REFERENCE
 from skipkernels.program.state import DecodeState
 from skipkernels.program.table import Instruction
 from skipkernels.skipping.policy import DensePolicy, NeuronPolicy, SkipPolicy
@@ -49,8 +50,14 @@ NEURONS = NeuronPolicy(gate_thresholds=(0.0,), warmup_tokens=0)
 
 
 def program(num_sequences: int, **changes: object) -> tuple[dict[str, Instruction], DecodeState]:
-    """Every op of a program without and of one with neurons to leave out, all of which are listed and kept."""
+    """Every op of a program without and of one with neurons to leave out, all of which are listed and kept. Where there
+    are experts, which have no neurons to leave out yet, rows have chosen theirs."""
     case = plain_case(num_sequences, torch.bfloat16, hidden_size=53, intermediate_size=21, **changes)
+    if case.num_experts:
+        state = case.state()
+        instructions = {ins.op: ins for ins in case.program(case.weights(), state)}
+        REFERENCE["route_experts"](instructions["route_experts"])
+        return instructions, state
     gates = (0.0,) * case.num_layers
     neurons = replace(case, neuron_rows=True, policies=(replace(NEURONS, gate_thresholds=gates),))
     state = neurons.state()
@@ -98,11 +105,19 @@ def test_nothing_of_other_rows_is_read(op: str, addresses: list[np.ndarray]) -> 
     """The second of three sequences is idle, and so is the last of five prompt rows: no other axis is as long."""
     policy = SkipPolicy(threshold=0.5, span=1, cold_start=0, cold_end=0, warmup_tokens=0, target_ratio=0.1)
     rows = {"active": (True, False, True), "prompt_rows": (2, 0, 2), "seq_lens": (4, 7, 9)}
-    instructions, state = program(3, **rows, num_layers=4, policies=(policy,), branch_norms=op == "branch_add")
+    instructions, state = program(
+        3,
+        **rows,
+        num_layers=4,
+        policies=(policy,),
+        branch_norms=op == "branch_add",
+        post_norms_only=op == "norm_rope_append",
+        num_experts=2 if "experts" in op else 0,
+    )
     TRITON[op](instructions[op])
     idle = {state.num_rows: (1, -1), state.num_sequences: (1,), state.num_prompt_rows: (-1,)}
     for name, buffer in state.buffers():
-        if name in ("active", "run_ffn"):  # the flags
+        if name in ("active", "run_ffn", "expert_begins"):  # the flags, and what is of all rows together
             continue
         reads = reads_of(buffer, addresses).reshape(buffer.shape)
         for axis in (0, 1)[: buffer.dim()]:

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints whose matrices GPTQ, AWQ, compressed-tensors or fp8 packed."""
