@@ -1,5 +1,6 @@
 """What every test runs under."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,10 @@ settings.register_profile(
 settings.load_profile("skipkernels")
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it brings
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # what a test starts beside other tests: two threads that wait for each other on taken processors take many times
+    # the time of one
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
