@@ -20,8 +20,8 @@ CACHE_SHARE = 0.5
 def cache_blocks(
     config: ModelConfig, dtype: torch.dtype, device: str, sequences: int, max_seq_len: int, cache_bytes: int | None
 ) -> int:
-    """Blocks for ``sequences`` of up to ``max_seq_len`` positions: as many as fit ``cache_bytes``, of which those that no
-    sequence needs keep prompts; or (None) as all of them could need, within ``CACHE_SHARE`` of the free memory.
+    """Blocks for ``sequences`` of up to ``max_seq_len`` positions: as many as fit ``cache_bytes``, of which those that
+    no sequence needs keep prompts; or (None) as all of them could need, within ``CACHE_SHARE`` of the free memory.
 
     Raises:
         RequestError: that is less than one sequence may need.

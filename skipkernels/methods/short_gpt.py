@@ -17,8 +17,8 @@ from torch.nn.functional import cosine_similarity
 from skipkernels.calibration.passages import Passage
 from skipkernels.engine import Engine
 from skipkernels.errors import PolicyError
-from skipkernels.methods.ffn_methods import round_half_up
 from skipkernels.methods.engine_method import EngineMethod
+from skipkernels.methods.ffn_methods import round_half_up
 from skipkernels.methods.layer_decoder import LayerDecoder
 from skipkernels.methods.method import Found, Method, Progress, RatioOf, ignore
 from skipkernels.methods.setup import Setup

@@ -264,7 +264,9 @@ class ModelConfig:
     def with_layers(self, kept: Sequence[int]) -> ModelConfig:
         """Of a model that has these layers alone."""
         per_layer = ("sliding_windows", "second_rope_layers", "expert_layers")
-        cut = {name: tuple(values[layer] for layer in kept) for name in per_layer if (values := getattr(self, name))}
+        cut: dict[str, Any] = {
+            name: tuple(values[layer] for layer in kept) for name in per_layer if (values := getattr(self, name))
+        }
         return replace(self, num_hidden_layers=len(kept), **cut)
 
     def cache_bytes(self, batch_size: int, max_seq_len: int, dtype: torch.dtype) -> int:

@@ -341,6 +341,18 @@ def test_a_cache_too_small_for_one_sequence_is_refused() -> None:
         engine_of(cache_bytes=7 * BLOCK_BYTES)
 
 
+def test_a_larger_cache_than_the_sequences_need_keeps_prompts() -> None:
+    engine = engine_of(cache_bytes=40 * BLOCK_BYTES)
+    assert engine.loop.pool.num_blocks == 40
+    engine.loop.weights_may_change = False
+    prompts = [random_prompt(200, seed) for seed in range(4)]
+    for _ in range(2):
+        for prompt in prompts:
+            engine.generate([prompt], max_new_tokens=1)
+    assert engine.loop.cache_status().prefix_hits >= 4 * 160
+    assert engine.loop.cache_status().evictions == 0
+
+
 def test_a_closed_engine_takes_nothing() -> None:
     engine = engine_of()
     handle = Ask(5, 40, 0, None).submit(engine)
