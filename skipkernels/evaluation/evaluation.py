@@ -44,8 +44,8 @@ def evaluate(
                 f"{task.name}, {what}", (number + (part + (index + share) / count) / 2) / len(tasks)
             )
 
-        # first all searches: they take the cache for themselves, and behind them the prompts of the task, which most
-        # methods compute in full, stay in it from the first method that runs to the last
+        # first all searches: they take much of the cache, and behind them the prompts of the task, which most methods
+        # compute in full, stay in it from the first method that runs to the last
         searches = []
         for index, (kind, ratio) in enumerate(missing):
             searches.append(_search(setup, task, kind, ratio, part(index, 0)))

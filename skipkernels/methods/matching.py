@@ -10,6 +10,7 @@ from skipkernels.methods.work import Work
 CLOSE_ENOUGH = 0.003
 _RUNS = 16
 _FIRST_STEP = 0.02  # of the whole range; a policy that was tuned on other text is rarely farther off
+_STEPS = 3  # then the end is tried: it may not be reachable at all
 _MARGIN = 0.1  # of what is left: as near to its ends as no setting is tried
 
 
@@ -34,8 +35,12 @@ def match(
         if abs(ratio - wanted) <= CLOSE_ENOUGH:
             break
         low, high = (setting, high) if ratio > wanted else (low, setting)
+        if low == high:  # the end, and not enough
+            break
         if low in measured and high in measured:
             setting = _between(low, high, measured, wanted)
+        elif len(measured) == _STEPS:
+            setting = high if ratio > wanted else low
         else:
             setting = setting + step if ratio > wanted else setting - step
             setting, step = setting if low < setting < high else (low + high) / 2, 2 * step
