@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -172,8 +172,8 @@ class Engine:
                 or q8_0. None takes the checkpoint's own, which of a GGUF file are its block formats.
             max_seq_len: cached positions per sequence; None: the model's maximum, at most 4096.
             max_batch_size: sequences decoded together; more requests wait for a place.
-            cache_bytes: size of the paged KV cache that they share; None: room for all of them at ``max_seq_len``, but
-                at most half of the memory that is free.
+            cache_bytes: size of the paged KV cache that they share; what they do not need keeps prompts that may come
+                again. None: room for all of them at ``max_seq_len``, but at most half of the memory that is free.
             executor, num_threads, kernels, conditional, loop, debug: see ``Execution``.
             neuron_rows: let ``down_proj`` lie transposed, so that policies can leave out single neurons; None: where
                 ``policy`` does. Every policy can be used with such weights.
@@ -217,16 +217,28 @@ class Engine:
         engine.default_eos_token_ids = default_eos_token_ids(tokenizer, loaded.generation_config)
         return engine
 
-    def with_rows(self, max_batch_size: int) -> Engine:
+    def with_rows(self, max_batch_size: int, cache_bytes: int | None = None) -> Engine:
         """Another engine on the same weights, for another number of rows."""
+        return self._sibling(self.config, self.weights, self.policy, max_batch_size, cache_bytes)
+
+    def without_layers(self, removed: Collection[int]) -> Engine:
+        """Another engine on the same weights, for as many rows, that knows nothing of some layers; dense."""
+        kept = [layer for layer in range(self.config.num_hidden_layers) if layer not in removed]
+        weights = replace(self.weights, layers=[self.weights.layers[layer] for layer in kept])
+        return self._sibling(self.config.with_layers(kept), weights, DensePolicy(), self.max_batch_size, None)
+
+    def _sibling(
+        self, config: ModelConfig, weights: ModelWeights, policy: Policy, max_batch_size: int, cache_bytes: int | None
+    ) -> Engine:
         other = Engine(
-            self.config,
-            self.weights,
-            policy=self.policy,
+            config,
+            weights,
+            policy=policy,
             tokenizer=self.tokenizer,
             generation_config=self.generation_config,
             max_seq_len=self.max_seq_len,
             max_batch_size=max_batch_size,
+            cache_bytes=cache_bytes,
             execution=self.execution,
         )
         other.default_eos_token_ids = self.default_eos_token_ids

@@ -34,7 +34,7 @@ def plot_decode(rows: Sequence[dict[str, Any]], path: str | Path, title: str) ->
         if row["system"] != "skipkernels":
             label = f"{row['system']}, batch {row['batch_size']}"
             axes.axhline(row["ms_per_token"], color=GREEN, linestyle="--", label=label)
-    axes.set(xlabel="FFN executions skipped (%)", ylabel="ms per token", ylim=(0, None))
+    axes.set(xlabel="FFN bytes not read (%)", ylabel="ms per token (lower is better)", ylim=(0, None))
     axes.set_title(title, loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     save(figure, path)
@@ -59,7 +59,7 @@ def plot_kernels(rows: Sequence[dict[str, Any]], path: str | Path, title: str) -
     for (shapes, batch, length), marker in markers.items():
         axes.plot([], [], marker, color="#888888", label=f"{shapes}, batch {batch}, {length} positions")
     axes.plot([], [], "--", color=GREEN, label=f"probed bandwidth, {probe:.0f} GB/s")
-    axes.set(xscale="log", yscale="log", xlabel="MB moved by one instruction", ylabel="GB/s")
+    axes.set(xscale="log", yscale="log", xlabel="MB moved by one instruction", ylabel="GB/s (higher is better)")
     axes.set_title(title, loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=7, loc="lower right")
     save(figure, path)

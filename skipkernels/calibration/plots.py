@@ -32,7 +32,7 @@ def plot_calibration(calibration: Calibration, path: str | Path) -> None:
     for number, trial in enumerate(calibration.verified):
         saved = f" {trial.comparison.kl:.3f} at {trial.comparison.skip_ratio:.1%}"
         cost.text(max(trial.comparison.kl, 1e-5), number, saved, va="center", fontsize=8)
-    cost.set(xscale="log", xlabel="KL from dense, nats, at the share of FFN bytes not read")
+    cost.set(xscale="log", xlabel="KL from dense, nats, at the share of FFN bytes not read (shorter is better)")
     cost.margins(x=0.25)
     cost.invert_yaxis()
     curve = calibration.curve
@@ -43,7 +43,11 @@ def plot_calibration(calibration: Calibration, path: str | Path) -> None:
     axes.set_yscale("log")
     axes.invert_yaxis()
     axes.yaxis.set_major_formatter(lambda distance, _: f"{1.0 - distance:.6f}".rstrip("0").rstrip("."))
-    axes.set(xlim=(-0.5, len(layers) - 0.5), xlabel="layer", ylabel="cosine similarity across the FFN")
+    axes.set(
+        xlim=(-0.5, len(layers) - 0.5),
+        xlabel="layer",
+        ylabel="cosine similarity across the FFN\n(higher: the FFN changes less)",
+    )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(facecolor="white", framealpha=1.0, edgecolor="none", loc="lower right")
     save(figure, path)

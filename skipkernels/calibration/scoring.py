@@ -72,7 +72,7 @@ def score(
         with engine.loop.own_rows() as own:
             group = passages[start : start + own.num_slots]
             for slot, passage in enumerate(group):
-                own.begin(slot, passage.token_ids[: passage.prompt_tokens], plan)
+                own.begin(slot, passage.token_ids[: passage.prompt_tokens], plan, kept=True)
                 own.state.max_new_tokens[slot] = passage.decoded_tokens
             own.start()
             rows = [_Row(engine, slot, passage, keep_log_probs) for slot, passage in enumerate(group)]

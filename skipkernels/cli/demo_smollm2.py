@@ -35,7 +35,7 @@ def demo_smollm2(json: bool, threads: int | None) -> None:
     screen = Console(highlight=False, quiet=json)
     screen.print(
         f"SmolLM2-135M-Instruct, {engine.config.num_hidden_layers} layers in {engine.dtype}. Per token, neurons of its "
-        "FFNs that matter little are left out,\nand their weights are not read. First a calibration for this model "
+        "FFNs that matter little are left out, and their weights are not read. First a calibration for this model "
         f"({percent(_SAVING)} of the FFN bytes), then answers.\n"
     )
     source, texts = calibration_texts(engine, SMOLLM2, None)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from skipkernels.skipping.policy import Policy
 
 _ROWS = 16
+_PROMPT_POSITIONS = 1 << 17  # of the cache, so that prompts stay: Spec-Bench's 80 articles take 63,000
 _STDOUT = Path("-")
 _RATIOS = "0.1,0.2,0.25,0.35"
 
@@ -153,7 +154,7 @@ def evaluate(
         raise typer.BadParameter("--resume continues the file of --json; give both")
     require_folder(None if json == _STDOUT else json)
     require_picture(plot)
-    engine = model_options.load(max_batch_size=_ROWS, neuron_rows=model_options.device == "cpu")
+    engine = _with_room_for_prompts(model_options.load(neuron_rows=model_options.device == "cpu"))
     policy = method_options.given_policy(engine) if method_options.policy is not None else None
 
     from skipkernels.evaluation.evaluation import evaluate as fill_cells
@@ -187,6 +188,18 @@ def evaluate(
             out.print(f"wrote {' and '.join(written)}")
     if unfinished:
         raise unfinished[0]
+
+
+def _with_room_for_prompts(loaded: Engine) -> Engine:
+    """With ``_ROWS`` rows, and a cache in which the prompts of a task last from one method to the next: nearly all
+    methods compute prompts in full, so the first one does it for all."""
+    from skipkernels.decoding.cache_size import CACHE_SHARE
+    from skipkernels.support.memory import free_memory_bytes
+
+    positions = max(_ROWS * loaded.max_seq_len, _PROMPT_POSITIONS)
+    wanted = loaded.config.cache_bytes(1, positions, loaded.weights.dtype)
+    free = free_memory_bytes(str(loaded.execution.device))
+    return loaded.with_rows(_ROWS, min(wanted, int(CACHE_SHARE * free)))
 
 
 def _settings(

@@ -20,8 +20,8 @@ CACHE_SHARE = 0.5
 def cache_blocks(
     config: ModelConfig, dtype: torch.dtype, device: str, sequences: int, max_seq_len: int, cache_bytes: int | None
 ) -> int:
-    """Blocks for ``sequences`` of up to ``max_seq_len`` positions: as many as fit ``cache_bytes``, or (None) as all of
-    them could need, within ``CACHE_SHARE`` of the free memory.
+    """Blocks for ``sequences`` of up to ``max_seq_len`` positions: as many as fit ``cache_bytes``, of which those that
+    no sequence needs keep prompts; or (None) as all of them could need, within ``CACHE_SHARE`` of the free memory.
 
     Raises:
         RequestError: that is less than one sequence may need.
@@ -35,7 +35,7 @@ def cache_blocks(
         limit, what = int(CACHE_SHARE * free), f"{CACHE_SHARE:.0%} of the {free:,} bytes that are free on {device}"
     else:
         limit, what = cache_bytes, f"cache_bytes={cache_bytes:,}"
-    blocks = min(wanted, limit // block_bytes)
+    blocks = limit // block_bytes if cache_bytes is not None else min(wanted, limit // block_bytes)
     if blocks < one:
         raise RequestError(
             f"the cache of one sequence of max_seq_len={max_seq_len} needs {one * block_bytes:,} bytes, {what} is "
@@ -48,7 +48,7 @@ def cache_blocks(
         blocks * block_bytes / 1e6,
         sequences,
         max_seq_len,
-        "" if blocks == wanted else f" ({what}; all of them at full length would need {wanted} blocks)",
+        "" if blocks == wanted else f" ({what}; all of them at full length need {wanted} blocks)",
     )
     return blocks
 

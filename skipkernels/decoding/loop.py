@@ -291,7 +291,8 @@ class DecodeLoop:
 
     @contextmanager
     def own_rows(self) -> Iterator[OwnRows]:
-        """The state and its whole cache for one user. What the prefix index knew is forgotten.
+        """The state and its cache for one user. Of what the prefix index knew, as much stays as the cache is larger
+        than the rows.
 
         Raises:
             RequestError: requests are in flight.
@@ -299,12 +300,15 @@ class DecodeLoop:
         with self._turns.take():
             if not self.idle:
                 raise RequestError("requests are in flight; wait for them or cancel them first")
-            self.index.clear()
+            if self.weights_may_change:
+                self.index.clear()
             self._quiet()
+            own = OwnRows(self.state, self._prompt_rows, self._executor(Variant()), self.pool, self.index)
             try:
-                yield OwnRows(self.state, self._prompt_rows, self._executor(Variant()))
+                yield own
             finally:
                 self._quiet()
+                own.release()
                 self.state.block_table.fill_(-1)
 
     def _arrive_in_child(self) -> None:

@@ -143,7 +143,7 @@ def _attention(
     cache.append(start, apply_rope(key, *rope), value)
     window = config.sliding_windows[index]
     begin = max(0, start + 1 - window) if window else 0
-    keys, values = cache.read(begin, end)
+    keys, values = (each.to(dtype) for each in cache.read(begin, end))
     positions = torch.arange(begin, end, device=hidden.device)
     offsets = torch.arange(start, end, device=hidden.device)[:, None] - positions
     mask = offsets >= 0 if window is None else (offsets >= 0) & (offsets < window)

@@ -15,8 +15,6 @@ from skipkernels.evaluation.task import Outcome, Task, Unfinished
 from skipkernels.methods.method import FULL, Found, MethodKind, Progress, ignore
 from skipkernels.methods.setup import Setup
 
-_FIND_SHARE = 0.5  # of a cell's progress
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -29,34 +27,73 @@ class Entry:
 def evaluate(
     setup: Setup, entries: Sequence[Entry], tasks: Sequence[Task], results: ResultsFile, progress: Progress = ignore
 ) -> list[Unfinished]:
-    """Computes the missing cells, and writes each as soon as it is done.
+    """Computes the missing cells, task by task, and writes each as soon as it is done.
 
     Returns:
         Errors of the cells that could not be finished.
     """
     setup.memory = results.document["memory"]
-    planned = [(task, entry.kind, ratio) for task in tasks for entry in entries for ratio in entry.ratios]
+    pairs = [(entry.kind, ratio) for entry in entries for ratio in entry.ratios]
     unfinished: list[Unfinished] = []
-    for number, (task, kind, ratio) in enumerate(planned):
-        name = _label(kind, ratio)
+    for number, task in enumerate(tasks):
+        missing = [(kind, ratio) for kind, ratio in pairs if results.cell(kind.name, ratio, task.name) is None]
 
-        def report(stage: str, share: float, number: int = number, what: str = f"{task.name}, {name}") -> None:
-            progress(f"{what}: {stage}", (number + share) / len(planned))
+        def part(index: int, part: int, number: int = number, task: Task = task, count: int = len(missing)) -> Progress:
+            """Of the progress: of the task's methods, its searches or its runs, one."""
+            return lambda what, share: progress(
+                f"{task.name}, {what}", (number + (part + (index + share) / count) / 2) / len(tasks)
+            )
 
-        report("", 0.0)
-        if results.cell(kind.name, ratio, task.name) is not None:
-            continue
-        try:
-            results.add(_cell(setup, task, kind, ratio, results, report))
-        except Unfinished as error:
-            unfinished.append(error)
+        # first all searches: they take much of the cache, and behind them the prompts of the task, which most methods
+        # compute in full, stay in it from the first method that runs to the last
+        searches = []
+        for index, (kind, ratio) in enumerate(missing):
+            searches.append(_search(setup, task, kind, ratio, part(index, 0)))
+            results.save()
+        for index, (search, (kind, ratio)) in enumerate(zip(searches, missing, strict=True)):
+            try:
+                results.add(_cell(setup, task, kind, ratio, search, results, part(index, 1)))
+            except Unfinished as error:
+                unfinished.append(error)
     _compare_with_full(setup, tasks, results)
     results.save()
     return unfinished
 
 
-def _cell(setup: Setup, task: Task, kind: MethodKind, ratio: float, results: ResultsFile, report: Progress) -> Cell:
-    environment = results.document["environment"]
+@dataclass(frozen=True)
+class _Search:
+    """What was found for a method and a task, or why nothing was."""
+
+    found: Found | None
+    problem: str
+    seconds: float
+
+
+def _search(setup: Setup, task: Task, kind: MethodKind, ratio: float, report: Progress) -> _Search:
+    started, name = time.perf_counter(), _label(kind, ratio)
+    alike = digest(str([(passage.token_ids, passage.prompt_tokens) for passage in task.alike]))
+
+    def find() -> Found:
+        return kind.find(setup, ratio, task.alike, lambda stage, share: report(f"{name}: {stage}", share))
+
+    report(f"{name}: ", 0.0)
+    try:
+        found = setup.remember(f"{name} like {alike}", find)
+    except PolicyError as error:
+        return _Search(None, str(error), time.perf_counter() - started)
+    return _Search(found, "", time.perf_counter() - started)
+
+
+def _cell(
+    setup: Setup,
+    task: Task,
+    kind: MethodKind,
+    ratio: float,
+    search: _Search,
+    results: ResultsFile,
+    report: Progress,
+) -> Cell:
+    environment, name, found = results.document["environment"], _label(kind, ratio), search.found
     cell: Cell = {
         "method": kind.name,
         "source": kind.source,
@@ -66,29 +103,19 @@ def _cell(setup: Setup, task: Task, kind: MethodKind, ratio: float, results: Res
         "commit": environment.get("commit"),
         "date": environment.get("date"),
     }
-    started = time.perf_counter()
-    alike = digest(str([(passage.token_ids, passage.prompt_tokens) for passage in task.alike]))
-
-    def find() -> Found:
-        return kind.find(setup, ratio, task.alike, lambda stage, share: report(stage, _FIND_SHARE * share))
-
-    try:
-        found = setup.remember(f"{_label(kind, ratio)} like {alike}", find)
-    except PolicyError as error:
-        return cell | {"unreachable": str(error)}
-    results.save()
-    found_s = time.perf_counter() - started
-    done = 0
+    if found is None:
+        return cell | {"unreachable": search.problem}
+    started, done = time.perf_counter(), 0
 
     def on_item(count: int) -> None:
         nonlocal done
         done += count
-        report(f"{done}/{task.total}", _FIND_SHARE + (1 - _FIND_SHARE) * done / task.total)
+        report(f"{name}: {done}/{task.total}", done / task.total)
 
-    made_of = digest(f"{setup.engine.fingerprint} {found}")[
-        :6
-    ]  # part of file names, so that files of another model or policy are not resumed
-    outcome = task.run(kind.build(setup, found), f"{_label(kind, ratio)}-{made_of}", on_item)
+    report(f"{name}: ", 0.0)
+    # part of file names, so that files of another model or policy are not resumed
+    made_of = digest(f"{setup.engine.fingerprint} {found}")[:6]
+    outcome = task.run(kind.build(setup, found), f"{name}-{made_of}", on_item)
     return cell | {
         "found": found,
         "metrics": _estimates(task, outcome.items, setup.seed),
@@ -96,8 +123,8 @@ def _cell(setup: Setup, task: Task, kind: MethodKind, ratio: float, results: Res
         "work": asdict(outcome.work),
         "ffn_skip_ratio": outcome.work.ffn_skip_ratio,
         "layer_bytes_saved": outcome.work.layer_bytes_saved,
-        "find_s": found_s,
-        "run_s": time.perf_counter() - started - found_s,
+        "find_s": search.seconds,
+        "run_s": time.perf_counter() - started,
         "items": {name: _columns(items) for name, items in outcome.items.items()},
     }
 

@@ -39,7 +39,8 @@ def plot_quality(cells: Sequence[Cell], panels: Sequence[tuple[str, Metric]], pa
     for axes, (task, metric) in zip(grid.flat, panels, strict=False):
         _draw(axes, _measured(cells, task, metric), metric)
         better = "higher" if metric.higher_is_better else "lower"
-        axes.set_title(f"{task}: {metric.name} ({better} is better)", loc="left", fontsize=9)
+        name = metric.name if metric.name == task else f"{task}: {metric.name}"
+        axes.set_title(f"{name} ({better} is better)", loc="left", fontsize=9)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     handles = {
@@ -89,7 +90,7 @@ def _draw(axes: Any, cells: Sequence[Cell], metric: Metric) -> None:
             clip_on=False,  # a marker at the edge is whole
         )
     if logarithmic:
-        axes.set_yscale("log", subs=(2, 5))
+        axes.set_yscale("log", subs=(2, 3, 5))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
     elif metric.unit == "share":

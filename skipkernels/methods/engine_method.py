@@ -16,7 +16,7 @@ from skipkernels.skipping.policy import Policy, policy_from_dict
 
 
 class EngineMethod:
-    """Decodes on the engine, ``max_batch_size`` rows together. ``policy_of`` gives the policy of each such batch."""
+    """Decodes on the engine. ``policy_of`` gives the policy of each ``max_batch_size`` prompts or passages."""
 
     def __init__(self, engine: Engine, policy_of: Callable[[int], Policy]) -> None:
         self._engine = engine
@@ -31,18 +31,25 @@ class EngineMethod:
         eos_token_ids: Sequence[int] | None = None,
         on_item: OnItem = ignore,
     ) -> list[Answer]:
-        engine, answers = self._engine, []
-        for number, start in enumerate(range(0, len(prompts), engine.max_batch_size)):
-            batch = [list(prompt) for prompt in prompts[start : start + engine.max_batch_size]]
-            generations = engine.generate(
-                batch,
-                max_new_tokens=max_new_tokens,
-                stop=stop,
-                eos_token_ids=eos_token_ids,
-                policy=self._policy_of(number),
-            )
-            answers += [Answer(g.token_ids, g.text, self._work(g.unread_map)) for g in generations]
-            on_item(len(batch))
+        engine, batches, answers = self._engine, [], []
+        try:
+            # all at once, so that a row whose answer ends takes the next prompt
+            for number, start in enumerate(range(0, len(prompts), engine.max_batch_size)):
+                batches.append(
+                    engine.begin(
+                        [list(prompt) for prompt in prompts[start : start + engine.max_batch_size]],
+                        max_new_tokens=max_new_tokens,
+                        stop=stop,
+                        eos_token_ids=eos_token_ids,
+                        policy=self._policy_of(number),
+                    )
+                )
+            for batch in batches:
+                answers += [Answer(g.token_ids, g.text, self._work(g.unread_map)) for g in batch.results()]
+                on_item(len(batch.rows))
+        finally:
+            for batch in batches:
+                batch.end()
         return answers
 
     def score(

@@ -10,26 +10,33 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch.nn.functional import cosine_similarity
 
 from skipkernels.calibration.passages import Passage
+from skipkernels.engine import Engine
 from skipkernels.errors import PolicyError
+from skipkernels.methods.engine_method import EngineMethod
 from skipkernels.methods.ffn_methods import round_half_up
 from skipkernels.methods.layer_decoder import LayerDecoder
-from skipkernels.methods.layer_methods import LayerMethod
 from skipkernels.methods.method import Found, Method, Progress, RatioOf, ignore
 from skipkernels.methods.setup import Setup
+from skipkernels.methods.work import UnreadMap, Work
+from skipkernels.skipping.policy import DensePolicy
 
 
-class RemovedLayers:
-    """No token runs the removed layers."""
+class Shortened(EngineMethod):
+    """The engine on the layers that are left."""
 
-    def __init__(self, removed: list[int]) -> None:
-        self._removed = frozenset(removed)
+    def __init__(self, engine: Engine, removed: Sequence[int]) -> None:
+        super().__init__(engine.without_layers(removed), lambda batch: DensePolicy())
+        self._whole = engine
+        self._skipped = np.isin(np.arange(engine.config.num_hidden_layers), removed)
 
-    def runs(self, layer: int, hidden: torch.Tensor, ran: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(ran, layer not in self._removed)
+    def _work(self, unread_map: UnreadMap) -> Work:
+        skipped = np.tile(self._skipped, (len(unread_map), 1))
+        return Work.of_layers(self._whole.config, self._whole.weights, skipped, fills_cache=False)
 
 
 class ShortGPT:
@@ -52,7 +59,7 @@ class ShortGPT:
         return {"removed": sorted(removed)}
 
     def build(self, setup: Setup, found: Found) -> Method:
-        return LayerMethod(setup.engine, setup.layer_decoder, RemovedLayers(found["removed"]), fills_cache=False)
+        return Shortened(setup.engine, found["removed"])
 
 
 def _mean_influence(setup: Setup, progress: Progress) -> list[float]:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -260,6 +260,14 @@ class ModelConfig:
         per_layer = self.attention_bytes(dtype) + self._ffn_bytes(self.num_experts, dtype)
         embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size * dtype.itemsize
         return self.num_hidden_layers * per_layer + embeddings
+
+    def with_layers(self, kept: Sequence[int]) -> ModelConfig:
+        """Of a model that has these layers alone."""
+        per_layer = ("sliding_windows", "second_rope_layers", "expert_layers")
+        cut: dict[str, Any] = {
+            name: tuple(values[layer] for layer in kept) for name in per_layer if (values := getattr(self, name))
+        }
+        return replace(self, num_hidden_layers=len(kept), **cut)
 
     def cache_bytes(self, batch_size: int, max_seq_len: int, dtype: torch.dtype) -> int:
         """Bytes of a KV cache; sliding layers keep every position too."""

@@ -132,11 +132,13 @@ class ModelWeights:
         if self.lm_head is not self.embed_tokens:
             yield "lm_head", self.lm_head
 
-    def dequantized(self) -> ModelWeights:
-        """The same weights with all matrices as floats of ``dtype``; those that are share their memory."""
+    def dequantized(self, dtype: torch.dtype | None = None) -> ModelWeights:
+        """The same weights with all matrices as floats of ``dtype``, by default their own; those that are share their
+        memory."""
+        wanted = dtype or self.dtype
 
         def floats(matrix: AnyMatrix) -> torch.Tensor:
-            return as_tensor(matrix, self.dtype)
+            return as_tensor(matrix, wanted).to(wanted)
 
         embed_tokens = floats(self.embed_tokens)
         layers = [

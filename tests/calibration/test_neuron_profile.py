@@ -1,14 +1,17 @@
 """What neurons and blocks cost: as on Hugging Face's module; thresholds that save what was wanted where it is cheap."""
 
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from skipkernels.calibration import forced_reading
 from skipkernels.calibration.forced_reading import divergence, read_dense
 from skipkernels.calibration.neuron_profile import NeuronProfile, _scales, probes, profile_neurons
 from skipkernels.calibration.passages import Passage, cut_passages
+from skipkernels.calibration.scoring import score
 from skipkernels.calibration.tuning import Decoder
 from skipkernels.cli.builtin_text import demo_streams
 from skipkernels.demo import demo_model_path
@@ -185,3 +188,17 @@ def test_of_experts_what_whole_blocks_cost_is_read() -> None:
         policy = FixedPolicy(layers=(layer,), warmup_tokens=1)
         trial = decoder.try_out("fixed", policy, 0.25, 1)
         assert trial.comparison.kl * passage.decoded_tokens == pytest.approx(profile.block_kl[:, layer].sum(), rel=0.05)
+
+
+@pytest.mark.parametrize("isas", [("avx512_bf16", "generic"), ("avx2", "generic")])
+def test_bf16_is_read_in_fp32_where_the_processor_has_no_products_of_it(
+    monkeypatch: pytest.MonkeyPatch, isas: tuple[str, ...]
+) -> None:
+    engine = tiny_engine(module=tiny_module(dtype=torch.bfloat16))
+    monkeypatch.setattr(forced_reading, "_C", SimpleNamespace(usable_isas=lambda: isas))
+    reading = read_dense(engine, PASSAGES[0])
+    native = "avx512_bf16" in isas
+    assert reading.weights.layers[0].down_proj.dtype == (torch.bfloat16 if native else torch.float32)
+    assert (reading.weights is engine.weights) is native
+    (decoded,) = score(engine, [PASSAGES[0]], keep_log_probs=True)
+    torch.testing.assert_close(reading.log_probs, decoded.all_log_probs, atol=0.05, rtol=0.0)

@@ -341,6 +341,18 @@ def test_a_cache_too_small_for_one_sequence_is_refused() -> None:
         engine_of(cache_bytes=7 * BLOCK_BYTES)
 
 
+def test_a_larger_cache_than_the_sequences_need_keeps_prompts() -> None:
+    engine = engine_of(cache_bytes=40 * BLOCK_BYTES)
+    assert engine.loop.pool.num_blocks == 40
+    engine.loop.weights_may_change = False
+    prompts = [random_prompt(200, seed) for seed in range(4)]
+    for _ in range(2):
+        for prompt in prompts:
+            engine.generate([prompt], max_new_tokens=1)
+    assert engine.loop.cache_status().prefix_hits >= 4 * 160
+    assert engine.loop.cache_status().evictions == 0
+
+
 def test_a_closed_engine_takes_nothing() -> None:
     engine = engine_of()
     handle = Ask(5, 40, 0, None).submit(engine)
@@ -372,6 +384,31 @@ def test_rows_by_hand_need_an_idle_engine() -> None:
     with engine.loop.own_rows() as own:
         own.begin(0, LONG[:5])
     assert_same(Ask(5, 4, 0, None).submit(engine).result(), alone(Ask(5, 4, 0, None)))
+
+
+def test_rows_by_hand_find_prompts_that_were_kept() -> None:
+    """In their own blocks, in those of another slot, and behind them in those that are idle."""
+    engine = engine_of(max_batch_size=2, cache_bytes=40 * BLOCK_BYTES)
+    engine.loop.weights_may_change = False
+    (whole,) = engine.generate([LONG], max_new_tokens=6, eos_token_ids=())
+    hits = engine.loop.scheduler.prefix_hits
+    placed: list[int] = []
+    with engine.loop.own_rows() as own:
+        assert engine.loop.pool.num_available == 40 - 2 * 8
+        place = own._prompt_rows.place
+        own._prompt_rows.place = lambda chunks: placed.extend(c.end - c.start for c, _ in chunks) or place(chunks)
+        own.begin(0, LONG, kept=True)
+        own.begin(1, [*LONG[:100], 7, 8, 9], kept=True)
+        assert sum(placed) == (149 - 128) + (102 - 96)
+        del own._prompt_rows.place
+        own.begin(1, LONG)
+        own.start()
+        engine.executor_for(DensePolicy()).run(6)
+        for slot in range(2):
+            assert own.state.token_ids[slot, len(LONG) : len(LONG) + 6].tolist() == whole.token_ids
+    assert engine.loop.pool.num_used == 0
+    assert engine.generate([LONG], max_new_tokens=6, eos_token_ids=())[0].token_ids == whole.token_ids
+    assert engine.loop.scheduler.prefix_hits - hits == 128
 
 
 def test_thousands_of_sequences_leave_the_pool_as_it_was() -> None:

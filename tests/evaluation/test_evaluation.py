@@ -49,6 +49,27 @@ def test_every_method_ratio_and_task_has_a_cell(setup: Setup, tmp_path: Path) ->
     assert shares[-1] == pytest.approx(1.0)
 
 
+def test_all_methods_of_a_task_are_found_before_one_runs(setup: Setup, tmp_path: Path) -> None:
+    """A search takes the cache for itself; between two runs it would throw their prompts out."""
+    steps: list[str] = []
+
+    class Watched(FakeKind):
+        def find(self, setup: Setup, ratio: float, alike: Sequence[Passage], progress: Progress = ignore) -> Found:
+            steps.append("find")
+            return super().find(setup, ratio, alike, progress)
+
+    class Task(FakeTask):
+        def run(self, method: Method, label: str, on_item: OnItem = ignore) -> Outcome:
+            steps.append("run")
+            return super().run(method, label, on_item)
+
+    task = Task(RIGHT)
+    results = new_file(tmp_path / "out.json", [task])
+    evaluate(setup, plan(Watched()), [task], results)
+    assert steps == ["find", "find", "run", "run", "run"]
+    assert all(cell["find_s"] >= 0 and cell["run_s"] >= 0 for cell in results.cells)
+
+
 def test_a_resumed_evaluation_measures_only_what_is_missing(setup: Setup, tmp_path: Path) -> None:
     class Interrupted(FakeTask):
         def run(self, method: Method, label: str, on_item: OnItem = ignore) -> Outcome:

@@ -39,6 +39,23 @@ def test_what_it_writes_it_reads_with_the_same_work(setup: Setup, found: Callabl
     assert total.ffn_skip_ratio == pytest.approx(0.0 if name == "full" else RATIO, abs=0.1)
 
 
+@pytest.mark.parametrize("name", ["neuron", "random", "shortgpt"])
+def test_more_prompts_than_rows_are_answered_as_in_batches(
+    setup: Setup, found: Callable[[str], Found], name: str
+) -> None:
+    """Random draws anew for each batch of prompts."""
+    method = METHODS[name].build(setup, found(name))
+    rows = setup.engine.max_batch_size
+    prompts = [random_prompt(3 + seed % 5, seed=seed) for seed in range(2 * rows + 3)]
+    done: list[int] = []
+    answers = method.generate(prompts, max_new_tokens=12, eos_token_ids=(), on_item=done.append)
+    assert done == [rows, rows, 3]
+    assert answers[:rows] == method.generate(prompts[:rows], max_new_tokens=12, eos_token_ids=())
+    others = method.generate(prompts[rows:], max_new_tokens=12, eos_token_ids=())
+    assert (answers[rows:] == others) is (name != "random")
+    assert setup.engine.loop.idle
+
+
 def test_it_ends_where_it_is_told_to(setup: Setup, found: Callable[[str], Found], name: str) -> None:
     method = METHODS[name].build(setup, found(name))
     prompts = [random_prompt(6, seed) for seed in range(4)]

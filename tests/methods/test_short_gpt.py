@@ -44,6 +44,18 @@ def test_removed_layers_are_gone_for_prompt_and_answer() -> None:
     assert_close(reading.all_log_probs, expected, "logits after layers, fp32")
 
 
+def test_a_layer_keeps_what_is_its_own() -> None:
+    engine = tiny_engine("gemma3_text")
+    removed = [1, 2]
+    kept = [layer for layer in range(engine.config.num_hidden_layers) if layer not in removed]
+    shorter = engine.without_layers(removed)
+    assert shorter.config.num_hidden_layers == len(kept)
+    assert shorter.config.sliding_windows == tuple(engine.config.sliding_windows[layer] for layer in kept)
+    assert shorter.config.second_rope_layers == tuple(engine.config.second_rope_layers[layer] for layer in kept)
+    assert [id(layer) for layer in shorter.weights.layers] == [id(engine.weights.layers[layer]) for layer in kept]
+    assert len(set(shorter.config.sliding_windows)) == 2, "layers that are all alike would show nothing"
+
+
 def test_block_influence_is_that_of_transformers_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_decoder, "_CHUNK", 16)  # a passage may be longer than what is read at a time
     module = tiny_module(num_hidden_layers=LAYERS)

@@ -39,7 +39,10 @@ def plot_frontier(profile: Profile, path: str | Path) -> None:
             color=colour,
         )
     axes.margins(x=0.1, y=0.18)
-    axes.set(xlabel="median time of one request (ms)", ylabel="accuracy, down to the promised bound")
+    axes.set(
+        xlabel="median time of one request (ms; left is better)",
+        ylabel="accuracy, down to the promised bound (up is better)",
+    )
     axes.set_title(f"{profile.model} · {profile.device} · {profile.source.partition(':')[0]}", loc="left", fontsize=10)
     save(figure, path)
 
@@ -52,16 +55,19 @@ def plot_comparison(results: Sequence[Result], path: str | Path, title: str) -> 
         SkipkernelsError: there is no matplotlib, or the file cannot be written.
     """
     plt = pyplot()
-    height = 1.3 + 0.35 * len(results)
+    height = 1.5 + 0.35 * len(results)
     figure, panels = plt.subplots(1, 4, figsize=(12.0, height), layout="constrained", sharey=True)
     names = [result.contender for result in results]
     overload = f"at {results[0].overload.offered_per_s:.0f}/s"
     achieved = [result.overload.achieved_accuracy or 0.0 for result in results]
+    throughput = [result.capacity.throughput_per_s for result in results]
+    completion = [result.overload.completion_mean_ms for result in results]
+    late = [result.overload.violation_ratio for result in results]
     rows = (
-        ("requests/s with few violations", [result.capacity.throughput_per_s for result in results], "{:.3g}"),
-        (f"mean completion (ms) {overload}", [result.overload.completion_mean_ms for result in results], "{:,.0f}"),
-        (f"violations {overload}", [result.overload.violation_ratio for result in results], "{:.1%}"),
-        (f"accuracy {overload}", achieved, "{:.3f}"),
+        ("requests/s with few violations\n(higher is better)", throughput, "{:.3g}"),
+        (f"mean completion (ms) {overload}\n(lower is better)", completion, "{:,.0f}"),
+        (f"violations {overload}\n(lower is better)", late, "{:.1%}"),
+        (f"accuracy {overload}\n(right of the required is enough)", achieved, "{:.3f}"),
     )
     for axes, (label, values, form) in zip(panels, rows, strict=True):
         axes.spines[["top", "right"]].set_visible(False)
