@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,12 +39,13 @@ class NeuronProfile:
     gates: list[torch.Tensor]
     products: list[torch.Tensor]
     up_scales: UpScales | None  # root mean square of each neuron's up, as a policy file stores it; None: of experts
-    up_rms: list[float]  # of a layer whose neurons have no scales; else 1
     sensitivity: list[float]  # k_l
     block_kl: npt.NDArray[np.float32]  # [positions, layers], KL where the FFN of one layer alone is left out
     similarities: npt.NDArray[np.float32]  # [positions, layers], dense, at the same positions
     neuron_shares: torch.Tensor = field(default_factory=lambda: torch.full((1, 2), 1 / 3))
     """Of each layer's FFN bytes, what all neurons of up_proj and of down_proj take; of floats a third each."""
+    up_rms: tuple[float, ...] = ()
+    """Root mean square of all ups of each layer, where its neurons have no scales of their own."""
 
     @property
     def layers(self) -> int:
@@ -79,7 +79,8 @@ class NeuronProfile:
 
     def _at(self, log_t: float, split: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
         products = [math.exp(log_t) / k for k in self.sensitivity]
-        return tuple(split * b / rms for b, rms in zip(products, self.up_rms, strict=True)), tuple(products)
+        of_layers = self.up_rms or (1.0,) * len(products)
+        return tuple(split * b / rms for b, rms in zip(products, of_layers, strict=True)), tuple(products)
 
     def unread(self, gate_thresholds: Sequence[float], product_thresholds: Sequence[float]) -> float:
         """The share of FFN bytes that thresholds leave unread on this text, with the scales; gate_proj is always
@@ -149,10 +150,14 @@ def profile_neurons(
         energy = max(half.energy / sum(map(len, cost)), 1e-12)
         sensitivity.append(math.sqrt(max(float(torch.cat(cost).mean()), 1e-12) / energy))
         block_kl.append(torch.cat(alone).numpy())
+    up_rms = [np.sqrt(layer / positions) for layer in squares]
+    of_experts = bool(config.num_experts)  # whose neurons are others for every token
+    of_layers = (max(float(np.sqrt(np.square(layer).mean())), 1e-12) for layer in up_rms)
     return NeuronProfile(
         gates=all_gates,
         products=all_products,
-        **_scales(squares, positions, bool(config.num_experts)),
+        up_scales=None if of_experts else _scales(np.stack(up_rms)),
+        up_rms=tuple(of_layers) if of_experts else (),
         sensitivity=sensitivity,
         block_kl=np.stack(block_kl, axis=1),
         similarities=torch.cat([reading.similarities[1:] for reading in readings]).numpy(),
@@ -176,7 +181,6 @@ def _profile_blocks(
         gates=[],
         products=[],
         up_scales=None,
-        up_rms=[1.0] * layers,
         sensitivity=[],
         block_kl=np.stack(block_kl, axis=1),
         similarities=torch.cat([reading.similarities[1:] for reading in readings]).numpy(),
@@ -205,16 +209,10 @@ def probes(passages: Sequence[Passage], layers: int) -> int:
     return layers * min(len(passages), _PROBED_PASSAGES)
 
 
-def _scales(squares: list[npt.NDArray[np.float64]], positions: int, of_experts: bool) -> dict[str, Any]:
-    """``up_scales`` and ``up_rms`` of sums of squares of each layer's ups. Scales are stored in float16, where a neuron
-    that is never used still has one above 0. A neuron of an expert has none: it is another one for every token."""
+def _scales(up_rms: npt.NDArray[np.float64]) -> UpScales:
+    """In float16, where a neuron that is never used still has a scale above 0."""
     stored = np.finfo(np.float16)
-    rms = [np.sqrt(layer / positions) for layer in squares]
-    if of_experts:
-        whole = [max(float(np.sqrt(np.square(layer).mean())), float(stored.tiny)) for layer in rms]
-        return {"up_scales": None, "up_rms": whole}
-    scales = UpScales.of(np.stack(rms).clip(stored.tiny, stored.max))  # type: ignore[arg-type]
-    return {"up_scales": scales, "up_rms": [1.0] * len(rms)}
+    return UpScales.of(up_rms.clip(stored.tiny, stored.max))  # type: ignore[arg-type]
 
 
 def _quantile(values: torch.Tensor, share: float) -> float:
