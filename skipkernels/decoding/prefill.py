@@ -233,16 +233,15 @@ def of_experts(
 ) -> torch.Tensor:
     """The FFN of a layer with experts for its normed input [tokens, hidden]: what route_experts and the ops behind it
     do. ``multiply`` is given the neurons of a token's experts side by side, in the order in which it chose them."""
-    router, gate_up_proj, down_proj = (
-        as_tensor(matrix, x.dtype) for matrix in (cast("AnyMatrix", layer.router), layer.gate_up_proj, layer.down_proj)
-    )
+    router = as_tensor(cast("AnyMatrix", layer.router), x.dtype)  # of floats of its own, where experts are blocks
+    gate_up_proj, down_proj = as_tensor(layer.gate_up_proj, x.dtype), as_tensor(layer.down_proj, x.dtype)
     gate_up_proj = gate_up_proj.view(config.num_experts, -1, x.shape[-1])
     down_proj = expert_down_proj(down_proj, config.num_experts, x.shape[-1])
-    router_bias, gate_up_bias, down_proj_bias = (
-        None if bias is None else bias.to(x.dtype)
-        for bias in (layer.router_bias, layer.gate_up_bias, layer.down_proj_bias)
+    gate_up_bias, down_proj_bias = (
+        None if bias is None else bias.to(x.dtype) for bias in (layer.gate_up_bias, layer.down_proj_bias)
     )
-    logits = F.linear(x, router, router_bias).float()
+    router_bias = None if layer.router_bias is None else layer.router_bias.to(router.dtype)
+    logits = F.linear(x.to(router.dtype), router, router_bias).float()
     chosen = torch.sort(logits, descending=True, stable=True).indices[:, : config.num_experts_per_tok]
     weights = logits.softmax(-1).gather(1, chosen)
     if config.norm_topk_prob:

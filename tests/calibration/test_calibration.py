@@ -92,7 +92,7 @@ def test_neurons_of_experts_are_calibrated(family: str, tmp_path: Path) -> None:
 
 def test_experts_in_blocks_are_calibrated_by_whole_ffns(caplog: pytest.LogCaptureFixture) -> None:
     """Neurons are not among what is tried, which is said; alone they are refused."""
-    wide = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32}
+    wide = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64, "moe_intermediate_size": 32}
     module = tiny_module("qwen3_moe", num_hidden_layers=LAYERS, **wide)
     experts = tiny_engine(module=module, dtype="q8_0", max_batch_size=8)
     result = calibrate(experts, [TEXT], 0.3, timed=False, **SIZES)

@@ -175,7 +175,7 @@ def trained_saving(saving: float) -> float:
 
 
 def test_of_experts_in_blocks_what_whole_ffns_cost_is_read() -> None:
-    """As decoding without them makes it; there are no neurons to leave out."""
+    """As decoding without them makes it, whose activations are int8, not bf16; there are no neurons to leave out."""
     module = tiny_module("mixtral", hidden_size=64, intermediate_size=64)
     engine, (passage, *_) = tiny_engine(module=module, dtype="q8_0"), PASSAGES
     profile = profile_neurons(engine, [passage])
@@ -185,7 +185,7 @@ def test_of_experts_in_blocks_what_whole_ffns_cost_is_read() -> None:
     for layer in range(4):
         policy = FixedPolicy(layers=(layer,), warmup_tokens=1)
         trial = decoder.try_out("fixed", policy, 0.25, 1)
-        assert trial.comparison.kl * passage.decoded_tokens == pytest.approx(profile.block_kl[:, layer].sum(), rel=0.05)
+        assert trial.comparison.kl * passage.decoded_tokens == pytest.approx(profile.block_kl[:, layer].sum(), rel=0.15)
 
 
 def test_of_experts_the_thresholds_are_the_layers_and_save_what_is_wanted() -> None:
