@@ -3,8 +3,8 @@
 // hidden)), where a row of down_proj is read if its neuron is not 0 in some row. similarity_partials as for
 // down_proj_add.
 //
-// With few rows a task is a chunk of one chosen expert's neurons, and the last task to end adds the chunks up; with many
-// rows it is a panel of columns, of all chosen experts: see down_proj_neurons_add, whose sums these are.
+// With few rows a task is a chunk of one chosen expert's neurons, and the last task to end adds the chunks up; with
+// many rows it is a panel of columns, of all chosen experts: see down_proj_neurons_add, whose sums these are.
 #include "experts.h"
 #include "neuron_sums.h"
 

@@ -3,8 +3,8 @@
 // panel of gate and up of one chosen expert: other experts are not read. Each thread packs the rows of an expert for
 // itself when it comes to it.
 //
-// With thresholds a task is several panels of gate, then the rows of up whose neurons some row of the expert keeps: what
-// a list of a whole panel or less would leave in between is too little to fetch ahead.
+// With thresholds a task is several panels of gate, then the rows of up whose neurons some row of the expert keeps:
+// what a list of a whole panel or less would leave in between is too little to fetch ahead.
 #include "activation.h"
 #include "experts.h"
 #include "listed_rows.h"
