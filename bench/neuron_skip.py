@@ -95,8 +95,10 @@ class Contender:
         """Shares of the FFN bytes not read in the last step: of a row alone, and of the union of all rows' neurons."""
         token, size = int(self.state.num_generated[0]) - 1, self.config.intermediate_size
         shares = self.state.neuron_shares
-        kept = self.state.kept_map[:, token] / size  # [rows, layers, 2]
+        kept = self.state.kept_map[:, token] / self.state.neuron_counts[:, None]  # [rows, layers, 2]
         own = ((1 - kept) * shares).sum(-1).mean()
+        if self.config.num_experts:  # no list tells what several rows read
+            return float(own), float(own) if self.state.num_sequences == 1 else float("nan")
         listed = torch.tensor(list(self.listed().values())).view(-1, 2) / size  # up and down, layer by layer
         return float(own), float(((1 - listed) * shares).sum(-1).mean())
 

@@ -140,10 +140,11 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1, clamped_swiglu = 2 };
 #define SKIPKERNELS_EXPERTS_GATE_UP_ACT(TENSOR, MATRIX, SIZE, INT, FLOAT)                                              \
   TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) MATRIX(gate_up_proj)                \
   TENSOR(const float, gate_up_bias)                                                                                    \
-  TENSOR(const int32_t, expert_begins) TENSOR(const int32_t, expert_pairs) TENSOR(float, expert_intermediate)          \
-  SIZE(num_rows) SIZE(hidden_size) SIZE(gate_up_size) SIZE(num_begins) SIZE(num_pairs) SIZE(experts_per_token)         \
-  SIZE(expert_size)                                                                                                    \
-  FLOAT(rms_norm_eps) INT(activation)
+  TENSOR(const int32_t, expert_begins) TENSOR(const int32_t, expert_pairs) TENSOR(const float, gate_thresholds)        \
+  TENSOR(const int32_t, row_sequence) TENSOR(const float, neuron_scale) TENSOR(float, expert_intermediate)             \
+  SIZE(num_rows) SIZE(hidden_size) SIZE(gate_up_size) SIZE(num_begins) SIZE(num_pairs) SIZE(num_sequences)             \
+  SIZE(num_hidden_layers) SIZE(one) SIZE(experts_per_token) SIZE(expert_size)                                          \
+  FLOAT(rms_norm_eps) INT(activation) INT(layer)
 
 #define SKIPKERNELS_EXPERTS_DOWN_PROJ_ADD(TENSOR, MATRIX, SIZE, INT, FLOAT)                                            \
   TENSOR(const float, expert_intermediate) TENSOR(const float, expert_weights) TENSOR(const int32_t, expert_begins)    \
@@ -152,6 +153,14 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1, clamped_swiglu = 2 };
   SIZE(num_rows) SIZE(experts_per_token) SIZE(expert_size) SIZE(num_begins) SIZE(num_pairs) SIZE(down_size)            \
   SIZE(hidden_size) SIZE(num_partials) SIZE(num_sequences) SIZE(three)                                                 \
   INT(rows_per_partial)
+
+#define SKIPKERNELS_EXPERTS_DOWN_PROJ_NEURONS_ADD(TENSOR, MATRIX, SIZE, INT, FLOAT)                                    \
+  TENSOR(const float, expert_intermediate) TENSOR(const float, expert_weights) TENSOR(const int32_t, expert_begins)    \
+  TENSOR(const int32_t, expert_pairs) MATRIX(down_proj) TENSOR(const float, down_proj_bias)                            \
+  TENSOR(float, hidden_states) TENSOR(float, similarity_partials)                                                      \
+  SIZE(num_rows) SIZE(experts_per_token) SIZE(expert_size) SIZE(num_begins) SIZE(num_pairs) SIZE(down_size)            \
+  SIZE(hidden_size) SIZE(bias_size) SIZE(num_partials) SIZE(num_sequences) SIZE(three)                                 \
+  INT(rows_per_partial) INT(neuron_chunk)
 
 #define SKIPKERNELS_GATE_PROJ_ACT(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                    \
   TENSOR(const float, hidden_states) TENSOR(const float, post_attention_layernorm) MATRIX(gate_proj)                  \
@@ -219,6 +228,7 @@ enum class Activation : int32_t { silu = 0, gelu_tanh = 1, clamped_swiglu = 2 };
   OP(route_experts, RouteExperts, SKIPKERNELS_ROUTE_EXPERTS)                                                           \
   OP(experts_gate_up_act, ExpertsGateUpAct, SKIPKERNELS_EXPERTS_GATE_UP_ACT)                                           \
   OP(experts_down_proj_add, ExpertsDownProjAdd, SKIPKERNELS_EXPERTS_DOWN_PROJ_ADD)                                     \
+  OP(experts_down_proj_neurons_add, ExpertsDownProjNeuronsAdd, SKIPKERNELS_EXPERTS_DOWN_PROJ_NEURONS_ADD)              \
   OP(gate_proj_act, GateProjAct, SKIPKERNELS_GATE_PROJ_ACT)                                                            \
   OP(select_neurons, SelectNeurons, SKIPKERNELS_SELECT_NEURONS)                                                        \
   OP(up_proj_mul, UpProjMul, SKIPKERNELS_UP_PROJ_MUL)                                                                  \

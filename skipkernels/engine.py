@@ -32,6 +32,7 @@ from skipkernels.executors.execution import Execution
 from skipkernels.executors.support import refuse_while_capturing
 from skipkernels.model import gguf_config
 from skipkernels.model.block_weights import load_as_floats, load_in_formats
+from skipkernels.model.blocks_of_experts import blocks_of_experts
 from skipkernels.model.checkpoint import (
     default_eos_token_ids,
     load_config,
@@ -61,10 +62,11 @@ from skipkernels.model.weights import (
     interleave,
     into_planes,
     load_checkpoint,
+    no_neurons_of_experts,
     pack_module,
     stacks_experts,
 )
-from skipkernels.program.program import NO_NEURON_ROWS, NO_NEURONS_OF_EXPERTS, Variant, build_program
+from skipkernels.program.program import NO_NEURON_ROWS, Variant, build_program
 from skipkernels.program.state import MAX_EOS, DecodeState
 from skipkernels.skipping.policy import DensePolicy, GatePlan, Policy
 from skipkernels.skipping.policy_file import load_policy
@@ -258,6 +260,17 @@ class Engine:
         """What the weights hold: "bf16", or the formats of a GGUF file, "q4_1+q8_0"."""
         return self.weights.formats
 
+    @property
+    def no_neurons(self) -> str | None:
+        """Why single neurons of this model's weights cannot be left out, also where they are loaded for it; None: they
+        can, with ``neuron_rows``."""
+        return self.weights.no_neurons()
+
+    @staticmethod
+    def no_neurons_of(model: str | Path, dtype: str | torch.dtype | None = None) -> str | None:
+        """``no_neurons`` of a checkpoint before it is loaded with ``dtype``; reads its configuration and headers."""
+        return no_neurons_of_experts(blocks_of_experts(model, dtype))
+
     def executor_for(self, policy: Policy) -> Executor:
         """The executor of the program that ``policy`` needs: dense, with gates, or with instructions that leave neurons
         out.
@@ -281,8 +294,8 @@ class Engine:
         plan = policy.plan(self.config.num_hidden_layers)
         if plan is not None and plan.neurons is not None:
             if not self.weights.neuron_rows:
-                raise PolicyError(NO_NEURONS_OF_EXPERTS if self.config.num_experts else NO_NEURON_ROWS)
-            plan.neurons.check_neurons(self.config.intermediate_size, self.state.neuron_shares.tolist())
+                raise PolicyError(self.no_neurons or NO_NEURON_ROWS)
+            plan.neurons.check_neurons(self.config.scaled_neurons, self.state.neuron_shares.tolist())
         return plan
 
     def _executor(self, variant: Variant) -> Executor:
@@ -509,10 +522,7 @@ class _Wanted:
 
     def lies_for_neurons(self, config: ModelConfig) -> bool:
         plan = self.policy.plan(config.num_hidden_layers) if isinstance(self.policy, Policy) else None
-        wants = plan is not None and plan.neurons is not None if self.neuron_rows is None else self.neuron_rows
-        if wants and config.num_experts:
-            raise PolicyError(NO_NEURONS_OF_EXPERTS)
-        return wants
+        return plan is not None and plan.neurons is not None if self.neuron_rows is None else self.neuron_rows
 
     def check(self, config: ModelConfig, dtype: torch.dtype) -> tuple[torch.dtype, int]:
         """The dtype and the length; everything that can be refused is, before a byte of weights is read."""
@@ -520,7 +530,7 @@ class _Wanted:
         config.check_length(length)
         plan = self.policy.plan(config.num_hidden_layers) if self.policy is not None else None
         if plan is not None and plan.neurons is not None:
-            plan.neurons.check_neurons(config.intermediate_size)
+            plan.neurons.check_neurons(config.scaled_neurons)
         check_memory(config, dtype, length, self.device)
         return dtype, length
 

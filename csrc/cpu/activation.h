@@ -27,11 +27,14 @@ inline void soften(float* x, int64_t n, float cap) {
     }
 }
 
+// What the activated gate is multiplied with.
+inline Vec up_factor(Activation activation, Vec up) {
+    if (activation != Activation::clamped_swiglu) return up;
+    return max(splat(-kGateLimit), min(splat(kGateLimit), up)) + splat(1.0f);
+}
+
 inline Vec gated(Activation activation, Vec gate, Vec up) {
-    if (activation == Activation::clamped_swiglu) {
-        up = max(splat(-kGateLimit), min(splat(kGateLimit), up)) + splat(1.0f);
-    }
-    return activated(activation, gate) * up;
+    return activated(activation, gate) * up_factor(activation, up);
 }
 
 // out (height) = act(gate (height)) * up (height)

@@ -84,6 +84,10 @@ size_t packed_columns(const Instruction& ins) {
             return padded(ins.experts_gate_up_act.hidden_size);
         case OpCode::experts_down_proj_add:
             return ins.experts_down_proj_add.experts_per_token * padded(ins.experts_down_proj_add.expert_size);
+        case OpCode::experts_down_proj_neurons_add: {
+            const ExpertsDownProjNeuronsAdd& op = ins.experts_down_proj_neurons_add;
+            return op.experts_per_token * padded(op.expert_size);
+        }
         case OpCode::gate_proj_act:
             return padded(ins.gate_proj_act.hidden_size);
         case OpCode::up_proj_mul:
@@ -103,6 +107,8 @@ int64_t rows_per_partial(const Instruction& ins) {
             return ins.down_proj_add.rows_per_partial;
         case OpCode::experts_down_proj_add:
             return ins.experts_down_proj_add.rows_per_partial;
+        case OpCode::experts_down_proj_neurons_add:
+            return ins.experts_down_proj_neurons_add.rows_per_partial;
         case OpCode::down_proj_neurons_add:
             return ins.down_proj_neurons_add.rows_per_partial;
         case OpCode::branch_add:
@@ -113,10 +119,11 @@ int64_t rows_per_partial(const Instruction& ins) {
 }
 
 // A chunk must not cut what is read together: a block of quantised weights, or a pair of bf16 rows.
-void check_neuron_chunk(const DownProjNeuronsAdd& op) {
+template <class Op>
+void check_neuron_chunk(const char* name, const Op& op) {
     const int64_t step = is_float(op.down_proj.format) ? 2 : kBlockColumns;
-    check(op.neuron_chunk > 0 && op.neuron_chunk % step == 0,
-          "down_proj_neurons_add: neuron_chunk must be a multiple of ", step, " on the CPU, got ", op.neuron_chunk);
+    check(op.neuron_chunk > 0 && op.neuron_chunk % step == 0, name, ": neuron_chunk must be a multiple of ", step,
+          " on the CPU, got ", op.neuron_chunk);
 }
 
 // Floats of the group that rows of w are put into where they lie in one piece each.
@@ -135,6 +142,22 @@ size_t group_floats(const Matrix& w, int64_t columns) {
 struct Needs {
     size_t rows = 0, own_x = 0, shared_x = 0, panel = 0, op_scratch = 0, group = 0, neuron_sums = 0;
     size_t arrivals = 0, queries = 0, scores_stride = 0, padded_head = 0;  // of attention
+
+    static size_t num_chunks(int64_t neurons, int64_t chunk) { return (neurons + chunk - 1) / chunk; }
+
+    // a step of weights and its number for every neuron, a chunk's units, its end, and a panel of every row
+    static size_t neurons_floats(int64_t neurons, int64_t chunk, size_t num_rows) {
+        const size_t step = kNeuronStep, unit = 6;
+        return (neurons + 1) * (step + 1) + (chunk + kNeuronsAhead) * unit + 2 * num_chunks(neurons, chunk) +
+               num_rows * kNeuronPanel;
+    }
+
+    // the sums of chunks, each of `count` rows
+    void add_sums(int64_t neurons, int64_t chunk, size_t count, int64_t hidden_size) {
+        const size_t hidden = (hidden_size + kHiddenStep - 1) / kHiddenStep * kHiddenStep;
+        neuron_sums = std::max(neuron_sums, num_chunks(neurons, chunk) * count * hidden);
+        arrivals = std::max<size_t>(arrivals, 1);
+    }
 
     void add(const Instruction& ins) {
         const auto num_rows = static_cast<size_t>(ins.num_rows);
@@ -159,17 +182,18 @@ struct Needs {
             group = std::max(group, group_floats(ins.up_proj_mul.up_proj, ins.up_proj_mul.hidden_size));
         if (ins.op == OpCode::down_proj_neurons_add) {
             const DownProjNeuronsAdd& op = ins.down_proj_neurons_add;
-            const size_t chunks = (op.intermediate_size + op.neuron_chunk - 1) / op.neuron_chunk;
-            const size_t hidden = (op.hidden_size + kHiddenStep - 1) / kHiddenStep * kHiddenStep;
             // of blocks a panel's sums of every row, of a chunk and of all chunks
             if (!is_float(op.down_proj.format)) op_scratch = std::max(op_scratch, 2 * num_rows * kColumnsPanel);
-            // a step of weights and its number for every neuron, a chunk's units, its end, and a panel of every row
-            const size_t step = kNeuronStep, unit = 6;
-            op_scratch = std::max(op_scratch, (op.intermediate_size + 1) * (step + 1) +
-                                                  (op.neuron_chunk + kNeuronsAhead) * unit + 2 * chunks +
-                                                  num_rows * kNeuronPanel);
-            neuron_sums = std::max(neuron_sums, chunks * std::min<size_t>(num_rows, kFewRows) * hidden);
-            arrivals = std::max<size_t>(arrivals, 1);
+            op_scratch = std::max(op_scratch, neurons_floats(op.intermediate_size, op.neuron_chunk, num_rows));
+            add_sums(op.intermediate_size, op.neuron_chunk, std::min<size_t>(num_rows, kFewRows), op.hidden_size);
+        }
+        if (ins.op == OpCode::experts_down_proj_neurons_add) {
+            const ExpertsDownProjNeuronsAdd& op = ins.experts_down_proj_neurons_add;
+            // also each row's branch and place, and a list of an expert's neurons
+            op_scratch = std::max(op_scratch, neurons_floats(op.expert_size, op.neuron_chunk, num_rows) +
+                                                  num_rows * (kNeuronPanel + 1) + op.expert_size + kNeuronsAhead);
+            add_sums(op.expert_size, op.neuron_chunk, std::min<size_t>(num_rows, kFewRows) * op.experts_per_token,
+                     op.hidden_size);
         }
         if (ins.op == OpCode::decode_attention) {
             const DecodeAttention& op = ins.decode_attention;
@@ -225,7 +249,19 @@ Executor::Executor(std::vector<Instruction> program, const int32_t* active, int6
         needs.add(ins);
         check(rows_per_partial(ins) == kPanelRows, "the CPU kernels sum ", kPanelRows,
               " rows per similarity partial, the program wants ", rows_per_partial(ins));
-        if (ins.op == OpCode::down_proj_neurons_add) check_neuron_chunk(ins.down_proj_neurons_add);
+        if (ins.op == OpCode::down_proj_neurons_add)
+            check_neuron_chunk("down_proj_neurons_add", ins.down_proj_neurons_add);
+        if (ins.op == OpCode::experts_down_proj_neurons_add) {
+            const ExpertsDownProjNeuronsAdd& op = ins.experts_down_proj_neurons_add;
+            check_neuron_chunk("experts_down_proj_neurons_add", op);
+            check(is_float(op.down_proj.format), "experts_down_proj_neurons_add: has no kernel for down_proj in ",
+                  kFormatNames[static_cast<size_t>(op.down_proj.format)], "; load the model with dtype bf16");
+        }
+        if (ins.op == OpCode::experts_gate_up_act && ins.experts_gate_up_act.gate_thresholds) {
+            const Format format = ins.experts_gate_up_act.gate_up_proj.format;
+            check(is_float(format), "experts_gate_up_act: leaves out no neurons of gate_up_proj in ",
+                  kFormatNames[static_cast<size_t>(format)], "; load the model with dtype bf16");
+        }
     }
     rows_.resize(needs.rows);
     tile_begins_.resize(needs.rows + 1);

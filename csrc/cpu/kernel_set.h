@@ -7,6 +7,7 @@
 #include "down_proj_add.cpp"
 #include "down_proj_neurons_add.cpp"
 #include "experts_down_proj_add.cpp"
+#include "experts_down_proj_neurons_add.cpp"
 #include "experts_gate_up_act.cpp"
 #include "gate_proj_act.cpp"
 #include "gate_up_act.cpp"

@@ -16,14 +16,17 @@ __device__ __forceinline__ float activated(Activation activation, float gate) {
     return gate / (1.0f + expf(-z));
 }
 
+// what the activated gate is multiplied with
+__device__ __forceinline__ float up_factor(Activation activation, float up) {
+    if (activation != Activation::clamped_swiglu) return up;
+    if (up > kGateLimit) up = kGateLimit;
+    if (up < -kGateLimit) up = -kGateLimit;
+    return up + 1.0f;
+}
+
 // act(gate) * up
 __device__ __forceinline__ float gated(Activation activation, float gate, float up) {
-    if (activation == Activation::clamped_swiglu) {
-        if (up > kGateLimit) up = kGateLimit;
-        if (up < -kGateLimit) up = -kGateLimit;
-        up += 1.0f;
-    }
-    return activated(activation, gate) * up;
+    return activated(activation, gate) * up_factor(activation, up);
 }
 
 // cap * tanh(x / cap): no score is larger than cap (Gemma 2)

@@ -33,4 +33,20 @@ __device__ __forceinline__ float warp_dot(const T* w, const float* x, int k, uin
     return warp_sum(sum);
 }
 
+// What the biases of a row's experts add to a channel. Behind all products: among them it would take more than the 64
+// registers that two blocks of a multiprocessor have.
+template <class Op>
+__device__ __forceinline__ float biases_of(const Op& op, int64_t row, int64_t channel) {
+    if (!op.down_proj_bias) return 0.0f;
+    float sum = 0.0f;
+    const int listed = op.expert_begins[op.num_begins - 1];
+    for (int entry = 0; entry < listed; ++entry) {
+        const int pair = op.expert_pairs[entry];
+        if (pair / op.experts_per_token != row) continue;
+        const int64_t expert = expert_at(op.expert_begins, op.num_begins, entry);
+        sum = fmaf(op.expert_weights[pair], op.down_proj_bias[expert * op.hidden_size + channel], sum);
+    }
+    return sum;
+}
+
 }  // namespace skipkernels::cuda

@@ -16,21 +16,6 @@ namespace {
 
 constexpr int kThreads = 32 * kRowsPerPartial;
 
-// What the biases of a row's experts add to a channel. Behind all products: among them it would take more than the 64
-// registers that two blocks of a multiprocessor have.
-__device__ __forceinline__ float biases_of(const ExpertsDownProjAdd& op, int64_t row, int64_t channel) {
-    if (!op.down_proj_bias) return 0.0f;
-    float sum = 0.0f;
-    const int listed = op.expert_begins[op.num_begins - 1];
-    for (int entry = 0; entry < listed; ++entry) {
-        const int pair = op.expert_pairs[entry];
-        if (pair / op.experts_per_token != row) continue;
-        const int64_t expert = expert_at(op.expert_begins, op.num_begins, entry);
-        sum = fmaf(op.expert_weights[pair], op.down_proj_bias[expert * op.hidden_size + channel], sum);
-    }
-    return sum;
-}
-
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
     experts_down_proj_add_kernel(const __grid_constant__ ExpertsDownProjAdd op, const int32_t* row_mask,

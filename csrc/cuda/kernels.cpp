@@ -174,6 +174,14 @@ void check(const Instruction& ins) {
             check_partials("experts_down_proj_add", op);
             break;
         }
+        case OpCode::experts_down_proj_neurons_add: {
+            const ExpertsDownProjNeuronsAdd& op = ins.experts_down_proj_neurons_add;
+            check(op.hidden_size <= kRowsPerPartial * kMostPairs,
+                  "experts_down_proj_neurons_add: hidden_size must be at most ", kRowsPerPartial * kMostPairs,
+                  " on CUDA, got ", op.hidden_size);
+            check_partials("experts_down_proj_neurons_add", op);
+            break;
+        }
         case OpCode::qkv_rope_append:
             check_size("qkv_rope_append", "hidden_size", ins.qkv_rope_append.hidden_size);
             check_size("qkv_rope_append", "qkv_size", ins.qkv_rope_append.qkv_size);

@@ -79,13 +79,25 @@ def keep_neurons(executor: Any, state: DecodeState, kept: float, products_kept: 
     """Runs a step, and sets each layer's thresholds to quantiles of what it brings, over all decode rows: of the gates
     ``kept`` stay, and ``products_kept`` of the products (those of left out gates, which are 0, among them)."""
     for index, ins in enumerate(executor.program):
-        if ins.op == "select_neurons":
+        if ins.op == "experts_gate_up_act":
+            _settle_gates(executor, index, state, kept)
+        elif ins.op == "select_neurons" and ins.tensors["neuron_thresholds"] is not state.no_thresholds:
             share = products_kept if ins.scalars["stage"] else kept
-            values = state.intermediate[: state.num_sequences].abs()
+            values = ins.tensors["intermediate"][: state.num_sequences].abs()
             # as many as one row has: torch takes no quantile of more than 16 million
             threshold = values.flatten()[:: len(values)].quantile(1 - share) if share < 1 else 0.0
             ins.tensors["neuron_thresholds"][:, int(ins.scalars["layer"])] = threshold
         executor.run_instruction(index)
+
+
+def _settle_gates(executor: Any, index: int, state: DecodeState, kept: float) -> None:
+    """The same for gates of experts, which only their products show: by bisection."""
+    ins, (low, high) = executor.program[index], (0.0, 64.0)
+    while kept < 1 and high - low > 1e-4 * high:
+        ins.tensors["gate_thresholds"][:, int(ins.scalars["layer"])] = (low + high) / 2
+        executor.run_instruction(index)
+        share = float((ins.tensors["expert_intermediate"][: state.num_sequences] != 0).float().mean())
+        low, high = ((low + high) / 2, high) if share > kept else (low, (low + high) / 2)
 
 
 def _place_rows(own: OwnRows, kv_len: int, plan: GatePlan | None) -> None:

@@ -91,12 +91,14 @@ class SkipkernelsSystem:
 
         Args:
             read: i64 [layers], experts whose matrices were read in all steps.
-            unread: [steps, layers], the share of an FFN that no row read.
+            unread: [steps, layers], the share of an FFN that no row read. Of the other experts as much is left out.
         """
         chosen = self._engine.config.num_experts_per_tok
         more = 0.0
         for layer, count, of_steps in zip(self._engine.weights.layers, read.tolist(), unread.T, strict=True):
-            more += (count - chosen * (1 - of_steps).sum()) * layer.expert_nbytes() / len(of_steps)
+            ran = of_steps < 1
+            share = 1 - of_steps[ran].mean() if ran.any() else 0.0
+            more += share * (count - chosen * ran.sum()) * layer.expert_nbytes() / len(of_steps)
         return float(more)
 
     def instruction_ms(self, prompt_tokens: int, new_tokens: int) -> dict[str, float]:

@@ -31,7 +31,6 @@ from skipkernels.calibration.speed import Gain, measure_gains
 from skipkernels.calibration.tuning import KINDS, TOLERANCE, Decoder, Kind, Trial
 from skipkernels.calibration.verification import Margin, margin, verify
 from skipkernels.errors import PolicyError
-from skipkernels.program.program import NO_NEURONS_OF_EXPERTS
 from skipkernels.skipping.policy import BatchRule, Policy
 from skipkernels.skipping.policy_file import save_policy
 from skipkernels.support.progress import Meter, Progress
@@ -199,7 +198,7 @@ def calibrate(
         wanted_ratio: share of the FFN bytes not read, over layers x generated tokens, warm-up included, in (0, 1).
         max_kl: in its place, the divergence that may be reached, in nats: the largest saving below it is found.
         warn_kl: where the best policy costs more, the largest saving below it is found and named.
-        kinds: what to try; with experts, of blocks.
+        kinds: what to try; of experts in blocks, whole FFNs only.
         text_label: what the texts are, for the policy file.
         prompt_tokens: tokens of each passage that are prefilled.
         new_tokens: tokens of each passage that are decoded. The saving holds for generations of this length: shorter
@@ -217,8 +216,8 @@ def calibrate(
         PolicyError: the saving cannot be reached; the message says what can.
     """
     check_wanted(wanted_ratio, max_kl, warn_kl)
-    if engine.config.num_experts:
-        kinds = _without_neurons(kinds)
+    if engine.no_neurons:
+        kinds = _without_neurons(kinds, engine.no_neurons)
     layers = engine.config.num_hidden_layers
     allowed = None if spans is None else tuple(spans)
     space = SearchSpace(layers, allowed, first_dense_layers, last_dense_layers, warmup_tokens, batch_rule)
@@ -260,17 +259,16 @@ def calibrate(
     )
 
 
-def _without_neurons(kinds: Sequence[Kind]) -> list[Kind]:
-    """Of a model with experts.
-
+def _without_neurons(kinds: Sequence[Kind], reason: str) -> list[Kind]:
+    """
     Raises:
         PolicyError: nothing is left.
     """
     left = [kind for kind in kinds if kind not in ("neurons", "mixed")]
     if not left:
-        raise PolicyError(NO_NEURONS_OF_EXPERTS)
+        raise PolicyError(reason)
     if len(left) < len(kinds):
-        logger.warning("%s; calibration tries these kinds: %s", NO_NEURONS_OF_EXPERTS, ", ".join(left))
+        logger.warning("%s; calibration tries these kinds: %s", reason, ", ".join(left))
     return left
 
 

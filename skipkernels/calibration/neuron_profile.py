@@ -4,7 +4,7 @@ Leaving out a product m of layer l costs about (k_l m)^2 nats; k_l comes from wh
 thresholds b_l = t / k_l make what the last byte costs the same in every layer: as far as costs add up, no others cost
 less at their saving. Before up_proj is read, a product is expected to be |g_j| s_j, with s_j the root mean square of
 the neuron's up; that is what gate thresholds a_l = split b_l are compared with. One s for a whole layer costs an eighth
-more nats on SmolLM2 at 24 % of the bytes, a third more at 40 %.
+more nats on SmolLM2 at 24 % of the bytes, a third more at 40 %; a model with experts has to do with it.
 """
 
 from __future__ import annotations
@@ -34,16 +34,18 @@ _BISECTIONS = 30
 @dataclass(frozen=True)
 class NeuronProfile:
     """Of one model on one text. ``gates`` and ``products`` are magnitudes at sampled positions, per layer
-    f32 [samples, intermediate], paired; of a model with experts, whose neurons are not left out, there are none."""
+    f32 [samples, neurons], paired; where single neurons cannot be left out there are none."""
 
     gates: list[torch.Tensor]
     products: list[torch.Tensor]
-    up_scales: UpScales  # root mean square of each neuron's up, as a policy file stores it
+    up_scales: UpScales | None  # root mean square of each neuron's up, as a policy file stores it; None: of experts
     sensitivity: list[float]  # k_l
     block_kl: npt.NDArray[np.float32]  # [positions, layers], KL where the FFN of one layer alone is left out
     similarities: npt.NDArray[np.float32]  # [positions, layers], dense, at the same positions
     neuron_shares: torch.Tensor = field(default_factory=lambda: torch.full((1, 2), 1 / 3))
     """Of each layer's FFN bytes, what all neurons of up_proj and of down_proj take; of floats a third each."""
+    up_rms: tuple[float, ...] = ()
+    """Root mean square of all ups of each layer, where its neurons have no scales of their own."""
 
     @property
     def layers(self) -> int:
@@ -57,13 +59,15 @@ class NeuronProfile:
     @cached_property
     def scaled_gates(self) -> list[torch.Tensor]:
         """What gate thresholds are compared with."""
+        if self.up_scales is None:
+            return self.gates
         scales = self.up_scales.values.astype(np.float32)
         return [gate * torch.from_numpy(scale) for gate, scale in zip(self.gates, scales, strict=True)]
 
     @cached_property
     def listed_scales(self) -> tuple[tuple[float, ...], ...]:
         """For ``NeuronRule.up_scales``."""
-        return tuple(map(tuple, self.up_scales.values.tolist()))
+        return () if self.up_scales is None else tuple(map(tuple, self.up_scales.values.tolist()))
 
     def thresholds(self, saving: float, split: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Of gates and of products, one per layer, that leave ``saving`` of the FFN bytes unread on this text."""
@@ -75,7 +79,8 @@ class NeuronProfile:
 
     def _at(self, log_t: float, split: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
         products = [math.exp(log_t) / k for k in self.sensitivity]
-        return tuple(split * b for b in products), tuple(products)
+        of_layers = self.up_rms or (1.0,) * len(products)
+        return tuple(split * b / rms for b, rms in zip(products, of_layers, strict=True)), tuple(products)
 
     def unread(self, gate_thresholds: Sequence[float], product_thresholds: Sequence[float]) -> float:
         """The share of FFN bytes that thresholds leave unread on this text, with the scales; gate_proj is always
@@ -110,14 +115,14 @@ def profile_neurons(
     """Reads ``passages``, and some of them again with one layer changed at a time; ``on_layer`` is called with 1 for
     each of these."""
     weights = for_torch(engine.weights)
-    if engine.config.num_experts:
+    if engine.no_neurons:
         return _profile_blocks(engine, passages[:_PROBED_PASSAGES], on_layer, weights)
-    layers, size = engine.config.num_hidden_layers, engine.config.intermediate_size
+    config, layers = engine.config, engine.config.num_hidden_layers
     gates: list[list[torch.Tensor]] = [[] for _ in range(layers)]
     products: list[list[torch.Tensor]] = [[] for _ in range(layers)]
-    squares = np.zeros((layers, size))
+    squares = [np.zeros(config.neurons_of(layer)) for layer in range(layers)]
     positions = sum(passage.decoded_tokens - 1 for passage in passages)
-    step = max(1, math.ceil(positions * size / _SAMPLES))
+    step = max(1, math.ceil(positions * max(map(len, squares)) / _SAMPLES))
     readings: list[Reading] = []
     for passage in passages:
         acting = slice(passage.prompt_tokens, None)
@@ -136,31 +141,34 @@ def profile_neurons(
     sensitivity, block_kl = [], []
     for layer in range(layers):
         half = _SmallLeftOut(_quantile(all_products[layer].flatten(), _PROBED_SHARE))
-        whole = _SmallLeftOut(math.inf)
         cost, alone = [], []
         for reading in readings:
-            half.prompt_tokens = whole.prompt_tokens = reading.passage.prompt_tokens
+            half.prompt_tokens = reading.passage.prompt_tokens
             cost.append(divergence(engine, reading, layer, half)[1:])
-            alone.append(divergence(engine, reading, layer, whole)[1:])
+            alone.append(divergence_without(engine, reading, layer)[1:])
             on_layer(1)
         energy = max(half.energy / sum(map(len, cost)), 1e-12)
         sensitivity.append(math.sqrt(max(float(torch.cat(cost).mean()), 1e-12) / energy))
         block_kl.append(torch.cat(alone).numpy())
+    up_rms = [np.sqrt(layer / positions) for layer in squares]
+    of_experts = bool(config.num_experts)  # whose neurons are others for every token
+    of_layers = (max(float(np.sqrt(np.square(layer).mean())), 1e-12) for layer in up_rms)
     return NeuronProfile(
-        all_gates,
-        all_products,
-        _scales(np.sqrt(squares / positions)),
-        sensitivity,
-        np.stack(block_kl, axis=1),
-        torch.cat([reading.similarities[1:] for reading in readings]).numpy(),
-        engine.weights.neuron_shares(),
+        gates=all_gates,
+        products=all_products,
+        up_scales=None if of_experts else _scales(np.stack(up_rms)),
+        up_rms=tuple(of_layers) if of_experts else (),
+        sensitivity=sensitivity,
+        block_kl=np.stack(block_kl, axis=1),
+        similarities=torch.cat([reading.similarities[1:] for reading in readings]).numpy(),
+        neuron_shares=engine.weights.neuron_shares(),
     )
 
 
 def _profile_blocks(
     engine: Engine, passages: Sequence[Passage], on_layer: Callable[[int], None], weights: ModelWeights
 ) -> NeuronProfile:
-    """Of a model with experts: what leaving out whole FFNs costs."""
+    """Where single neurons cannot be left out: what leaving out whole FFNs costs."""
     readings = [read_dense(engine, passage, weights=weights) for passage in passages]
     block_kl, layers = [], engine.config.num_hidden_layers
     for layer in range(layers):
@@ -172,7 +180,7 @@ def _profile_blocks(
     return NeuronProfile(
         gates=[],
         products=[],
-        up_scales=_scales(np.ones((layers, 1))),
+        up_scales=None,
         sensitivity=[],
         block_kl=np.stack(block_kl, axis=1),
         similarities=torch.cat([reading.similarities[1:] for reading in readings]).numpy(),

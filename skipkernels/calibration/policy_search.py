@@ -16,7 +16,6 @@ from skipkernels.calibration.search_space import SearchSpace
 from skipkernels.calibration.simulation import rank, tuned
 from skipkernels.calibration.tuning import Decoder, Kind, Trial
 from skipkernels.errors import PolicyError
-from skipkernels.program.program import NO_NEURONS_OF_EXPERTS
 from skipkernels.skipping.policy import FixedPolicy, Policy, RandomPolicy, SkipPolicy
 
 SPLITS = (1.0, 1.3)
@@ -125,7 +124,7 @@ class Candidates:
 
     def _check_neurons(self, what: str) -> None:
         if not self._profile.gates:
-            raise Unreachable(NO_NEURONS_OF_EXPERTS)
+            raise Unreachable(f"{what}: single neurons of these weights cannot be left out")
         self._check(self._profile.most, what)
 
     def _check(self, reachable_past_warmup: float, what: str) -> None:

@@ -110,7 +110,7 @@ class ChatModelLoader:
         wanted = tuple(level for level in self.skip_levels or USUAL_LEVELS if level > 0.0)
         if not wanted:
             return ()
-        reason = self._no_neurons(config)
+        reason = self._no_neurons(source)
         if reason is None and self.skip_levels is None and self._is_quantised(source, config):
             reason = "single neurons of quantised weights save reading, but hardly time; --skip-levels asks for them"
         if reason is None and (multimodal or not self.measures):
@@ -144,16 +144,13 @@ class ChatModelLoader:
             return not kinds <= FLOAT_FORMATS.keys()
         return quantization_of(config) is not None
 
-    def _no_neurons(self, config: PreTrainedConfig) -> str | None:
+    def _no_neurons(self, source: Path) -> str | None:
         """Why single neurons cannot be left out of these weights; None: they can."""
-        from skipkernels.model.config import ModelConfig
-        from skipkernels.program.program import NO_NEURONS_OF_EXPERTS
+        from skipkernels.engine import Engine
 
         if self.options.get("device", "cpu") != "cpu":
             return "thresholds for single neurons are measured on device cpu only"
-        if ModelConfig.from_hf(config.get_text_config()).num_experts:
-            return NO_NEURONS_OF_EXPERTS
-        return None
+        return Engine.no_neurons_of(source, self.options.get("dtype"))
 
     def _load_text(
         self, policies: Mapping[float, Policy], open_levels: tuple[float, ...], options: Mapping[str, Any]

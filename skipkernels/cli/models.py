@@ -77,7 +77,7 @@ class ModelOptions:
             transformers_logging.set_verbosity_error()
             if self.threads is not None:
                 torch.set_num_threads(self.threads)
-            if neuron_rows and _has_experts(path):
+            if neuron_rows and Engine.no_neurons_of(path, self.dtype):
                 neuron_rows = None
             return Engine.from_pretrained(
                 path,
@@ -94,14 +94,6 @@ class ModelOptions:
                 loop=self.loop,
                 debug=console.debugging and self.device != "cpu",
             )
-
-
-def _has_experts(path: str) -> bool:
-    from skipkernels.model.checkpoint import load_config, resolve_checkpoint
-    from skipkernels.model.config import ModelConfig
-
-    config = load_config(resolve_checkpoint(path))
-    return bool(ModelConfig.from_hf(config.get_text_config(decoder=True)).num_experts)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from skipkernels.model.config import ModelConfig
 from skipkernels.model.matrix import AnyMatrix, as_tensor, weight_rows
 from skipkernels.model.prompt import EmbeddedPrompt, shifted
-from skipkernels.model.weights import LayerWeights, ModelWeights
-from skipkernels.program.reference import activation_of, apply_rope, gated, softened, softmax_with_sinks
+from skipkernels.model.weights import LayerWeights, ModelWeights, expert_down_proj
+from skipkernels.program.reference import activation_of, apply_rope, softened, softmax_with_sinks, up_factor
 from skipkernels.program.state import DecodeState
 
 CHUNK = 512
@@ -220,37 +220,44 @@ def _ffn(
     activated gates and the ups."""
     x = _rms_norm(hidden, layer.post_attention_layernorm, config.rms_norm_eps)
     if layer.router is not None:
-        return of_experts(config, layer, x)
+        return of_experts(config, layer, x, multiply)
     gate, up = F.linear(x, as_tensor(layer.gate_up_proj, hidden.dtype)).chunk(2, dim=-1)
     return F.linear(multiply(activation_of(config.activation)(gate), up), as_tensor(layer.down_proj, hidden.dtype))
 
 
-def of_experts(config: ModelConfig, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+def of_experts(
+    config: ModelConfig,
+    layer: LayerWeights,
+    x: torch.Tensor,
+    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.mul,
+) -> torch.Tensor:
     """The FFN of a layer with experts for its normed input [tokens, hidden]: what route_experts and the ops behind it
-    do."""
-    router, gate_up_proj, down_proj = (
-        as_tensor(matrix, x.dtype) for matrix in (cast("AnyMatrix", layer.router), layer.gate_up_proj, layer.down_proj)
-    )
+    do. ``multiply`` is given the neurons of a token's experts side by side, in the order in which it chose them."""
+    router = as_tensor(cast("AnyMatrix", layer.router), x.dtype)  # of floats of its own, where experts are blocks
+    gate_up_proj, down_proj = as_tensor(layer.gate_up_proj, x.dtype), as_tensor(layer.down_proj, x.dtype)
     gate_up_proj = gate_up_proj.view(config.num_experts, -1, x.shape[-1])
-    down_proj = down_proj.view(config.num_experts, x.shape[-1], -1)
-    router_bias, gate_up_bias, down_proj_bias = (
-        None if bias is None else bias.to(x.dtype)
-        for bias in (layer.router_bias, layer.gate_up_bias, layer.down_proj_bias)
+    down_proj = expert_down_proj(down_proj, config.num_experts, x.shape[-1])
+    gate_up_bias, down_proj_bias = (
+        None if bias is None else bias.to(x.dtype) for bias in (layer.gate_up_bias, layer.down_proj_bias)
     )
-    logits = F.linear(x, router, router_bias).float()
+    router_bias = None if layer.router_bias is None else layer.router_bias.to(router.dtype)
+    logits = F.linear(x.to(router.dtype), router, router_bias).float()
     chosen = torch.sort(logits, descending=True, stable=True).indices[:, : config.num_experts_per_tok]
     weights = logits.softmax(-1).gather(1, chosen)
     if config.norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
-    branch = torch.zeros_like(x)
-    for expert in chosen.unique().tolist():
-        tokens, choice = (chosen == expert).nonzero(as_tuple=True)
-        own, own_down = (
-            None if bias is None else bias.view(config.num_experts, -1)[expert]
-            for bias in (gate_up_bias, down_proj_bias)
-        )
+    places = [(expert, *(chosen == expert).nonzero(as_tuple=True)) for expert in chosen.unique().tolist()]
+    gates, ups = x.new_empty(2, *chosen.shape, config.moe_intermediate_size)
+    for expert, tokens, choice in places:
+        own = None if gate_up_bias is None else gate_up_bias.view(config.num_experts, -1)[expert]
         gate, up = F.linear(x[tokens], gate_up_proj[expert], own).chunk(2, dim=-1)
-        outputs = F.linear(gated(config.activation, gate, up), down_proj[expert], own_down)
+        gates[tokens, choice] = activation_of(config.activation)(gate)
+        ups[tokens, choice] = up_factor(config.activation, up)
+    products = multiply(gates.flatten(1), ups.flatten(1)).view_as(gates)
+    branch = torch.zeros_like(x)
+    for expert, tokens, choice in places:
+        own = None if down_proj_bias is None else down_proj_bias.view(config.num_experts, -1)[expert]
+        outputs = F.linear(products[tokens, choice], down_proj[expert], own)
         branch[tokens] += (outputs * weights[tokens, choice, None]).to(x.dtype)
     return branch
 

@@ -17,7 +17,7 @@ class RunRecord:
         self.similarity_map = torch.empty(0, 0)  # [tokens, layers]
         self.scale_map = torch.empty(0)  # [tokens]
         self.kept_map = torch.empty(0, 0, 2, dtype=torch.int32)  # [tokens, layers, 2]
-        self._intermediate_size = 1
+        self._neuron_counts = torch.empty(0, dtype=torch.int32)  # [layers]
         self._neuron_shares = torch.empty(0, 2)  # [layers, 2]
         self._left_out = 0
         self._skipped = 0
@@ -29,7 +29,7 @@ class RunRecord:
         self.similarity_map = state.similarity_map[slot, :tokens].clone()
         self.scale_map = state.scale_map[slot, :tokens].clone()
         self.kept_map = state.kept_map[slot, :tokens].clone()
-        self._intermediate_size = state.intermediate.shape[1]
+        self._neuron_counts = state.neuron_counts
         self._neuron_shares = state.neuron_shares
         self._left_out = int(state.left_out[slot])
         self._skipped = int(state.skipped[slot])
@@ -50,4 +50,4 @@ class RunRecord:
     @property
     def unread_map(self) -> torch.Tensor:
         """The share of each FFN's bytes that was not read, f32 [tokens, layers]."""
-        return unread_share(self.run_map, self.scale_map, self.kept_map, self._intermediate_size, self._neuron_shares)
+        return unread_share(self.run_map, self.scale_map, self.kept_map, self._neuron_counts, self._neuron_shares)

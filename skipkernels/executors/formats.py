@@ -63,7 +63,7 @@ def require_arranged_int8(program: Program, executor: str) -> None:
 
 READ_IN_PARTS = ("qkv_rope_append", "gate_up_act")
 """Ops whose GPU kernels read a matrix whose parts have formats of their own."""
-_OF_EXPERTS = ("route_experts", "experts_gate_up_act", "experts_down_proj_add")
+_OF_EXPERTS = ("route_experts", "experts_gate_up_act", "experts_down_proj_add", "experts_down_proj_neurons_add")
 """Ops whose GPU kernels read floats only."""
 
 

@@ -9,12 +9,20 @@ from collections.abc import Sequence
 
 import torch
 
+from skipkernels.errors import PolicyError
 from skipkernels.model.config import ModelConfig, dtype_name
 from skipkernels.model.family import FAMILIES
 from skipkernels.model.matrix import BLOCK_FORMATS, FLOAT_FORMATS, AnyMatrix, merged, stacked
 from skipkernels.model.parameters import Parameters
 from skipkernels.model.recipe import large_matrices
-from skipkernels.model.weights import ModelWeights, allocate_weights, empty_matrix, saved_views, warn_of_nan
+from skipkernels.model.weights import (
+    ModelWeights,
+    allocate_weights,
+    empty_matrix,
+    no_neurons_of_experts,
+    saved_views,
+    warn_of_nan,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +76,9 @@ def load_in_formats(
     (of experts, with another format), is dequantised to ``float_dtype``, which is logged. Routers, which are small and
     decide much, stay floats of their own dtype. Blocks lie as in the file: an executor arranges them
     (``weights.interleave``), with ``neuron_rows`` so that single neurons can be left out.
+
+    Raises:
+        PolicyError: ``neuron_rows`` with experts in blocks.
     """
     shapes_only = saved_views(config, allocate_weights(config, torch.float32, 1, "meta"))
     ffns = {
@@ -78,6 +89,11 @@ def load_in_formats(
     routers = {name for ffn in ffns.values() for name in ffn["router"]}
     names = large_matrices(config, {name: tuple(view.shape) for name, view in shapes_only.items()})
     dtype = float_dtype(parameters, names)
+    if neuron_rows:
+        of_experts = {name for ffn in ffns.values() for listed in ffn.values() for name in listed} - routers
+        blocks = {parameters.format(name) for name in of_experts} & BLOCK_FORMATS.keys()  # others become floats
+        if reason := no_neurons_of_experts(blocks):
+            raise PolicyError(reason)
     without = Counter(kind for name in names if (kind := parameters.format(name)) not in BLOCK_FORMATS | FLOAT_FORMATS)
     for kind, count in without.items():
         logger.warning(
@@ -102,11 +118,13 @@ def load_in_formats(
             return stacked(merged(blocks) if of_experts else blocks)
         rows, columns = [shapes_only[name].shape[0] for name in parts], shapes_only[parts[0]].shape[1]
         own = FLOAT_FORMATS.get(formats[0], dtype) if parts[0] in routers else dtype
-        if transposed:
-            floats = empty_matrix(columns, sum(rows), own, device).T
+        if transposed:  # of experts side by side, each one neuron a row
+            floats = empty_matrix(len(parts) * columns, rows[0], own, device).T
+            places = floats.split(columns, dim=1)
         else:
             floats = empty_matrix(sum(rows), columns, own, device)
-        for name, part in zip(parts, floats.split(rows), strict=True):
+            places = floats.split(rows)
+        for name, part in zip(parts, places, strict=True):
             parameters.copy_floats(name, part)
         beside_floats.update(format for format in formats if format in BLOCK_FORMATS)
         return floats
@@ -117,7 +135,8 @@ def load_in_formats(
     for index, layer in enumerate(weights.layers):
         ffn = ffns.get(index, {})
         for field, listed in ffn.items():
-            setattr(layer, field, matrix(*listed, of_experts=field != "router"))
+            transposed = neuron_rows and field == "down_proj"
+            setattr(layer, field, matrix(*listed, transposed=transposed, of_experts=field != "router"))
         for field, parts in PARTS.items():
             if field in ffn:
                 continue

@@ -233,6 +233,17 @@ class ModelConfig:
     def has_experts(self, layer: int) -> bool:
         return bool(self.expert_layers) and self.expert_layers[layer]
 
+    def neurons_of(self, layer: int) -> int:
+        """Neurons of a token's FFN; with experts, of those that its router chooses together."""
+        if self.has_experts(layer):
+            return self.num_experts_per_tok * self.moe_intermediate_size
+        return self.intermediate_size
+
+    @property
+    def scaled_neurons(self) -> int | None:
+        """Neurons of an FFN, each of which a policy may give a scale; None: with experts a policy has no scales."""
+        return None if self.num_experts else self.intermediate_size
+
     def attention_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of one layer's attention matrices."""
         return (self.qkv_size + self.attention_size) * self.hidden_size * dtype.itemsize

@@ -7,7 +7,7 @@ of the packed matrices, so memory is not doubled.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -55,7 +55,7 @@ class LayerWeights:
     post_attention_layernorm: torch.Tensor | None  # [hidden], in front of the FFN; Gemma's pre_feedforward_layernorm
     gate_up_proj: AnyMatrix  # [2 intermediate, hidden]; of experts one below the other
     down_proj: AnyMatrix  # [hidden, intermediate]; with neuron_rows floats are a view of transposed storage; of experts
-    # one below the other
+    # one below the other, with neuron_rows side by side (``expert_down_proj``)
     attention_branch_norm: torch.Tensor | None = None  # [hidden], of what attention adds to the residual stream
     ffn_branch_norm: torch.Tensor | None = None  # [hidden], of what the FFN adds
     router: AnyMatrix | None = None  # [experts, hidden], where the layer has experts
@@ -65,10 +65,11 @@ class LayerWeights:
     down_proj_bias: torch.Tensor | None = None  # [experts hidden]
 
     def neuron_nbytes(self) -> tuple[int, int]:
-        """The bytes that are not read where a neuron's row of up_proj, and where its column of down_proj is left out.
-        0 with experts."""
-        if self.router is not None:
-            return 0, 0
+        """The bytes that are not read where a neuron's row of up_proj, and where its column of down_proj is left
+        out."""
+        if self.router is not None:  # all experts' gates and ups, and as many columns as ups
+            rows = self.gate_up_proj.shape[0]
+            return round(self.gate_up_proj.nbytes / rows), round(self.down_proj.nbytes / (rows // 2))
         up = self.gate_up_proj.parts[-1] if isinstance(self.gate_up_proj, StackedMatrix) else self.gate_up_proj
         return round(up.nbytes / up.shape[0]), round(column_nbytes(self.down_proj))
 
@@ -157,13 +158,12 @@ class ModelWeights:
 
     def ffn_nbytes(self) -> float:
         """Bytes of one layer's FFN matrices that a token reads, as they are stored, in the mean over layers."""
-        nbytes = 0.0
-        for layer in self.layers:
-            if layer.router is None:
-                nbytes += layer.gate_up_proj.nbytes + layer.down_proj.nbytes
-            else:
-                nbytes += layer.router.nbytes + self.experts_per_token * layer.expert_nbytes()
-        return nbytes / len(self.layers)
+        return sum(map(self._ffn_nbytes, self.layers)) / len(self.layers)
+
+    def _ffn_nbytes(self, layer: LayerWeights) -> float:
+        if layer.router is None:
+            return layer.gate_up_proj.nbytes + layer.down_proj.nbytes
+        return layer.router.nbytes + self.experts_per_token * layer.expert_nbytes()
 
     def layer_nbytes(self) -> float:
         """Bytes of one layer's matrices that a token reads, in the mean over layers."""
@@ -172,12 +172,25 @@ class ModelWeights:
 
     def neuron_shares(self) -> torch.Tensor:
         """The shares of each layer's FFN bytes that all rows of up_proj, and what is single of all columns of
-        down_proj, take: f32 [layers, 2], a third each where weights are floats."""
+        down_proj, take: f32 [layers, 2], a third each where weights are floats; with experts of those that a token
+        reads, a little less, for its router is read whole."""
         shares = []
         for layer in self.layers:
-            whole = layer.gate_up_proj.nbytes + layer.down_proj.nbytes
-            shares.append([layer.down_proj.shape[1] * each / whole for each in layer.neuron_nbytes()])
+            neurons = layer.down_proj.shape[1]
+            if layer.router is not None:
+                neurons = layer.gate_up_proj.shape[0] // 2 // layer.router.shape[0] * self.experts_per_token
+            shares.append([neurons * each / self._ffn_nbytes(layer) for each in layer.neuron_nbytes()])
         return torch.tensor(shares)
+
+    def no_neurons(self) -> str | None:
+        """Why single neurons of these weights cannot be left out, however they are arranged; None: they can."""
+        matrices = [
+            matrix
+            for layer in self.layers
+            if layer.router is not None
+            for matrix in (layer.gate_up_proj, layer.down_proj)
+        ]
+        return no_neurons_of_experts({format for matrix in matrices for format in formats_of(matrix)})
 
     def decode_nbytes(self) -> float:
         """Bytes of matrices one dense decode step reads as they are stored: every layer, lm_head, one embedding row."""
@@ -188,6 +201,16 @@ class ModelWeights:
         """Binds a policy file to a model: the same checkpoint has the same one in every dtype."""
         first = self.layers[0].input_layernorm if config.input_norms else self.layers[0].attention_branch_norm
         return fingerprint(config.architecture_hash(), (cast("torch.Tensor", first), self.norm), self.contents)
+
+
+def no_neurons_of_experts(formats: Collection[str]) -> str | None:
+    """Why single neurons of experts that are held in ``formats`` cannot be left out; None: they can."""
+    if not (blocks := sorted(set(formats) - FLOAT_FORMATS.keys())):
+        return None
+    return (
+        f"single neurons of experts in {'+'.join(blocks)} cannot be left out; leave out whole FFN blocks, or load the "
+        "model with dtype bf16 (--dtype bf16)"
+    )
 
 
 def interleave(weights: ModelWeights, num_threads: int = 1) -> None:
@@ -335,7 +358,7 @@ def allocate_weights(
             o_proj_bias=vector(hidden) if c.o_proj_bias else None,
             post_attention_layernorm=vector(hidden) if c.input_norms else None,
             gate_up_proj=matrix(copies * 2 * size, hidden),
-            down_proj=matrix(size, hidden).T if neuron_rows else matrix(copies * hidden, size),
+            down_proj=matrix(copies * size, hidden).T if neuron_rows else matrix(copies * hidden, size),
             attention_branch_norm=vector(hidden) if c.branch_norms else None,
             ffn_branch_norm=vector(hidden) if c.branch_norms else None,
             router=matrix(experts, hidden) if experts else None,
@@ -409,6 +432,13 @@ def _qkv_views(config: ModelConfig, prefix: str, layer: LayerWeights, fused: boo
     return views
 
 
+def expert_down_proj(down_proj: torch.Tensor, experts: int, hidden_size: int) -> torch.Tensor:
+    """Every expert's matrix, a view [experts, hidden, expert's intermediate] of how they lie in ``LayerWeights``."""
+    if down_proj.shape[0] == hidden_size:  # side by side
+        return down_proj.unflatten(1, (experts, -1)).transpose(0, 1)
+    return down_proj.unflatten(0, (experts, hidden_size))
+
+
 def _transposed_views(prefix: str, layer: LayerWeights) -> dict[str, torch.Tensor | None]:
     """Of ``stacks_experts``."""
     router, gate_up, down = (
@@ -421,7 +451,7 @@ def _transposed_views(prefix: str, layer: LayerWeights) -> dict[str, torch.Tenso
         prefix + "router.bias": layer.router_bias,
         prefix + "experts.gate_up_proj": gate_up.view(experts, 2, -1, gate_up.shape[1]).permute(0, 3, 2, 1),
         prefix + "experts.gate_up_proj_bias": gate_up_bias.view(experts, 2, -1).transpose(1, 2),
-        prefix + "experts.down_proj": down.view(experts, -1, down.shape[1]).transpose(1, 2),
+        prefix + "experts.down_proj": expert_down_proj(down, experts, gate_up.shape[1]).transpose(1, 2),
         prefix + "experts.down_proj_bias": down_bias.view(experts, -1),
     }
 
@@ -437,7 +467,7 @@ def _ffn_views(prefix: str, layer: LayerWeights, fused: bool) -> dict[str, torch
     return {
         prefix + "gate.weight": float_tensor(layer.router),
         prefix + "experts.gate_up_proj": gate_up.view(experts, -1, gate_up.shape[1]),
-        prefix + "experts.down_proj": down.view(experts, -1, down.shape[1]),
+        prefix + "experts.down_proj": expert_down_proj(down, experts, gate_up.shape[1]),
     }
 
 

@@ -9,7 +9,7 @@ import torch
 
 from skipkernels.errors import PolicyError
 from skipkernels.model.config import ACTIVATIONS, ModelConfig
-from skipkernels.model.matrix import StackedMatrix, halves
+from skipkernels.model.matrix import StackedMatrix, float_tensor, halves
 from skipkernels.model.weights import LayerWeights, ModelWeights
 from skipkernels.program.state import DecodeState
 from skipkernels.program.table import Instruction, Operand, instruction
@@ -20,8 +20,6 @@ NO_NEURON_ROWS = (
     "neurons cannot be left out: down_proj was not loaded with one neuron a row; "
     "load the engine with this policy, or with neuron_rows=True"
 )
-
-NO_NEURONS_OF_EXPERTS = "single neurons of experts cannot be left out; leave out whole FFN blocks only"
 
 
 @dataclass(frozen=True)
@@ -201,7 +199,7 @@ def build_program(
         if layer.router is None:
             _record_ffn(record, config, weights, state, index, stream, own_partials, neurons)
         else:
-            _record_experts(record, config, layer, state, index, stream, own_partials)
+            _record_experts(record, config, weights, state, index, stream, own_partials, neurons)
         if config.changes_branches:
             record_branch_add(s.run_ffn[index], layer.ffn_branch_norm, partials)
     record(
@@ -298,7 +296,7 @@ def _record_ffn(
     of_blocks = not isinstance(layer.down_proj, torch.Tensor)
     record(
         "down_proj_neurons_add",
-        neurons=s.neurons if neurons else None,
+        neurons=s.neurons[: config.intermediate_size] if neurons else None,
         num_neurons=s.num_neurons if neurons else None,
         down_proj=layer.down_proj.T,
         neuron_chunk=neuron_chunk(config.intermediate_size, of_blocks),
@@ -309,13 +307,15 @@ def _record_ffn(
 def _record_experts(
     record: Callable[..., None],
     config: ModelConfig,
-    layer: LayerWeights,
+    weights: ModelWeights,
     s: DecodeState,
     index: int,
     stream: torch.Tensor,
     partials: torch.Tensor | None,
+    neurons: bool,
 ) -> None:
     """From the residual stream to what the chosen experts add."""
+    layer = weights.layers[index]
     normed = {"post_attention_layernorm": layer.post_attention_layernorm, "rms_norm_eps": config.rms_norm_eps}
     chosen = {"expert_begins": s.expert_begins, "expert_pairs": s.expert_pairs}
     record(
@@ -339,22 +339,37 @@ def _record_experts(
         hidden_states=s.hidden_states,
         gate_up_proj=layer.gate_up_proj,
         gate_up_bias=layer.gate_up_bias,
+        gate_thresholds=s.gate_thresholds if neurons else None,
+        row_sequence=s.row_sequence if neurons else None,
+        neuron_scale=s.neuron_scale if neurons else None,
         expert_intermediate=s.expert_intermediate,
         activation=ACTIVATIONS.index(config.activation),
+        layer=index,
         **normed,
         **chosen,
     )
-    record(
-        "experts_down_proj_add",
-        row_mask=s.run_ffn[index],
-        expert_intermediate=s.expert_intermediate,
-        expert_weights=s.expert_weights,
-        down_proj=layer.down_proj,
-        down_proj_bias=layer.down_proj_bias,
-        hidden_states=stream,
-        similarity_partials=partials,
-        rows_per_partial=s.layout.rows_per_partial,
+    if neurons:
+        products = s.expert_intermediate.flatten(1)
+        _record_selection(record, layer, s, index, 0, products, s.no_thresholds)  # left out already
+        _record_selection(record, layer, s, index, 1, products, s.product_thresholds[..., None])
+    added = {
+        "row_mask": s.run_ffn[index],
+        "expert_intermediate": s.expert_intermediate,
+        "expert_weights": s.expert_weights,
+        "down_proj_bias": layer.down_proj_bias,
+        "hidden_states": stream,
+        "similarity_partials": partials,
+        "rows_per_partial": s.layout.rows_per_partial,
         **chosen,
+    }
+    if not weights.neuron_rows:
+        record("experts_down_proj_add", down_proj=layer.down_proj, **added)
+        return
+    record(
+        "experts_down_proj_neurons_add",
+        down_proj=float_tensor(layer.down_proj).T,
+        neuron_chunk=neuron_chunk(config.moe_intermediate_size),
+        **added,
     )
 
 
@@ -362,26 +377,7 @@ def _record_neurons(
     record: Callable[..., None], config: ModelConfig, layer: LayerWeights, s: DecodeState, index: int
 ) -> None:
     """From the residual stream to the products of gate and up of the neurons that some row keeps."""
-    (gate_proj, up_proj), neuron_nbytes = halves(layer.gate_up_proj), layer.neuron_nbytes()
-
-    def select(stage: int, thresholds: torch.Tensor) -> None:
-        record(
-            "select_neurons",
-            row_mask=s.run_ffn[index],
-            intermediate=s.intermediate,
-            neuron_thresholds=thresholds,
-            row_sequence=s.row_sequence,
-            neuron_scale=s.neuron_scale,
-            num_generated=s.num_generated,
-            neurons=s.neurons,
-            num_neurons=s.num_neurons,
-            left_out=s.left_out,
-            kept_map=s.kept_map,
-            layer=index,
-            stage=stage,
-            neuron_bytes=neuron_nbytes[stage],
-        )
-
+    gate_proj, up_proj = halves(layer.gate_up_proj)
     record(
         "gate_proj_act",
         row_mask=s.run_ffn[index],
@@ -392,19 +388,47 @@ def _record_neurons(
         rms_norm_eps=config.rms_norm_eps,
         activation=ACTIVATIONS.index(config.activation),
     )
-    select(0, s.gate_thresholds)
+    _record_selection(record, layer, s, index, 0, s.intermediate, s.gate_thresholds)
     record(
         "up_proj_mul",
         row_mask=s.run_ffn[index],
         hidden_states=s.hidden_states,
         post_attention_layernorm=layer.post_attention_layernorm,
         up_proj=up_proj,
-        neurons=s.neurons,
+        neurons=s.neurons[: config.intermediate_size],
         num_neurons=s.num_neurons,
         intermediate=s.intermediate,
         rms_norm_eps=config.rms_norm_eps,
     )
-    select(1, s.product_thresholds[..., None])
+    _record_selection(record, layer, s, index, 1, s.intermediate, s.product_thresholds[..., None])
+
+
+def _record_selection(
+    record: Callable[..., None],
+    layer: LayerWeights,
+    s: DecodeState,
+    index: int,
+    stage: int,
+    values: torch.Tensor,
+    thresholds: torch.Tensor,
+) -> None:
+    """Leaves out neurons whose ``values`` [rows, neurons] are small, and counts those of a stage that are kept."""
+    record(
+        "select_neurons",
+        row_mask=s.run_ffn[index],
+        intermediate=values,
+        neuron_thresholds=thresholds,
+        row_sequence=s.row_sequence,
+        neuron_scale=s.neuron_scale,
+        num_generated=s.num_generated,
+        neurons=s.neurons[: values.shape[1]],
+        num_neurons=s.num_neurons,
+        left_out=s.left_out,
+        kept_map=s.kept_map,
+        layer=index,
+        stage=stage,
+        neuron_bytes=layer.neuron_nbytes()[stage],
+    )
 
 
 def neuron_chunk(intermediate_size: int, of_blocks: bool = False) -> int:

@@ -344,11 +344,14 @@ def activation_of(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return F.silu if name == "silu" else partial(F.gelu, approximate="tanh")
 
 
+def up_factor(name: str, up: torch.Tensor) -> torch.Tensor:
+    """What the activated gate is multiplied with: up; of clamped_swiglu, up within the limit, and 1 more."""
+    return up.clamp(-GATE_LIMIT, GATE_LIMIT) + 1 if name == "clamped_swiglu" else up
+
+
 def gated(name: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """act(gate) * up; of clamped_swiglu, up is within the limit and grows by 1."""
-    if name == "clamped_swiglu":
-        up = up.clamp(-GATE_LIMIT, GATE_LIMIT) + 1
-    return activation_of(name)(gate) * up
+    """act(gate) * up, or what goes in the place of up."""
+    return activation_of(name)(gate) * up_factor(name, up)
 
 
 def gate_up_act(ins: Instruction) -> None:
@@ -433,7 +436,12 @@ def experts_gate_up_act(ins: Instruction) -> None:
     for expert, choices in choices_by_expert(ins):
         for row, choice in choices:
             gate, up = products[row][expert * size : (expert + 1) * size].chunk(2)
-            t["expert_intermediate"][row, choice] = gated(activation, gate, up)
+            gate, up = activation_of(activation)(gate), up_factor(activation, up)
+            if t["gate_thresholds"] is not None:
+                layer = int(ins.scalars["layer"])
+                gate[gate.abs() < t["gate_thresholds"][t["row_sequence"][row], layer] * t["neuron_scale"][row]] = 0.0
+                up = torch.where(gate == 0, 0.0, up)  # not read
+            t["expert_intermediate"][row, choice] = gate * up
 
 
 def experts_down_proj_add(ins: Instruction) -> None:
@@ -444,6 +452,22 @@ def experts_down_proj_add(ins: Instruction) -> None:
         for row, choice in choices:
             outputs = down_proj(t["expert_intermediate"][row, choice])[expert * size : (expert + 1) * size]
             branches[row] += t["expert_weights"][row, choice] * outputs
+    for row, branch in branches.items():
+        _add_and_compare(ins, row, branch)
+
+
+def experts_down_proj_neurons_add(ins: Instruction) -> None:
+    t, size, hidden = ins.tensors, ins.sizes["expert_size"], ins.sizes["hidden_size"]
+    down_proj = dequantized(t["down_proj"])
+    bias = torch.zeros((ins.sizes["num_begins"] - 1) * hidden) if t["down_proj_bias"] is None else t["down_proj_bias"]
+    branches = {row: torch.zeros(hidden) for row in ins.rows}
+    for expert, choices in choices_by_expert(ins):
+        of_expert = down_proj[expert * size : (expert + 1) * size]
+        own_bias = bias[expert * hidden : (expert + 1) * hidden]
+        for row, choice in choices:
+            products = t["expert_intermediate"][row, choice]
+            kept = products != 0
+            branches[row] += t["expert_weights"][row, choice] * (products[kept] @ of_expert[kept] + own_bias)
     for row, branch in branches.items():
         _add_and_compare(ins, row, branch)
 

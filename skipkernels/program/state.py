@@ -103,7 +103,8 @@ class DecodeState:
     gate_seed: torch.Tensor  # i64 [sequences]
     target_ratio: torch.Tensor  # f32 [sequences], 0: not held
     ramp_tokens: torch.Tensor  # i32 [sequences]
-    gate_thresholds: torch.Tensor  # f32 [sequences, layers, intermediate], for |act(gate)|; 0 keeps all
+    gate_thresholds: torch.Tensor  # f32 [sequences, layers, intermediate], or with experts [sequences, layers, 1], for
+    # |act(gate)|; 0 keeps all
     product_thresholds: torch.Tensor  # f32 [sequences, layers], for |act(gate) up|
     neuron_target_ratio: torch.Tensor  # f32 [sequences], 0: not held
     # skipping, per sequence
@@ -122,6 +123,8 @@ class DecodeState:
     neuron_shares: (
         torch.Tensor
     )  # host, f32 [layers, 2], of an FFN's bytes, that all neurons of up_proj and down_proj take
+    neuron_counts: torch.Tensor  # host, i32 [layers], neurons of a token's FFN
+    no_thresholds: torch.Tensor  # f32 [sequences, layers, 1], zeros: select_neurons only counts
     # activations
     hidden_states: torch.Tensor  # f32 [rows, hidden], the residual stream
     qkv: torch.Tensor  # f32 [rows, qkv_size], or without a column where no op uses it; zero between two steps
@@ -130,7 +133,7 @@ class DecodeState:
     attn_partials: torch.Tensor  # f32 [rows, heads, splits, head_dim + 2]: max, sum, output
     attn_output: torch.Tensor  # f32 [rows, heads, head_dim]
     intermediate: torch.Tensor  # f32 [rows, intermediate]
-    neurons: torch.Tensor  # i32 [intermediate], those that some row keeps
+    neurons: torch.Tensor  # i32 [the most of neuron_counts], those that some row keeps
     num_neurons: torch.Tensor  # i32 [1], their number
     # of layers with experts; empty where there are none
     router_logits: torch.Tensor  # f32 [rows, experts]
@@ -177,6 +180,8 @@ class DecodeState:
         cache = (layers, blocks, config.num_key_value_heads, layout.block_size, config.head_dim)
         rows, sequences = num_sequences + num_prompt_rows, num_sequences
         chosen = config.num_experts_per_tok
+        counts = [config.neurons_of(layer) for layer in range(layers)]
+        thresholds = config.scaled_neurons or 1
 
         def buffer(kind: torch.dtype, *shape: int, fill: float = 0) -> torch.Tensor:
             # zeros() hands out untouched pages: a cache costs memory only where it is used
@@ -230,7 +235,7 @@ class DecodeState:
             gate_seed=buffer(i64, sequences),
             target_ratio=buffer(f32, sequences),
             ramp_tokens=buffer(i32, sequences),
-            gate_thresholds=buffer(f32, sequences, layers, config.intermediate_size if neurons else 0),
+            gate_thresholds=buffer(f32, sequences, layers, thresholds if neurons else 0),
             product_thresholds=buffer(f32, sequences, layers),
             neuron_target_ratio=buffer(f32, sequences),
             skip_remaining=buffer(i32, sequences),
@@ -244,6 +249,8 @@ class DecodeState:
             scale_map=host_buffer(f32, sequences, max_seq_len),
             kept_map=host_buffer(i32, sequences, max_seq_len, layers, 2),
             neuron_shares=host_buffer(f32, layers, 2).fill_(1 / 3),
+            neuron_counts=host_buffer(i32, layers).copy_(torch.tensor(counts)),
+            no_thresholds=buffer(f32, sequences, layers, 1),
             hidden_states=buffer(f32, rows, config.hidden_size),
             qkv=buffer(f32, rows, config.qkv_size if config.norms_whole_qk else 0),
             branch=buffer(f32, rows, config.hidden_size),
@@ -251,7 +258,7 @@ class DecodeState:
             attn_partials=buffer(f32, rows, heads, splits, config.head_dim + 2),
             attn_output=buffer(f32, rows, heads, config.head_dim),
             intermediate=buffer(f32, rows, config.intermediate_size),
-            neurons=buffer(i32, config.intermediate_size),
+            neurons=buffer(i32, max(counts)),
             num_neurons=buffer(i32, 1),
             router_logits=buffer(f32, rows, config.num_experts),
             expert_ids=buffer(i32, rows, chosen),
@@ -373,7 +380,7 @@ class DecodeState:
         """The share of each FFN's bytes that the first ``tokens`` generated tokens of ``slot`` did not read: f32
         [tokens, layers], 1 where the FFN was skipped."""
         run_map, scale_map, kept_map = (each[slot, :tokens] for each in (self.run_map, self.scale_map, self.kept_map))
-        return unread_share(run_map, scale_map, kept_map, self.intermediate.shape[1], self.neuron_shares)
+        return unread_share(run_map, scale_map, kept_map, self.neuron_counts, self.neuron_shares)
 
     def set_blocks(self, slot: int, blocks: Sequence[int], first: int = 0) -> None:
         """Writes ``blocks`` into the table of ``slot``, from its entry ``first`` on; entries after them are emptied."""
@@ -442,12 +449,13 @@ def unread_share(
     run_map: torch.Tensor,
     scale_map: torch.Tensor,
     kept_map: torch.Tensor,
-    intermediate_size: int,
+    neuron_counts: torch.Tensor,
     neuron_shares: torch.Tensor,
 ) -> torch.Tensor:
     """The share of each FFN's bytes that was not read, f32 [tokens, layers], from ``DecodeState``'s maps of a sequence:
-    run_map u8 [tokens, layers], scale_map f32 [tokens], kept_map i32 [tokens, layers, 2], and its neuron_shares.
+    run_map u8 [tokens, layers], scale_map f32 [tokens], kept_map i32 [tokens, layers, 2], its neuron_counts and
+    neuron_shares.
     gate_proj is always read; where scale_map is 0 all neurons are, and kept_map means nothing."""
-    left_out = ((1 - kept_map / intermediate_size) * neuron_shares).sum(-1)
+    left_out = ((1 - kept_map / neuron_counts[:, None]) * neuron_shares).sum(-1)
     unread = torch.where(scale_map[:, None] > 0, left_out, 0)
     return torch.where(run_map == 0, 1, unread).float()

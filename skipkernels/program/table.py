@@ -369,6 +369,11 @@ OPS: dict[str, Op] = {
             """gate_up_act of each row's chosen experts: expert_intermediate[row, choice] of that expert's gate_proj and
             up_proj, which stand one below the other, expert by expert, and of their biases, where there are such. Only
             chosen experts' are read.
+
+            With ``gate_thresholds`` a neuron of a row's expert whose |act(gate)| is below ``gate_thresholds[the row's
+            sequence, layer] * neuron_scale``, one fp32 rounding, or 0, is left out: 0 in expert_intermediate. Rows of
+            up_proj are read where some row of the expert keeps the neuron. select_neurons counts them afterwards, and
+            leaves out products.
             """,
             {
                 "hidden_states": _t("f32 num_rows hidden_size"),
@@ -376,14 +381,18 @@ OPS: dict[str, Op] = {
                 "gate_up_proj": _t("matrix gate_up_size hidden_size"),
                 "gate_up_bias": _t("f32 gate_up_size", optional=True),
                 **_CHOSEN_EXPERTS,
+                "gate_thresholds": _t("f32 num_sequences num_hidden_layers one", optional=True),
+                "row_sequence": _t("i32 num_rows", optional=True),
+                "neuron_scale": _t("f32 num_rows", optional=True),
                 "expert_intermediate": _t("f32 num_rows experts_per_token expert_size", "out"),
             },
-            {"rms_norm_eps": float, "activation": int},
+            {"rms_norm_eps": float, "activation": int, "layer": int},
             (
                 (
                     "gate_up_size = 2 experts expert_size",
                     lambda s: s["gate_up_size"] == 2 * (s["num_begins"] - 1) * s["expert_size"],
                 ),
+                ("a layer has 1 gate threshold", lambda s: s.get("one", 1) == 1),
             ),
         ),
         Op(
@@ -410,6 +419,35 @@ OPS: dict[str, Op] = {
             ),
         ),
         Op(
+            "experts_down_proj_neurons_add",
+            """experts_down_proj_add over a down_proj that lies transposed, one neuron a row, expert after expert: of a
+            chosen expert only the rows of neurons are read that are not 0 in expert_intermediate of some row.
+
+            The sum over an expert's neurons is cut into chunks of ``neuron_chunk`` neurons, added in their order, as in
+            down_proj_neurons_add.
+            """,
+            {
+                "expert_intermediate": _t("f32 num_rows experts_per_token expert_size"),
+                "expert_weights": _t("f32 num_rows experts_per_token"),
+                **_CHOSEN_EXPERTS,
+                "down_proj": _t("matrix down_size hidden_size"),
+                "down_proj_bias": _t("f32 bias_size", optional=True),
+                "hidden_states": _t("f32 num_rows hidden_size", "inout"),
+                "similarity_partials": _t("f32 num_partials num_sequences three", "out", optional=True),
+            },
+            {"rows_per_partial": int, "neuron_chunk": int},
+            (
+                (
+                    "down_size = experts expert_size",
+                    lambda s: s["down_size"] == (s["num_begins"] - 1) * s["expert_size"],
+                ),
+                (
+                    "bias_size = experts hidden_size",
+                    lambda s: s.get("bias_size") in (None, (s["num_begins"] - 1) * s["hidden_size"]),
+                ),
+            ),
+        ),
+        Op(
             "gate_proj_act",
             "intermediate = act(gate_proj(x)) of x = rms_norm(hidden_states), of every neuron.",
             {
@@ -426,7 +464,8 @@ OPS: dict[str, Op] = {
             is below ``neuron_thresholds[the row's sequence, layer] * neuron_scale``, one fp32 rounding, for each row by
             itself. A layer has a threshold for each neuron, or one for all. ``neurons`` lists, in ascending order,
             those that are not 0 in some row, ``num_neurons`` their number: a neuron that is exactly 0 everywhere adds
-            nothing, and is not read either. The list's rest is undefined.
+            nothing, and is not read either. The list's rest is undefined. Of experts, a row's neurons are those of the
+            experts it chose, one choice after the other, and the kernels need no list.
 
             What a decode row keeps is recorded in kept_map under (num_generated, layer, ``stage``), and
             ``neuron_bytes`` for each that it leaves out are added to ``left_out``. stage 0 is what up_proj reads, after

@@ -8,6 +8,9 @@ n = rms_norm(h):
     m_j = g_j * (up_proj_j . n), j in kept_up
     kept_down = {j in kept_up : |m_j| >= b_l}     TEAL, arXiv 2408.14690
     f = sum over kept_down of m_j * down_proj[:, j]
+
+With experts the rule is applied to each expert that the token's router chose, with the layer's thresholds and all
+s_j = 1: a third of the chosen experts' bytes is always read, and the router.
 """
 
 from __future__ import annotations
@@ -122,14 +125,20 @@ class NeuronPlan:
         unread = [up + down if gate else down if product else 0.0 for gate, product, (up, down) in layers]
         return sum(unread) / len(unread)
 
-    def check_neurons(self, intermediate_size: int, shares: Sequence[Sequence[float]] | None = None) -> None:
+    def check_neurons(self, intermediate_size: int | None, shares: Sequence[Sequence[float]] | None = None) -> None:
         """
         Args:
+            intermediate_size: None: a model with experts.
             shares: see ``reachable``; None: they are not known yet.
 
         Raises:
             PolicyError: the scales are those of a model of another width, or the target is beyond the weights' reach.
         """
+        if self.up_scales and intermediate_size is None:
+            raise PolicyError(
+                f"up_scales has {self.up_scales.shape[1]} entries per layer, but this model has experts, whose neurons "
+                "share their layer's thresholds; leave up_scales empty"
+            )
         if shares is not None and self.target_ratio and self.target_ratio >= (reachable := self.reachable(shares)):
             raise PolicyError(
                 f"target_ratio {self.target_ratio:g} cannot be held: the thresholds that are not 0 can leave out less "

@@ -24,7 +24,7 @@ from tests.models import random_prompt, tiny_engine, tiny_module
 from tests.real_models import smollm2_gguf
 
 NEURON_OPS = {"neuron_gate", "gate_proj_act", "select_neurons", "up_proj_mul", "down_proj_neurons_add"}
-EXPERT_OPS = {"route_experts", "experts_gate_up_act", "experts_down_proj_add"}
+EXPERT_OPS = {op for op in OPS if "experts" in op}
 OF_A_LLAMA = set(OPS) - NEURON_OPS - EXPERT_OPS - {"branch_add", "norm_rope_append"}
 """What a Llama runs under a policy for whole blocks."""
 TINY = {
@@ -203,6 +203,20 @@ def test_bytes_of_experts_are_counted_from_what_was_read():
     assert 4 * 3 < int(read[0]) <= 4 * 2 * 3  # the rows differ
     more = (int(read[0]) + int(read[3]) - 2 * 4 * 3) * 3 * 24 * 40 * 4 / 4
     assert system._nbytes_of_more_experts(read, unread) == pytest.approx(more)
+
+
+def test_bytes_of_single_neurons_of_experts_are_counted():
+    """Also where two rows choose the same experts and keep the same neurons."""
+    engine = tiny_engine("qwen3_moe", max_batch_size=2, neuron_rows=True)
+    policy = NeuronPolicy(gate_thresholds=(0.2,) * 4, product_thresholds=(0.1,) * 4, warmup_tokens=0)
+    for rows in (1, 2):
+        measured = SkipkernelsSystem(engine, policy, rows, random_prompt(4)).decode(prompt_tokens=4, new_tokens=5)
+        kept = engine.state.kept_map[0, 1:5].double()  # of 2 experts of 24 neurons
+        ffns = (4 * (6 + 2 * 24) + float(kept.sum()) / 4) * 40  # routers, gates, and what is kept of ups and downs
+        attention, head = (2 * 4 * 6 + 2 * 2 * 6) * 40, 260 * 40
+        cache = rows * sum(2 * 4 * length * 2 * 6 for length in (5, 6, 7, 8)) / 4
+        assert measured.bytes_per_step == pytest.approx(4 * (4 * attention + ffns + head + cache), rel=1e-6)
+        assert 0.1 < measured.skip_ratio < 0.6
 
 
 def test_transformers_runs_on_the_same_storage(monkeypatch):

@@ -69,15 +69,38 @@ def test_a_baseline_that_is_best_is_what_is_returned() -> None:
     assert result.policy.kind == result.best.kind
 
 
-def test_blocks_of_experts_are_calibrated(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_neurons_of_experts_are_calibrated(family: str, tmp_path: Path) -> None:
+    """By thresholds of whole layers; the policy's file gives what was measured."""
+    module = tiny_module(family, num_hidden_layers=LAYERS)
+    experts = tiny_engine(module=module, max_batch_size=8, neuron_rows=True)
+    result = calibrate(experts, [TEXT], 0.3, timed=False, **SIZES)
+    assert {trial.kind for trial in result.verified} == set(KINDS)
+    neurons = next(trial for trial in result.verified if trial.kind == "neurons")
+    assert neurons.comparison.skip_ratio == pytest.approx(0.3, abs=0.03)
+    assert neurons.policy.gate_thresholds
+    assert not neurons.policy.up_scales
+    fixed = next(trial for trial in result.verified if trial.kind == "fixed")
+    assert neurons.comparison.kl < fixed.comparison.kl / 2
+    result.save(tmp_path / "policy.json")
+    loaded = load_policy(tmp_path / "policy.json", fingerprint=experts.fingerprint)
+    assert loaded == result.policy
+    one = tiny_engine(module=tiny_module(family, num_hidden_layers=LAYERS), policy=neurons.policy)
+    answers = [one.generate(random_prompt(8, seed), max_new_tokens=40, eos_token_ids=())[0] for seed in range(4)]
+    assert sum(answer.unread_ratio for answer in answers) / 4 == pytest.approx(0.3, abs=0.05)
+
+
+def test_experts_in_blocks_are_calibrated_by_whole_ffns(caplog: pytest.LogCaptureFixture) -> None:
     """Neurons are not among what is tried, which is said; alone they are refused."""
-    experts = tiny_engine(module=tiny_module("qwen3_moe", num_hidden_layers=LAYERS), max_batch_size=8)
+    wide = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64, "moe_intermediate_size": 32}
+    module = tiny_module("qwen3_moe", num_hidden_layers=LAYERS, **wide)
+    experts = tiny_engine(module=module, dtype="q8_0", max_batch_size=8)
     result = calibrate(experts, [TEXT], 0.3, timed=False, **SIZES)
     assert {trial.kind for trial in result.verified} == {"similarity", "fixed", "random"}
     assert result.reached
     assert result.held_out.skip_ratio == pytest.approx(0.3, abs=0.06)
     assert "calibration tries these kinds: similarity, fixed, random" in caplog.text
-    with pytest.raises(PolicyError, match="single neurons of experts cannot be left out"):
+    with pytest.raises(PolicyError, match="single neurons of experts in q8_0 cannot be left out"):
         calibrate(experts, [TEXT], 0.3, kinds=("neurons", "mixed"), **SIZES)
 
 

@@ -177,9 +177,10 @@ def trained_saving(saving: float) -> float:
     return decoder.try_out("neurons", policy, saving, 1).comparison.skip_ratio
 
 
-def test_of_experts_what_whole_blocks_cost_is_read() -> None:
-    """As decoding without the block makes it; there are no neurons to leave out."""
-    engine, (passage, *_) = tiny_engine("mixtral"), PASSAGES
+def test_of_experts_in_blocks_what_whole_ffns_cost_is_read() -> None:
+    """As decoding without them makes it, whose activations are int8, not bf16; there are no neurons to leave out."""
+    module = tiny_module("mixtral", hidden_size=64, intermediate_size=64)
+    engine, (passage, *_) = tiny_engine(module=module, dtype="q8_0"), PASSAGES
     profile = profile_neurons(engine, [passage])
     assert (profile.layers, profile.most) == (4, 0.0)
     assert profile.block_kl.shape == profile.similarities.shape == (passage.decoded_tokens - 1, 4)
@@ -202,3 +203,17 @@ def test_bf16_is_read_in_fp32_where_the_processor_has_no_products_of_it(
     assert (reading.weights is engine.weights) is native
     (decoded,) = score(engine, [PASSAGES[0]], keep_log_probs=True)
     torch.testing.assert_close(reading.log_probs, decoded.all_log_probs, atol=0.05, rtol=0.0)
+
+
+def test_of_experts_the_thresholds_are_the_layers_and_save_what_is_wanted() -> None:
+    """Also those whose biases would still be added without any neuron (gpt-oss), and a layer without experts."""
+    for family in ("gpt_oss", "qwen3_moe with dense layers"):
+        engine = tiny_engine(family, neuron_rows=True)
+        profile = profile_neurons(engine, PASSAGES[:2])
+        assert [gates.shape[1] for gates in profile.gates] == [engine.config.neurons_of(layer) for layer in range(4)]
+        assert profile.most == pytest.approx(float(engine.weights.neuron_shares().sum(-1).mean()))
+        policy = profile.policy(0.3, 1.0, 1)
+        assert profile.unread(policy.gate_thresholds, policy.product_thresholds) == pytest.approx(0.3, abs=0.01)
+        decoder = Decoder(engine, PASSAGES[:2], lambda tokens: None)
+        measured = decoder.try_out("neurons", policy, 0.3, 1).comparison.skip_ratio
+        assert measured == pytest.approx(0.3 * decoder.share_past_warmup(1), abs=0.03)

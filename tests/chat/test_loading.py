@@ -143,12 +143,20 @@ def test_levels_beyond_the_reach_of_quantised_weights_are_refused(tmp_path: Path
     assert engine.plan_of(replace(neurons, target_ratio=0.6)) is not None
 
 
-def test_a_model_with_experts_is_served_dense(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tiny_module("mixtral").save_pretrained(tmp_path)
+def test_of_experts_levels_are_measured_but_for_those_in_blocks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_module("mixtral", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     model = text_model(loader_of(tmp_path, levels=None))
+    assert model.open_levels == (0.1, 0.2, 0.3)
+    assert model.engine.weights.neuron_rows
+    model = text_model(loader_of(tmp_path, levels=None, dtype="q8_0"))
     assert (model.open_levels, [strategy.name for strategy in model.strategies]) == ((), ["text@0"])
-    assert "served dense, without skip levels: single neurons of experts cannot be left out" in caplog.text
+    reason = "single neurons of experts in q8_0 cannot be left out"
+    assert f"served dense, without skip levels: {reason}" in caplog.text
+    with pytest.raises(PolicyError, match=rf"skip level 0\.2 needs a policy file \(--policy\): {reason}"):
+        loader_of(tmp_path, levels=(0.0, 0.2), dtype="q8_0")()
 
 
 def test_a_file_of_neurons_is_held_at_every_level(checkpoint: Path, fingerprint: str, tmp_path: Path) -> None:

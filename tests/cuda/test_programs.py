@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skipkernels.program.state import LAYOUTS
-from skipkernels.skipping.policy import NeuronPolicy, SkipPolicy
+from skipkernels.skipping.policy import DensePolicy, NeuronPolicy, SkipPolicy
 from tests.cuda.kernels import HostKernels
 from tests.cuda_host.controls import SEEDS
 from tests.executors.programs import Case, compare_program
@@ -94,6 +94,39 @@ def test_experts_agree(num_sequences: int, hidden_size: int, dtype: torch.dtype)
         layout=CUDA,
     )
     check(case, seed=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_sequences", [1, 3])
+@pytest.mark.parametrize("hidden_size", [64, 37])
+def test_neurons_of_experts_agree(num_sequences: int, hidden_size: int, dtype: torch.dtype) -> None:
+    """The second layer has no experts. Also the dense program of weights that lie so."""
+    neurons = NeuronPolicy(gate_thresholds=(0.3, 0.5), product_thresholds=(0.2, 0.1), warmup_tokens=0)
+    for policies in ((neurons, DensePolicy()), (DensePolicy(),)):
+        case = Case(
+            seq_lens=tuple(3 + 5 * row for row in range(num_sequences)),
+            active=(True,) * num_sequences,
+            hidden_size=hidden_size,
+            intermediate_size=96,
+            vocab_size=70,
+            head_dim=16,
+            num_key_value_heads=1,
+            group_size=2,
+            sliding_window=None,
+            qk_norm=False,
+            qkv_bias=False,
+            o_proj_bias=False,
+            dtype=dtype,
+            policies=policies,
+            seed=num_sequences,
+            num_layers=2,
+            num_experts=7,
+            expert_biases=num_sequences == 3,  # as gpt-oss
+            activation="clamped_swiglu" if num_sequences == 3 else "silu",
+            neuron_rows=True,
+            layout=CUDA,
+        )
+        check(case, seed=2)
 
 
 @pytest.mark.slow

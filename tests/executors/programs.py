@@ -12,7 +12,7 @@ from skipkernels.model.config import ModelConfig
 from skipkernels.model.weights import ModelWeights, allocate_weights
 from skipkernels.program import Program, build_program
 from skipkernels.program.program import Variant
-from skipkernels.program.reference import choose_experts
+from skipkernels.program.reference import REFERENCE, choose_experts
 from skipkernels.program.state import LAYOUTS, DecodeState, Layout
 from skipkernels.program.table import OPS, Instruction
 from skipkernels.skipping.policy import Policy
@@ -178,6 +178,7 @@ class Case:
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
         state.top_p.fill_(1.0)
+        state.no_thresholds.zero_()
         state.branch.zero_()
         state.qkv.zero_()
         blocks = torch.randperm(state.num_blocks, generator=generator).tolist()
@@ -265,6 +266,7 @@ ROUNDED_OPS = (
     "route_experts",
     "experts_gate_up_act",
     "experts_down_proj_add",
+    "experts_down_proj_neurons_add",
     "gate_proj_act",
     "up_proj_mul",
     "down_proj_neurons_add",
@@ -287,6 +289,8 @@ def compare_instruction(
     rounded = rounds_activations and ins.op in ROUNDED_OPS
     if ins.op == "route_experts" and ins.rows:
         _choose_by(actual.router_logits, ins, expected, before, "bf16 activations" if rounded else "fp32")
+    if ins.op == "experts_gate_up_act" and ins.tensors["gate_thresholds"] is not None:
+        _leave_out_by(actual.expert_intermediate, ins, expected, 0.3 if rounded else 1e-4)
     written = _written_fields(ins, actual)
     for name, now in actual.buffers():
         what = f"{name} after {ins.op}"
@@ -325,6 +329,21 @@ def _choose_by(
     expected.experts_read.copy_(before["experts_read"])
     names = [name for name, field in OPS[ins.op].tensors.items() if field.access != "in"]
     choose_experts(replace(ins, tensors={name: getattr(expected, name) for name in names}))
+
+
+def _leave_out_by(products: torch.Tensor, ins: Instruction, expected: DecodeState, near: float) -> None:
+    """Where a gate is so ``near`` its threshold, as a share of it, that rounding decides, the executor may leave a
+    neuron out that the reference keeps, or keep one: ``expected`` takes its choice, with the reference's product."""
+    most, least = (_products_at(ins, scale) for scale in (1 - near, 1 + near))
+    either = (most != 0) & (least == 0)
+    expected.expert_intermediate[either] = torch.where(products[either] == 0, 0.0, most[either])
+
+
+def _products_at(ins: Instruction, scale: float) -> torch.Tensor:
+    changed = {name: ins.tensors[name] * scale for name in ("neuron_scale", "expert_intermediate")}
+    changed["expert_intermediate"].zero_()
+    REFERENCE[ins.op](replace(ins, tensors={**ins.tensors, **changed}))
+    return changed["expert_intermediate"]
 
 
 def compare_program(

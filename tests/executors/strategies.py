@@ -76,7 +76,7 @@ def cases(draw: st.DrawFn, layout: Layout = LAYOUTS["cpu"], max_sequences: int =
     prompt_rows = [draw(st.integers(0, min(length, 9))) if with_prompts else 0 for length in seq_lens]
     chosen = draw(st.lists(policies, min_size=1, max_size=3))
     neuron_rows, post_norms_only = draw(st.booleans()), draw(st.sampled_from([False, False, True]))
-    experts = experts and not neuron_rows and not post_norms_only
+    experts = experts and not post_norms_only
     if neuron_rows and draw(st.sampled_from([True, True, False])):
         chosen += draw(st.lists(neuron_policies, min_size=1, max_size=2))
     return Case(

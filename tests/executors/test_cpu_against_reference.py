@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from skipkernels import _C
 from skipkernels.executors.cpu import CpuExecutor
-from skipkernels.skipping.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy, SkipPolicy, TimingPolicy
+from skipkernels.skipping.policy import (
+    DensePolicy,
+    FixedPolicy,
+    NeuronPolicy,
+    Policy,
+    RandomPolicy,
+    SkipPolicy,
+    TimingPolicy,
+)
 from tests.executors.programs import Case, compare_program
 from tests.executors.strategies import cases
 
@@ -74,6 +82,32 @@ def test_every_number_of_sequences_agrees(isa: str, num_sequences: int, dtype: t
 def test_experts_agree(isa: str, num_sequences: int, prompt_rows: int, dtype: torch.dtype) -> None:
     """Few rows, of which each thread packs an expert's for itself, and many, packed once."""
     case = plain_case(num_sequences, dtype, num_experts=11, intermediate_size=150)
+    if num_sequences % 3:  # as gpt-oss
+        case = replace(case, expert_biases=True, sinks=True, activation="clamped_swiglu")
+    if prompt_rows:
+        case = replace(case, seq_lens=(prompt_rows + 5,) * num_sequences, prompt_rows=(prompt_rows,) * num_sequences)
+    check(case, isa, num_threads=2)
+
+
+NEURONS = (
+    NeuronPolicy(gate_thresholds=(0.3, 0.0), product_thresholds=(0.2, 0.1), warmup_tokens=0),
+    NeuronPolicy(gate_thresholds=(0.8, 0.5), warmup_tokens=1, target_ratio=0.2),
+    DensePolicy(),
+)
+
+
+@pytest.mark.parametrize("isa", _C.usable_isas())
+@pytest.mark.parametrize("policies", [NEURONS, NEURONS[2:]], ids=["neurons", "dense"])
+@pytest.mark.parametrize(("num_sequences", "prompt_rows"), [(1, 0), (3, 0), (8, 0), (9, 0), (2, 47)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neurons_of_experts_agree(
+    isa: str, policies: tuple[Policy, ...], num_sequences: int, prompt_rows: int, dtype: torch.dtype
+) -> None:
+    """Few rows, whose tasks are chunks of an expert's neurons, and many, whose tasks are panels of columns; experts of
+    several tasks, and a layer without."""
+    case = plain_case(
+        num_sequences, dtype, num_experts=11, intermediate_size=250, num_layers=2, neuron_rows=True, policies=policies
+    )
     if num_sequences % 3:  # as gpt-oss
         case = replace(case, expert_biases=True, sinks=True, activation="clamped_swiglu")
     if prompt_rows:

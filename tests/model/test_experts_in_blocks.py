@@ -8,8 +8,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from skipkernels import Engine
-from skipkernels.errors import ModelError
+from skipkernels import Engine, NeuronPolicy
+from skipkernels.errors import ModelError, PolicyError
 from skipkernels.model.config import ModelConfig
 from skipkernels.model.gguf_file import GgufFile
 from skipkernels.model.gguf_writer import write_gguf as write_checkpoint
@@ -96,6 +96,28 @@ def test_a_checkpoint_is_what_a_file_of_its_blocks_is(tmp_path: Path, family: st
                 assert own.format == other.format  # type: ignore[union-attr]
             elif isinstance(own, torch.Tensor):
                 assert torch.equal(own.float(), other), name  # type: ignore[arg-type]
+
+
+@FAMILIES
+def test_single_neurons_of_experts_in_blocks_are_refused(tmp_path: Path, family: str) -> None:
+    """Before and after loading, with what to do; as floats the same file leaves them out."""
+    path = write_gguf(tmp_path / "model.gguf", module_of(family, **WIDE, num_hidden_layers=2), Type.Q8_0)
+    message = "single neurons of experts in {} cannot be left out; leave out whole FFN blocks, or load the model with"
+    neurons = NeuronPolicy(gate_thresholds=(0.1,) * 2, warmup_tokens=0)
+    for dtype, blocks in ((None, "q8_0"), ("q4_0", "q4_0")):
+        reason = Engine.no_neurons_of(path, dtype)
+        assert reason is not None
+        assert message.format(blocks) in reason
+        with pytest.raises(PolicyError, match=message.format(blocks)):
+            Engine.from_pretrained(path, dtype=dtype, neuron_rows=True)
+        with pytest.raises(PolicyError, match=message.format(blocks)):
+            Engine.from_pretrained(path, dtype=dtype).generate(PROMPT, policy=neurons)
+    assert Engine.no_neurons_of(path, "bf16") is None
+    engine = Engine.from_pretrained(path, dtype="bf16", policy=neurons)
+    assert engine.generate(PROMPT, max_new_tokens=8)[0].unread_ratio > 0.05
+    write_gguf(tmp_path / "floats.gguf", module_of(family, num_hidden_layers=2), Type.F16)
+    assert Engine.no_neurons_of(tmp_path / "floats.gguf") is None
+    assert Engine.from_pretrained(tmp_path / "floats.gguf", policy=neurons).no_neurons is None
 
 
 def test_gguf_reads_what_is_written(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from skipkernels import Engine
-from skipkernels.errors import ModelError
+from skipkernels import Engine, NeuronPolicy
+from skipkernels.errors import ModelError, PolicyError
 from skipkernels.model.matrix import Matrix
 from skipkernels.model.weights import parameter_views
 from tests.models import random_prompt, stock_tokens, tiny_module
@@ -64,6 +64,20 @@ def test_a_module_decodes_on_and_is_read_again_only_when_it_changes(tmp_path: Pa
     again = Engine.from_pretrained(tmp_path, num_threads=1)
     assert again.fingerprint == engine.fingerprint
     assert again.generate([PROMPT], max_new_tokens=12, eos_token_ids=[])[0].token_ids == expected
+
+
+def test_single_neurons_are_left_out_of_what_mxfp4_becomes(tmp_path: Path) -> None:
+    """The transposed experts hold the same values; only as blocks they cannot be left out."""
+    mxfp4_folder(tmp_path)
+    assert Engine.no_neurons_of(tmp_path) is None
+    neurons = NeuronPolicy(product_thresholds=(0.05, 0.1), warmup_tokens=0)
+    engine, plain = Engine.from_pretrained(tmp_path, policy=neurons), Engine.from_pretrained(tmp_path)
+    views = [parameter_views(each.config, each.weights) for each in (engine, plain)]
+    assert all(torch.equal(view, views[1][name]) for name, view in views[0].items())
+    assert 0.02 < engine.generate([PROMPT], max_new_tokens=8, eos_token_ids=[])[0].unread_ratio < 0.34
+    assert "single neurons of experts in q8_0 cannot" in str(Engine.no_neurons_of(tmp_path, "q8_0"))
+    with pytest.raises(PolicyError, match="single neurons of experts in q8_0 cannot be left out"):
+        Engine.from_pretrained(tmp_path, dtype="q8_0", policy=neurons)
 
 
 def test_experts_are_quantised_while_read(tmp_path: Path) -> None:

@@ -81,8 +81,15 @@ class Modules:
         return query * get_llama_4_attn_scale(torch.arange(len(PROMPT))[None], beta, length)[0, 0, :, :, None]
 
 
-NEURON_OPS = {"neuron_gate", "gate_proj_act", "select_neurons", "up_proj_mul", "down_proj_neurons_add"}
-"""They do what no module does: ``test_neurons`` renders it."""
+NEURON_OPS = {
+    "neuron_gate",
+    "gate_proj_act",
+    "select_neurons",
+    "up_proj_mul",
+    "down_proj_neurons_add",
+    "experts_down_proj_neurons_add",
+}
+"""They do what no module does: ``test_neurons`` and ``test_expert_neurons`` render it."""
 EXPERT_OPS = {"route_experts", "experts_gate_up_act", "experts_down_proj_add"}
 
 

@@ -24,6 +24,7 @@ from skipkernels.kernels.triton.down_proj_add import down_proj_add
 from skipkernels.kernels.triton.down_proj_neurons_add import down_proj_neurons_add
 from skipkernels.kernels.triton.embed import embed
 from skipkernels.kernels.triton.experts_down_proj_add import experts_down_proj_add
+from skipkernels.kernels.triton.experts_down_proj_neurons_add import experts_down_proj_neurons_add
 from skipkernels.kernels.triton.experts_gate_up_act import experts_gate_up_act
 from skipkernels.kernels.triton.gate_proj_act import gate_proj_act
 from skipkernels.kernels.triton.gate_up_act import gate_up_act
@@ -55,6 +56,7 @@ LAUNCHES: dict[str, Callable[[Instruction], tuple[Launch, ...]]] = {
         route_experts,
         experts_gate_up_act,
         experts_down_proj_add,
+        experts_down_proj_neurons_add,
         gate_proj_act,
         select_neurons,
         up_proj_mul,

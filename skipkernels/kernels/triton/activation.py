@@ -26,11 +26,17 @@ def activated(activation: tl.constexpr, gate):
 
 
 @triton.jit
-def gated(activation: tl.constexpr, gate, up):
-    """act(gate) * up."""
+def up_factor(activation: tl.constexpr, up):
+    """What the activated gate is multiplied with."""
     if activation == CLAMPED_SWIGLU:
         up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up)) + 1.0
-    return activated(activation, gate) * up
+    return up
+
+
+@triton.jit
+def gated(activation: tl.constexpr, gate, up):
+    """act(gate) * up."""
+    return activated(activation, gate) * up_factor(activation, up)
 
 
 @triton.jit

@@ -89,22 +89,27 @@ def down_proj_neurons_add_kernel(
     )  # fmt: skip
 
 
-def down_proj_neurons_add(ins: Instruction) -> tuple[Launch, ...]:
+def cut_columns(ins: Instruction, neurons: int, block_rows: int) -> tuple[int, dict[str, int]]:
+    """The programs that share the columns of a transposed down_proj, and what each takes of it."""
     rows_per_partial, hidden_size = int(ins.scalars["rows_per_partial"]), ins.sizes["hidden_size"]
-    tiles, block_rows = row_tiles(ins.sizes["num_rows"])
     lanes, size = triton.next_power_of_2(rows_per_partial), ins.tensors["down_proj"].element_size()
     least, out = max(lanes, 16), BYTES_OF_ROW // size  # tensor cores take 16 channels at least
     while out > least and hidden_size < out * FEWEST_PROGRAMS:
         out //= 2
     partials = max(out, least) // lanes
     # more rows: 128 bytes of each channel, as in ``linear.tile``
-    neurons = BYTES_OF_TILE // (partials * lanes * size) if block_rows == 1 else 128 // size
-    grid = (tiles, triton.cdiv(hidden_size, partials * rows_per_partial))
+    together = BYTES_OF_TILE // (partials * lanes * size) if block_rows == 1 else 128 // size
     blocks = {
         "num_sequences": ins.sizes.get("num_sequences", 0),  # only similarity_partials has the symbol
-        "BLOCK_ROWS": block_rows,
         "PARTIALS": partials,
         "LANES": lanes,
-        "BLOCK_NEURONS": max(16, min(neurons, triton.next_power_of_2(ins.sizes["intermediate_size"]))),
+        "BLOCK_NEURONS": max(16, min(together, triton.next_power_of_2(neurons))),
     }
-    return (Launch.of(down_proj_neurons_add_kernel, ins, grid, blocks),)
+    return triton.cdiv(hidden_size, partials * rows_per_partial), blocks
+
+
+def down_proj_neurons_add(ins: Instruction) -> tuple[Launch, ...]:
+    tiles, block_rows = row_tiles(ins.sizes["num_rows"])
+    programs, blocks = cut_columns(ins, ins.sizes["intermediate_size"], block_rows)
+    blocks |= {"BLOCK_ROWS": block_rows}
+    return (Launch.of(down_proj_neurons_add_kernel, ins, (tiles, programs), blocks),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from skipkernels.kernels.triton.activation import gated
+from skipkernels.kernels.triton.activation import activated, gated, up_factor
 from skipkernels.kernels.triton.launch import Launch
 from skipkernels.kernels.triton.linear import linear, tile
 from skipkernels.kernels.triton.rows import row_tiles
@@ -20,7 +20,7 @@ def expert_at(expert_begins, pair, num_begins: tl.constexpr, BLOCK_BEGINS: tl.co
     return tl.sum((begins <= pair).to(tl.int32), axis=0) - 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_hidden_layers", "layer"])
 def experts_gate_up_act_kernel(
     hidden_states,
     post_attention_layernorm,
@@ -28,8 +28,13 @@ def experts_gate_up_act_kernel(
     gate_up_bias,  # None: there is none
     expert_begins,
     expert_pairs,
+    gate_thresholds,  # None: all neurons are kept, as with the next two
+    row_sequence,
+    neuron_scale,
     expert_intermediate,
     row_mask,
+    num_hidden_layers,
+    layer,
     rms_norm_eps,
     hidden_size: tl.constexpr,
     expert_size: tl.constexpr,
@@ -58,24 +63,55 @@ def experts_gate_up_act_kernel(
     x = hidden_states
     if BLOCK_ROWS == 1:
         x += tl.max(rows, axis=0) * hidden_size
-    # gate and up rows alternate, so that one tile holds both of a channel
-    PAIRS: tl.constexpr = BLOCK_OUT // 2
     index = tl.arange(0, BLOCK_OUT)
-    channels = tl.program_id(1) * PAIRS + index // 2
-    features = expert * (2 * expert_size) + channels + index % 2 * expert_size
-    gate_up = linear(
-        x, post_attention_layernorm, rms_norm_eps, gate_up_proj, features, channels < expert_size, rows, wanted,
-        hidden_size, None, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
-    )  # fmt: skip
-    if gate_up_bias is not None:
-        gate_up += tl.load(gate_up_bias + features, mask=channels < expert_size, other=0.0)[None, :]
-    gate, up = tl.split(tl.reshape(gate_up, [BLOCK_ROWS, PAIRS, 2]))
-    channels = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
-    tl.store(
-        expert_intermediate + pairs[:, None] * expert_size + channels[None, :],
-        gated(activation, gate, up),
-        mask=wanted[:, None] & (channels < expert_size)[None, :],
-    )
+    if gate_thresholds is None:
+        # gate and up rows alternate, so that one tile holds both of a channel
+        PAIRS: tl.constexpr = BLOCK_OUT // 2
+        channels = tl.program_id(1) * PAIRS + index // 2
+        features = expert * (2 * expert_size) + channels + index % 2 * expert_size
+        gate_up = linear(
+            x, post_attention_layernorm, rms_norm_eps, gate_up_proj, features, channels < expert_size, rows, wanted,
+            hidden_size, None, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
+        )  # fmt: skip
+        if gate_up_bias is not None:
+            gate_up += tl.load(gate_up_bias + features, mask=channels < expert_size, other=0.0)[None, :]
+        gate, up = tl.split(tl.reshape(gate_up, [BLOCK_ROWS, PAIRS, 2]))
+        channels = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
+        tl.store(
+            expert_intermediate + pairs[:, None] * expert_size + channels[None, :],
+            gated(activation, gate, up),
+            mask=wanted[:, None] & (channels < expert_size)[None, :],
+        )
+    else:
+        # a tile of gate, then those rows of up whose neurons some row keeps
+        channels = tl.program_id(1) * BLOCK_OUT + index
+        inside = channels < expert_size
+        mask = wanted[:, None] & inside[None, :]
+        features = expert * (2 * expert_size) + channels
+        gate = linear(
+            x, post_attention_layernorm, rms_norm_eps, gate_up_proj, features, inside, rows, wanted,
+            hidden_size, None, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
+        )  # fmt: skip
+        if gate_up_bias is not None:
+            gate += tl.load(gate_up_bias + features, mask=inside, other=0.0)[None, :]
+        sequences = tl.load(row_sequence + rows, mask=wanted, other=0)
+        least = tl.load(gate_thresholds + sequences * num_hidden_layers + layer, mask=wanted, other=0.0)
+        least *= tl.load(neuron_scale + rows, mask=wanted, other=0.0)
+        value = activated(activation, gate)
+        value = tl.where(tl.abs(value) < least[:, None], 0.0, value)
+        kept = tl.max((mask & (value != 0)).to(tl.int32), axis=0) != 0
+        features += expert_size
+        up = linear(
+            x, post_attention_layernorm, rms_norm_eps, gate_up_proj, features, kept, rows, wanted,
+            hidden_size, None, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN,
+        )  # fmt: skip
+        if gate_up_bias is not None:
+            up += tl.load(gate_up_bias + features, mask=inside, other=0.0)[None, :]
+        tl.store(
+            expert_intermediate + pairs[:, None] * expert_size + channels[None, :],
+            tl.where(value == 0, 0.0, value * up_factor(activation, up)),
+            mask=mask,
+        )
 
 
 def experts_gate_up_act(ins: Instruction) -> tuple[Launch, ...]:
@@ -83,8 +119,10 @@ def experts_gate_up_act(ins: Instruction) -> tuple[Launch, ...]:
     _, block_rows = row_tiles(sizes["num_rows"])
     matrix = ins.tensors["gate_up_proj"][: 2 * sizes["expert_size"]]  # of one expert
     cut = tile(matrix, sizes["num_rows"], unit=2)
-    grid = (sizes["num_pairs"], triton.cdiv(2 * sizes["expert_size"], cut.out))
+    features = sizes["expert_size"] * (2 if ins.tensors["gate_thresholds"] is None else 1)
+    grid = (sizes["num_pairs"], triton.cdiv(features, cut.out))
     blocks = {
+        "num_hidden_layers": sizes.get("num_hidden_layers", 0),  # only gate_thresholds has the symbol
         "BLOCK_BEGINS": triton.next_power_of_2(sizes["num_begins"]),
         "BLOCK_ROWS": block_rows,
         "BLOCK_OUT": cut.out,

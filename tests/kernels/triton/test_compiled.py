@@ -20,6 +20,7 @@ EXPERT_KERNELS = (
     "experts_gate_up_act_kernel",
     "experts_down_proj_add_kernel",
 )
+EXPERT_NEURON_KERNELS = ("experts_gate_up_act_kernel", "experts_down_proj_neurons_add_kernel")
 EXPERTS = {
     "num_experts": 128,
     "num_experts_per_tok": 8,
@@ -191,6 +192,8 @@ def test_blocks_spill_nothing_anywhere(capability: int, formats: tuple[str, str]
         (("attend_split_kernel", "lm_head_kernel"), {"attention_softcap": 50.0, "logits_softcap": 30.0}),
         (("merge_splits_kernel",), {"attention_sinks": True}),
         (EXPERT_KERNELS, {**EXPERTS, "activation": "clamped_swiglu", "expert_biases": True}),
+        (EXPERT_NEURON_KERNELS, {**EXPERTS, "neurons": True}),
+        (EXPERT_NEURON_KERNELS, {**EXPERTS, "neurons": True, "activation": "clamped_swiglu", "expert_biases": True}),
     ],
 )
 def test_what_single_families_need_spills_nothing(only: tuple[str, ...], variant: dict[str, Any]) -> None:

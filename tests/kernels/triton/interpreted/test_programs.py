@@ -100,6 +100,17 @@ def test_experts_agree(num_sequences: int, dtype: torch.dtype) -> None:
     check(case if num_sequences < 5 else replace(case, prompt_rows=(2, 0, 1, 0, 3), seq_lens=(4, 7, 9, 0, 3)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_sequences", [1, 3])
+def test_neurons_of_experts_agree(num_sequences: int, dtype: torch.dtype) -> None:
+    """The second layer has no experts. Also the dense program of weights that lie so."""
+    changes = {"num_experts": 6, "num_layers": 2, "hidden_size": 21, "idle_rows": 0, "neuron_rows": True}
+    if num_sequences > 1:  # as gpt-oss
+        changes |= {"expert_biases": True, "activation": "clamped_swiglu"}
+    for policies in ((NEURONS, HELD, DensePolicy()), (DensePolicy(),)):
+        check(plain_case(num_sequences, dtype, policies=policies, **changes))
+
+
 @settings(max_examples=4)
 @given(case=cases(layout=LAYOUT, max_sequences=4))
 def test_every_buffer_agrees_after_every_instruction(case: Case) -> None:

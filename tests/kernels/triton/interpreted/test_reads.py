@@ -51,24 +51,23 @@ NEURONS = NeuronPolicy(gate_thresholds=(0.0,), warmup_tokens=0)
 
 def program(num_sequences: int, **changes: object) -> tuple[dict[str, Instruction], DecodeState]:
     """Every op of a program without and of one with neurons to leave out, all of which are listed and kept. Where there
-    are experts, which have no neurons to leave out yet, rows have chosen theirs."""
+    are experts, rows have chosen theirs."""
     case = plain_case(num_sequences, torch.bfloat16, hidden_size=53, intermediate_size=21, **changes)
-    if case.num_experts:
-        state = case.state()
-        instructions = {ins.op: ins for ins in case.program(case.weights(), state)}
-        REFERENCE["route_experts"](instructions["route_experts"])
-        return instructions, state
     gates = (0.0,) * case.num_layers
     neurons = replace(case, neuron_rows=True, policies=(replace(NEURONS, gate_thresholds=gates),))
     state = neurons.state()
     for slot in range(case.num_sequences):
         state.set_policy(slot, case.policies[slot % len(case.policies)].plan(case.num_layers))
     state.intermediate.fill_(1.0)
-    state.neurons.copy_(torch.arange(21))
+    state.expert_intermediate.fill_(1.0)
+    state.neurons.copy_(torch.arange(len(state.neurons)))
     state.num_neurons.fill_(21)
     state.neuron_scale.fill_(1.0)
     programs = [each.program(each.weights(), state) for each in (neurons, case)]
-    return {ins.op: ins for each in programs for ins in each}, state
+    instructions = {ins.op: ins for each in programs for ins in each}
+    if case.num_experts:
+        REFERENCE["route_experts"](instructions["route_experts"])
+    return instructions, state
 
 
 @pytest.mark.parametrize("op", MATRICES)
