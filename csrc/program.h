@@ -50,6 +50,7 @@ enum Adjusts : int32_t { kAdjustsBias = 1, kAdjustsCounts = 2, kAdjustsMask = 4 
 enum class GateMode : int32_t { dense = 0, similarity = 1, fixed = 2, random = 3 };
 enum class BatchRule : int32_t { per_row = 0, all = 1, majority = 2 };
 enum class Activation : int32_t { silu = 0, gelu_tanh = 1, clamped_swiglu = 2 };
+constexpr float kGateSlope = 1.702f, kGateLimit = 7.0f;  // of clamped_swiglu
 
 // clang-format off
 #define SKIPKERNELS_EMBED(TENSOR, MATRIX, SIZE, INT, FLOAT)                                                                    \

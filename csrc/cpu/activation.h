@@ -5,13 +5,11 @@
 
 namespace skipkernels::SKIPKERNELS_ISA {
 
-constexpr float kGateLimit = 7.0f;  // of clamped_swiglu
-
 // GELU by tanh is x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), so all activations are x sigmoid(z).
 inline Vec activated(Activation activation, Vec gate) {
     if (activation == Activation::clamped_swiglu) gate = min(splat(kGateLimit), gate);
     Vec z = gate;
-    if (activation == Activation::clamped_swiglu) z = splat(1.702f) * gate;
+    if (activation == Activation::clamped_swiglu) z = splat(kGateSlope) * gate;
     if (activation == Activation::gelu_tanh) {
         z = splat(1.5957691216057308f) * gate * fma(splat(0.044715f) * gate, gate, splat(1.0f));
     }

@@ -5,13 +5,11 @@
 
 namespace skipkernels::cuda {
 
-constexpr float kGateLimit = 7.0f;  // of clamped_swiglu
-
 // act(gate); GELU by tanh is x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))
 __device__ __forceinline__ float activated(Activation activation, float gate) {
     if (activation == Activation::clamped_swiglu && gate > kGateLimit) gate = kGateLimit;
     float z = gate;
-    if (activation == Activation::clamped_swiglu) z *= 1.702f;
+    if (activation == Activation::clamped_swiglu) z *= kGateSlope;
     if (activation == Activation::gelu_tanh) z *= 1.5957691216057308f * (0.044715f * gate * gate + 1.0f);
     return gate / (1.0f + expf(-z));
 }
