@@ -167,6 +167,39 @@ def test_weights_of_neurons_left_out_are_not_read(sequences: int) -> None:
     assert bool(state.hidden_states[0].isnan().any()) == (sequences > 1)
 
 
+@pytest.mark.parametrize("hidden_size", [64, 37])
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_weights_of_experts_neurons_left_out_are_not_read(sequences: int, hidden_size: int) -> None:
+    """Nor those of experts that nobody chose."""
+    seed = {1: 1, 3: 4}[sequences]  # of these all sequences are past their warm-up
+    program_case = neuron_case(
+        sequences, SOME, hidden_size=hidden_size, intermediate_size=150, num_experts=5, dtype=torch.float32, seed=seed
+    )
+    clean, _ = ran(program_case, "experts_down_proj_neurons_add")
+    gated, _ = ran(program_case, "experts_gate_up_act")
+    weights, state = program_case.weights(), program_case.state()
+    size = weights.layers[0].gate_up_proj.shape[0] // 10
+    kept_up, kept_down = (kept_by_expert(each, sequences, size) for each in (gated, clean))
+    assert 0 < kept_down.sum() < kept_up.sum() < kept_up.numel()
+    up_proj = weights.layers[0].gate_up_proj.view(5, 2, size, -1)[:, 1]
+    up_proj[~kept_up], weights.layers[0].down_proj.T[~kept_down.flatten()] = torch.nan, torch.nan
+    program = program_case.program(weights, state)
+    kernels = HostKernels(program, state)
+    for index in range(1 + [ins.op for ins in program].index("experts_down_proj_neurons_add")):
+        kernels.run_instruction(index)
+    assert same_bits(state.hidden_states[:sequences], clean.hidden_states[:sequences])
+    assert not clean.hidden_states[:sequences].isnan().any()
+
+
+def kept_by_expert(state: DecodeState, rows: int, size: int) -> torch.Tensor:
+    """Neurons that some of the rows keep, bool [experts, size]."""
+    kept = torch.zeros(5, size, dtype=torch.bool)
+    for row in range(rows):
+        for choice, expert in enumerate(state.expert_ids[row].tolist()):
+            kept[expert] |= state.expert_intermediate[row, choice] != 0
+    return kept
+
+
 def test_a_chunk_that_warps_cannot_list_is_refused() -> None:
     program_case = neuron_case(1, SOME)
     state = program_case.state()

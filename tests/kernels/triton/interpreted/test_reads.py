@@ -154,3 +154,32 @@ def test_rows_of_neurons_left_out_are_not_read(rows: int, addresses: list[np.nda
         TRITON[op](instructions[op])
         matrix = instructions[op].tensors[MATRICES[op]]
         assert (reads_of(matrix, addresses).reshape(matrix.shape) == kept.numpy()[:, None]).all()
+
+
+def test_of_experts_only_kept_neurons_are_read(addresses: list[np.ndarray]) -> None:
+    """Gates of chosen experts, no ups where thresholds leave out all, and of down_proj the rows that are not 0."""
+    case = plain_case(2, torch.bfloat16, hidden_size=53, intermediate_size=42, num_experts=3, neuron_rows=True)
+    policy = NeuronPolicy(gate_thresholds=(1e9,), warmup_tokens=0)
+    case = replace(case, policies=(policy,), idle_rows=0)
+    state = case.state()
+    state.neuron_scale.fill_(1.0)
+    state.hidden_states.copy_(torch.randn(state.hidden_states.shape, generator=torch.Generator().manual_seed(0)))
+    instructions = {ins.op: ins for ins in case.program(case.weights(), state)}
+    REFERENCE["route_experts"](instructions["route_experts"])
+    state.expert_begins.copy_(torch.tensor([0, 2, 4, 4]))  # nobody has chosen the last expert, which none would miss
+    state.expert_pairs[:4] = torch.tensor([0, 3, 1, 4])
+    first = instructions["experts_gate_up_act"]
+    TRITON[first.op](first)
+    reads = reads_of(first.tensors["gate_up_proj"], addresses).reshape(3, 2, 21, 53)
+    assert (reads[:2, 0] > 0).all()
+    assert not reads[2].any()
+    assert not reads[:, 1].any()
+    assert not state.expert_intermediate[:, :2].any()
+    addresses.clear()
+    state.expert_intermediate[:, :2, ::3] = 1.0
+    second = instructions["experts_down_proj_neurons_add"]
+    TRITON[second.op](second)
+    reads = reads_of(second.tensors["down_proj"], addresses).reshape(3, 21, 53)
+    assert (reads[:2, ::3] > 0).all()
+    assert not reads[2].any()
+    assert not np.delete(reads, slice(0, None, 3), axis=1).any()
