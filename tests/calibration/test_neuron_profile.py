@@ -188,7 +188,8 @@ def test_of_experts_in_blocks_what_whole_ffns_cost_is_read() -> None:
     for layer in range(4):
         policy = FixedPolicy(layers=(layer,), warmup_tokens=1)
         trial = decoder.try_out("fixed", policy, 0.25, 1)
-        assert trial.comparison.kl * passage.decoded_tokens == pytest.approx(profile.block_kl[:, layer].sum(), rel=0.05)
+        # both past the first token, which runs in full
+        assert trial.comparison.kl == pytest.approx(profile.block_kl[:, layer].mean(), rel=0.05)
 
 
 @pytest.mark.parametrize("isas", [("avx512_bf16", "generic"), ("avx2", "generic")])

@@ -5,7 +5,7 @@ import torch
 
 from skipkernels.engine import Engine
 from skipkernels.skipping.policy import FixedPolicy, Policy, SkipPolicy
-from tests.models import own_rows, random_prompt, tiny_engine, tiny_module
+from tests.models import own_rows, random_prompt, release_rows, tiny_engine, tiny_module
 
 PROMPT = random_prompt(7)
 SKIPPED = FixedPolicy(layers=(1, 2), warmup_tokens=0)
@@ -58,6 +58,7 @@ def test_tokens_are_the_same_with_poisoned_weights(executor: str, policy: Policy
     begin(engine, [PROMPT])
     engine.executor_for(policy).run(12)
     healthy = engine.state.token_ids.clone()
+    release_rows()
     begin(engine, [PROMPT])
     poison(engine, 1, 2)
     engine.executor_for(policy).run(12)

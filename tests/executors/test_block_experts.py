@@ -44,6 +44,7 @@ def gate_up(matrix: Matrix, rows: int) -> tuple[Instruction, torch.Tensor]:
         expert_intermediate=out,
         rms_norm_eps=1e-5,
         activation=0,
+        layer=0,
         **chosen_experts(rows),
     )
     return ins, out

@@ -305,6 +305,7 @@ def test_large_requests_are_charged_for() -> None:
     assert driver.clock() == 12.0
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("crowded", [1.0, 10.0, 100.0])
 def test_256_requests_are_decided_within_2_ms(crowded: float) -> None:
     """Processor time of the fastest of some decisions, so that other work on this machine does not count: from a queue
@@ -317,7 +318,7 @@ def test_256_requests_are_decided_within_2_ms(crowded: float) -> None:
         )
     )
     times_ms = []
-    for _ in range(15):
+    for _ in range(40):
         driver = Driver(profile)
         for number in range(256):
             driver.clock.advance_to(10.0 * number)
