@@ -88,7 +88,7 @@ def _compare(
     policies = [policy] if isinstance(policy, DensePolicy) else [policy, DensePolicy()]
     run_s = len(policies) * (sum(generation.seconds_per_token) + generation.time_to_first_token_s)
     rounds = max(1, min(_ROUNDS, int(_PATIENCE_S / run_s)))
-    with progress_bar("comparing with the dense model") as report:
+    with progress_bar("decoding again") as report:
         speeds = measure_speeds(
             engine,
             token_ids,

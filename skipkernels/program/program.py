@@ -274,13 +274,10 @@ def _record_ffn(
     else:
         record(
             "gate_up_act",
-            row_mask=s.run_ffn[index],
-            hidden_states=s.hidden_states,
-            post_attention_layernorm=layer.post_attention_layernorm,
             gate_up_proj=layer.gate_up_proj,
             intermediate=s.intermediate,
-            rms_norm_eps=config.rms_norm_eps,
             activation=ACTIVATIONS.index(config.activation),
+            **_normed(config, layer, s, index),
         )
     added = {
         "row_mask": s.run_ffn[index],
@@ -316,12 +313,10 @@ def _record_experts(
 ) -> None:
     """From the residual stream to what the chosen experts add."""
     layer = weights.layers[index]
-    normed = {"post_attention_layernorm": layer.post_attention_layernorm, "rms_norm_eps": config.rms_norm_eps}
+    normed = _normed(config, layer, s, index)
     chosen = {"expert_begins": s.expert_begins, "expert_pairs": s.expert_pairs}
     record(
         "route_experts",
-        row_mask=s.run_ffn[index],
-        hidden_states=s.hidden_states,
         router=layer.router,
         router_bias=layer.router_bias,
         router_logits=s.router_logits,
@@ -335,8 +330,6 @@ def _record_experts(
     )
     record(
         "experts_gate_up_act",
-        row_mask=s.run_ffn[index],
-        hidden_states=s.hidden_states,
         gate_up_proj=layer.gate_up_proj,
         gate_up_bias=layer.gate_up_bias,
         gate_thresholds=s.gate_thresholds if neurons else None,
@@ -377,30 +370,35 @@ def _record_neurons(
     record: Callable[..., None], config: ModelConfig, layer: LayerWeights, s: DecodeState, index: int
 ) -> None:
     """From the residual stream to the products of gate and up of the neurons that some row keeps."""
+    normed = _normed(config, layer, s, index)
     gate_proj, up_proj = halves(layer.gate_up_proj)
     record(
         "gate_proj_act",
-        row_mask=s.run_ffn[index],
-        hidden_states=s.hidden_states,
-        post_attention_layernorm=layer.post_attention_layernorm,
         gate_proj=gate_proj,
         intermediate=s.intermediate,
-        rms_norm_eps=config.rms_norm_eps,
         activation=ACTIVATIONS.index(config.activation),
+        **normed,
     )
     _record_selection(record, layer, s, index, 0, s.intermediate, s.gate_thresholds)
     record(
         "up_proj_mul",
-        row_mask=s.run_ffn[index],
-        hidden_states=s.hidden_states,
-        post_attention_layernorm=layer.post_attention_layernorm,
         up_proj=up_proj,
         neurons=s.neurons[: config.intermediate_size],
         num_neurons=s.num_neurons,
         intermediate=s.intermediate,
-        rms_norm_eps=config.rms_norm_eps,
+        **normed,
     )
     _record_selection(record, layer, s, index, 1, s.intermediate, s.product_thresholds[..., None])
+
+
+def _normed(config: ModelConfig, layer: LayerWeights, s: DecodeState, index: int) -> dict[str, Operand]:
+    """What every op of an FFN takes that reads the normed residual stream."""
+    return {
+        "row_mask": s.run_ffn[index],
+        "hidden_states": s.hidden_states,
+        "post_attention_layernorm": layer.post_attention_layernorm,
+        "rms_norm_eps": config.rms_norm_eps,
+    }
 
 
 def _record_selection(

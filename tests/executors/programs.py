@@ -50,13 +50,13 @@ class Case:
     head_dim: int
     num_key_value_heads: int
     group_size: int
-    sliding_window: int | None
-    qk_norm: bool
-    qkv_bias: bool
-    o_proj_bias: bool
     dtype: torch.dtype
     policies: tuple[Policy, ...]  # sequence i has the (i modulo their number)-th
     seed: int
+    sliding_window: int | None = None
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    o_proj_bias: bool = False
     prompt_rows: tuple[int, ...] = ()  # of every sequence: the positions right before its decode row
     idle_rows: int = 1  # prompt rows of no sequence
     activation: str = "silu"

@@ -12,6 +12,23 @@ from skipkernels.kernels.triton.linear import linear, tile
 from skipkernels.program.table import Instruction
 
 
+@triton.jit
+def share(
+    out,
+    pair,
+    expert,
+    expert_weights,
+    down_proj_bias,  # None: there is none
+    channels,
+    inside,
+    hidden_size: tl.constexpr,
+):
+    """What a choice adds to its row, f32 [1, channels], of its expert's product ``out`` without a bias."""
+    if down_proj_bias is not None:
+        out += tl.load(down_proj_bias + expert * hidden_size + channels, mask=inside, other=0.0)[None, :]
+    return tl.load(expert_weights + pair) * out
+
+
 @triton.jit(do_not_specialize=["num_sequences"])
 def experts_down_proj_add_kernel(
     expert_intermediate,
@@ -54,9 +71,7 @@ def experts_down_proj_add_kernel(
                 expert_intermediate + pair * expert_size, None, 0.0, down_proj, expert * hidden_size + channels,
                 inside, rows, wanted, expert_size, None, 1, BLOCK_OUT, BLOCK_IN,
             )  # fmt: skip
-            if down_proj_bias is not None:
-                out += tl.load(down_proj_bias + expert * hidden_size + channels, mask=inside, other=0.0)[None, :]
-            change += tl.load(expert_weights + pair) * out
+            change += share(out, pair, expert, expert_weights, down_proj_bias, channels, inside, hidden_size)
         at += 1
     add_to_stream(
         change, channels, inside, hidden_states, similarity_partials, rows, wanted, num_sequences,

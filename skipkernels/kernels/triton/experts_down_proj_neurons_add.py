@@ -7,6 +7,7 @@ import triton.language as tl
 
 from skipkernels.kernels.triton.down_proj_add import add_to_stream, channels_of_program
 from skipkernels.kernels.triton.down_proj_neurons_add import cut_columns, kept_products
+from skipkernels.kernels.triton.experts_down_proj_add import share
 from skipkernels.kernels.triton.experts_gate_up_act import expert_at
 from skipkernels.kernels.triton.launch import Launch
 from skipkernels.program.table import Instruction
@@ -53,9 +54,7 @@ def experts_down_proj_neurons_add_kernel(
                 expert_intermediate + pair * expert_size, down_proj + expert.to(tl.int64) * (expert_size * hidden_size),
                 channels, inside, rows, wanted, hidden_size, expert_size, 1, BLOCK_OUT, BLOCK_NEURONS,
             )  # fmt: skip
-            if down_proj_bias is not None:
-                out += tl.load(down_proj_bias + expert * hidden_size + channels, mask=inside, other=0.0)[None, :]
-            change += tl.load(expert_weights + pair) * out
+            change += share(out, pair, expert, expert_weights, down_proj_bias, channels, inside, hidden_size)
         at += 1
     add_to_stream(
         change, channels, inside, hidden_states, similarity_partials, rows, wanted, num_sequences,
