@@ -8,8 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 FOR_THIS_MACHINE := SKIPKERNELS_ISA=native SKIPKERNELS_CUDA=gpu SKIPKERNELS_CUDA_ARCH=native
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-# Without a GPU the tests want no more of nvcc than that the sources compile: five minutes of processor time less.
-FOR_TESTS := SKIPKERNELS_CUDA_ARCH=$(if $(wildcard /proc/driver/nvidia/version),all,newest)
+# The tests want what this machine can run. Without a GPU they want no more of nvcc than that the sources compile: five
+# minutes of processor time less.
+FOR_TESTS := SKIPKERNELS_ISA=usable SKIPKERNELS_CUDA_ARCH=$(if $(wildcard /proc/driver/nvidia/version),all,newest)
 # Each is newer than everything it was made from: the package with its extension, and what tests and checks need beside it.
 BUILT := $(VENV)/.built
 READY := $(VENV)/.ready

@@ -8,7 +8,8 @@ Environment:
                                 or fail without it
     SKIPKERNELS_CUDA_ARCH=native  compile for the GPU of this machine alone, a third of the time (default: all);
                                 newest: for the last of those shipped, which shows that the sources compile
-    SKIPKERNELS_ISA=native      compile for the CPU of this machine alone, a third of the time (default: all)
+    SKIPKERNELS_ISA=native      compile for the CPU of this machine alone, a third of the time (default: all);
+                                usable: for every instruction set that it can run, which its tests compare
     MAX_JOBS=N                  compilers at a time (default: one per CPU)
     CXX, CXXFLAGS, LDFLAGS      C++ compiler (default: c++), and flags appended to those below
 """
@@ -158,16 +159,17 @@ def cuda_targets(environ: Mapping[str, str]) -> list[str]:
 def x86_sources(environ: Mapping[str, str], cpu_flags: set[str]) -> dict[str, list[str]]:
     """The instruction sets to compile for, with their flags.
 
-    Native is the last of ``X86_SOURCES`` that a processor with ``cpu_flags`` can run, the one chosen when it decodes.
+    Usable are those of ``X86_SOURCES`` that a processor with ``cpu_flags`` can run, native is the last of them, the one
+    chosen when it decodes.
     """
     wanted = environ.get("SKIPKERNELS_ISA", "all")
-    if wanted not in ("all", "native"):
-        raise SetupError(f"SKIPKERNELS_ISA={wanted}: expected all or native")
+    if wanted not in ("all", "native", "usable"):
+        raise SetupError(f"SKIPKERNELS_ISA={wanted}: expected all, native or usable")
     if wanted == "all":
         return X86_SOURCES
     needs = {source: {flag.removeprefix("-m") for flag in flags} for source, flags in X86_SOURCES.items()}
     runs = [source for source in X86_SOURCES if {CPUINFO_NAMES.get(n, n) for n in needs[source]} <= cpu_flags]
-    return {source: X86_SOURCES[source] for source in runs[-1:]}
+    return {source: X86_SOURCES[source] for source in (runs if wanted == "usable" else runs[-1:])}
 
 
 def cpu_flags() -> set[str]:
@@ -228,9 +230,9 @@ def is_current(obj: Path, headers: Path, record: Path, command: Sequence[str]) -
         return False
 
 
-def plan_units(cuda: CudaBuild) -> list[Unit]:
+def plan_units(cuda: CudaBuild, environ: Mapping[str, str]) -> list[Unit]:
     """All compile commands of the extension, in link order."""
-    x86 = x86_sources(os.environ, cpu_flags()) if platform.machine().lower() in ("x86_64", "amd64") else {}
+    x86 = x86_sources(environ, cpu_flags()) if platform.machine().lower() in ("x86_64", "amd64") else {}
     cxx = [*cxx_compiler(), *OPTIMIZE, *HOST_FLAGS, "-Icsrc"]
     # only where they are needed, so that a build with another CUDA part takes over the objects of csrc/cpu
     macros = [f"-DSKIPKERNELS_CUDA_BUILT={int(cuda.built)}"]
@@ -239,7 +241,7 @@ def plan_units(cuda: CudaBuild) -> list[Unit]:
     nvcc: list[str] = []
     if cuda.nvcc:
         toolkit = toolkit_flags(cuda.nvcc, "INCLUDES")
-        targets = cuda_targets(os.environ)
+        targets = cuda_targets(environ)
         nvcc = [cuda.nvcc, *OPTIMIZE, *targets, f"-Xcompiler={','.join(HOST_FLAGS)}", *macros, "-Icsrc"]
     own_flags = {
         **x86,
@@ -248,7 +250,7 @@ def plan_units(cuda: CudaBuild) -> list[Unit]:
         "csrc/cpu/executor.cpp": [f"-D{isa_macro(source)}=1" for source in x86],
         "csrc/cpu/isa_generic.cpp": X86_GENERIC_FLAGS if x86 else [],
     }
-    host_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+    host_flags = shlex.split(environ.get("CXXFLAGS", ""))
     return [
         Unit(source, [*nvcc, *CUDA_FLAGS.get(source, [])])
         if source.endswith(".cu")
@@ -287,7 +289,7 @@ class BuildExtension(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(job_count(os.environ)) as pool:
             # from the end: the units of instruction sets take longest, and none should be begun when all else is done
-            compiled = pool.map(lambda unit: unit.compile(folder), reversed(plan_units(cuda)))
+            compiled = pool.map(lambda unit: unit.compile(folder), reversed(plan_units(cuda, os.environ)))
             objects = list(compiled)[::-1]
         libraries = [*toolkit_flags(cuda.nvcc, "LIBRARIES"), *CUDA_RUNTIME] if cuda.nvcc else []
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.processes import run_script
 from tests.real_models import smollm2_gguf
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 def output_of(name: str, *words: str) -> str:
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / name, *words], capture_output=True, text=True, timeout=280, check=False
-    )
+    result = run_script([str(EXAMPLES / name), *words])
     assert result.returncode == 0, result.stderr
     return result.stdout
 

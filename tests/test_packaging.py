@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
 import zipfile
@@ -92,6 +93,23 @@ def test_a_native_build_takes_the_widest_instructions_there_are(
     taken = build.x86_sources({"SKIPKERNELS_ISA": "native"}, cpu_flags)
     assert [Path(source).stem for source in taken] == sources
     assert build.x86_sources({}, cpu_flags) == build.X86_SOURCES
+    assert list(build.x86_sources({"SKIPKERNELS_ISA": "usable"}, cpu_flags))[-1:] == list(taken)
+
+
+def test_usable_are_all_that_the_processor_can_run(build: ModuleType) -> None:
+    usable = build.x86_sources({"SKIPKERNELS_ISA": "usable"}, AVX512 | {"avx512_vnni"})
+    assert [Path(source).stem for source in usable] == ["isa_avx2", "isa_avx512", "isa_avx512_vnni"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86")
+def test_instruction_sets_that_this_processor_lacks_compile(build: ModuleType) -> None:
+    """Those it has are compiled, linked and run by other tests."""
+    usable = build.x86_sources({"SKIPKERNELS_ISA": "usable"}, build.cpu_flags())
+    for source in build.X86_SOURCES.keys() - usable.keys():
+        flags = [*build.OPTIMIZE, *build.HOST_FLAGS, "-Werror", "-Icsrc", *build.X86_SOURCES[source]]
+        command = [*build.cxx_compiler(), *flags, "-fsyntax-only", source]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads Linux's /proc")
@@ -129,7 +147,7 @@ def test_broken_nvcc_is_an_error(build: ModuleType, toolkit: Path) -> None:
         ({"SKIPKERNELS_CUDA": "1"}, "SKIPKERNELS_CUDA=1 cannot be met: nvcc not found in CUDA_HOME/bin or PATH"),
         ({"SKIPKERNELS_CUDA": "2"}, "SKIPKERNELS_CUDA=2: expected auto, gpu, 0 or 1"),
         ({"MAX_JOBS": "many"}, "MAX_JOBS=many: expected a positive integer"),
-        ({"SKIPKERNELS_ISA": "avx2"}, "SKIPKERNELS_ISA=avx2: expected all or native"),
+        ({"SKIPKERNELS_ISA": "avx2"}, "SKIPKERNELS_ISA=avx2: expected all, native or usable"),
     ],
 )
 def test_bad_settings_end_the_build_with_one_line(variables: dict[str, str], message: str, tmp_path: Path) -> None:

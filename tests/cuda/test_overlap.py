@@ -71,7 +71,10 @@ def compare_step(case: Case, **options: Any) -> None:
         assert same_bits(getattr(actual, name), buffer), f"{name} depends on how kernels overlap"
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+SOME_SEEDS = [seed if seed in (0, 1, 5) else pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS]
+
+
+@pytest.mark.parametrize("seed", SOME_SEEDS)
 @pytest.mark.parametrize("sequences", [1, 3])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.label)
 def test_a_step_is_free_of_races_and_has_the_same_bits(policy: Policy, sequences: int, seed: int) -> None:

@@ -24,6 +24,7 @@ def check(case: Case, **options: int) -> None:
     compare_program(case, lambda program, state: HostKernels(program, state, **options))
 
 
+@settings(max_examples=10)  # three seconds each
 @given(case=cases(layout=CUDA), seed=st.sampled_from(list(SEEDS)), num_sms=st.integers(1, 5))
 def test_every_buffer_agrees_after_every_instruction(case: Case, seed: int, num_sms: int) -> None:
     check(case, seed=seed, num_sms=num_sms)

@@ -183,7 +183,8 @@ def build_core_extension(*, cuda_version: int = 13000) -> Path:
     Its objects of csrc/cpu are those of the installed extension.
     """
     setup = load_module("skipkernels_setup", ROOT / "setup.py")
-    units = setup.plan_units(setup.CudaBuild(None, "compiled for the CPU"))
+    environment = {**os.environ, "SKIPKERNELS_ISA": "usable"}  # as the Makefile has it
+    units = setup.plan_units(setup.CudaBuild(None, "compiled for the CPU"), environment)
     folder = setup.object_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "cpu.lock"), ThreadPoolExecutor(job_count()) as pool:

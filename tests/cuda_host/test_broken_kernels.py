@@ -57,6 +57,7 @@ def test_a_missing_barrier_shows_as_a_wrong_result(runtime, kernel):
         "waits_for_nobody": r"96 of 96 threads poll: \(0,0,0\) to \(95,0,0\)",
         "writes_behind_shared_memory": r"wrote past the end of its 384 bytes of shared memory",
         "misaligned_copy": r"thread \(1,0,0\): copy_async: 0x\w+ is not aligned to 16 bytes",
+        "needs_a_large_stack": r"thread \(0,0,0\): needs more than the 262144 bytes of its stack",
     }.items(),
 )
 def test_what_cannot_work_fails_the_launch(runtime, kernel, message):

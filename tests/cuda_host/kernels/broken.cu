@@ -120,6 +120,13 @@ __global__ void misaligned_copy(const float* x, float* y) {
     y[threadIdx.x] = x[after(threadIdx.x, blockDim.x)];
 }
 
+// more than the 256 KB of its stack, all of it written
+__global__ void needs_a_large_stack(const float* x, float* y) {
+    volatile float frame[(256 << 10) / sizeof(float)];
+    for (volatile float& value : frame) value = x[threadIdx.x];
+    y[threadIdx.x] = frame[threadIdx.x];
+}
+
 using Kernel = void (*)(const float*, float*);
 constexpr struct {
     const char* name;
@@ -144,6 +151,7 @@ constexpr struct {
     KERNEL(writes_behind_shared_memory),
     KERNEL(reads_behind_global_memory),
     KERNEL(misaligned_copy),
+    KERNEL(needs_a_large_stack),
 };
 
 }  // namespace

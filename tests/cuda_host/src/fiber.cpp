@@ -2,8 +2,10 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 
 #if CUDA_HOST_ASAN
@@ -43,12 +45,14 @@ namespace cuda_host {
 
 namespace {
 
+constexpr size_t kCanaryBytes = 64;
+constexpr char kCanary = 0x5a;
+
 Fiber* starting = nullptr;
 
 }  // namespace
 
-Fiber::Fiber(char* memory, size_t number) : bottom_(memory + kGuardBytes) {
-    mprotect(bottom_, kStackBytes, PROT_READ | PROT_WRITE);
+Fiber::Fiber(char* memory, size_t number) : bottom_(memory) {
     // Were all tops aligned alike, the frames of all fibers would compete for the same few cache sets.
     top_ = bottom_ + kStackBytes - number % 16 * 256;
 }
@@ -58,6 +62,7 @@ void Fiber::arm(Entry entry, void* argument) {
     __asan_unpoison_memory_region(bottom_, kStackBytes);  // frames that were abandoned
     own_.fake_stack = nullptr;
 #endif
+    std::memset(bottom_, kCanary, kCanaryBytes);
     entry_ = entry;
     argument_ = argument;
     returning_ = false;
@@ -74,6 +79,10 @@ void Fiber::arm(Entry entry, void* argument) {
     *stack = reinterpret_cast<void*>(&Fiber::begin);
     own_.stack_pointer = stack - 6;
 #endif
+}
+
+bool Fiber::overflowed() const {
+    return std::any_of(bottom_, bottom_ + kCanaryBytes, [](char byte) { return byte != kCanary; });
 }
 
 void Fiber::resume() {
@@ -113,16 +122,16 @@ void Fiber::begin() {
 }
 
 Fiber* FiberPool::take() {
-    constexpr size_t kBytes = Fiber::kGuardBytes + Fiber::kStackBytes;
     if (idle_.empty()) {
         if (!memory_) {
             void* memory =
-                mmap(nullptr, kMaxFibers * kBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+                mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
             if (memory == MAP_FAILED) throw std::bad_alloc();
+            madvise(memory, kBytes, MADV_NOHUGEPAGE);  // one would hold eight stacks, each of which touches little
             memory_ = static_cast<char*>(memory);
         }
         if (all_.size() == kMaxFibers) throw std::length_error("more than 16384 threads wait at the same time");
-        all_.push_back(std::make_unique<Fiber>(memory_ + all_.size() * kBytes, all_.size()));
+        all_.push_back(std::make_unique<Fiber>(memory_ + (all_.size() + 1) * Fiber::kStackBytes, all_.size()));
         return all_.back().get();
     }
     Fiber* fiber = idle_.back();

@@ -21,16 +21,16 @@ class Fiber {
   public:
     using Entry = void (*)(void* argument);
 
-    Fiber(char* memory, size_t number);  // which holds kStackBytes behind kGuardBytes
+    Fiber(char* memory, size_t number);  // of kStackBytes
     Fiber(const Fiber&) = delete;
     Fiber& operator=(const Fiber&) = delete;
 
-    static constexpr size_t kGuardBytes = 4096;
     static constexpr size_t kStackBytes = CUDA_HOST_ASAN ? 512 << 10 : 256 << 10;  // pages come when touched
 
     void arm(Entry entry, void* argument);  // a fiber that did not return is abandoned: its frames are not unwound
     void resume();                          // on the scheduler's stack
     void suspend();                         // on this fiber's stack
+    bool overflowed() const;                // whether something wrote to the lowest bytes of the stack
 
   private:
     struct Context {
@@ -57,17 +57,20 @@ class Fiber {
 // Fibers that nobody uses. Last in, first out: a stack that was just used is still in the cache.
 class FiberPool {
   public:
-    static constexpr size_t kMaxFibers = 16384;  // each is two mappings, of which Linux allows 65530
+    static constexpr size_t kMaxFibers = 16384;
 
     Fiber* take();
     void put(Fiber* fiber) { idle_.push_back(fiber); }
     void put_all_back();  // whoever still holds one has abandoned it
-    bool is_stack(const void* p) const {
-        return p >= memory_ && p < memory_ + kMaxFibers * (Fiber::kGuardBytes + Fiber::kStackBytes);
-    }
+    bool is_stack(const void* p) const { return p >= memory_ && p < memory_ + kBytes; }
 
   private:
-    char* memory_ = nullptr;  // of all stacks, each behind a guard page
+    static constexpr size_t kBytes = (kMaxFibers + 1) * Fiber::kStackBytes;
+
+    // Of all stacks, with room for one more at the lowest addresses, where the first may overflow to. One mapping: with
+    // a guard page for each, the libraries of one process came near the 65530 mappings that Linux allows, and past them
+    // a stack cannot be written.
+    char* memory_ = nullptr;
     std::vector<std::unique_ptr<Fiber>> all_;
     std::vector<Fiber*> idle_;
 };

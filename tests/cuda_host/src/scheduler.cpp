@@ -227,6 +227,8 @@ void Scheduler::run_thread(void* argument) {
     auto& thread = *static_cast<Thread*>(argument);
     const Launch& launch = *thread.block->grid->launch;
     launch.run();
+    if (thread.fiber->overflowed())
+        scheduler.fail("needs more than the " + std::to_string(Fiber::kStackBytes) + " bytes of its stack");
     if (launch.programmatic && !thread.waited_for_dependency) {
         scheduler.fail("exits without griddepcontrol.wait, though launched with programmatic stream serialization");
     }

@@ -1,0 +1,68 @@
+"""Processes for commands and scripts that have torch and transformers imported already, which takes five seconds each.
+
+They are forked from a server that did nothing but import, one of each test process, and start with its environment.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from subprocess import CompletedProcess, TimeoutExpired
+
+PRELOADED = ["tests.preloaded"]
+
+
+def run_command(words: Sequence[str], cwd: Path | None = None, timeout: float = 280) -> CompletedProcess[str]:
+    """``skipkernels`` with ``words``."""
+    return _run(_command, list(words), cwd or Path.cwd(), timeout)
+
+
+def run_script(words: Sequence[str], cwd: Path | None = None, timeout: float = 280) -> CompletedProcess[str]:
+    """Python with ``words``, the first of which is a script."""
+    return _run(_script, list(words), cwd or Path.cwd(), timeout)
+
+
+def _command(words: list[str]) -> None:
+    from skipkernels.cli import main
+
+    sys.argv = ["skipkernels", *words]
+    main()
+
+
+def _script(words: list[str]) -> None:
+    sys.argv = words
+    sys.path.insert(0, str(Path(words[0]).parent))
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def _run(work: Callable[[list[str]], None], words: list[str], cwd: Path, timeout: float) -> CompletedProcess[str]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = context.Process(target=_begin, args=(work, words, cwd, dict(os.environ), files))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise TimeoutExpired(words, timeout)
+        stdout, stderr = (path.read_text(encoding="utf-8") for path in files)
+    return CompletedProcess(words, process.exitcode, stdout, stderr)
+
+
+def _begin(
+    work: Callable[[list[str]], None], words: list[str], cwd: Path, environment: dict[str, str], files: list[Path]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for number, name, path in zip((1, 2), ("stdout", "stderr"), files, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        setattr(sys, name, os.fdopen(number, "w", buffering=1, encoding="utf-8", closefd=False))
+    work(words)
