@@ -159,7 +159,7 @@ def test_bad_settings_end_the_build_with_one_line(variables: dict[str, str], mes
 
 
 def test_portable_code_is_linked_before_wider_instruction_sets(build: ModuleType) -> None:
-    units = build.plan_units(build.CudaBuild(None, "not looked for"))
+    units = build.plan_units(build.CudaBuild(None, "not looked for"), {})
     wide = ["-mavx" in " ".join(unit.command) for unit in units]
     assert wide == sorted(wide)
     assert not any("-march=native" in unit.command for unit in units)
