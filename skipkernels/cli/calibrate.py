@@ -203,9 +203,9 @@ def margin_sentence(margin: Margin, ratio: float) -> str:
 
 def gain_sentence(gain: Gain) -> str:
     return (
-        f"Decoding one row: {gain.tokens_per_s:.1f} tokens/s, dense {gain.dense_tokens_per_s:.1f}: "
-        f"{gain.ratio:.2f}x ({gain.low:.2f} to {gain.high:.2f} in {gain.rounds} rounds in turns, {gain.new_tokens} "
-        "tokens)."
+        f"Decoding one row, in turns with dense: {gain.ratio:.2f}x its speed ({gain.low:.2f} to {gain.high:.2f} in "
+        f"{gain.rounds} rounds of {gain.new_tokens} tokens). Over all rounds the medians are "
+        f"{gain.tokens_per_s:.1f} and {gain.dense_tokens_per_s:.1f} tokens/s."
     )
 
 

@@ -173,7 +173,12 @@ def evaluate(
         resume=resume,
     )
     with progress_bar("measuring") as report:
-        unfinished = fill_cells(setup, entries, tasks, results, report)
+        try:
+            unfinished = fill_cells(setup, entries, tasks, results, report)
+        except KeyboardInterrupt:
+            if json is not None and json != _STDOUT:
+                err.print(f"{json} holds what is finished; the same command with --resume goes on")
+            raise
     if plot is not None:
         from skipkernels.evaluation.plot import plot_quality
 

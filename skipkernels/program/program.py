@@ -17,8 +17,8 @@ from skipkernels.skipping.policy import GatePlan
 
 Program = tuple[Instruction, ...]
 NO_NEURON_ROWS = (
-    "neurons cannot be left out: down_proj was not loaded with one neuron a row; "
-    "load the engine with this policy, or with neuron_rows=True"
+    "neurons cannot be left out: down_proj lies as in the checkpoint, where a neuron is a column; "
+    "load the engine with this policy, or with neuron_rows=True, which makes it a row"
 )
 
 

@@ -54,7 +54,7 @@ def load_policy(path: str | Path, *, fingerprint: str | None = None) -> Policy:
     made_for = document.get("model_fingerprint")
     if fingerprint is not None and not belongs_to(made_for, fingerprint):
         raise PolicyError(
-            f"{path}: was calibrated for model {made_for}, this model is {fingerprint}; "
+            f"{path}: was calibrated for another model (fingerprint {made_for}, this model's is {fingerprint}); "
             "run `skipkernels calibrate` on this model"
         )
     values = document.get("policy")

@@ -78,6 +78,19 @@ def test_a_command_that_is_gone_on_with_adds_what_is_missing(run: Run, checkpoin
     assert "made with warmup_tokens = 1, this command has 2" in changed.stderr
 
 
+def test_who_interrupts_it_learns_how_to_go_on(
+    run: Run, checkpoint: str, prose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("skipkernels.evaluation.evaluation.evaluate", interrupt)
+    words = ["--tasks", "perplexity", "--methods", "full", "--json", "out.json"]
+    result = run("eval", checkpoint, "--text", prose, *SIZES, *words)
+    assert result.exit_code == 130
+    assert "out.json holds what is finished; the same command with --resume goes on" in result.stderr
+
+
 def test_json_may_go_to_stdout(run: Run, checkpoint: str, prose: str) -> None:
     words = [*SIZES, "--tasks", "perplexity", "--methods", "full", "--json", "-"]
     result = run("eval", checkpoint, "--text", prose, *words)
@@ -124,7 +137,7 @@ def test_a_policy_of_another_grain_or_model_is_refused_before_the_work(
     save_policy("mine.json", NeuronPolicy(gate_thresholds=(0.1,) * 10), fingerprint="another", measured={})
     other_model = run(*words, "--methods", "neuron")
     assert other_model.exit_code == 1
-    assert "was calibrated for model another" in other_model.stderr
+    assert "was calibrated for another model (fingerprint another" in other_model.stderr
     with monkeypatch.context() as patch:  # not even the model is loaded for this
         patch.setattr("skipkernels.cli.models.ModelOptions.load", lambda *_, **__: pytest.fail("loaded"))
         other_grain = run(*words, "--methods", "full,skip")
