@@ -20,10 +20,10 @@ READY := $(VENV)/.ready
 demo: $(BUILT)
 	$(BIN)/skipkernels demo
 
-# Two processes, whole files each; then what measures times or takes all processors, alone.
+# A process for each of at most four processors, whole files each; then what measures times or takes all processors, alone.
 test: lint
 	$(BIN)/python -m tests.libraries
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu and not serial"
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not serial"
 	$(BIN)/pytest -m "serial and not slow and not gpu"
 
 lint: $(READY)
