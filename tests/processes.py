@@ -1,6 +1,7 @@
-"""Processes for commands and scripts that have torch and transformers imported already, which takes five seconds each.
+"""Runs commands and scripts in processes that need not import torch and transformers first, which takes five seconds.
 
-They are forked from a server that did nothing but import, one of each test process, and start with its environment.
+Each is forked from a server that has done nothing but import; every test process has a server of its own. A command
+gets the environment variables that the test has when it starts it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
-
-PRELOADED = ["tests.preloaded"]
 
 
 def run_command(words: Sequence[str], cwd: Path | None = None, timeout: float = 280) -> CompletedProcess[str]:
@@ -42,7 +41,7 @@ def _script(words: list[str]) -> None:
 
 def _run(work: Callable[[list[str]], None], words: list[str], cwd: Path, timeout: float) -> CompletedProcess[str]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["tests.preloaded"])
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("stdout", "stderr")]
         process = context.Process(target=_begin, args=(work, words, cwd, dict(os.environ), files))

@@ -107,7 +107,7 @@ def test_the_readme_can_be_read_in_one_sitting():
 def test_python_examples_run_in_one_session(page: Page, tmp_path):
     session = tmp_path / "session.py"
     session.write_text("\n".join(page.blocks("python")), encoding="utf-8")
-    result = run_script([str(session)], tmp_path)
+    result = run_script([str(session)], tmp_path, timeout=240)
     assert result.returncode == 0, result.stderr
     assert result.stdout
     assert "404" not in session.read_text(encoding="utf-8") or "Not Found" in result.stdout
@@ -115,8 +115,8 @@ def test_python_examples_run_in_one_session(page: Page, tmp_path):
 
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory: pytest.TempPathFactory):
-    """The folder that a calibration has filled. It takes a minute, and several pages show the same one, some with an
-    option more at its end: the longest is run for all."""
+    """The folder that a calibration has filled. It takes a minute, and several pages show the same command, some with
+    one more option at its end: the longest is run for all."""
     folders: dict[str, Path] = {}
     shown = [command for page in PAGES for command in page.skipkernels]
 

@@ -107,7 +107,7 @@ def test_instruction_sets_that_this_processor_lacks_compile(build: ModuleType) -
     usable = build.x86_sources({"SKIPKERNELS_ISA": "usable"}, build.cpu_flags())
     for source in build.X86_SOURCES.keys() - usable.keys():
         flags = [*build.OPTIMIZE, *build.HOST_FLAGS, "-Werror", "-Icsrc", *build.X86_SOURCES[source]]
-        command = [*build.cxx_compiler(), *flags, "-fsyntax-only", source]
+        command = [*build.cxx_compiler(os.environ), *flags, "-fsyntax-only", source]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
 

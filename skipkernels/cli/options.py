@@ -70,8 +70,8 @@ SkipRatio = Annotated[
 Text = Annotated[
     list[Path] | None,
     typer.Option(
-        help="A file of text to calibrate on; may be given again. Default: reference, docstrings and source code "
-        "of Python.",
+        help="A file of text to calibrate on; may be given more than once. Default: reference, docstrings and "
+        "source code of Python.",
         rich_help_panel=_POLICY_PANEL,
     ),
 ]

@@ -61,11 +61,13 @@ def test_a_terminal_that_cannot_show_it_gets_something_else(owls: Path) -> None:
     words = ("generate", str(owls), "x", "--max-new-tokens", "8", "--dense", "--threads", "1", "--no-compare")
     plain = CliRunner().invoke(app, list(words)).stdout.strip()
     assert "🦉" in plain
-    shown = command(*words, PYTHONIOENCODING="ascii")
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.decode("ascii").strip() == "".join(c if c.isascii() else "?" for c in plain)
-    document = command(*words, "--json", PYTHONIOENCODING="cp1252")
-    assert "🦉" in json.loads(document.stdout.decode("cp1252"))["text"]
+    shown = "".join(character if character.isascii() else "?" for character in plain)
+    for encoding in ("ascii", "cp1252"):
+        result = command(*words, PYTHONIOENCODING=encoding)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.decode(encoding).strip() == shown
+        document = command(*words, "--json", PYTHONIOENCODING=encoding)
+        assert "🦉" in json.loads(document.stdout.decode(encoding))["text"]
 
 
 @pytest.mark.parametrize(

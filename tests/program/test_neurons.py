@@ -233,7 +233,7 @@ def test_blocks_and_neurons_together(module: PreTrainedModel) -> None:
 
 def test_weights_that_do_not_lie_for_it_are_refused(module: PreTrainedModel) -> None:
     engine = tiny_engine(module=tiny_module())
-    with pytest.raises(PolicyError, match="where a neuron is a column; load the engine with"):
+    with pytest.raises(PolicyError, match="down_proj lies as in the checkpoint, where a neuron is a column; load the"):
         engine.generate(random_prompt(3), policy=NeuronPolicy(gate_thresholds=GATES))
     own = tiny_engine(module=tiny_module(), policy=NeuronPolicy(gate_thresholds=GATES))
     assert own.weights.neuron_rows

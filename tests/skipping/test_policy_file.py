@@ -101,11 +101,10 @@ def test_an_engine_takes_the_file_of_its_model(tmp_path: Path) -> None:
 
 def test_a_file_for_another_model_is_refused(path: Path) -> None:
     engine = tiny_engine()
-    with pytest.raises(
-        PolicyError, match=rf"for another model \(fingerprint abc, this model's is {engine.fingerprint}\); run"
-    ):
+    message = rf"calibrated for another model \(fingerprint abc, this model's is {engine.fingerprint}\); run"
+    with pytest.raises(PolicyError, match=message):
         tiny_engine(policy=path)
-    with pytest.raises(PolicyError, match="another model \\(fingerprint None"):
+    with pytest.raises(PolicyError, match=r"calibrated for another model \(fingerprint None"):
         load_policy(change(path, model_fingerprint=None), fingerprint="abc")
 
 

@@ -2,11 +2,11 @@
 
 #include <sys/mman.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <stdexcept>
+
+#include "canary.h"
 
 #if CUDA_HOST_ASAN
 #    include <sanitizer/asan_interface.h>
@@ -45,9 +45,6 @@ namespace cuda_host {
 
 namespace {
 
-constexpr size_t kCanaryBytes = 64;
-constexpr char kCanary = 0x5a;
-
 Fiber* starting = nullptr;
 
 }  // namespace
@@ -62,7 +59,7 @@ void Fiber::arm(Entry entry, void* argument) {
     __asan_unpoison_memory_region(bottom_, kStackBytes);  // frames that were abandoned
     own_.fake_stack = nullptr;
 #endif
-    std::memset(bottom_, kCanary, kCanaryBytes);
+    put_canary(bottom_);
     entry_ = entry;
     argument_ = argument;
     returning_ = false;
@@ -81,9 +78,7 @@ void Fiber::arm(Entry entry, void* argument) {
 #endif
 }
 
-bool Fiber::overflowed() const {
-    return std::any_of(bottom_, bottom_ + kCanaryBytes, [](char byte) { return byte != kCanary; });
-}
+bool Fiber::overflowed() const { return !canary_is_intact(bottom_); }
 
 void Fiber::resume() {
     starting = this;
@@ -127,7 +122,7 @@ Fiber* FiberPool::take() {
             void* memory =
                 mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
             if (memory == MAP_FAILED) throw std::bad_alloc();
-            madvise(memory, kBytes, MADV_NOHUGEPAGE);  // one would hold eight stacks, each of which touches little
+            madvise(memory, kBytes, MADV_NOHUGEPAGE);  // a huge page holds eight stacks, each of which touches little
             memory_ = static_cast<char*>(memory);
         }
         if (all_.size() == kMaxFibers) throw std::length_error("more than 16384 threads wait at the same time");

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <numeric>
 
+#include "canary.h"
+
 #if CUDA_HOST_ASAN
 #    include <sanitizer/asan_interface.h>
 
@@ -20,24 +22,23 @@ Scheduler scheduler;
 
 namespace {
 
-constexpr size_t kCanaryBytes = 64;  // behind shared memory, where no AddressSanitizer watches
 constexpr unsigned kMaxIdleRounds = 1000;
 // Resident threads of one kernel; the rest is for those that overlap with it.
 constexpr unsigned kMaxThreads = FiberPool::kMaxFibers / 2;
 
 unsigned volume(const dim3& size) { return size.x * size.y * size.z; }
 
-// 0xff is NaN in every format that kernels use. AddressSanitizer has its own guard around malloc's memory.
+// 0xff is NaN in every format that kernels use. A canary lies behind, but AddressSanitizer has its own guard around
+// malloc's memory.
 SharedMemory make_shared_memory(size_t bytes) {
     auto* memory = static_cast<char*>(std::malloc(bytes + (CUDA_HOST_ASAN ? 0 : kCanaryBytes)));
     std::memset(memory, 0xff, bytes);
-    if (!CUDA_HOST_ASAN) std::memset(memory + bytes, 0x5a, kCanaryBytes);
+    if (!CUDA_HOST_ASAN) put_canary(memory + bytes);
     return SharedMemory(memory);
 }
 
-bool canary_is_intact(const Block& block) {
-    const char* end = block.shared.get() + block.grid->launch->shared_bytes;
-    return CUDA_HOST_ASAN || std::all_of(end, end + kCanaryBytes, [](char byte) { return byte == 0x5a; });
+bool stayed_in_shared_memory(const Block& block) {
+    return CUDA_HOST_ASAN || canary_is_intact(block.shared.get() + block.grid->launch->shared_bytes);
 }
 
 #if CUDA_HOST_ASAN
@@ -161,7 +162,7 @@ void Scheduler::start_block(Grid& grid) {
 
 void Scheduler::finish_block(Block& block) {
     Grid& grid = *block.grid;
-    if (!canary_is_intact(block)) {
+    if (!stayed_in_shared_memory(block)) {
         failure_ = "kernel " + function_name(grid.launch->function) + ", block " + text_of(block.index) +
                    ": wrote past the end of its " + std::to_string(grid.launch->shared_bytes) +
                    " bytes of shared memory";
