@@ -203,9 +203,9 @@ def margin_sentence(margin: Margin, ratio: float) -> str:
 
 def gain_sentence(gain: Gain) -> str:
     return (
-        f"Decoding one row, in turns with dense: {gain.ratio:.2f}x its speed ({gain.low:.2f} to {gain.high:.2f} in "
-        f"{gain.rounds} rounds of {gain.new_tokens} tokens). Over all rounds the medians are "
-        f"{gain.tokens_per_s:.1f} and {gain.dense_tokens_per_s:.1f} tokens/s."
+        f"Decoding one row, in turns with dense: {gain.ratio:.2f}x its speed, the median of {gain.rounds} rounds of "
+        f"{gain.new_tokens} tokens ({gain.low:.2f} to {gain.high:.2f}). Over all rounds, the median of the policy is "
+        f"{gain.tokens_per_s:.1f} tokens/s, of dense {gain.dense_tokens_per_s:.1f}."
     )
 
 
