@@ -71,7 +71,7 @@ def use_isa(engine: Any, isa: str) -> None:
 
     program = build_program(engine.config, engine.weights, engine.state)
     threads = engine.execution.num_threads
-    engine._executors[Variant()] = CpuExecutor(program, engine.state, num_threads=threads, isa=isa)
+    engine._variants[Variant()] = CpuExecutor(program, engine.state, num_threads=threads, isa=isa)
 
 
 def main(

@@ -26,10 +26,11 @@ from skipkernels.decoding.loop import DecodeLoop
 from skipkernels.decoding.prompt_rows import ProgramRows, TorchRows
 from skipkernels.decoding.request import Request
 from skipkernels.errors import DeviceError, PolicyError, RequestError
-from skipkernels.executors import Executor, get_executor
+from skipkernels.executors import Executor
 from skipkernels.executors.comparison import ComparingExecutor
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.support import refuse_while_capturing
+from skipkernels.executors.variants import Variants
 from skipkernels.model import gguf_config
 from skipkernels.model.block_weights import load_as_floats, load_in_formats
 from skipkernels.model.blocks_of_experts import blocks_of_experts
@@ -66,7 +67,7 @@ from skipkernels.model.weights import (
     pack_module,
     stacks_experts,
 )
-from skipkernels.program.program import NO_NEURON_ROWS, Variant, build_program
+from skipkernels.program.program import NO_NEURON_ROWS, Variant
 from skipkernels.program.state import MAX_EOS, DecodeState
 from skipkernels.skipping.policy import DensePolicy, GatePlan, Policy
 from skipkernels.skipping.policy_file import load_policy
@@ -135,8 +136,8 @@ class Engine:
         self.generation_config = generation_config
         self.default_eos_token_ids = default_eos_token_ids(tokenizer, generation_config)
         rows = TorchRows if on_gpu else ProgramRows
-        self._executors: dict[Variant, Executor] = {}
-        self.loop = DecodeLoop(self.state, rows(config, weights, self.state), self._executor, tokenizer)
+        self._variants = Variants(config, weights, self.state, self.execution)
+        self.loop = DecodeLoop(self.state, rows(config, weights, self.state), self._variants, tokenizer)
         self.policy = policy or DensePolicy()
         self.executor_for(self.policy)  # an impossible policy is refused here, not at the first prompt
 
@@ -278,14 +279,12 @@ class Engine:
         Raises:
             PolicyError: it is no policy, or one that is impossible on this model as it was loaded.
         """
-        return self._executor(Variant.for_plans([self.plan_of(policy)]))
+        return self._variants[Variant.for_plans([self.plan_of(policy)])]
 
     def compare_with_reference(self, policy: Policy) -> ComparingExecutor:
         """From now on, each instruction of the steps that ``policy`` needs is run by the reference too. The result
         gathers the differences. For debugging: it is slow, and cannot be taken back."""
-        variant = Variant.for_plans([self.plan_of(policy)])
-        self._executors[variant] = comparing = ComparingExecutor(self._executor(variant), self.state)
-        return comparing
+        return self._variants.compare(Variant.for_plans([self.plan_of(policy)]))
 
     def plan_of(self, policy: Policy) -> GatePlan | None:
         """What ``Handle.set_plan`` takes: the policy as the gate reads it; None: nothing is skipped."""
@@ -297,19 +296,6 @@ class Engine:
                 raise PolicyError(self.no_neurons or NO_NEURON_ROWS)
             plan.neurons.check_neurons(self.config.scaled_neurons, self.state.neuron_shares.tolist())
         return plan
-
-    def _executor(self, variant: Variant) -> Executor:
-        if variant not in self._executors:
-            program = build_program(
-                self.config,
-                self.weights,
-                self.state,
-                gated=variant.gated,
-                neurons=variant.neurons,
-                activations="fp32" if self.execution.on_gpu else "int8",
-            )
-            self._executors[variant] = get_executor(self.execution, program, self.state)
-        return self._executors[variant]
 
     def generate(
         self,

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,6 +31,7 @@ from skipkernels.decoding.sequence import Sequence as TokenSequence
 from skipkernels.decoding.step import DecodeRow, Step
 from skipkernels.errors import RequestError
 from skipkernels.executors import Executor
+from skipkernels.executors.variants import Variants
 from skipkernels.program.program import Variant
 from skipkernels.program.state import (
     ADJUSTS_BIAS,
@@ -75,10 +76,9 @@ class DecodeLoop:
         self,
         state: DecodeState,
         prompt_rows: PromptRows,
-        executor: Callable[[Variant], Executor],
+        variants: Variants,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
-        """``executor(variant)`` gives the executor of a variant of the program."""
         self._turns = Turns(on_gpu=state.active.is_cuda, on_fork=self._arrive_in_child)
         self.state = state
         block_bytes = state.cache_bytes() // state.num_blocks
@@ -89,7 +89,7 @@ class DecodeLoop:
         )
         self._prompt_rows = prompt_rows
         self._budget = RowBudget(prompt_rows.capacity)
-        self._executor = executor
+        self._variants = variants
         self._tokenizer = tokenizer
         self._inbox: deque[Handle] = deque()
         self._handles: dict[TokenSequence, Handle] = {}  # in flight
@@ -303,7 +303,7 @@ class DecodeLoop:
             if self.weights_may_change:
                 self.index.clear()
             self._quiet()
-            own = OwnRows(self.state, self._prompt_rows, self._executor(Variant()), self.pool, self.index)
+            own = OwnRows(self.state, self._prompt_rows, self._variants[Variant()], self.pool, self.index)
             try:
                 yield own
             finally:
@@ -368,7 +368,7 @@ class DecodeLoop:
         # tokens that were generated with neurons left out are computed again so
         sequences += [chunk.sequence for chunk in step.chunks if chunk.end > chunk.sequence.num_prompt_tokens]
         handles = [self._handles[sequence] for sequence in sequences]
-        executor = self._executor(Variant.for_plans(plan for one in handles for plan in (one.plan, one.request.plan)))
+        executor = self._variants[Variant.for_plans(plan for one in handles for plan in (one.plan, one.request.plan))]
         if flight.streamed:
             flight.seconds = executor.steps(step.max_steps)
         self._running = executor

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from weakref import WeakMethod
 
 import torch
 
@@ -16,12 +17,13 @@ class Turns:
     """``with turns.take():`` waits until no other thread is inside; the thread that is may enter again.
 
     Inside, torch is out of inference mode: what is made and changed there is of use outside, too. After a fork,
-    ``on_fork`` is called in the child before its first turn.
+    the method ``on_fork`` is called in the child before its first turn.
     """
 
-    def __init__(self, *, on_gpu: bool = False, on_fork: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, *, on_gpu: bool = False, on_fork: Callable[[], None] | None = None) -> None:
         self._on_gpu = on_gpu
-        self._on_fork = on_fork
+        # Weak, for its object holds these turns: in a cycle, an engine would stay until the garbage collector runs.
+        self._on_fork = on_fork and WeakMethod(on_fork)
         self._lock = threading.RLock()
         self._process = os.getpid()
 
@@ -43,4 +45,5 @@ class Turns:
         torch.set_num_threads(1)
         self._lock = threading.RLock()
         self._process = os.getpid()
-        self._on_fork()
+        if self._on_fork and (on_fork := self._on_fork()):
+            on_fork()

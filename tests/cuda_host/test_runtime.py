@@ -50,6 +50,25 @@ def test_the_log_holds_every_call_and_kernel(api):
     ]
 
 
+def test_what_outlives_a_reset_destroys_nobody_elses(api):
+    """Engines that Python's garbage collector finds late destroyed what a later test had at the same address."""
+    kinds = {
+        "device_memory": (lambda: api.new("cudaMalloc", 64), api.cudaFree),
+        "host_memory": (lambda: api.new("cudaMallocHost", 64), api.cudaFreeHost),
+        "streams": (api.stream, api.cudaStreamDestroy),
+        "events": (lambda: api.new("cudaEventCreateWithFlags", 0), api.cudaEventDestroy),
+        "graphs": (lambda: api.new("cudaGraphCreate", 0), api.cudaGraphDestroy),
+    }
+    outlived = {kind: [create() for _ in range(50)] for kind, (create, _) in kinds.items()}
+    api.runtime.reset()
+    for kind, (create, _) in kinds.items():
+        assert not set(outlived[kind]) & {create() for _ in range(50)}, kind
+    assert api.runtime.live == dict.fromkeys(kinds, 50)
+    for kind, (_, destroy) in kinds.items():
+        assert {destroy(p) for p in outlived[kind]} <= {"cudaErrorInvalidValue", "cudaErrorInvalidResourceHandle"}
+    assert api.runtime.live == dict.fromkeys(kinds, 50)
+
+
 def test_an_injected_error_replaces_the_nth_call(api):
     api.runtime.inject("cudaMalloc", "cudaErrorMemoryAllocation", nth=2)
     out = ctypes.c_void_p()

@@ -241,10 +241,9 @@ def test_a_step_that_fails_loses_nobodys_answer(monkeypatch: pytest.MonkeyPatch,
     engine = engine_of(monkeypatch, 20, max_batch_size=2)
     requests = [Ask(65, 20, policy, None) for policy in (0, 1)]
     handles = [ask.submit(engine) for ask in requests]
-    real = engine.loop._executor
     calls: list[int] = []
-    failing = {variant: Fails(real(variant), calls, call) for variant in (Variant(), Variant(gated=True))}
-    engine.loop._executor = failing.__getitem__
+    for variant in (Variant(), Variant(gated=True)):
+        engine._variants[variant] = Fails(engine._variants[variant], calls, call)
     failed = 0
     while not engine.loop.idle:
         try:

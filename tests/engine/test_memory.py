@@ -1,17 +1,24 @@
-"""A loaded model takes the memory of its weights and cache, not twice that."""
+"""A loaded model takes the memory of its weights and cache, not twice that, and gives it back."""
 
+import gc
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from skipkernels import Engine, SkipPolicy
+from skipkernels.errors import RequestError
 from skipkernels.model.config import ModelConfig
 from skipkernels.model.weights import expected_parameters
+from tests.models import random_prompt, tiny_engine
 
 CONFIG = LlamaConfig(
     hidden_size=1024,
@@ -37,6 +44,45 @@ engine = Engine.from_pretrained(sys.argv[1], num_threads=2)
 engine.generate(list(range(1, 600)), max_new_tokens=8)
 print(json.dumps([peak_bytes() - baseline, engine.weights.nbytes(), engine.state.cache_bytes()]))
 """
+
+PROMPT = random_prompt(5)
+
+
+def refused(engine: Engine) -> None:
+    with suppress(RequestError):
+        engine.generate([PROMPT, PROMPT])
+
+
+def compared(engine: Engine) -> None:
+    engine.compare_with_reference(engine.policy)
+    engine.generate(PROMPT, max_new_tokens=3)
+
+
+USES: dict[str, Callable[[Engine], object]] = {
+    "loaded": lambda engine: None,
+    "generated": lambda engine: engine.generate(PROMPT, max_new_tokens=3, policy=SkipPolicy(threshold=0.5)),
+    "streamed": lambda engine: list(engine.stream(PROMPT, max_new_tokens=3)),
+    "left in the middle": lambda engine: next(engine.stream(PROMPT, max_new_tokens=3)),
+    "submitted": lambda engine: engine.submit(PROMPT, max_new_tokens=3).result(),
+    "refused": refused,
+    "compared": compared,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("executor", ["cpu", "reference"])
+def test_an_engine_goes_when_nobody_holds_it(executor: str, use: str) -> None:
+    """Without the garbage collector, which may come late: until then weights and cache would stay in memory."""
+    gc.collect()
+    gc.disable()
+    try:
+        engine = tiny_engine(executor=executor)
+        USES[use](engine)
+        parts = [ref(part) for part in (engine, engine.state, engine.loop, engine.executor_for(engine.policy))]
+        del engine
+        assert [part() for part in parts] == [None] * 4
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow

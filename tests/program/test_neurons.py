@@ -215,7 +215,7 @@ def use_isa(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
     def executor(_: object, program, state) -> CpuExecutor:
         return CpuExecutor(program, state, num_threads=2, isa=isa)
 
-    monkeypatch.setattr("skipkernels.engine.get_executor", executor)
+    monkeypatch.setattr("skipkernels.executors.variants.get_executor", executor)
 
 
 def test_blocks_and_neurons_together(module: PreTrainedModel) -> None:

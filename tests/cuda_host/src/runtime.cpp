@@ -13,7 +13,7 @@ Runtime::~Runtime() = default;
 
 void Runtime::reset() {
     for (auto* memory : {&device_memory, &host_memory}) {
-        for (const auto& [p, bytes] : *memory) std::free(p);
+        for (const auto& [p, bytes] : *memory) outlived_memory.emplace_back(p, &std::free);
         memory->clear();
     }
     settings = {};

@@ -55,7 +55,8 @@ struct Call {
     cudaError_t result;
 };
 
-// Objects of one kind. A destroyed one keeps its address until clear(), so that its use is noticed.
+// Objects of one kind. One that is gone, by destroy() or clear(), keeps its address: its use is noticed, and whoever
+// outlived a reset, such as an engine that waits for Python's garbage collector, does not destroy another's.
 template <class T>
 class Registry {
   public:
@@ -72,7 +73,7 @@ class Registry {
     size_t live() const { return live_.size(); }
     const std::unordered_set<T*>& all() const { return live_; }
     void clear() {
-        objects_.clear();
+        for (T* object : live_) *object = T{};
         live_.clear();
     }
 
@@ -102,6 +103,8 @@ struct Runtime {
     cudaError_t sticky_error = cudaSuccess;  // after a failed launch, every call returns it, as in CUDA
     std::string failure;                     // what the failed launch did wrong
     std::map<void*, size_t> device_memory, host_memory;
+    // Memory that was there at a reset: nobody gets its address again, as in Registry.
+    std::vector<std::unique_ptr<void, void (*)(void*)>> outlived_memory;
     std::map<const void*, int> max_shared_bytes;  // of functions, if set
     Registry<CUstream_st> streams;
     Registry<CUevent_st> events;

@@ -81,9 +81,9 @@ def gpu_engine(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> GpuEngine
             return GraphExecutor(program, buffers, execution, device)
 
         monkeypatch.setitem(state.LAYOUTS, "cpu", LAYOUTS["cuda"])
-        monkeypatch.setattr("skipkernels.engine.get_executor", get_executor)
+        monkeypatch.setattr("skipkernels.executors.variants.get_executor", get_executor)
         monkeypatch.setattr("skipkernels.engine.interleave", lambda weights, _: into_planes(weights))
-        monkeypatch.setattr("skipkernels.engine.build_program", with_fp32_activations)
+        monkeypatch.setattr("skipkernels.executors.variants.build_program", with_fp32_activations)
         monkeypatch.setattr("skipkernels.engine.PROMPT_ROWS", 4)  # threads of an emulated device are slow
         return tiny_engine(**options)
 

@@ -25,7 +25,7 @@ def test_tokens_are_those_of_the_reference(
     """Which takes the blocks as a file holds them and dequantises them with the ``gguf`` package."""
     options = {"dtype": dtype, "policy": policy, "max_batch_size": 2}
     with monkeypatch.context() as patch:
-        patch.setattr("skipkernels.engine.build_program", with_fp32_activations)
+        patch.setattr("skipkernels.executors.variants.build_program", with_fp32_activations)
         reference = tiny_engine(module=tiny_module(**SIZES), executor="reference", **options)
         expected = reference.generate(PROMPTS, max_new_tokens=8)
     engine = gpu_engine(module=tiny_module(**SIZES), **options)
