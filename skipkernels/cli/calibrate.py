@@ -20,7 +20,7 @@ from skipkernels.cli.models import (
     parse_span,
     run_calibration,
 )
-from skipkernels.support.console import err, out, percent, print_json, require_folder, require_picture, table
+from skipkernels.support.console import count, err, out, percent, print_json, require_folder, require_picture, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,7 +35,7 @@ _DEFAULT_RATIO = 0.25
 _KINDS = {
     "neurons": "single neurons",
     "similarity": "blocks by similarity",
-    "mixed": "neurons beside blocks",
+    "mixed": "neurons beside blocks (mixed)",
     "fixed": "a fixed choice of blocks",
     "random": "a random choice of blocks",
 }
@@ -55,7 +55,7 @@ def calibrate(
         float, typer.Option(help="Warn where even the best policy costs more nats, and name the largest saving below.")
     ] = 0.1,
     kinds: Annotated[
-        str, typer.Option(help="What to try, separated by commas; all but random and fixed look at the token.")
+        str, typer.Option(help="What to try, separated by commas; fixed and random do not look at the token.")
     ] = ",".join(_KINDS),
     text: opt.Text = None,
     out_file: Annotated[Path, typer.Option("--out", help="The policy file to write.")] = Path(POLICY_FILE),
@@ -149,11 +149,11 @@ def _print_result(calibration: Calibration, seconds: float) -> None:
     out.print(f"[bold]{_KINDS[best.kind].capitalize()}[/] won: {best.policy.label}.")
     if calibration.gain is not None:
         out.print(gain_sentence(calibration.gain))
+    held_out = f"{count(best.comparison.tokens, 'token')} in {count(len(best.passage_kl), 'passage')}"
     out.print(
         f"[dim]Saved: share of FFN bytes not read, of {calibration.new_tokens} generated tokens, the first "
         f"{calibration.warmup_tokens} of them in full. Top-1 agreement with dense and KL from it, in nats: past those. "
-        f"Text: {calibration.text}; held out: {best.comparison.tokens} tokens in {len(best.passage_kl)} passages; "
-        f"{seconds:.0f} s.[/]"
+        f"Text: {calibration.text}; held out: {held_out}; {seconds:.0f} s.[/]"
     )
     if calibration.gain is not None and not calibration.gain.faster:
         err.print(slower_warning(calibration))
@@ -193,7 +193,8 @@ def margin_sentence(margin: Margin, ratio: float) -> str:
     spread = (
         f"{margin.passages} of the {FEWEST_PASSAGES} passages that an interval takes; --passages gives more"
         if few
-        else f"95 % interval {interval[0]:.4f} to {interval[1]:.4f}, {margin.passages} passages, {margin.tokens} tokens"
+        else f"95 % interval {interval[0]:.4f} to {interval[1]:.4f}, {count(margin.passages, 'passage')}, "
+        f"{count(margin.tokens, 'token')}"
     )
     return (
         f"At {at} saved the policy [bold]{margin.verdict}[/] {_KINDS[margin.against]}: its KL from dense is "

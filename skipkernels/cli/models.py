@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from skipkernels.cli import options as opt
-from skipkernels.errors import ModelError
+from skipkernels.errors import ModelError, RequestError
 from skipkernels.skipping.policy import DensePolicy, Policy, SkipPolicy
 from skipkernels.skipping.policy_file import load_policy
 from skipkernels.support import console
@@ -181,7 +181,7 @@ class PolicyOptions:
         path = self._file(options)
         if path is None and not self.parameters:
             choices = "--policy, --skip-ratio, --target-ratio or --threshold"
-            err.print(f"[dim]no policy: every FFN runs. {choices} choose one[/]")
+            err.print(f"[dim]no policy (one comes from {choices}): every FFN runs[/]")
             return DensePolicy()
         base = SkipPolicy() if path is None else load_policy(path, fingerprint=engine.fingerprint)
         if path is not None:
@@ -251,6 +251,8 @@ def calibration_texts(
 ) -> tuple[str, list[str | Sequence[int]]]:
     """A label and the texts to calibrate on: the files', or else built-in text."""
     if files:
+        if again := [file for number, file in enumerate(files) if file in files[:number]]:
+            raise RequestError(f"--text {again[0]} is given twice; give each file once")
         return ", ".join(map(str, files)), [read_text(file) for file in files]
     from skipkernels.cli.builtin_text import demo_streams, kinds_of_text
 

@@ -76,7 +76,7 @@ def _search(setup: Setup, task: Task, kind: MethodKind, ratio: float, report: Pr
     def find() -> Found:
         return kind.find(setup, ratio, task.alike, lambda stage, share: report(f"{name}: {stage}", share))
 
-    report(f"{name}: ", 0.0)
+    report(name, 0.0)
     try:
         found = setup.remember(f"{name} like {alike}", find)
     except PolicyError as error:
@@ -112,7 +112,7 @@ def _cell(
         done += count
         report(f"{name}: {done}/{task.total}", done / task.total)
 
-    report(f"{name}: ", 0.0)
+    report(name, 0.0)
     # part of file names, so that files of another model or policy are not resumed
     made_of = digest(f"{setup.engine.fingerprint} {found}")[:6]
     outcome = task.run(kind.build(setup, found), f"{name}-{made_of}", on_item)

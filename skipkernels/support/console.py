@@ -108,5 +108,10 @@ def table(*headings: str, title: str | None = None) -> Table:
     return made
 
 
+def count(number: int, noun: str) -> str:
+    """``count(1, "token")`` is "1 token", ``count(2, "token")`` "2 tokens"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def percent(share: float) -> str:
     return f"{share:.1%}"

@@ -66,6 +66,7 @@ def test_a_wrong_command_line_ends_with_2(run: Run, checkpoint: str, words: list
         (["generate", "MODEL", "x", "--policy", "broken.json"], ["broken.json", "not JSON"]),
         (["generate", "MODEL", "x", "--skip-ratio", "0.2", "--text", "none.txt"], ["none.txt", "cannot be read"]),
         (["calibrate", "MODEL", "--text", "none.txt"], ["none.txt", "cannot be read"]),
+        (["calibrate", "MODEL", "--text", "empty.txt", "--text", "empty.txt"], ["empty.txt", "given twice"]),
         (["calibrate", "MODEL", "--text", "binary.txt"], ["binary.txt", "UTF-8"]),
         (["calibrate", "MODEL", "--text", "empty.txt"], ["0 tokens", "at least 320"]),
         (["calibrate", "MODEL", "--text", "broken.json", "--skip-ratio", "2"], ["(0, 1)"]),
