@@ -272,7 +272,7 @@ Executor::Executor(std::vector<Instruction> program, const int32_t* active, int6
     queries_.resize(num_threads * needs.queries);
     const size_t scores = needs.queries * needs.scores_stride, heads = needs.queries * needs.padded_head;
     const size_t arranged = needs.padded_head * kAttentionBlock;
-    constexpr size_t kAccumulators = kPanelRows * kMaxTile * kMaxVecWidth;
+    constexpr size_t kAccumulators = kTilesTogether * kPanelRows * kMaxTile * kMaxVecWidth;
     for (int thread = 0; thread < num_threads; ++thread) {
         size_t floats = 0;
         for (size_t part : {needs.own_x, kAccumulators, needs.panel, needs.panel, needs.op_scratch, needs.group, scores,

@@ -14,6 +14,7 @@ constexpr int kMaxVecWidth = 16;
 constexpr int kPanelRows = 24;         // weight rows computed together; divisible by every register tile's height
 constexpr int kBlockPanels = 2;        // panels of a task where weights are quantised: three groups of 16 rows
 constexpr int kMaxTile = 4;            // rows in one register tile
+constexpr int kTilesTogether = 4;      // tiles that take turns in every block of k
 constexpr int kFewRows = 8;            // that each thread packs for itself; more are packed once for all threads
 constexpr int kAttentionQueries = 64;  // query heads of a tile of rows that share one read of keys and values
 constexpr int kNeuronStep = 32;        // columns: a multiple of every step over the rows of a transposed matrix
@@ -57,7 +58,7 @@ struct Scratch {
     float* x;             // packed activations, see pack.h: own_x, or shared_x where there are many rows
     float* own_x;         // few rows, packed by each thread for itself
     float* shared_x;      // many rows, packed once for all threads
-    float* accumulators;  // [kPanelRows][kMaxTile][kMaxVecWidth], the panel between two blocks of k
+    float* accumulators;  // [kTilesTogether][kPanelRows][kMaxTile][kMaxVecWidth], the panel between two blocks of k
     float* panel;         // [kBlockPanels][num_rows][kPanelRows], the panels' results
     float* second_panel;  // another, for ops that combine two
     float* op_scratch;    // what an op wants for itself; qkv_rope_append: (num_rows, head_dim), a head's outputs

@@ -6,16 +6,18 @@
 // the bandwidth of one. And activations must come from L1: k is blocked, accumulators rest in memory
 // between blocks.
 //
-// With many rows it is bound by multiplications. The panel stays in L2 while one tile of rows after the other streams
-// by. Each tile fetches the activations of the next one and its share of the next panel, evenly: the last tile alone
-// kept the memory idle before it and the multiplications waiting behind it, and a burst is partly dropped.
-// Converting weights in registers, again for each tile, costs no time beside the multiplications: an fp32 copy of the
+// With many rows it is bound by multiplications. Up to four tiles of rows take turns in each block of k, so its weights
+// come from L2 for all but the first of them, and the activations of all fit there beside them: tile after tile through
+// all of k took a seventh longer in TinyLlama's down_proj, where those of 16 rows take 360 KB. Meanwhile each tile
+// fetches its own next block and its share of the weights', evenly: a burst is partly dropped.
+// Converting weights in registers, again for each tile, costs little beside the multiplications: an fp32 copy of the
 // panel, made once, was slower, for twice the bytes came from L2.
 //
 // Each (weight row, row) pair has one vector accumulator that walks k in order, whatever the tile it is in: that is why
 // a row gets bitwise what it gets alone.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "blocks_panels.h"
@@ -26,17 +28,24 @@ namespace skipkernels::SKIPKERNELS_ISA {
 inline void prefetch_l1(const char* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_l2(const char* p) { __builtin_prefetch(p, 0, 2); }
 
-// What is fetched into L2 while other things are computed, one range and then another: `lines` cache lines whenever a
-// tile's rows have moved on by one each.
+// What is fetched into L2 while other things are computed, `lines` cache lines whenever a tile's rows have moved on by
+// one each: pieces of `bytes` bytes, `stride` apart, then one range.
 struct Ahead {
-    const char *at, *end;
-    int64_t lines;
+    const char* at;
+    int64_t bytes, stride, lines;
+    int pieces = 1;
     const char *then = nullptr, *then_end = nullptr;
+    const char* end = at + bytes;
 
     void fetch() {
         if (at >= end) {
-            if (then >= then_end) return;
-            at = then, end = then_end, then = then_end;
+            if (pieces > 1) {
+                --pieces;
+                at = end - bytes + stride, end = at + bytes;
+            } else {
+                if (then >= then_end) return;
+                at = then, end = then_end, then = then_end;
+            }
         }
         const char* const stop = at + 64 * lines;
         do {
@@ -75,11 +84,11 @@ inline void tile_block(const T* w, int64_t k, int64_t k_begin, int64_t k_end, co
         for (int n = 0; n < N; ++n) acc[r][n] = k_begin == 0 ? splat(0.0f) : load(at(r, n));
 
     int64_t j = k_begin;
-    auto step = [&](int64_t from, auto load_weight) {
+    auto step = [&](int64_t from, int u, auto load_weight) {
         decltype(load_weight(w)) weight[R];
         for (int r = 0; r < R; ++r) weight[r] = load_weight(w + r * k + from);
         for (int n = 0; n < N; ++n) {
-            const auto activation = M::activation(x + from * N + n * W);
+            const auto activation = M::activation(x + (from + u * W) * N + n * W);
             for (int r = 0; r < R; ++r) acc[r][n] = M::add(weight[r], activation, acc[r][n]);
         }
     };
@@ -88,12 +97,12 @@ inline void tile_block(const T* w, int64_t k, int64_t k_begin, int64_t k_end, co
         if (N <= 2) {  // too little arithmetic to hide the latency of L2, so L1 as well
             for (int r = 0; r < R; ++r) prefetch_l1(reinterpret_cast<const char*>(w + r * k + j) + 512);
         }
-        for (int u = 0; u < U; ++u) step(j + u * W, [](const T* p) { return M::weight(p); });
+        for (int u = 0; u < U; ++u) step(j, u, [u](const T* line) { return M::weight_of_line(line, u); });
     }
-    for (; j + W <= k_end; j += W) step(j, [](const T* p) { return M::weight(p); });
+    for (; j + W <= k_end; j += W) step(j, 0, [](const T* p) { return M::weight(p); });
     if (j < k_end) {
         const int left = static_cast<int>(k_end - j);
-        step(j, [left](const T* p) { return M::weight_first(p, left); });
+        step(j, 0, [left](const T* p) { return M::weight_first(p, left); });
     }
     if (k_end < k) {
         for (int r = 0; r < R; ++r)
@@ -114,52 +123,86 @@ constexpr int tile_height() {
     return 1;
 }
 
-// Where a tile stands among those of the step: one that is alone walks the panel by groups and prefetches the next
-// group.
-struct Place {
-    int tile, tiles;
-};
+// Columns of k in a block: 16 KB of a tile's activations, half of L1.
+template <class T>
+constexpr int64_t block_columns(int n) {
+    return 16384 / static_cast<int64_t>(sizeof(typename Multiply<T>::Activation)) / n / 64 * 64;
+}
 
+// Columns [begin, end) of k of `count` rows.
 template <class T, int N>
-void panel_tile(const T* w, int64_t k, int rows, const typename Multiply<T>::Activation* x, float* out, const T* next,
-                float* accumulators, Place place) {
+inline void rows_block(const T* w, int64_t k, int64_t begin, int64_t end, int count,
+                       const typename Multiply<T>::Activation* x, float* accumulators, float* out, Ahead& ahead) {
     constexpr int W = Vec::width, R = tile_height<N>();
     static_assert(kGroupRows % R == 0 && cpu::kPanelRows % kGroupRows == 0);
-    // 16 KB of activations, half of L1
-    constexpr int64_t kBlock = 16384 / static_cast<int64_t>(sizeof *x) / N / 64 * 64;
-    auto bytes = [](const void* p) { return static_cast<const char*>(p); };
-    // several tiles read the panel from L2: there its rows need no order, and the fewer times the
-    // activations come from there the better
-    const bool alone = place.tiles == 1, last = place.tile + 1 == place.tiles;
-    const int group = alone ? kGroupRows : cpu::kPanelRows;
-    for (int top = 0; top < rows; top += group) {
-        const int bottom = top + group < rows ? top + group : rows;
-        const T* after = bottom < rows ? w + bottom * k : next;
-        Ahead ahead{bytes(after), bytes(after + group * k), R};
+    int row = 0;
+    for (; row + R <= count; row += R) {
+        tile_block<T, R, N>(w + row * k, k, begin, end, x, accumulators + row * N * W, out + row, ahead);
+    }
+    for (; row < count; ++row) {
+        tile_block<T, 1, N>(w + row * k, k, begin, end, x, accumulators + row * N * W, out + row, ahead);
+    }
+}
+
+// A tile that is alone walks the panel by groups and fetches the next group.
+template <class T, int N>
+void lone_tile(const T* w, int64_t k, int rows, const T* next, float* out, const Scratch& s) {
+    constexpr int64_t kBlock = block_columns<T>(N);
+    const auto* x = packed_tile<T>(s, k, 0);
+    for (int top = 0; top < rows; top += kGroupRows) {
+        const int height = top + kGroupRows < rows ? kGroupRows : rows - top;
+        const T* after = top + height < rows ? w + (top + height) * k : next;
+        const auto bytes = static_cast<int64_t>(kGroupRows * k * sizeof(T));
+        Ahead ahead{reinterpret_cast<const char*>(after), bytes, 0, tile_height<N>()};
         for (int64_t begin = 0; begin < k; begin += kBlock) {
-            const int64_t end = begin + kBlock < k ? begin + kBlock : k;
-            if (!alone) {
-                const auto *coming = x + N * end, *coming_end = last ? coming : coming + N * kBlock;
-                auto share = [&](int64_t done) { return bytes(next + group * (place.tile * k + done) / place.tiles); };
-                ahead = {bytes(coming), bytes(coming_end), 1 + (R + place.tiles - 1) / place.tiles, share(begin),
-                         share(end)};
-            }
-            int row = top;
-            for (; row + R <= bottom; row += R) {
-                tile_block<T, R, N>(w + row * k, k, begin, end, x, accumulators + row * N * W, out + row, ahead);
-            }
-            for (; row < bottom; ++row) {
-                tile_block<T, 1, N>(w + row * k, k, begin, end, x, accumulators + row * N * W, out + row, ahead);
-            }
+            const int64_t end = std::min(begin + kBlock, k);
+            rows_block<T, N>(w + top * k, k, begin, end, height, x, s.accumulators, out + top, ahead);
         }
     }
 }
 
-template <class T, int... N>
-inline void panel_of(int n, std::integer_sequence<int, N...>, const T* w, int64_t k, int rows,
-                     const typename Multiply<T>::Activation* x, float* out, const T* next, float* accumulators,
-                     Place place) {
-    ((n == N + 1 ? panel_tile<T, N + 1>(w, k, rows, x, out, next, accumulators, place) : void()), ...);
+// f(std::integral_constant<int, n>)
+template <class F, int... N>
+inline void with_tile_size(int n, std::integer_sequence<int, N...>, F f) {
+    ((n == N + 1 ? f(std::integral_constant<int, N + 1>{}) : void()), ...);
+}
+
+template <class F>
+inline void with_tile_size(int n, F f) {
+    with_tile_size(n, std::make_integer_sequence<int, cpu::kMaxTile>{}, f);
+}
+
+// Tiles [first, last) take turns in every block of k.
+template <class T>
+inline void tiles_together(const T* w, int64_t k, int rows, const T* next, float* out, const Scratch& s,
+                           const Tiles& tiles, int first, int last) {
+    constexpr int64_t kBlock = block_columns<T>(cpu::kMaxTile);
+    constexpr int kAccumulators = cpu::kPanelRows * cpu::kMaxTile * Vec::width;
+    auto bytes = [](const void* p) { return static_cast<const char*>(p); };
+    auto share = [&](int tile) { return (tile - first) * rows / (last - first); };
+    for (int64_t begin = 0; begin < k; begin += kBlock) {
+        const int64_t end = std::min(begin + kBlock, k);
+        // what comes next: the same tiles in the next block of k, or other ones in the first
+        const bool ends = end == k;
+        const int64_t coming = ends ? 0 : end, coming_end = std::min(coming + kBlock, k);
+        const int shift = ends ? (last < tiles.count ? last : 0) - first : 0;
+        for (int tile = first; tile < last; ++tile) {
+            const int coming_tile = std::min(tile + shift, tiles.count - 1), coming_rows = tiles.size(coming_tile);
+            const auto* coming_x = packed_tile<T>(s, k, tiles.begin(coming_tile));
+            Ahead ahead{bytes((ends ? next : w) + share(tile) * k + coming),
+                        static_cast<int64_t>((coming_end - coming) * sizeof(T)),
+                        static_cast<int64_t>(k * sizeof(T)),
+                        2,
+                        share(tile + 1) - share(tile),
+                        bytes(coming_x + coming_rows * coming),
+                        bytes(coming_x + coming_rows * coming_end)};
+            const int at = tiles.begin(tile);
+            with_tile_size(tiles.size(tile), [&](auto size) {
+                rows_block<T, size>(w, k, begin, end, rows, packed_tile<T>(s, k, at),
+                                    s.accumulators + (tile - first) * kAccumulators, out + at * cpu::kPanelRows, ahead);
+            });
+        }
+    }
 }
 
 // w (rows, k) @ x (active rows, k) -> out (active rows, kPanelRows), 1 <= rows <= kPanelRows.
@@ -167,11 +210,13 @@ inline void panel_of(int n, std::integer_sequence<int, N...>, const T* w, int64_
 template <class T>
 inline void linear_panel(const T* w, int64_t k, int rows, const T* next, float* out, const Scratch& s) {
     const Tiles tiles(s.num_rows);
-    for (int tile = 0; tile < tiles.count; ++tile) {
-        const int begin = tiles.begin(tile);
-        panel_of(tiles.size(tile), std::make_integer_sequence<int, cpu::kMaxTile>{}, w, k, rows,
-                 packed_tile<T>(s, k, begin), out + begin * cpu::kPanelRows, next, s.accumulators,
-                 Place{tile, tiles.count});
+    if (tiles.count == 1) {
+        with_tile_size(s.num_rows, [&](auto size) { lone_tile<T, size>(w, k, rows, next, out, s); });
+        return;
+    }
+    for (int first = 0; first < tiles.count; first += cpu::kTilesTogether) {
+        const int last = std::min(first + cpu::kTilesTogether, tiles.count);
+        tiles_together(w, k, rows, last < tiles.count ? w : next, out, s, tiles, first, last);
     }
 }
 

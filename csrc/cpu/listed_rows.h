@@ -18,11 +18,11 @@ inline void listed_rows(const T* const* w, const T* const* next, RowsAhead<T>& a
     Vec acc[R][N];
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N; ++n) acc[r][n] = splat(0.0f);
-    auto step = [&](int64_t from, auto load_weight) {
+    auto step = [&](int64_t from, int u, auto load_weight) {
         decltype(load_weight(w[0])) weight[R];
         for (int r = 0; r < R; ++r) weight[r] = load_weight(w[r] + from);
         for (int n = 0; n < N; ++n) {
-            const auto activation = M::activation(x + from * N + n * W);
+            const auto activation = M::activation(x + (from + u * W) * N + n * W);
             for (int r = 0; r < R; ++r) acc[r][n] = M::add(weight[r], activation, acc[r][n]);
         }
     };
@@ -32,12 +32,12 @@ inline void listed_rows(const T* const* w, const T* const* next, RowsAhead<T>& a
         if (N <= 2) {
             for (int r = 0; r < R; ++r) prefetch_beside(w[r], next[r], j, k);
         }
-        for (int u = 0; u < kLine; u += W) step(j + u, [](const T* p) { return M::weight(p); });
+        for (int u = 0; u < kLine / W; ++u) step(j, u, [u](const T* line) { return M::weight_of_line(line, u); });
     }
-    for (; j + W <= k; j += W) step(j, [](const T* p) { return M::weight(p); });
+    for (; j + W <= k; j += W) step(j, 0, [](const T* p) { return M::weight(p); });
     if (j < k) {
         const int left = static_cast<int>(k - j);
-        step(j, [left](const T* p) { return M::weight_first(p, left); });
+        step(j, 0, [left](const T* p) { return M::weight_first(p, left); });
     }
     reduce_tile<R, N>(acc, out);
 }

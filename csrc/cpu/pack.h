@@ -43,6 +43,9 @@ inline void pack_tiles(const float* source, int64_t k, const float* norm, Scale 
                 const int left = static_cast<int>(k - j < M::width ? k - j : M::width);
                 M::pack(row + j, factor, norm ? norm + j : nullptr, left, packed + j * n + i * M::width);
             }
+            constexpr int kLine = 64 / static_cast<int>(sizeof(T));
+            for (int64_t j = 0; j + kLine <= k; j += kLine)
+                M::arrange_line(packed + j * n + i * M::width, n * M::width);
         }
     }
 }
