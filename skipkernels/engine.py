@@ -71,7 +71,7 @@ from skipkernels.program.program import NO_NEURON_ROWS, Variant
 from skipkernels.program.state import MAX_EOS, DecodeState
 from skipkernels.skipping.policy import DensePolicy, GatePlan, Policy
 from skipkernels.skipping.policy_file import load_policy
-from skipkernels.support.machine import default_threads
+from skipkernels.support.machine import default_threads, give_back_freed_memory
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -202,6 +202,7 @@ class Engine:
             loaded = _from_module(cast("PreTrainedModel", model), wanted, tokenizer)
         else:
             loaded = _from_checkpoint(cast("str | Path", model), wanted, tokenizer)
+            give_back_freed_memory()  # before weights are arranged for the kernels, which copies them
         if isinstance(policy, str | Path):
             policy = load_policy(policy, fingerprint=loaded.weights.fingerprint(loaded.config))
         engine = cls(
@@ -216,6 +217,8 @@ class Engine:
             execution=execution,
         )
         engine.loop.weights_may_change = _is_module(model)
+        if not _is_module(model):
+            give_back_freed_memory()
         # a folder's own tokenizer has no say in where answers end, as in transformers
         engine.default_eos_token_ids = default_eos_token_ids(tokenizer, loaded.generation_config)
         return engine
