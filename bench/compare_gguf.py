@@ -5,12 +5,14 @@
 Each round runs llama-bench once, then ours in a process that holds the model, or the other way round; the ratio is
 taken within a round. llama-bench draws its next token at random where skipkernels takes the argmax: the time of that
 is part of ours alone. ``--isa`` takes ours down to older instructions (avx2); llama-bench has to be built for them too.
+The llama-bench of a fork serves as well: ``--peer`` is its name in the results, ``--repack`` its ``-rtr 1``.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -23,11 +25,19 @@ PROMPT_TOKENS, NEW_TOKENS = 512, 64
 Speeds = dict[str, float]
 
 
-def llama_cpp(llama_bench: Path, gguf: Path, threads: int) -> Speeds:
-    """Tokens per second of a prompt and of decoding."""
-    words = ["-m", str(gguf), "-t", str(threads), "-p", str(PROMPT_TOKENS), "-n", str(NEW_TOKENS), "-r", "1"]
-    prompt, decode = json.loads(run([str(llama_bench), *words, "-o", "json"]))
-    return {"prompt": prompt["avg_ts"], "decode": decode["avg_ts"]}
+@dataclass(frozen=True)
+class Peer:
+    """A llama-bench: llama.cpp's, or a fork's."""
+
+    name: str
+    program: Path
+    options: tuple[str, ...] = ()
+
+    def speeds(self, gguf: Path, threads: int) -> Speeds:
+        """Tokens per second of a prompt and of decoding."""
+        words = ["-m", str(gguf), "-t", str(threads), "-p", str(PROMPT_TOKENS), "-n", str(NEW_TOKENS), "-r", "1"]
+        prompt, decode = json.loads(run([str(self.program), *words, *self.options, "-o", "json"]))
+        return {"prompt": prompt["avg_ts"], "decode": decode["avg_ts"]}
 
 
 def ours(engine: Any) -> Speeds:
@@ -40,7 +50,7 @@ def ours(engine: Any) -> Speeds:
     return {"prompt": PROMPT_TOKENS / first.time_to_first_token_s, "decode": NEW_TOKENS / seconds}
 
 
-def compare(llama_bench: Path, gguf: Path, threads: int, isa: str | None, rounds: int) -> list[dict[str, Any]]:
+def compare(peer: Peer, gguf: Path, threads: int, isa: str | None, rounds: int) -> list[dict[str, Any]]:
     """A row for the prompt and one for decoding."""
     from skipkernels import Engine
 
@@ -50,13 +60,13 @@ def compare(llama_bench: Path, gguf: Path, threads: int, isa: str | None, rounds
     ours(engine)  # a warm-up; llama-bench makes its own
     samples: list[dict[str, Speeds]] = []
     for index in range(rounds):
-        takers = {"llama.cpp": lambda: llama_cpp(llama_bench, gguf, threads), "skipkernels": lambda: ours(engine)}
+        takers = {peer.name: lambda: peer.speeds(gguf, threads), "skipkernels": lambda: ours(engine)}
         taken = {system: takers[system]() for system in list(takers)[:: -1 if index % 2 else 1]}
         samples.append(taken)
     rows = []
     for what in ("decode", "prompt"):
-        systems = {name: spread([taken[name][what] for taken in samples]) for name in ("skipkernels", "llama.cpp")}
-        ratios = spread([taken["skipkernels"][what] / taken["llama.cpp"][what] for taken in samples])
+        systems = {name: spread([taken[name][what] for taken in samples]) for name in ("skipkernels", peer.name)}
+        ratios = spread([taken["skipkernels"][what] / taken[peer.name][what] for taken in samples])
         rows.append(
             {"file": gguf.name, "formats": engine.dtype, "what": what, "isa": isa or "best", "rounds": rounds}
             | {"tokens_per_s": systems, "ratio": ratios}
@@ -80,12 +90,15 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of both.", min=1)] = os.cpu_count() or 1,
     isa: Annotated[str | None, typer.Option(help="Instruction set of ours; default: the best there is.")] = None,
     rounds: Annotated[int, typer.Option(help="Runs of each system.", min=1)] = 5,
+    peer: Annotated[str, typer.Option(help="What --llama-bench is of, for the results.")] = "llama.cpp",
+    repack: Annotated[bool, typer.Option("--repack", help="Call it with -rtr 1, which ik_llama.cpp knows.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write all rows.")] = None,
 ) -> None:
     """Compare skipkernels with llama.cpp on quantised models."""
     rows = []
+    other = Peer(f"{peer}, repacked" if repack else peer, llama_bench, ("-rtr", "1") if repack else ())
     for gguf in ggufs:
-        for row in compare(llama_bench, gguf, threads, isa, rounds):
+        for row in compare(other, gguf, threads, isa, rounds):
             rows.append(row)
             cells = [f"{row['file']} ({row['formats']})", row["what"]]
             for values in (*row["tokens_per_s"].values(), row["ratio"]):
