@@ -23,7 +23,7 @@ demo: $(BUILT)
 	$(BIN)/skipkernels demo
 
 # As many processes as processors, at most four, whole files each; then what measures times or takes all processors, alone.
-# A process that crashes fails its test and is not started again: with whole files, pytest-xdist would wait for ever.
+# A process that crashes fails its test and ends the run: started again, it would make pytest-xdist wait for ever.
 test: lint
 	$(BIN)/python -m tests.libraries
 	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --max-worker-restart 0 \

@@ -90,8 +90,10 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of both.", min=1)] = os.cpu_count() or 1,
     isa: Annotated[str | None, typer.Option(help="Instruction set of ours; default: the best there is.")] = None,
     rounds: Annotated[int, typer.Option(help="Runs of each system.", min=1)] = 5,
-    peer: Annotated[str, typer.Option(help="What --llama-bench is of, for the results.")] = "llama.cpp",
-    repack: Annotated[bool, typer.Option("--repack", help="Call it with -rtr 1, which ik_llama.cpp knows.")] = False,
+    peer: Annotated[str, typer.Option(help="Whose llama-bench it is, for the results.")] = "llama.cpp",
+    repack: Annotated[
+        bool, typer.Option("--repack", help="Let ik_llama.cpp rearrange weights at load (-rtr 1).")
+    ] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write all rows.")] = None,
 ) -> None:
     """Compare skipkernels with llama.cpp on quantised models."""

@@ -166,7 +166,9 @@ def main(
     if json_path:
         ours, theirs = samples[SKIPKERNELS][0].report, samples[LLAMA_CPP][0].report
         details = {
-            "workload": {name: str(value) for name, value in asdict(workload).items()},
+            "workload": {
+                name: value.name if isinstance(value, Path) else str(value) for name, value in asdict(workload).items()
+            },
             "tokens_per_s": {system: [sample.tokens_per_s for sample in taken] for system, taken in samples.items()},
             "llama_cpp": {key: theirs[key] for key in ("build_commit", "backends", "n_threads", "type_k")},
             **{key: ours[key] for key in ("device", "isa", "versions", "commit", "date")},

@@ -71,7 +71,8 @@ from skipkernels.program.program import NO_NEURON_ROWS, Variant
 from skipkernels.program.state import MAX_EOS, DecodeState
 from skipkernels.skipping.policy import DensePolicy, GatePlan, Policy
 from skipkernels.skipping.policy_file import load_policy
-from skipkernels.support.machine import default_threads, give_back_freed_memory
+from skipkernels.support.machine import default_threads
+from skipkernels.support.memory import give_back_freed_memory
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -198,7 +199,8 @@ class Engine:
             policy=read,
             neuron_rows=neuron_rows,
         )
-        if _is_module(model):
+        is_module = _is_module(model)
+        if is_module:
             loaded = _from_module(cast("PreTrainedModel", model), wanted, tokenizer)
         else:
             loaded = _from_checkpoint(cast("str | Path", model), wanted, tokenizer)
@@ -216,9 +218,9 @@ class Engine:
             cache_bytes=cache_bytes,
             execution=execution,
         )
-        engine.loop.weights_may_change = _is_module(model)
-        if not _is_module(model):
-            give_back_freed_memory()
+        engine.loop.weights_may_change = is_module
+        if not is_module:
+            give_back_freed_memory()  # what the arranging took
         # a folder's own tokenizer has no say in where answers end, as in transformers
         engine.default_eos_token_ids = default_eos_token_ids(tokenizer, loaded.generation_config)
         return engine
@@ -287,7 +289,9 @@ class Engine:
     def compare_with_reference(self, policy: Policy) -> ComparingExecutor:
         """From now on, each instruction of the steps that ``policy`` needs is run by the reference too. The result
         gathers the differences. For debugging: it is slow, and cannot be taken back."""
-        return self._variants.compare(Variant.for_plans([self.plan_of(policy)]))
+        variant = Variant.for_plans([self.plan_of(policy)])
+        self._variants[variant] = comparing = ComparingExecutor(self._variants[variant], self.state)
+        return comparing
 
     def plan_of(self, policy: Policy) -> GatePlan | None:
         """What ``Handle.set_plan`` takes: the policy as the gate reads it; None: nothing is skipped."""

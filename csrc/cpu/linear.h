@@ -6,10 +6,11 @@
 // the bandwidth of one. And activations must come from L1: k is blocked, accumulators rest in memory
 // between blocks.
 //
-// With many rows it is bound by multiplications. Up to four tiles of rows take turns in each block of k, so its weights
-// come from L2 for all but the first of them, and the activations of all fit there beside them: tile after tile through
-// all of k took a seventh longer in TinyLlama's down_proj, where those of 16 rows take 360 KB. Meanwhile each tile
-// fetches its own next block and its share of the weights', evenly: a burst is partly dropped.
+// With many rows it is bound by multiplications. Up to four tiles of rows take turns in each block of k. Its weights
+// then come from L2 for all tiles but the first, and the tiles' activations of that block fit into L2 too. When each
+// tile went through all of k by itself, TinyLlama's down_proj with 16 rows, whose activations take 360 KB, took 1.16
+// times as long (Zen 3, 512 KB of L2). Meanwhile each of these tiles fetches an equal share of the weights that come
+// next, and its own activations: the last tile alone kept the memory idle before it, and a burst is partly dropped.
 // Converting weights in registers, again for each tile, costs little beside the multiplications: an fp32 copy of the
 // panel, made once, was slower, for twice the bytes came from L2.
 //
@@ -17,7 +18,6 @@
 // a row gets bitwise what it gets alone.
 #pragma once
 
-#include <algorithm>
 #include <utility>
 
 #include "blocks_panels.h"
@@ -28,8 +28,9 @@ namespace skipkernels::SKIPKERNELS_ISA {
 inline void prefetch_l1(const char* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_l2(const char* p) { __builtin_prefetch(p, 0, 2); }
 
-// What is fetched into L2 while other things are computed, `lines` cache lines whenever a tile's rows have moved on by
-// one each: pieces of `bytes` bytes, `stride` apart, then one range.
+// What is fetched into L2 while a tile is computed: `pieces` pieces of `bytes` bytes, `stride` apart, and then the
+// range from `then` to `then_end`. Each call of fetch(), one for each cache line by which a register tile moves on,
+// fetches `lines` lines.
 struct Ahead {
     const char* at;
     int64_t bytes, stride, lines;
@@ -155,7 +156,7 @@ void lone_tile(const T* w, int64_t k, int rows, const T* next, float* out, const
         const auto bytes = static_cast<int64_t>(kGroupRows * k * sizeof(T));
         Ahead ahead{reinterpret_cast<const char*>(after), bytes, 0, tile_height<N>()};
         for (int64_t begin = 0; begin < k; begin += kBlock) {
-            const int64_t end = std::min(begin + kBlock, k);
+            const int64_t end = begin + kBlock < k ? begin + kBlock : k;
             rows_block<T, N>(w + top * k, k, begin, end, height, x, s.accumulators, out + top, ahead);
         }
     }
@@ -177,29 +178,31 @@ template <class T>
 inline void tiles_together(const T* w, int64_t k, int rows, const T* next, float* out, const Scratch& s,
                            const Tiles& tiles, int first, int last) {
     constexpr int64_t kBlock = block_columns<T>(cpu::kMaxTile);
-    constexpr int kAccumulators = cpu::kPanelRows * cpu::kMaxTile * Vec::width;
+    constexpr int kTileAccumulators = cpu::kPanelRows * cpu::kMaxTile * Vec::width;
     auto bytes = [](const void* p) { return static_cast<const char*>(p); };
-    auto share = [&](int tile) { return (tile - first) * rows / (last - first); };
+    const int together = last - first;
+    auto share = [&](int tile) { return (tile - first) * rows / together; };
     for (int64_t begin = 0; begin < k; begin += kBlock) {
-        const int64_t end = std::min(begin + kBlock, k);
+        const int64_t end = begin + kBlock < k ? begin + kBlock : k;
         // what comes next: the same tiles in the next block of k, or other ones in the first
         const bool ends = end == k;
-        const int64_t coming = ends ? 0 : end, coming_end = std::min(coming + kBlock, k);
+        const int64_t coming = ends ? 0 : end, coming_end = coming + kBlock < k ? coming + kBlock : k;
         const int shift = ends ? (last < tiles.count ? last : 0) - first : 0;
         for (int tile = first; tile < last; ++tile) {
-            const int coming_tile = std::min(tile + shift, tiles.count - 1), coming_rows = tiles.size(coming_tile);
+            const int coming_tile = tile + shift < tiles.count ? tile + shift : tiles.count - 1;
+            const int coming_rows = tiles.size(coming_tile), pieces = share(tile + 1) - share(tile);
             const auto* coming_x = packed_tile<T>(s, k, tiles.begin(coming_tile));
-            Ahead ahead{bytes((ends ? next : w) + share(tile) * k + coming),
-                        static_cast<int64_t>((coming_end - coming) * sizeof(T)),
-                        static_cast<int64_t>(k * sizeof(T)),
-                        2,
-                        share(tile + 1) - share(tile),
-                        bytes(coming_x + coming_rows * coming),
-                        bytes(coming_x + coming_rows * coming_end)};
-            const int at = tiles.begin(tile);
             with_tile_size(tiles.size(tile), [&](auto size) {
-                rows_block<T, size>(w, k, begin, end, rows, packed_tile<T>(s, k, at),
-                                    s.accumulators + (tile - first) * kAccumulators, out + at * cpu::kPanelRows, ahead);
+                Ahead ahead{bytes((ends ? next : w) + share(tile) * k + coming),
+                            pieces ? static_cast<int64_t>((coming_end - coming) * sizeof(T)) : 0,
+                            static_cast<int64_t>(k * sizeof(T)),
+                            1 + (tile_height<size>() + together - 1) / together,
+                            pieces,
+                            bytes(coming_x + coming_rows * coming),
+                            bytes(coming_x + coming_rows * coming_end)};
+                rows_block<T, size>(w, k, begin, end, rows, packed_tile<T>(s, k, tiles.begin(tile)),
+                                    s.accumulators + (tile - first) * kTileAccumulators,
+                                    out + tiles.begin(tile) * cpu::kPanelRows, ahead);
             });
         }
     }
@@ -214,8 +217,9 @@ inline void linear_panel(const T* w, int64_t k, int rows, const T* next, float* 
         with_tile_size(s.num_rows, [&](auto size) { lone_tile<T, size>(w, k, rows, next, out, s); });
         return;
     }
-    for (int first = 0; first < tiles.count; first += cpu::kTilesTogether) {
-        const int last = std::min(first + cpu::kTilesTogether, tiles.count);
+    const int groups = (tiles.count + cpu::kTilesTogether - 1) / cpu::kTilesTogether;
+    for (int group = 0; group < groups; ++group) {
+        const int first = tiles.count * group / groups, last = tiles.count * (group + 1) / groups;
         tiles_together(w, k, rows, last < tiles.count ? w : next, out, s, tiles, first, last);
     }
 }

@@ -12,7 +12,8 @@ struct Multiply {
     static constexpr int width = Vec::width;  // elements of k in a step
 
     static Vec weight(const T* p) { return load(p); }
-    // Of a whole cache line of weights, what its steps take, in an order that arrange_line gives the activations.
+    // What a step takes of a whole cache line of weights. A type may choose the order of the line's columns;
+    // arrange_line then puts the activations of a row, each step's `stride` behind those before, in the same order.
     static Vec weight_of_line(const T* line, int step) { return load(line + step * width); }
     static void arrange_line(float* /*x*/, int64_t /*stride*/) {}
     static Vec weight_first(const T* p, int n) { return load_first(p, n); }
@@ -61,8 +62,8 @@ struct Multiply<bf16> {
 #endif
 
 #if defined(SKIPKERNELS_ISA_AVX2)
-// Two steps take the even and the odd elements of 16: a shift and a mask, where widening each half takes a shuffle and
-// a shift, which leaves the multiplications 8 % more time (Zen 3, 8 and 16 rows).
+// The even ones of 16 bf16 become fp32 by a shift, the odd ones by a mask. Widening them in order would take a shuffle
+// and a shift each, on ports that the multiplications use too.
 template <>
 struct Multiply<bf16> : Multiply<float> {
     static Vec weight(const bf16* p) { return load(p); }
@@ -71,7 +72,6 @@ struct Multiply<bf16> : Multiply<float> {
         const Vec pairs{_mm256_loadu_ps(reinterpret_cast<const float*>(line + step / 2 * 16))};
         return step % 2 ? high_bf16(pairs) : low_bf16(pairs);
     }
-    // x: the 32 activations of a row, each step's `stride` behind those of the one before
     static void arrange_line(float* x, int64_t stride) {
         for (float* p = x; p < x + 4 * stride; p += 2 * stride) {
             const __m256 first = load(p).v, second = load(p + stride).v;

@@ -1,5 +1,6 @@
 // Activations as the matrix kernels read them: tiles of a few rows, and in a tile the rows interleaved by what one step
-// multiplies: x[k / width][row][width], zero-padded behind k. The stream a kernel reads is then contiguous.
+// multiplies: x[k / width][row][width], zero-padded behind k. The stream a kernel reads is then contiguous. Where
+// weights fill a cache line, arrange_line may change the order of its columns.
 #pragma once
 
 #include "blocks_linear.h"

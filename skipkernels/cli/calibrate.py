@@ -193,8 +193,7 @@ def margin_sentence(margin: Margin, ratio: float) -> str:
     spread = (
         f"{margin.passages} of the {FEWEST_PASSAGES} passages that an interval takes; --passages gives more"
         if few
-        else f"95 % interval {interval[0]:.4f} to {interval[1]:.4f}, {count(margin.passages, 'passage')}, "
-        f"{count(margin.tokens, 'token')}"
+        else f"95 % interval {interval[0]:.4f} to {interval[1]:.4f}, {margin.passages} passages, {margin.tokens} tokens"
     )
     return (
         f"At {at} saved the policy [bold]{margin.verdict}[/] {_KINDS[margin.against]}: its KL from dense is "

@@ -252,7 +252,9 @@ def calibration_texts(
     """A label and the texts to calibrate on: the files', or else built-in text."""
     if files:
         if again := [file for number, file in enumerate(files) if file in files[:number]]:
-            raise RequestError(f"--text {again[0]} is given twice; give each file once")
+            raise RequestError(
+                f"--text {again[0]} is given twice: the search would see what it is held against; give it once"
+            )
         return ", ".join(map(str, files)), [read_text(file) for file in files]
     from skipkernels.cli.builtin_text import demo_streams, kinds_of_text
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from skipkernels.executors import Executor, get_executor
-from skipkernels.executors.comparison import ComparingExecutor
 from skipkernels.executors.execution import Execution
 from skipkernels.model.config import ModelConfig
 from skipkernels.model.weights import ModelWeights
@@ -15,7 +14,7 @@ class Variants:
     """``variants[variant]`` is the executor of that variant, built when it is first asked for."""
 
     def __init__(self, config: ModelConfig, weights: ModelWeights, state: DecodeState, execution: Execution) -> None:
-        """``execution`` must be resolved."""
+        """``execution``: what ``Execution.resolved`` returned."""
         self._config = config
         self._weights = weights
         self._state = state
@@ -23,10 +22,7 @@ class Variants:
         self._executors: dict[Variant, Executor] = {}
 
     def __getitem__(self, variant: Variant) -> Executor:
-        """
-        Raises:
-            DeviceError: the executor cannot run this program.
-        """
+        """Raises a DeviceError where the executor cannot run the variant's program."""
         if variant not in self._executors:
             program = build_program(
                 self._config,
@@ -41,8 +37,3 @@ class Variants:
 
     def __setitem__(self, variant: Variant, executor: Executor) -> None:
         self._executors[variant] = executor
-
-    def compare(self, variant: Variant) -> ComparingExecutor:
-        """From now on, the reference runs each instruction of ``variant`` too. The result gathers the differences."""
-        self[variant] = comparing = ComparingExecutor(self[variant], self._state)
-        return comparing

@@ -1,6 +1,7 @@
 #include "runtime.h"
 
 #include <cstdlib>
+#include <cstring>
 
 #include "graph.h"
 
@@ -13,7 +14,10 @@ Runtime::~Runtime() = default;
 
 void Runtime::reset() {
     for (auto* memory : {&device_memory, &host_memory}) {
-        for (const auto& [p, bytes] : *memory) outlived_memory.emplace_back(p, &std::free);
+        for (const auto& [p, bytes] : *memory) {
+            std::memset(p, 0xff, bytes);  // what is read of it from here on is NaN
+            outlived_memory.emplace_back(p, &std::free);
+        }
         memory->clear();
     }
     settings = {};
