@@ -30,6 +30,7 @@ from skipkernels.server.http.schema import (
     ChatMessage,
     CompletionRequest,
     DetokenizeRequest,
+    JsonSchema,
     ResponsesRequest,
     Sampled,
     TokenizeRequest,
@@ -46,6 +47,12 @@ _ROLES: dict[str, Role] = {
     "user": "user",
     "assistant": "assistant",
     "tool": "tool",
+}
+_REFUSED_IN_RESPONSES = {
+    "tools": "this server takes them in /v1/chat/completions",
+    "previous_response_id": "answers are not kept; send the whole conversation as input",
+    "conversation": "conversations are not kept; send all of it as input",
+    "background": "answers are not kept; leave it out, and read this one as it comes",
 }
 _COMPLETION_TOKENS = 16
 """OpenAI's default of ``max_tokens`` for ``/v1/completions``."""
@@ -155,6 +162,9 @@ class Converter:
     def response(self, body: bytes) -> ParsedRequest:
         """As ``chat_completion``."""
         request, ignored = self._parse(ResponsesRequest, body)
+        for name, advice in _REFUSED_IN_RESPONSES.items():
+            if getattr(request, name):
+                raise HttpError(400, "invalid_request", f"{name}: {advice}", name)
         messages = [] if request.instructions is None else [Message("system", (request.instructions,))]
         if isinstance(request.input, str):
             messages.append(Message("user", (request.input,)))
@@ -162,7 +172,16 @@ class Converter:
             for number, message in enumerate(request.input):
                 messages.append(Message(_ROLES[message.role], (_input_text(message.content, number),)))
         sampled = Sampled(model=request.model, temperature=request.temperature, top_p=request.top_p)
-        chat = Chat(tuple(messages), max_new_tokens=request.max_output_tokens, sampling=self._sampling(sampled, None))
+        wanted = request.text and request.text.format
+        grammar = _format_grammar(wanted.type, wanted, "text.format") if wanted else None
+        if grammar is not None:
+            check_grammar(grammar)
+        chat = Chat(
+            tuple(messages),
+            max_new_tokens=request.max_output_tokens,
+            sampling=self._sampling(sampled, None),
+            grammar=grammar,
+        )
         asked = self.chat_format.request(chat)
         form = self.chat_format.reply_form(chat) if isinstance(self.chat_format, TextFormat) else ReplyForm()
         job = _job([asked], request)
@@ -393,18 +412,24 @@ def _continues(request: ChatCompletionRequest) -> bool:
     return bool(asked) or (asked is None and last.role == "assistant" and not last.tool_calls)
 
 
+def _format_grammar(kind: str, schema: JsonSchema | None, field: str) -> GrammarText | None:
+    """Of what chats call ``response_format`` and responses ``text.format``."""
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return GrammarText("json_schema", ANY_OBJECT)
+    if schema is None or schema.schema_ is None:
+        raise HttpError(400, "invalid_request", f"{field}: json_schema needs a schema", field)
+    return GrammarText("json_schema", json.dumps(schema.schema_))
+
+
 def _grammar(request: Sampled) -> GrammarText | None:
     """The one thing that the answer has to follow."""
     found: list[tuple[str, GrammarText]] = []
-    response_format = getattr(request, "response_format", None)
-    if response_format is not None and response_format.type == "json_object":
-        found.append(("response_format", GrammarText("json_schema", ANY_OBJECT)))
-    if response_format is not None and response_format.type == "json_schema":
-        if response_format.json_schema is None or response_format.json_schema.schema_ is None:
-            message = "response_format: json_schema needs a schema"
-            raise HttpError(400, "invalid_request", message, "response_format.json_schema")
-        schema = json.dumps(response_format.json_schema.schema_)
-        found.append(("response_format", GrammarText("json_schema", schema)))
+    if isinstance(request, ChatCompletionRequest) and (wanted := request.response_format) is not None:
+        formatted = _format_grammar(wanted.type, wanted.json_schema, "response_format.json_schema")
+        if formatted is not None:
+            found.append(("response_format", formatted))
     if request.guided_json is not None:
         schema = request.guided_json if isinstance(request.guided_json, str) else json.dumps(request.guided_json)
         found.append(("guided_json", GrammarText("json_schema", schema)))

@@ -34,7 +34,8 @@ class ResponseDocuments:
         said = "".join(part.text for part in [*parser.feed(completion.text), *parser.end()] if isinstance(part, Said))
         counts = usage_of(answer)
         complete = completion.finish_reason == "stop"
-        return self._response("completed" if complete else "incomplete", [self._message(said, "completed")]) | {
+        status = "completed" if complete else "incomplete"
+        return self._response(status, [self._message(said, status)]) | {
             "incomplete_details": None if complete else {"reason": "max_output_tokens"},
             "usage": {
                 "input_tokens": counts["prompt_tokens"],
@@ -62,12 +63,13 @@ class ResponseDocuments:
         (completion,) = completions_of(answer)
         documents = self._deltas([*self._parser.feed(rest_of(completion, self._sent)), *self._parser.end()])
         response = self.whole(answer)
-        response["output"] = [self._message(self._said, "completed")]
+        message = self._message(self._said, response["status"])
+        response["output"] = [message]
         return [
             *documents,
             self._event("response.output_text.done", **self._place(), text=self._said, logprobs=[]),
             self._event("response.content_part.done", **self._place(), part=_text(self._said)),
-            self._event("response.output_item.done", output_index=0, item=self._message(self._said, "completed")),
+            self._event("response.output_item.done", output_index=0, item=message),
             self._event(f"response.{response['status']}", response=response),
         ]
 

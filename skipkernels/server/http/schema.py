@@ -177,7 +177,7 @@ class Generating(Lenient):
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
-    deadline_ms: float | None = Field(default=None, gt=0.0)
+    deadline_ms: float | None = Field(default=None, gt=0.0, le=1e9)
     min_accuracy: float | None = Field(default=None, ge=0.0, le=1.0)
     skip_level: float | None = Field(default=None, ge=0.0, lt=1.0)
     max_kl: float | None = Field(default=None, ge=0.0)
@@ -224,11 +224,31 @@ class ChatCompletionRequest(Sampled):
 Tokens = Annotated[list[int], Field(max_length=1 << 20)]
 
 
+def _tag_of_prompt(value: object) -> str | None:
+    first = value[0] if isinstance(value, list) and value else 0
+    if isinstance(value, list):
+        return "(texts)" if isinstance(first, str) else "(lists)" if isinstance(first, list) else "(tokens)"
+    return _tag_of_text(value)
+
+
+AnyPrompt = Annotated[
+    Annotated[Text, Tag("(text)")]
+    | Annotated[list[Text], Field(max_length=128), Tag("(texts)")]
+    | Annotated[Tokens, Tag("(tokens)")]
+    | Annotated[list[Tokens], Field(max_length=128), Tag("(lists)")],
+    Discriminator(
+        _tag_of_prompt,
+        custom_error_type="prompt",
+        custom_error_message="prompt must be a text, token ids, or an array of either",
+    ),
+]
+
+
 class CompletionRequest(Sampled):
     """``/v1/completions``. With ``ignore_eos``, as vLLM and llama.cpp have it, answers are ``max_tokens`` long,
     unless a stop string ends them."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=128)] | Tokens | list[Tokens]
+    prompt: AnyPrompt
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=20)
     best_of: int | None = Field(default=None, ge=1)
@@ -246,12 +266,36 @@ class Reasoning(Lenient):
     effort: str | None = None
 
 
-class ResponsesRequest(Generating):
-    """``/v1/responses``: text, whole or streamed."""
+class AnswerFormat(JsonSchema):
+    type: Literal["text", "json_object", "json_schema"]
 
-    input: Text | Annotated[list[InputMessage], Field(min_length=1, max_length=MOST_ITEMS)]
+
+class TextOptions(Lenient):
+    format: AnswerFormat | None = None
+
+
+Input = Annotated[
+    Annotated[Text, Tag("(text)")]
+    | Annotated[list[InputMessage], Field(min_length=1, max_length=MOST_ITEMS), Tag("(list)")],
+    Discriminator(
+        _tag_of_text,
+        custom_error_type="input",
+        custom_error_message="input must be a text or an array of messages",
+    ),
+]
+
+
+class ResponsesRequest(Generating):
+    """``/v1/responses``: text, whole or streamed. ``tools`` and what would need kept answers are refused."""
+
+    input: Input
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
+    text: TextOptions | None = None
+    tools: list[dict[str, Any]] | None = None
+    previous_response_id: str | None = None
+    conversation: str | dict[str, Any] | None = None
+    background: bool | None = None
 
 
 class TokenizeRequest(Lenient):

@@ -224,6 +224,58 @@ def test_responses_and_tokens(engine: Engine) -> None:
     assert "outside the vocabulary" in refused.json()["error"]["message"]
 
 
+def test_a_response_follows_its_format(engine: Engine) -> None:
+    pytest.importorskip("llguidance")
+    asked = {"model": "tiny", "input": "hello there", "max_output_tokens": 16}
+    wanted = {"type": "json_schema", "name": "answer", "schema": {"const": "ab"}}
+    whole = ask(real_service(engine), "/v1/responses", asked | {"text": {"format": wanted}}).json()
+    assert json.loads(whole["output"][0]["content"][0]["text"]) == "ab"
+    assert whole["status"] == whole["output"][0]["status"] == "completed"
+    cut = ask(real_service(engine), "/v1/responses", asked | {"max_output_tokens": 2}).json()
+    assert cut["status"] == cut["output"][0]["status"] == "incomplete"
+    del wanted["schema"]
+    refused = ask(real_service(engine), "/v1/responses", asked | {"text": {"format": wanted}})
+    assert refused.json()["error"]["message"] == "text.format: json_schema needs a schema"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "part"),
+    [
+        ("tools", [{"type": "web_search"}], "/v1/chat/completions"),
+        ("previous_response_id", "resp_1", "whole conversation"),
+        ("conversation", {"id": "conv_1"}, "all of it"),
+        ("background", True, "leave it out"),
+    ],
+)
+def test_what_would_change_a_response_is_refused(engine: Engine, field: str, value: object, part: str) -> None:
+    asked = {"model": "tiny", "input": "hello there", "max_output_tokens": 2}
+    refused = ask(real_service(engine), "/v1/responses", asked | {field: value})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == field
+    assert part in refused.json()["error"]["message"]
+    neutral = ask(real_service(engine), "/v1/responses", asked | {field: None})
+    assert neutral.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("prompt", "part"),
+    [
+        (["a"] * 129, "at most 128"),
+        ([[1]] * 129, "at most 128"),
+        (5, "a text, token ids, or an array of either"),
+        (None, "a text, token ids, or an array of either"),
+        (["a", 5], "string"),
+    ],
+)
+def test_a_wrong_prompt_is_named(engine: Engine, prompt: object, part: str) -> None:
+    error = ask(real_service(engine), "/v1/completions", {"model": "tiny", "prompt": prompt}).json()["error"]
+    assert error["param"].startswith("prompt")
+    assert "constrained" not in error["param"]
+    assert part in error["message"]
+    error = ask(real_service(engine), "/v1/responses", {"model": "tiny", "input": 5}).json()["error"]
+    assert error["message"] == "input: input must be a text or an array of messages"
+
+
 def test_a_grammar_needs_its_package_or_is_followed(engine: Engine) -> None:
     document = {"model": "tiny", "prompt": "x", "max_tokens": 20, "guided_regex": "[ab]{3}"}
     response = ask(real_service(engine), "/v1/completions", document)

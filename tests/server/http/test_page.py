@@ -96,7 +96,11 @@ def test_a_conversation_in_a_real_browser(engine: Engine) -> None:  # noqa: F811
         page.click("#send")
         expect(told).to_have_count(2, timeout=20_000)
 
+        page.fill("#text", "an answer that a new chat leaves behind")
+        page.click("#send")
         page.click("#clear")
+        expect(page.locator("#send")).to_be_enabled(timeout=20_000)
+        assert page.evaluate("messages.length") == 0
         expect(page.locator("#hint")).to_contain_text("each message stands for itself")
         page.click("#example")
         expect(page.locator("#hint")).to_be_hidden()

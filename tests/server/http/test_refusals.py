@@ -41,6 +41,7 @@ def remote(url: str) -> list[dict[str, Any]]:
         ({"deadline_ms": math.nan}, "deadline_ms", "finite"),
         ({"deadline_ms": math.inf}, "deadline_ms", "finite"),
         ({"deadline_ms": 0}, "deadline_ms", "greater than 0"),
+        ({"deadline_ms": 1e308}, "deadline_ms", "less than or equal to 1000000000"),
         ({"deadline_ms": "soon"}, "deadline_ms", "number"),
         ({"min_accuracy": 1.5}, "min_accuracy", "less than or equal to 1"),
         ({"min_accuracy": math.nan}, "min_accuracy", "finite"),
