@@ -26,6 +26,7 @@ def model(tokenizer: PreTrainedTokenizerBase) -> TextModel:
     return TextModel("tiny", engine, {0.0: DensePolicy()}, shared_prefix)
 
 
+@pytest.mark.serial
 def test_each_part_of_a_step_is_found(model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = model.engine.loop
     take_off = loop._take_off

@@ -59,6 +59,16 @@ def test_the_page_is_one_file_and_needs_no_key() -> None:
     assert get("/v1/models", api_key="secret").status_code == 401
 
 
+HALF_AN_ANSWER = """
+window.realFetch = window.fetch;
+window.fetch = async (url, options) => url.includes("completions") ? new Response(new ReadableStream({start(stream) {
+  stream.enqueue(new TextEncoder().encode('data: {"choices": [{"delta": {"content": "half"}}]}\\n\\n'));
+  options.signal.addEventListener("abort", () => stream.error(new DOMException("", "AbortError")));
+}})) : window.realFetch(url, options);
+null;
+"""
+
+
 @browser
 def test_a_conversation_in_a_real_browser(engine: Engine) -> None:  # noqa: F811
     from playwright.sync_api import expect, sync_playwright
@@ -96,11 +106,14 @@ def test_a_conversation_in_a_real_browser(engine: Engine) -> None:  # noqa: F811
         page.click("#send")
         expect(told).to_have_count(2, timeout=20_000)
 
+        page.evaluate(HALF_AN_ANSWER)
         page.fill("#text", "an answer that a new chat leaves behind")
         page.click("#send")
+        expect(page.locator(".assistant span").last).to_have_text("half")
         page.click("#clear")
         expect(page.locator("#send")).to_be_enabled(timeout=20_000)
         assert page.evaluate("messages.length") == 0
+        page.evaluate("window.fetch = realFetch; null")
         expect(page.locator("#hint")).to_contain_text("each message stands for itself")
         page.click("#example")
         expect(page.locator("#hint")).to_be_hidden()
