@@ -8,17 +8,15 @@
 //
 // With many rows it is bound by multiplications. Up to four tiles of rows take turns in each block of k. Its weights
 // then come from L2 for all tiles but the first, and the tiles' activations of that block fit into L2 too. When each
-// tile went through all of k by itself, TinyLlama's down_proj with 16 rows, whose activations take 360 KB, took 1.16
-// times as long (Zen 3, 512 KB of L2). Meanwhile each of these tiles fetches an equal share of the weights that come
-// next, and its own activations: the last tile alone kept the memory idle before it, and a burst is partly dropped.
-// Converting weights in registers, again for each tile, costs little beside the multiplications: an fp32 copy of the
-// panel, made once, was slower, for twice the bytes came from L2.
+// tile went through all of k by itself, TinyLlama's down_proj with 16 rows, whose activations take 360 KB, took 1.04 to
+// 1.12 times as long (two runs, Zen 3, 512 KB of L2). Meanwhile each of these tiles fetches an equal share of the
+// weights that come next, and its own activations: the last tile alone kept the memory idle before it, and a burst is
+// partly dropped. Converting weights in registers, again for each tile, costs little beside the multiplications: an
+// fp32 copy of the panel, made once, was slower, for twice the bytes came from L2.
 //
 // Each (weight row, row) pair has one vector accumulator that walks k in order, whatever the tile it is in: that is why
 // a row gets bitwise what it gets alone.
 #pragma once
-
-#include <utility>
 
 #include "blocks_panels.h"
 #include "pack.h"
@@ -30,13 +28,14 @@ inline void prefetch_l2(const char* p) { __builtin_prefetch(p, 0, 2); }
 
 // What is fetched into L2 while a tile is computed: `pieces` pieces of `bytes` bytes, `stride` apart, and then the
 // range from `then` to `then_end`. Each call of fetch(), one for each cache line by which a register tile moves on,
-// fetches `lines` lines.
+// fetches `Lines` lines.
+template <int Lines>
 struct Ahead {
     const char* at;
-    int64_t bytes, stride, lines;
+    int64_t bytes, stride = 0;
     int pieces = 1;
     const char *then = nullptr, *then_end = nullptr;
-    const char* end = at + bytes;
+    const char* end = pieces ? at + bytes : at;
 
     void fetch() {
         if (at >= end) {
@@ -48,11 +47,8 @@ struct Ahead {
                 at = then, end = then_end, then = then_end;
             }
         }
-        const char* const stop = at + 64 * lines;
-        do {
-            prefetch_l2(at);
-            at += 64;
-        } while (at != stop);
+        for (int line = 0; line < Lines; ++line) prefetch_l2(at + 64 * line);
+        at += 64 * Lines;
     }
 };
 
@@ -71,10 +67,12 @@ inline void reduce_tile(const Vec (&acc)[R][N], float* out) {
     for (int i = kWhole; i < R * N; ++i) to(i) = reduce_add(of(i));
 }
 
+// A function by itself: inlined into its callers, gcc 12 keeps sums in memory, and 8 rows take a tenth longer (Zen 3).
 // acc[R][N] += w[R][k_begin..k_end) * x; at the end of k the sums go to out (N, kPanelRows)
-template <class T, int R, int N>
-inline void tile_block(const T* w, int64_t k, int64_t k_begin, int64_t k_end, const typename Multiply<T>::Activation* x,
-                       float* accumulators, float* out, Ahead& ahead) {
+template <class T, int R, int N, int Lines>
+[[gnu::noinline]] void tile_block(const T* w, int64_t k, int64_t k_begin, int64_t k_end,
+                                  const typename Multiply<T>::Activation* x, float* accumulators, float* out,
+                                  Ahead<Lines>& ahead) {
     using M = Multiply<T>;
     constexpr int W = M::width;
     constexpr int kLine = 64 / static_cast<int>(sizeof(T));  // elements in a cache line
@@ -131,9 +129,10 @@ constexpr int64_t block_columns(int n) {
 }
 
 // Columns [begin, end) of k of `count` rows.
-template <class T, int N>
+template <class T, int N, int Lines>
 inline void rows_block(const T* w, int64_t k, int64_t begin, int64_t end, int count,
-                       const typename Multiply<T>::Activation* x, float* accumulators, float* out, Ahead& ahead) {
+                       const typename Multiply<T>::Activation* x, float* accumulators, float* out,
+                       Ahead<Lines>& ahead) {
     constexpr int W = Vec::width, R = tile_height<N>();
     static_assert(kGroupRows % R == 0 && cpu::kPanelRows % kGroupRows == 0);
     int row = 0;
@@ -154,23 +153,12 @@ void lone_tile(const T* w, int64_t k, int rows, const T* next, float* out, const
         const int height = top + kGroupRows < rows ? kGroupRows : rows - top;
         const T* after = top + height < rows ? w + (top + height) * k : next;
         const auto bytes = static_cast<int64_t>(kGroupRows * k * sizeof(T));
-        Ahead ahead{reinterpret_cast<const char*>(after), bytes, 0, tile_height<N>()};
+        Ahead<tile_height<N>()> ahead{reinterpret_cast<const char*>(after), bytes};
         for (int64_t begin = 0; begin < k; begin += kBlock) {
             const int64_t end = begin + kBlock < k ? begin + kBlock : k;
             rows_block<T, N>(w + top * k, k, begin, end, height, x, s.accumulators, out + top, ahead);
         }
     }
-}
-
-// f(std::integral_constant<int, n>)
-template <class F, int... N>
-inline void with_tile_size(int n, std::integer_sequence<int, N...>, F f) {
-    ((n == N + 1 ? f(std::integral_constant<int, N + 1>{}) : void()), ...);
-}
-
-template <class F>
-inline void with_tile_size(int n, F f) {
-    with_tile_size(n, std::make_integer_sequence<int, cpu::kMaxTile>{}, f);
 }
 
 // Tiles [first, last) take turns in every block of k.
@@ -190,16 +178,17 @@ inline void tiles_together(const T* w, int64_t k, int rows, const T* next, float
         const int shift = ends ? (last < tiles.count ? last : 0) - first : 0;
         for (int tile = first; tile < last; ++tile) {
             const int coming_tile = tile + shift < tiles.count ? tile + shift : tiles.count - 1;
-            const int coming_rows = tiles.size(coming_tile), pieces = share(tile + 1) - share(tile);
+            const int coming_rows = tiles.size(coming_tile);
             const auto* coming_x = packed_tile<T>(s, k, tiles.begin(coming_tile));
             with_tile_size(tiles.size(tile), [&](auto size) {
-                Ahead ahead{bytes((ends ? next : w) + share(tile) * k + coming),
-                            pieces ? static_cast<int64_t>((coming_end - coming) * sizeof(T)) : 0,
-                            static_cast<int64_t>(k * sizeof(T)),
-                            1 + (tile_height<size>() + together - 1) / together,
-                            pieces,
-                            bytes(coming_x + coming_rows * coming),
-                            bytes(coming_x + coming_rows * coming_end)};
+                // enough for the weights that two tiles or more share; then come activations, as far as time allows
+                constexpr int kLines = 1 + (tile_height<size>() + cpu::kTilesTogether - 1) / cpu::kTilesTogether;
+                Ahead<kLines> ahead{bytes((ends ? next : w) + share(tile) * k + coming),
+                                    static_cast<int64_t>((coming_end - coming) * sizeof(T)),
+                                    static_cast<int64_t>(k * sizeof(T)),
+                                    share(tile + 1) - share(tile),
+                                    bytes(coming_x + coming_rows * coming),
+                                    bytes(coming_x + coming_rows * coming_end)};
                 rows_block<T, size>(w, k, begin, end, rows, packed_tile<T>(s, k, tiles.begin(tile)),
                                     s.accumulators + (tile - first) * kTileAccumulators,
                                     out + tiles.begin(tile) * cpu::kPanelRows, ahead);

@@ -42,17 +42,10 @@ inline void listed_rows(const T* const* w, const T* const* next, RowsAhead<T>& a
     reduce_tile<R, N>(acc, out);
 }
 
-template <class T, int R, int... N>
-inline void listed_rows_of(int n, std::integer_sequence<int, N...>, const T* const* w, const T* const* next,
-                           RowsAhead<T>& ahead, int64_t k, const typename Multiply<T>::Activation* x, float* out) {
-    ((n == N + 1 ? listed_rows<T, R, N + 1>(w, next, ahead, k, x, out) : void()), ...);
-}
-
 // out (active rows, kPanelRows) of `count` neurons from list[0] on; the list goes on to `end`
 template <class T>
 inline void listed_panel(const T* matrix, const int32_t* list, int count, const int32_t* end, int64_t k, Scratch& s) {
     constexpr int R = 4, kDistance = 2 * R;  // rows, of which L2 holds many
-    constexpr auto kRows = std::make_integer_sequence<int, cpu::kMaxTile>{};
     const Tiles tiles(s.num_rows);
     for (int at = 0; at < count; at += R) {
         const T *w[R], *next[R], *coming[R];
@@ -67,14 +60,16 @@ inline void listed_panel(const T* matrix, const int32_t* list, int count, const 
         }
         RowsAhead<T> ahead(coming, fetched, 0, k);
         for (int tile = 0; tile < tiles.count; ++tile) {
-            const int begin = tiles.begin(tile), n = tiles.size(tile);
+            const int begin = tiles.begin(tile);
             const auto* x = packed_tile<T>(s, k, begin);
             float* out = s.panel + begin * cpu::kPanelRows + at;
-            if (height == R) {
-                listed_rows_of<T, R>(n, kRows, w, next, ahead, k, x, out);
-            } else {
-                for (int r = 0; r < height; ++r) listed_rows_of<T, 1>(n, kRows, w + r, next + r, ahead, k, x, out + r);
-            }
+            with_tile_size(tiles.size(tile), [&](auto size) {
+                if (height == R) {
+                    listed_rows<T, R, size>(w, next, ahead, k, x, out);
+                } else {
+                    for (int r = 0; r < height; ++r) listed_rows<T, 1, size>(w + r, next + r, ahead, k, x, out + r);
+                }
+            });
         }
     }
 }

@@ -104,13 +104,6 @@ inline void add_all(const Unit<T>* units, int64_t count, int64_t known, const ty
     }
 }
 
-template <class T, int... N>
-inline void add_all_of(int n, std::integer_sequence<int, N...>, const Unit<T>* units, int64_t count, int64_t known,
-                       const typename Multiply<T>::Activation* x, int64_t x_stride, int64_t columns, float* y,
-                       int64_t stride) {
-    ((n == N + 1 ? add_all<T, N + 1>(units, count, known, x, x_stride, columns, y, stride) : void()), ...);
-}
-
 // sums (rows, stride) = those of a chunk, of rows from the packed row `first` on; units (chunk, kNeuronsAhead)
 template <class T>
 inline void sum_chunk(const Neurons<T>& neurons, int64_t chunk, int first, int num_rows, Unit<T>* units, float* sums,
@@ -124,9 +117,10 @@ inline void sum_chunk(const Neurons<T>& neurons, int64_t chunk, int first, int n
     const Tiles tiles(num_rows);
     for (int tile = 0; tile < tiles.count; ++tile) {
         const int top = tiles.begin(tile);
-        add_all_of<T>(tiles.size(tile), std::make_integer_sequence<int, cpu::kMaxTile>{}, units, count, known,
-                      packed_row<T>(s, neurons.size, first + top), x_stride, neurons.columns, sums + top * stride,
-                      stride);
+        with_tile_size(tiles.size(tile), [&](auto size) {
+            add_all<T, size>(units, count, known, packed_row<T>(s, neurons.size, first + top), x_stride,
+                             neurons.columns, sums + top * stride, stride);
+        });
     }
 }
 

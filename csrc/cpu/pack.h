@@ -3,6 +3,8 @@
 // weights fill a cache line, arrange_line may change the order of its columns.
 #pragma once
 
+#include <utility>
+
 #include "blocks_linear.h"
 #include "kernels.h"
 #include "multiply.h"
@@ -19,6 +21,17 @@ struct Tiles {
     int begin(int tile) const { return rows * tile / count; }
     int size(int tile) const { return begin(tile + 1) - begin(tile); }
 };
+
+// f(std::integral_constant<int, n>)
+template <class F, int... N>
+inline void with_tile_size(int n, std::integer_sequence<int, N...>, F f) {
+    ((n == N + 1 ? f(std::integral_constant<int, N + 1>{}) : void()), ...);
+}
+
+template <class F>
+inline void with_tile_size(int n, F f) {
+    with_tile_size(n, std::make_integer_sequence<int, cpu::kMaxTile>{}, f);
+}
 
 inline int num_tiles(int num_rows) { return Tiles(num_rows).count; }
 

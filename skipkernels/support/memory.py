@@ -51,7 +51,7 @@ def _peak_on_cuda(device: str, work: Callable[[], object]) -> int:
 def _peak_on_cpu(work: Callable[[], object]) -> int:
     try:
         libc = _libc()
-        libc.malloc_trim(0)
+        give_back_freed_memory()
         blocks = _use_up_the_heap(libc)
         Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
     except (OSError, AttributeError) as error:

@@ -30,6 +30,7 @@ from skipkernels.server.http.schema import (
     ChatMessage,
     CompletionRequest,
     DetokenizeRequest,
+    FormatType,
     JsonSchema,
     ResponsesRequest,
     Sampled,
@@ -412,8 +413,8 @@ def _continues(request: ChatCompletionRequest) -> bool:
     return bool(asked) or (asked is None and last.role == "assistant" and not last.tool_calls)
 
 
-def _format_grammar(kind: str, schema: JsonSchema | None, field: str) -> GrammarText | None:
-    """Of what chats call ``response_format`` and responses ``text.format``."""
+def _format_grammar(kind: FormatType, schema: JsonSchema | None, field: str) -> GrammarText | None:
+    """The grammar of what chats call ``response_format`` and responses ``text.format``; None: any text will do."""
     if kind == "text":
         return None
     if kind == "json_object":

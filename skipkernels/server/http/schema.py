@@ -72,6 +72,12 @@ def _tag_of_text(value: object) -> str | None:
     return "(text)" if isinstance(value, str) else "(list)" if isinstance(value, list) else None
 
 
+def _text_or_list(field: str, items: str) -> Discriminator:
+    """Of a union of a text and a list, which are tagged so; other values are refused in one sentence."""
+    message = f"{field} must be a text or an array of {items}"
+    return Discriminator(_tag_of_text, custom_error_type=field, custom_error_message=message)
+
+
 # tags are in parentheses, so that errors can tell them from field names
 AnyPart = Annotated[
     Annotated[TextPart, Tag("(text)")]
@@ -99,11 +105,7 @@ class ToolCall(Lenient):
 Content = Annotated[
     Annotated[Text, Tag("(text)")]
     | Annotated[list[AnyPart], Field(min_length=1, max_length=MOST_ITEMS), Tag("(list)")],
-    Discriminator(
-        _tag_of_text,
-        custom_error_type="content",
-        custom_error_message="content must be a text or an array of parts",
-    ),
+    _text_or_list("content", "parts"),
 ]
 
 
@@ -122,9 +124,7 @@ class ChatMessage(Lenient):
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Stop = Annotated[
     Annotated[StopText, Tag("(text)")] | Annotated[list[StopText], Field(max_length=16), Tag("(list)")],
-    Discriminator(
-        _tag_of_text, custom_error_type="stop", custom_error_message="stop must be a text or an array of texts"
-    ),
+    _text_or_list("stop", "texts"),
 ]
 
 
@@ -139,8 +139,11 @@ class JsonSchema(Lenient):
     strict: bool | None = None
 
 
+FormatType = Literal["text", "json_object", "json_schema"]
+
+
 class ResponseFormat(Lenient):
-    type: Literal["text", "json_object", "json_schema"]
+    type: FormatType
     json_schema: JsonSchema | None = None
 
 
@@ -225,10 +228,10 @@ Tokens = Annotated[list[int], Field(max_length=1 << 20)]
 
 
 def _tag_of_prompt(value: object) -> str | None:
-    first = value[0] if isinstance(value, list) and value else 0
-    if isinstance(value, list):
-        return "(texts)" if isinstance(first, str) else "(lists)" if isinstance(first, list) else "(tokens)"
-    return _tag_of_text(value)
+    if not isinstance(value, list):
+        return _tag_of_text(value)
+    first = value[0] if value else None
+    return "(texts)" if isinstance(first, str) else "(lists)" if isinstance(first, list) else "(tokens)"
 
 
 AnyPrompt = Annotated[
@@ -267,7 +270,7 @@ class Reasoning(Lenient):
 
 
 class AnswerFormat(JsonSchema):
-    type: Literal["text", "json_object", "json_schema"]
+    type: FormatType
 
 
 class TextOptions(Lenient):
@@ -277,11 +280,7 @@ class TextOptions(Lenient):
 Input = Annotated[
     Annotated[Text, Tag("(text)")]
     | Annotated[list[InputMessage], Field(min_length=1, max_length=MOST_ITEMS), Tag("(list)")],
-    Discriminator(
-        _tag_of_text,
-        custom_error_type="input",
-        custom_error_message="input must be a text or an array of messages",
-    ),
+    _text_or_list("input", "messages"),
 ]
 
 
