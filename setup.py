@@ -73,6 +73,9 @@ CUDA_SOURCES = [
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 OPTIMIZE = ["-std=c++17", "-O3"]
+# GCC 12 otherwise moves sums behind all that goes into them, and keeps it in memory meanwhile: steps of 4 to 16 rows in
+# bf16 take 6 % longer on AVX2.
+GCC_KERNEL_FLAGS = ["-fno-tree-ter"]
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
 CUDA_ARCHITECTURES = ["arch=compute_80,code=sm_80", "arch=compute_89,code=sm_89", "arch=compute_90a,code=sm_90a"]
 CUDA_PTX = "arch=compute_90,code=compute_90"
@@ -234,6 +237,7 @@ def plan_units(cuda: CudaBuild, environ: Mapping[str, str]) -> list[Unit]:
     """All compile commands of the extension, in link order."""
     x86 = x86_sources(environ, cpu_flags()) if platform.machine().lower() in ("x86_64", "amd64") else {}
     cxx = [*cxx_compiler(environ), *OPTIMIZE, *HOST_FLAGS, "-Icsrc"]
+    kernel_flags = GCC_KERNEL_FLAGS if x86 and is_gcc(cxx) else []
     # only where they are needed, so that a build with another CUDA part takes over the objects of csrc/cpu
     macros = [f"-DSKIPKERNELS_CUDA_BUILT={int(cuda.built)}"]
     system_headers = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
@@ -244,7 +248,7 @@ def plan_units(cuda: CudaBuild, environ: Mapping[str, str]) -> list[Unit]:
         targets = cuda_targets(environ)
         nvcc = [cuda.nvcc, *OPTIMIZE, *targets, f"-Xcompiler={','.join(HOST_FLAGS)}", *macros, "-Icsrc"]
     own_flags = {
-        **x86,
+        **{source: [*flags, *kernel_flags] for source, flags in x86.items()},
         **{source: [*macros, *system_headers, *toolkit] for source in CUDA_SOURCES},
         "csrc/bindings.cpp": [*macros, *system_headers, *toolkit, f'-DSKIPKERNELS_BUILD_NOTE="{cuda.note}"'],
         "csrc/cpu/executor.cpp": [f"-D{isa_macro(source)}=1" for source in x86],
@@ -272,6 +276,15 @@ def isa_macro(source: str) -> str:
 def cxx_compiler(environ: Mapping[str, str]) -> list[str]:
     """The C++ compiler's command: CXX, else c++."""
     return shlex.split(environ.get("CXX", "")) or ["c++"]
+
+
+def is_gcc(cxx: Sequence[str]) -> bool:
+    """Clang calls itself GCC in its macros, and knows few of its flags."""
+    try:
+        shown = subprocess.run([*cxx, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True)
+    except OSError:  # compiling will say so
+        return False
+    return "__GNUC__" in shown.stdout and "__clang__" not in shown.stdout
 
 
 class BuildExtension(build_ext):
