@@ -185,7 +185,8 @@ class Profile:
         levels = sorted({entry.strategy.skip_level for entry in entries})
         if skip_level not in levels:
             raise JobError(
-                f"no strategy has skip_level {skip_level:g}; there are {', '.join(map('{:g}'.format, levels))}"
+                f"no strategy has skip_level {skip_level:g}; there are {', '.join(map('{:g}'.format, levels))}",
+                param="skip_level",
             )
         return [entry for entry in entries if entry.strategy.skip_level == skip_level]
 
@@ -207,7 +208,8 @@ class Profile:
             )
             raise JobError(
                 f"no strategy stays within max_kl {max_kl:g} nats; measured KL from the dense model, by skip level: "
-                f"{told}"
+                f"{told}",
+                param="max_kl",
             )
         kept = [entry for entry in within if entry.promised_accuracy >= min_accuracy] or within
         return max(entry.strategy.skip_level for entry in kept)

@@ -120,7 +120,7 @@ class Scheduler:
         try:
             options = self._options_for(job)
             if job.min_accuracy > options.reachable + EPSILON:
-                raise AccuracyUnreachable(job.min_accuracy, options.reachable)
+                raise AccuracyUnreachable(job.min_accuracy, options.reachable, self._among(job))
             ticket = Ticket(job, self.counters.accepted, self._clock(), options)
             index = bisect_left(self._queue, (ticket.demand.deadline_ms, ticket.number))
             self._elapse()
@@ -306,6 +306,13 @@ class Scheduler:
             options = StrategyOptions(self.profile, job.modalities, self.latency, level)
             self._options[job.modalities, level] = options
         return options
+
+    def _among(self, job: Job) -> str:
+        """Which strategies a job leaves, said to whoever asked."""
+        named = [f"with {'+'.join(sorted(job.modalities))}"] if job.modalities != self.profile.modalities else []
+        named += [f"at skip_level {job.skip_level:g}"] if job.skip_level is not None else []
+        named += [f"within max_kl {job.max_kl:g}"] if job.max_kl is not None else []
+        return " ".join(named)
 
     def _check_deadline(self, ticket: Ticket, index: int) -> None:
         """Raises DeadlineUnreachable when accepting this job would make it, or one that is in time now, late."""

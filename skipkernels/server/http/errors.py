@@ -54,7 +54,7 @@ class HttpError(SkipkernelsError):
             return error
         for kind, status, code in _STATUSES:
             if isinstance(error, kind):
-                return cls(status, code, str(error))
+                return cls(status, code, str(error), getattr(error, "param", None))
         return cls(500, "internal_error", str(error))
 
     @classmethod
