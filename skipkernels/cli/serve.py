@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from skipkernels.cli.groups import grouped
 from skipkernels.cli.models import POLICY_FILE, ModelOptions
 from skipkernels.cli.serve_options import ClusterOptions, LimitOptions, SchedulingOptions, ServerOptions
-from skipkernels.cli.serve_profile import IdleProfiling, kept_profile, measure_levels
+from skipkernels.cli.serve_profile import IdleProfiling, kept_profile, measure_levels, needless
 from skipkernels.errors import SkipkernelsError
 from skipkernels.support.console import err, progress_bar, require_folder, table
 from skipkernels.support.files import read_text
@@ -154,7 +154,7 @@ def _here(load: ChatModelLoader, scheduling: SchedulingOptions, chats: Chats) ->
             profile = load_profile(kept, model=model)
         else:
             with err.status("timing the dense model ..."):
-                profile = dense_profile(model, scheduling.max_batch_size)
+                profile = replace(dense_profile(model, scheduling.max_batch_size), measuring=True)
             profiling = IdleProfiling(model, profile, lambda: _texts(scheduling.text))
     else:
         profile = _profile(model, scheduling, chats, run, slots=True)
@@ -246,6 +246,8 @@ def _announce(profile: Profile, listener: socket.socket, server: ServerOptions) 
     for entry in profile.strategies:
         rows.add_row(entry.strategy.name, f"{entry.promised_accuracy:.3f}", f"{entry.median_ms(1):.1f}")
     err.print(rows)
+    for line in needless(profile):
+        err.print(line, soft_wrap=True)
     host, port = listener.getsockname()[:2]
     if server.open_to_others:
         err.print(f"[yellow]everybody who can reach {host} can use this server: there is no --api-key[/]")

@@ -244,6 +244,23 @@ def test_a_profile_is_measured_once(run: Run, checkpoint: str, prose: str, servi
     assert service[1].limits.max_requests == 7
 
 
+def test_a_level_that_saves_no_time_is_named_at_the_start(
+    run: Run, checkpoint: str, prose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = served_words(checkpoint, prose, "--profile", "profile.json")
+    monkeypatch.setattr("skipkernels.chat.chat_profile.THOROUGH", QUICKEST)
+    monkeypatch.setattr("skipkernels.server.http.server.serve", lambda *_, on_started, **__: on_started())
+    assert run(*words).exit_code == 0
+    document = json.loads(Path("profile.json").read_text())
+    for ms, said in ((542.0, True), (300.0, False)):
+        for entry in document["strategies"]:
+            for timing in entry["timings"]:
+                timing["median_ms"] = timing["p95_ms"] = 476.0 if entry["strategy"] == "text@0" else ms
+        Path("profile.json").write_text(json.dumps(document))
+        lines = run(*words).stderr.splitlines()
+        assert [line.startswith("text@0.2 is not chosen by the server") for line in lines].count(True) == said
+
+
 def test_another_models_profile_is_refused(run: Run, checkpoint: str, prose: str, service: list[Service]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("skipkernels.chat.chat_profile.THOROUGH", QUICKEST)
