@@ -101,8 +101,8 @@ def test_a_level_that_saves_no_time_is_said_to_be_asked_for_only(
     idle.profile(until=kept_profile(idle.model).exists)
     (line,) = needless(idle.adopted[-1])
     assert line == (
-        "text@0.2 is not chosen by the server: it takes 542 ms, text@0 takes 476 and promises no less, and beside other "
-        "requests it does not save 3 % either; a request may ask for skip_level 0.2"
+        "text@0.2 is not chosen by the server: it takes 542 ms, text@0 takes 476 and promises no less, and beside "
+        "other requests it does not save 3 % either; a request may ask for skip_level 0.2"
     )
     assert line in capsys.readouterr().err.replace("\n", " ")
     kept = load_profile(kept_profile(idle.model), model=idle.model)
