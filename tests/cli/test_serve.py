@@ -107,6 +107,12 @@ def promised_by_dense(server: Process) -> float:
     return float(promises["text@0"])
 
 
+def test_what_takes_long_is_named_where_there_is_no_terminal(server: Process) -> None:
+    lines = [line.rstrip() for line in server.said]
+    assert lines.index("loading demo ...") < lines.index("timing the dense model ...")
+    assert lines[0] == "loading demo ...", "before anything else"
+
+
 def test_it_listens_on_loopback_and_wants_the_key(server: Process) -> None:
     assert server.url.startswith("http://127.0.0.1:")
     assert httpx.get(f"{server.url}/models").status_code == 401
@@ -200,7 +206,10 @@ def test_sigterm_waits_for_every_accepted_request(prose: str) -> None:
             assert response.status_code == 200, response.text
             assert number % 2 or response.text.endswith("data: [DONE]\n\n")
             assert '"error"' not in response.text
-    assert server.said[-1] == "stopped\n"
+    assert server.said[-2:] == [
+        "draining: 12 requests are running, for 30 s at most; a second signal ends them at once\n",
+        "stopped\n",
+    ]
 
 
 @pytest.mark.slow
