@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -206,10 +207,11 @@ def test_sigterm_waits_for_every_accepted_request(prose: str) -> None:
             assert response.status_code == 200, response.text
             assert number % 2 or response.text.endswith("data: [DONE]\n\n")
             assert '"error"' not in response.text
-    assert server.said[-2:] == [
-        "draining: 12 requests are running, for 30 s at most; a second signal ends them at once\n",
-        "stopped\n",
-    ]
+    draining, last = server.said[-2:]
+    # some may have ended between the count and the signal
+    said = r"draining: (\d+ requests are|1 request is) running, for 30 s at most; a second signal ends them at once\n"
+    assert re.fullmatch(said, draining)
+    assert last == "stopped\n"
 
 
 @pytest.mark.slow
