@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.table import Table
 
 from skipkernels.cli.builtin_text import documentation
-from skipkernels.cli.serve_profile import UNMEASURED
 
 STREAMS, STREAM_TOKENS, STREAM_PROMPT = 16, 64, 24
 LONG_ANSWER, SHORT_ANSWER = 400, 8
@@ -37,7 +36,8 @@ LONG_PROMPT, REPEATED_PROMPT = 3000, 1800
 _TOKENISED = 10_000  # characters
 _BEFORE = 40  # tokens of a stream that runs alone
 OURS = "skipkernels"
-_STARTS_S, _PROFILES_S = 60, 120
+_STARTS_S = 60
+_PROFILES_S = 1800.0  # a file in Q4_1 took 190 s of idle time on two cores
 
 
 @dataclass
@@ -168,8 +168,9 @@ LOADS: dict[str, Load] = {
 
 
 @contextmanager
-def running(name: str, command: list[str], url: str) -> Iterator[None]:
-    """A server from a command, once it is healthy and has measured what it wants to; it ends with the block."""
+def running(name: str, command: list[str], url: str, profiles_s: float = _PROFILES_S) -> Iterator[None]:
+    """A server from a command, once it is healthy and says that it measures its strategies no more; it ends with the
+    block."""
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, stdout=said, stderr=said)
 
@@ -181,7 +182,8 @@ def running(name: str, command: list[str], url: str) -> Iterator[None]:
             _wait_for(lambda: process.poll() is not None or _answers(url), _STARTS_S, lambda: fail("does not start"))
             if process.poll() is not None:
                 raise fail("ended")
-            _wait_for(lambda: not _profiles(url), _PROFILES_S, lambda: fail("still profiles"))
+            late = f"still measures its strategies after {profiles_s:g} s (--profiles-s)"
+            _wait_for(lambda: not _profiles(url), profiles_s, lambda: fail(late))
             yield
         finally:
             process.send_signal(signal.SIGKILL)
@@ -206,8 +208,7 @@ def _answers(url: str) -> bool:
 def _profiles(url: str) -> bool:
     """Our server measures itself while nobody asks it anything; what it measured is kept for the next start."""
     (model,) = httpx.get(f"{url}/v1/models", timeout=10).json()["data"]
-    source = str(model.get("skipkernels", {}).get("profile", ""))
-    return source.startswith("estimated") or UNMEASURED in source
+    return bool(model.get("skipkernels", {}).get("profiling", False))
 
 
 def free_port() -> int:
@@ -258,6 +259,7 @@ def main(
     load: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(LOADS)}; all of them.")] = None,
     options: Annotated[str, typer.Option(help="More words for `skipkernels serve`.")] = "--skip-levels 0",
     skip_level: Annotated[list[float] | None, typer.Option(help="Asked for beside the dense model, in turns.")] = None,
+    profiles_s: Annotated[float, typer.Option(help="How long our server may measure itself before.")] = _PROFILES_S,
     out: Annotated[Path | None, typer.Option(help="A JSON file; loads of an earlier call stay in it.")] = None,
 ) -> None:
     """Both servers are there all the time, and only one of them is asked at a time."""
@@ -268,7 +270,7 @@ def main(
         port = free_port()
         servers: dict[str, tuple[str, dict[str, Any]]] = {}
         url = f"http://127.0.0.1:{port}"
-        stack.enter_context(running(OURS, our_command(model, port, threads, options), url))
+        stack.enter_context(running(OURS, our_command(model, port, threads, options), url, profiles_s))
         servers[OURS] = url, {"skip_level": 0.0}
         for level in skip_level or []:
             servers[f"{OURS}, skip level {level:g}"] = url, {"skip_level": level}

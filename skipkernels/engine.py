@@ -462,7 +462,8 @@ class Engine:
     def _check_bias(self, sampling: SamplingParams) -> None:
         for token, _ in sampling.logit_bias:
             if not 0 <= token < self.config.vocab_size:
-                raise RequestError(f"logit_bias: token {token} is outside the vocabulary of {self.config.vocab_size}")
+                message = f"logit_bias: token {token} is outside the vocabulary of {self.config.vocab_size}"
+                raise RequestError(message, param="logit_bias")
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text with the tokenizer's special tokens, a chat through its template."""

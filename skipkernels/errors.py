@@ -16,7 +16,12 @@ class PolicyError(SkipkernelsError, ValueError):
 
 
 class RequestError(SkipkernelsError, ValueError):
-    """A generation request cannot be served: empty prompt, prompt longer than the cache, batch too large."""
+    """A generation request cannot be served: empty prompt, prompt longer than the cache, batch too large.
+    ``param``: the field of a request that it is about, where there is one and whoever raises it knows."""
+
+    def __init__(self, message: str = "", *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class PromptTypeError(RequestError, TypeError):

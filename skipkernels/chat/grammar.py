@@ -26,10 +26,11 @@ ANY_OBJECT = '{"type": "object"}'
 
 @dataclass(frozen=True)
 class GrammarText:
-    """A grammar as it is written; picklable."""
+    """A grammar as it is written; picklable. ``param``: the field of a request that holds it, for errors."""
 
     kind: Kind
     text: str
+    param: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,12 @@ class Grammars:
         """
         if isinstance(given, KnownTokens):
             return _Known(given.token_ids)
-        matcher = _llguidance().LLMatcher(self._tokens(), _written(given))
+        matcher = _llguidance(given).LLMatcher(self._tokens(given), _written(given))
         if matcher.is_error():
-            raise RequestError(f"this {given.kind} cannot be followed: {matcher.get_error()}")
+            raise RequestError(f"this {given.kind} cannot be followed: {matcher.get_error()}", param=given.param)
         return _Matched(matcher, self._eos)
 
-    def _tokens(self) -> Any:
+    def _tokens(self, given: GrammarText) -> Any:
         with self._lock:
             if self._compiled is None:
                 from llguidance.hf import from_tokenizer
@@ -69,7 +70,8 @@ class Grammars:
 
                 if not isinstance(self._tokenizer, TokenizersBackend):
                     kind = type(self._tokenizer).__name__
-                    raise RequestError(f"grammars need a tokenizer of the tokenizers library, this one is a {kind}")
+                    message = f"grammars need a tokenizer of the tokenizers library, this one is a {kind}"
+                    raise RequestError(message, param=given.param)
                 eos = list(self._eos) or None
                 self._compiled = from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=eos)
             return self._compiled
@@ -82,15 +84,15 @@ def check_grammar(given: GrammarText) -> None:
         RequestError: it is not well-formed, or llguidance is not installed.
     """
     try:
-        problem = _llguidance().LLMatcher.validate_grammar(_written(given))
+        problem = _llguidance(given).LLMatcher.validate_grammar(_written(given))
     except ValueError as error:
         problem = str(error)
     if problem:
-        raise RequestError(f"this {given.kind} cannot be followed: {problem}")
+        raise RequestError(f"this {given.kind} cannot be followed: {problem}", param=given.param)
 
 
 def _written(given: GrammarText) -> Any:
-    matcher = _llguidance().LLMatcher
+    matcher = _llguidance(given).LLMatcher
     make = {
         "json_schema": matcher.grammar_from_json_schema,
         "regex": matcher.grammar_from_regex,
@@ -99,12 +101,13 @@ def _written(given: GrammarText) -> Any:
     return make[given.kind](given.text)
 
 
-def _llguidance() -> Any:
+def _llguidance(given: GrammarText) -> Any:
     try:
         import llguidance
     except ImportError as error:
         raise RequestError(
-            "this server cannot follow grammars: llguidance is not installed (pip install skipkernels[grammar])"
+            "this server cannot follow grammars: llguidance is not installed (pip install skipkernels[grammar])",
+            param=given.param,
         ) from error
     return llguidance
 

@@ -147,7 +147,8 @@ class TextFormat:
         if not any(message.text or message.fields for message in chat.messages):
             raise RequestError("the messages hold no text; say something")
         if chat.tools and self.tool_form is None:
-            raise RequestError("this model's chat template knows no tools; leave tools out, or serve a model that does")
+            message = "this model's chat template knows no tools; leave tools out, or serve a model that does"
+            raise RequestError(message, param="tools")
         if self.has_template:
             return self.encode(self._rendered(chat), add_special_tokens=False)
         if len(chat.messages) != 1 or chat.messages[0].role != "user":

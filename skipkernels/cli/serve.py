@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 from skipkernels.cli.groups import grouped
 from skipkernels.cli.models import POLICY_FILE, ModelOptions
 from skipkernels.cli.serve_options import ClusterOptions, LimitOptions, SchedulingOptions, ServerOptions
-from skipkernels.cli.serve_profile import IdleProfiling, kept_profile, measure_levels
+from skipkernels.cli.serve_profile import IdleProfiling, kept_profile, measure_levels, needless
 from skipkernels.errors import SkipkernelsError
-from skipkernels.support.console import err, progress_bar, require_folder, table
+from skipkernels.support.console import count, err, progress_bar, require_folder, stage, table
 from skipkernels.support.files import read_text
 
 if TYPE_CHECKING:
@@ -78,7 +78,12 @@ def serve(
                 _announce(profile, listener, server)
                 served.started(service)
 
-            serve_http(service, listener, grace_s=server.grace_s, on_started=on_started)
+            def on_draining(requests: int) -> None:
+                running = f"{count(requests, 'request')} {'is' if requests == 1 else 'are'} running"
+                waited = f"for {server.grace_s:g} s at most; a second signal ends them at once"
+                err.print(f"draining: {running}, {waited}", soft_wrap=True)
+
+            serve_http(service, listener, grace_s=server.grace_s, on_started=on_started, on_draining=on_draining)
     err.print("stopped")
 
 
@@ -125,7 +130,7 @@ def _find_levels(model: TextModel, scheduling: SchedulingOptions, chats: Chats) 
     if kept is not None:
         model.offer(kept)
     elif scheduling.profile is not None or chats is not None:
-        with err.status("finding the neurons to leave out ..."):
+        with stage("finding the neurons to leave out ..."):
             measure_levels(model, _texts(scheduling.text))
 
 
@@ -139,7 +144,7 @@ def _here(load: ChatModelLoader, scheduling: SchedulingOptions, chats: Chats) ->
     from skipkernels.modality.runtime import Runtime
     from skipkernels.server.http.backend import Embedded
 
-    with err.status(f"loading {load.name} ..."):
+    with stage(f"loading {load.name} ..."):
         model = load()
     if isinstance(model, TextModel) and model.open_levels:
         _find_levels(model, scheduling, chats)
@@ -153,8 +158,8 @@ def _here(load: ChatModelLoader, scheduling: SchedulingOptions, chats: Chats) ->
         if (kept := kept_profile(model)).exists() and scheduling.text is None:
             profile = load_profile(kept, model=model)
         else:
-            with err.status("timing the dense model ..."):
-                profile = dense_profile(model, scheduling.max_batch_size)
+            with stage("timing the dense model ..."):
+                profile = replace(dense_profile(model, scheduling.max_batch_size), measuring=True)
             profiling = IdleProfiling(model, profile, lambda: _texts(scheduling.text))
     else:
         profile = _profile(model, scheduling, chats, run, slots=True)
@@ -179,16 +184,16 @@ def _on_ray(
 
     reserved = Resources(cpus=load.options["num_threads"], gpus=float(load.options["device"].startswith("cuda")))
     with ray_cluster(options.ray_address) as cluster:
-        with err.status(f"loading {load.name} on Ray ..."):
+        with stage(f"loading {load.name} on Ray ..."):
             replicas = cluster.start_replicas(load, options.replicas, reserved)
             description = cluster.describe(replicas[0])
 
         def run(measure: Measure) -> Profile:
-            with err.status("profiling ..."):
+            with stage("profiling ..."):
                 return cluster.profile(replicas[0], measure)
 
         profile = _profile(cast("ChatModel", description), scheduling, chats, run, slots=False)
-        with err.status("starting the scheduler ..."):
+        with stage("starting the scheduler ..."):
             backend = cluster.start_scheduler(
                 profile, replicas, selection=scheduling.selection, **scheduling.runtime_options
             )
@@ -246,6 +251,8 @@ def _announce(profile: Profile, listener: socket.socket, server: ServerOptions) 
     for entry in profile.strategies:
         rows.add_row(entry.strategy.name, f"{entry.promised_accuracy:.3f}", f"{entry.median_ms(1):.1f}")
     err.print(rows)
+    for line in needless(profile):
+        err.print(line, soft_wrap=True)
     host, port = listener.getsockname()[:2]
     if server.open_to_others:
         err.print(f"[yellow]everybody who can reach {host} can use this server: there is no --api-key[/]")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,25 @@ def measure_levels(model: TextModel, texts: list[str], idle: WhenIdle | None = N
     policies = neuron_policies(model.engine, texts, model.open_levels, idle)
     model.offer(policies)
     keep_policies(model.engine, policies)
+
+
+def needless(profile: Profile) -> list[str]:
+    """What is said of each strategy that the server does not choose by itself, whatever runs beside a request."""
+    from skipkernels.modality.profile import WORTH
+
+    lines = []
+    for entry in profile.strategies:
+        if profile.offered_at(entry):
+            continue
+        better = profile.frontier(entry.strategy.modalities, sharing=1)[0]
+        line = (
+            f"{entry.strategy} is not chosen by the server: it takes {entry.median_ms(1):.0f} ms, {better.strategy} "
+            f"takes {better.median_ms(1):.0f} and promises no less, and beside other requests it does not save "
+            f"{100 * WORTH:.0f} % either"
+        )
+        level = entry.strategy.skip_level
+        lines.append(f"{line}; a request may ask for skip_level {level:g}" if level else line)
+    return lines
 
 
 class IdleProfiling:
@@ -86,6 +106,7 @@ class IdleProfiling:
         except Stopped:
             return
         except SkipkernelsError as error:
+            self._adopt(replace(profile or self._first, measuring=False))
             err.print(f"[yellow]not all strategies are served, for some were not measured ({error})[/]")
             return
         assert profile is not None, "the dense model is a strategy"
@@ -94,12 +115,12 @@ class IdleProfiling:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_profile(path, profile)
         err.print(f"{len(profile.strategies)} strategies measured in idle time, kept in {path}", soft_wrap=True)
+        for line in needless(profile):
+            err.print(line, soft_wrap=True)
 
     def _profiles(self, texts: list[str]) -> Iterator[Profile]:
         """One more strategy in each. Every one is timed beside the dense model, in turns, so that what else the machine
         does is no part of the difference."""
-        from dataclasses import replace
-
         from skipkernels.chat.chat_profile import IDLE, profile_of_texts
 
         model = self._model
@@ -112,11 +133,9 @@ class IdleProfiling:
             known = tuple(entries[strategy] for strategy in model.strategies if strategy in entries)
             missing = len(model.strategies) - len(known)
             source = f"{profile.source}; {missing} {UNMEASURED}" if missing else profile.source
-            yield replace(profile, strategies=known, source=source)
+            yield replace(profile, strategies=known, source=source, measuring=bool(missing))
 
     def _adopt(self, profile: Profile) -> None:
-        from dataclasses import replace
-
         assert self._loop is not None, "it is started in an event loop"
         assert self._service is not None, "it is started for a service"
         service, named = self._service, replace(profile, model=self._service.profile.model)

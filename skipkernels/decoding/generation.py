@@ -92,7 +92,7 @@ class SamplingParams:
         )
         for name, holds, expected in checks:
             if not holds:
-                raise RequestError(f"{name} must be {expected}, got {getattr(self, name)}")
+                raise RequestError(f"{name} must be {expected}, got {getattr(self, name)}", param=name)
         if self.logprobs is not None:
             _require_number("logprobs", self.logprobs, numbers.Integral)
             if not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
@@ -103,7 +103,8 @@ class SamplingParams:
             if not math.isfinite(bias):
                 raise RequestError(f"a bias of logit_bias must be a finite number, got {bias}")
         if not _SMALLEST <= self.repetition_penalty <= 1 / _SMALLEST:
-            raise RequestError(f"repetition_penalty={self.repetition_penalty} makes logits overflow; 1 is none")
+            message = f"repetition_penalty={self.repetition_penalty} makes logits overflow; 1 is none"
+            raise RequestError(message, param="repetition_penalty")
         if self.temperature < _SMALLEST:  # logits divided by it would overflow; what is left of the others is nothing
             object.__setattr__(self, "temperature", 0.0)
 

@@ -20,13 +20,15 @@ class JobError(RequestError):
 
 
 class AccuracyUnreachable(JobError):
-    """No strategy promises the accuracy a job requires; ``reachable`` is the best that one does."""
+    """No strategy promises the accuracy a job requires; ``reachable`` is the best that one does. ``among``: of which
+    strategies, where the job leaves only some."""
 
-    def __init__(self, required: float, reachable: float) -> None:
+    def __init__(self, required: float, reachable: float, among: str = "") -> None:
         shown = math.floor(reachable * 1e4 + 1e-6) / 1e4  # rounded down, so that a job that asks for it is accepted
         super().__init__(
-            f"min_accuracy {required:g} cannot be promised: the best reachable with these modalities is "
-            f"{shown:.4f}; lower it, or profile on more validation samples to narrow the confidence bound"
+            f"min_accuracy {required:g} cannot be promised: at most {shown:.4f} can{among and f', {among}'}; ask for "
+            "no more than that",
+            param="min_accuracy",
         )
         self.reachable = reachable
 
@@ -37,7 +39,8 @@ class DeadlineUnreachable(JobError):
     def __init__(self, deadline_ms: float, late_by_ms: float) -> None:
         super().__init__(
             f"a deadline of {deadline_ms:g} ms cannot be met after the jobs already accepted (late by "
-            f"{late_by_ms:.1f} ms); try again later or allow more time"
+            f"{late_by_ms:.1f} ms); try again later or allow more time",
+            param="deadline_ms",
         )
         self.late_by_ms = late_by_ms
 

@@ -56,12 +56,20 @@ class LatencyModel:
         self.batch_ms = [[ms * by for ms in row] for row, by in zip(medians, factors, strict=True)]
         self.spread_ms = [[ms * by for ms in row] for row, by in zip(spreads, factors, strict=True)]
 
-    def expect(self, concurrency: int) -> None:
-        """Sets how many requests are taken to share each step; only where there are ``slots``."""
+    @property
+    def sharing(self) -> int | None:
+        """How many requests are taken to share each step; None: whole batches are run."""
+        return self._concurrency
+
+    def expect(self, concurrency: int) -> bool:
+        """Sets how many requests are taken to share each step; only where there are ``slots``. Returns whether that is
+        another number."""
         assert self._concurrency is not None, "whole batches have no concurrency"
-        if concurrency != self._concurrency:
-            self._concurrency = concurrency
-            self._correct()
+        if concurrency == self._concurrency:
+            return False
+        self._concurrency = concurrency
+        self._correct()
+        return True
 
     def profiled_ms(self, strategy: int, concurrency: int) -> float:
         """Profiled time of a request of unit work that shares every step with ``concurrency`` - 1 others."""

@@ -134,6 +134,7 @@ class Profile:
         model, fingerprint, device, dtype: of the ``ModalityModel`` it was made on.
         strategies: one entry for each profiled strategy.
         source: where the figures come from: ``measured``, or what they were derived from.
+        measuring: whether more strategies of the model are being measured, or the same ones again; not kept in files.
     """
 
     model: str
@@ -142,6 +143,7 @@ class Profile:
     dtype: str
     strategies: tuple[StrategyProfile, ...]
     source: str = "measured"
+    measuring: bool = False
 
     def __post_init__(self) -> None:
         names = [entry.strategy.name for entry in self.strategies]
@@ -184,21 +186,34 @@ class Profile:
             return entries
         levels = sorted({entry.strategy.skip_level for entry in entries})
         if skip_level not in levels:
+            more = "; more are being measured, ask again later" if self.measuring else ""
             raise JobError(
-                f"no strategy has skip_level {skip_level:g}; there are {', '.join(map('{:g}'.format, levels))}"
+                f"no strategy has skip_level {skip_level:g}; there are {', '.join(map('{:g}'.format, levels))}{more}",
+                param="skip_level",
             )
         return [entry for entry in entries if entry.strategy.skip_level == skip_level]
 
     def level_within(
-        self, modalities: Collection[str], max_kl: float, skip_level: float | None = None, min_accuracy: float = 0.0
+        self,
+        modalities: Collection[str],
+        max_kl: float,
+        skip_level: float | None = None,
+        min_accuracy: float = 0.0,
+        *,
+        sharing: int | None = None,
     ) -> float:
         """The largest skip level whose measured KL from the dense model is at most ``max_kl``, and that promises
-        ``min_accuracy`` where one of them does. ``skip_level``: only this one.
+        ``min_accuracy`` where one of them does. ``skip_level``: only this one; else only those that save time, with
+        ``sharing`` as in ``prune_dominated``.
 
         Raises:
             JobError: there is none.
         """
         entries = self.usable(modalities, skip_level)
+        if skip_level is None:
+            saving = [*self.frontier(modalities, sharing=sharing), self.full(modalities)]
+            levels = {entry.strategy.skip_level for entry in saving}
+            entries = [entry for entry in entries if entry.strategy.skip_level in levels]
         costs = {entry.strategy.skip_level: self.kl_of(entry) for entry in entries}
         within = [entry for entry in entries if _is_within(self.kl_of(entry), max_kl)]
         if not within:
@@ -207,7 +222,8 @@ class Profile:
             )
             raise JobError(
                 f"no strategy stays within max_kl {max_kl:g} nats; measured KL from the dense model, by skip level: "
-                f"{told}"
+                f"{told}",
+                param="max_kl",
             )
         kept = [entry for entry in within if entry.promised_accuracy >= min_accuracy] or within
         return max(entry.strategy.skip_level for entry in kept)
@@ -224,9 +240,19 @@ class Profile:
             key=lambda entry: (-len(entry.strategy.modalities), entry.strategy.skip_level),
         )
 
-    def frontier(self, modalities: Collection[str], skip_level: float | None = None) -> list[StrategyProfile]:
-        """The usable strategies that no other one dominates, most accurate first."""
-        return prune_dominated(self.usable(modalities, skip_level))
+    def frontier(
+        self, modalities: Collection[str], skip_level: float | None = None, *, sharing: int | None = None
+    ) -> list[StrategyProfile]:
+        """The usable strategies that no other one dominates, most accurate first. ``sharing``: see
+        ``prune_dominated``."""
+        return prune_dominated(self.usable(modalities, skip_level), sharing)
+
+    def offered_at(self, entry: StrategyProfile) -> tuple[int, ...]:
+        """The profiled numbers of requests that share steps at which ``entry`` may be chosen unasked; empty: it is for
+        requests that ask for its level."""
+        modalities = entry.strategy.modalities
+        sizes = (timing.batch_size for timing in entry.timings)
+        return tuple(size for size in sizes if entry in self.frontier(modalities, sharing=size))
 
 
 def _is_within(kl: float | None, max_kl: float) -> bool:
@@ -239,13 +265,31 @@ moment to the next. Single neurons that were profiled 2 % faster for eight rows,
 an eighth of the goodput (SmolLM2-135M, bf16; ``bench/goodput.py``)."""
 
 
-def prune_dominated(entries: Iterable[StrategyProfile]) -> list[StrategyProfile]:
-    """Drops every strategy for which another promises as much and costs no more, in time and memory, at any batch size
-    both offer. Times that differ by less than ``WORTH`` are taken to be equal. Most accurate first."""
+def prune_dominated(entries: Iterable[StrategyProfile], sharing: int | None = None) -> list[StrategyProfile]:
+    """Drops every strategy for which another promises as much and costs no more. Times that differ by less than
+    ``WORTH`` are taken to be equal. Most accurate first.
+
+    Args:
+        sharing: how many requests share each step: what counts is the time of one of them. None: whole batches are run,
+            of a size that is chosen together with the strategy. Then those are kept that are not dropped at every size,
+            in time or memory.
+    """
+    listed = sorted(entries, key=lambda entry: (-entry.promised_accuracy, _costs(entry)))
+    if sharing is not None:
+        return _worth_it(listed, sharing)
+    kept: set[str] = set()
+    for size in range(1, max(entry.max_batch_size for entry in listed) + 1):
+        there = [entry for entry in listed if entry.max_batch_size >= size]
+        kept |= {entry.strategy.name for entry in _worth_it(there, size, memory=True)}
+    return [entry for entry in listed if entry.strategy.name in kept]
+
+
+def _worth_it(listed: Iterable[StrategyProfile], size: int, *, memory: bool = False) -> list[StrategyProfile]:
+    """Those that none before them makes needless, with ``size`` requests at once."""
     kept: list[StrategyProfile] = []
     # whatever dominates an entry comes before it in this order
-    for entry in sorted(entries, key=lambda entry: (-entry.promised_accuracy, _costs(entry))):
-        if not any(_costs_no_more(other, entry) for other in kept):
+    for entry in sorted(listed, key=lambda entry: (-entry.promised_accuracy, _shared_ms(entry, size))):
+        if not any(_costs_no_more(other, entry, size, memory) for other in kept):
             kept.append(entry)
     return kept
 
@@ -254,12 +298,14 @@ def _costs(entry: StrategyProfile) -> list[tuple[float, float]]:
     return [(timing.median_ms, float(timing.peak_memory_bytes or 0)) for timing in entry.timings]
 
 
-def _costs_no_more(one: StrategyProfile, other: StrategyProfile) -> bool:
-    if one.max_batch_size < other.max_batch_size:
+def _costs_no_more(one: StrategyProfile, other: StrategyProfile, size: int, memory: bool) -> bool:
+    if _shared_ms(one, size) * (1.0 - WORTH) > _shared_ms(other, size):
         return False
     measured = all(timing.peak_memory_bytes is not None for timing in one.timings + other.timings)
-    return all(
-        one.median_ms(size) * (1.0 - WORTH) <= other.median_ms(size)
-        and (not measured or one.peak_memory_bytes(size) <= other.peak_memory_bytes(size))
-        for size in range(1, other.max_batch_size + 1)
-    )
+    return not (memory and measured) or one.peak_memory_bytes(size) <= other.peak_memory_bytes(size)
+
+
+def _shared_ms(entry: StrategyProfile, size: int) -> float:
+    """Beyond the largest profiled number, time grows with the number."""
+    largest = entry.max_batch_size
+    return entry.median_ms(size) if size <= largest else entry.median_ms(largest) * size / largest

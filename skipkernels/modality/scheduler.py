@@ -88,9 +88,9 @@ class Scheduler:
         self._forecast = Forecast()
         self._planner = Planner(self.selection, self.latency, self._promised, self._forecast)
         everything = profile.modalities
-        self._options: dict[tuple[frozenset[str], float | None], StrategyOptions] = {
-            (everything, None): StrategyOptions(profile, everything, self.latency)
-        }  # by modalities and skip level; more are added when jobs come with others
+        # by modalities, skip level, and how many requests share steps; more are added when jobs come with others
+        self._options: dict[tuple[frozenset[str], float | None, int | None], StrategyOptions] = {}
+        self._options_of(everything, None)
         self._queue: list[tuple[float, int, Ticket]] = []  # by deadline, then arrival
         self._late: list[Ticket] = []  # deadline cannot be met any more, in the order in which that was found
         self._retries: deque[tuple[Ticket, int, int]] = deque()  # ticket, position of the request, strategy
@@ -117,13 +117,13 @@ class Scheduler:
             AccuracyUnreachable: ``min_accuracy`` is above what can be promised.
             DeadlineUnreachable: admission is by deadline, and accepting would make this or another job late.
         """
+        self._elapse()
         try:
             options = self._options_for(job)
             if job.min_accuracy > options.reachable + EPSILON:
-                raise AccuracyUnreachable(job.min_accuracy, options.reachable)
+                raise AccuracyUnreachable(job.min_accuracy, options.reachable, self._among(job))
             ticket = Ticket(job, self.counters.accepted, self._clock(), options)
             index = bisect_left(self._queue, (ticket.demand.deadline_ms, ticket.number))
-            self._elapse()
             if self._admission == "deadline":
                 self._check_deadline(ticket, index)
         except JobError:
@@ -131,6 +131,7 @@ class Scheduler:
             raise
         self.counters.accepted += 1
         self._queue.insert(index, (ticket.demand.deadline_ms, ticket.number, ticket))
+        self._elapse()  # it is one more to share the steps
         least_ms = self.latency.alone_ms(self.selection.least(ticket.demand)) * ticket.demand.work
         self._forecast.note(ticket.arrival_ms, job.deadline_ms, least_ms)
         return ticket
@@ -300,12 +301,34 @@ class Scheduler:
         job.check_modalities(self.profile.modalities)
         level = job.skip_level
         if job.max_kl is not None:
-            level = self.profile.level_within(job.modalities, job.max_kl, level, job.min_accuracy)
-        options = self._options.get((job.modalities, level))
-        if options is None:
-            options = StrategyOptions(self.profile, job.modalities, self.latency, level)
-            self._options[job.modalities, level] = options
-        return options
+            level = self.profile.level_within(
+                job.modalities, job.max_kl, level, job.min_accuracy, sharing=self.latency.sharing
+            )
+        return self._options_of(job.modalities, level)
+
+    def _options_of(self, modalities: frozenset[str], level: float | None) -> StrategyOptions:
+        key = modalities, level, self.latency.sharing
+        if key not in self._options:
+            frontier = self.profile.frontier(modalities, level, sharing=self.latency.sharing)
+            # they take 10 ms and more to make, and mostly are the same with any number
+            known = (options for (*alike, _), options in self._options.items() if alike == [modalities, level])
+            same = next((options for options in known if options.frontier == frontier), None)
+            self._options[key] = same or StrategyOptions(self.profile, modalities, self.latency, level)
+        return self._options[key]
+
+    def _offer(self) -> None:
+        """Another number of requests share the steps now: what saved time may save none any more."""
+        for ticket in [*(ticket for _, _, ticket in self._queue), *self._late]:
+            options = self._options_of(ticket.job.modalities, ticket.demand.options.skip_level)
+            if options is not ticket.demand.options:
+                ticket.demand.offer(options)
+
+    def _among(self, job: Job) -> str:
+        """Which strategies a job leaves, said to whoever asked."""
+        named = [f"with {'+'.join(sorted(job.modalities))}"] if job.modalities != self.profile.modalities else []
+        named += [f"at skip_level {job.skip_level:g}"] if job.skip_level is not None else []
+        named += [f"within max_kl {job.max_kl:g}"] if job.max_kl is not None else []
+        return " ".join(named)
 
     def _check_deadline(self, ticket: Ticket, index: int) -> None:
         """Raises DeadlineUnreachable when accepting this job would make it, or one that is in time now, late."""
@@ -333,7 +356,8 @@ class Scheduler:
         if ticket.demand.requests:  # the promise of its fellows is still open
             return None
         spare = ticket.promised_sum - ticket.job.min_accuracy * len(ticket.answers) + EPSILON
-        for index in ticket.demand.options.strategies:  # most accurate first
+        options = self._options_of(ticket.job.modalities, ticket.demand.options.skip_level)
+        for index in options.strategies:  # most accurate first
             same = self.profile.strategies[index].strategy.modalities == batch.strategy.modalities
             lost = self._promised[batch.index] - self._promised[index]
             allowed = same and 0.0 <= lost <= spare and index != batch.index
@@ -360,7 +384,8 @@ class Scheduler:
         beside = -(-len(running) // machines)
         for batch in running:
             batch.spent += (now_ms - since_ms) / (self.latency.profiled_ms(batch.index, beside) * batch.work)
-        self.latency.expect(max(1, min(self._slots, -(-(len(running) + self.waiting_requests) // machines))))
+        if self.latency.expect(max(1, min(self._slots, -(-(len(running) + self.waiting_requests) // machines)))):
+            self._offer()
 
     def _free_ms(self) -> list[float]:
         """When each worker is free."""

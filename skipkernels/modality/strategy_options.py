@@ -12,6 +12,7 @@ from skipkernels.modality.profile import Profile
 
 class StrategyOptions:
     """The undominated strategies, as positions in ``profile.strategies``, most accurate first, and the splits of jobs.
+    Where requests share steps: undominated with as many as ``latency`` takes to share them now.
 
     Args:
         modalities: of the requests.
@@ -29,7 +30,8 @@ class StrategyOptions:
         skip_level: float | None = None,
     ) -> None:
         position = {entry.strategy: index for index, entry in enumerate(profile.strategies)}
-        frontier = profile.frontier(modalities, skip_level)
+        self.frontier = frontier = profile.frontier(modalities, skip_level, sharing=latency.sharing)
+        self.skip_level = skip_level
         self.strategies = [position[entry.strategy] for entry in frontier]
         self.promised = [entry.promised_accuracy for entry in profile.strategies]  # by position in the profile
         self._full = position[profile.full(modalities, skip_level).strategy]

@@ -49,6 +49,17 @@ def _without_nan(value: Any) -> Any:
 
 
 @contextmanager
+def stage(text: str) -> Iterator[None]:
+    """What is being done, on stderr, gone when it is done; where that is no terminal, a line that stays."""
+    if err.is_terminal:
+        with err.status(text):
+            yield
+        return
+    err.print(text, soft_wrap=True, markup=False)
+    yield
+
+
+@contextmanager
 def progress_bar(label: str) -> Iterator[Report]:
     """A bar on stderr, gone when it is done; where that is no terminal, a line for each new stage."""
     if not err.is_terminal:

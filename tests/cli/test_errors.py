@@ -15,9 +15,11 @@ Run = Callable[..., Result]
 
 
 def assert_one_line(result: Result, code: int, *parts: str) -> None:
+    """Before it there may be what was being done."""
     assert result.exit_code == code, result.output
     assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
+    *doing, line = result.stderr.splitlines()
+    assert all(one.endswith(" ...") for one in doing)
     assert line.startswith("error: ")
     for part in parts:
         assert part in line

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -107,6 +108,12 @@ def promised_by_dense(server: Process) -> float:
     return float(promises["text@0"])
 
 
+def test_what_takes_long_is_named_where_there_is_no_terminal(server: Process) -> None:
+    lines = [line.rstrip() for line in server.said]
+    assert lines.index("loading demo ...") < lines.index("timing the dense model ...")
+    assert lines[0] == "loading demo ...", "before anything else"
+
+
 def test_it_listens_on_loopback_and_wants_the_key(server: Process) -> None:
     assert server.url.startswith("http://127.0.0.1:")
     assert httpx.get(f"{server.url}/models").status_code == 401
@@ -200,7 +207,11 @@ def test_sigterm_waits_for_every_accepted_request(prose: str) -> None:
             assert response.status_code == 200, response.text
             assert number % 2 or response.text.endswith("data: [DONE]\n\n")
             assert '"error"' not in response.text
-    assert server.said[-1] == "stopped\n"
+    draining, last = server.said[-2:]
+    # some may have ended between the count and the signal
+    said = r"draining: (\d+ requests are|1 request is) running, for 30 s at most; a second signal ends them at once\n"
+    assert re.fullmatch(said, draining)
+    assert last == "stopped\n"
 
 
 @pytest.mark.slow
@@ -242,6 +253,23 @@ def test_a_profile_is_measured_once(run: Run, checkpoint: str, prose: str, servi
     assert service[1].profile.strategies == load_profile("profile.json").strategies
     assert service[1].profile.model == Path(checkpoint).name
     assert service[1].limits.max_requests == 7
+
+
+def test_a_level_that_saves_no_time_is_named_at_the_start(
+    run: Run, checkpoint: str, prose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = served_words(checkpoint, prose, "--profile", "profile.json")
+    monkeypatch.setattr("skipkernels.chat.chat_profile.THOROUGH", QUICKEST)
+    monkeypatch.setattr("skipkernels.server.http.server.serve", lambda *_, on_started, **__: on_started())
+    assert run(*words).exit_code == 0
+    document = json.loads(Path("profile.json").read_text())
+    for ms, said in ((542.0, True), (300.0, False)):
+        for entry in document["strategies"]:
+            for timing in entry["timings"]:
+                timing["median_ms"] = timing["p95_ms"] = 476.0 if entry["strategy"] == "text@0" else ms
+        Path("profile.json").write_text(json.dumps(document))
+        lines = run(*words).stderr.splitlines()
+        assert [line.startswith("text@0.2 is not chosen by the server") for line in lines].count(True) == said
 
 
 def test_another_models_profile_is_refused(run: Run, checkpoint: str, prose: str, service: list[Service]) -> None:

@@ -162,7 +162,7 @@ def test_without_workers_every_job_fails_with_the_reason() -> None:
 
 def test_a_refused_job_raises_at_once() -> None:
     async def check(runtime: Runtime, workers: list[Worker]) -> None:
-        with pytest.raises(AccuracyUnreachable, match=r"the best reachable with these modalities is 0\.8949"):
+        with pytest.raises(AccuracyUnreachable, match=r"at most 0\.8949 can; ask"):
             await runtime.submit(Job([Request({"audio": 1, "video": 1})], 10.0, 0.99))
         assert workers[0].batches == []
 

@@ -86,7 +86,7 @@ class MultimodalFormat:
         if not any(message.text.strip() for message in chat.messages):
             raise RequestError("the messages hold no text; say what to do with the images and recordings")
         if chat.tools:
-            raise RequestError("this model calls no tools; leave tools out")
+            raise RequestError("this model calls no tools; leave tools out", param="tools")
         unknown = sorted(set(given) - set(self.modalities))
         if unknown:
             raise RequestError(f"this model does not take {unknown[0]}; it takes {', '.join(self.modalities)}")

@@ -215,7 +215,7 @@ class _Requests:
 
 
 def _answer(error: HttpError) -> JSONResponse:
-    return JSONResponse(error.document, error.status)
+    return JSONResponse(error.document, error.status, error.headers)
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:

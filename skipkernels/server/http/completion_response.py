@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -91,7 +91,7 @@ class CompletionResponse(Response):
         self._service.metrics.failed(error.status, error.code)
         if error.status >= 500:
             logger.warning("a request failed: %s", error)
-        await _Writer(send, self._service.limits.client_timeout_s).whole(error.status, error.document)
+        await _Writer(send, self._service.limits.client_timeout_s).whole(error.status, error.document, error.headers)
 
 
 async def _discard_body(receive: Receive) -> None:
@@ -141,10 +141,11 @@ class _Writer:
         named = ", ".join(re.sub(r"[^\w.-]", "?", name, flags=re.ASCII) for name in ignored)
         self._warning = [(b"x-skipkernels-ignored", named[:_MOST_NAMED].rstrip().encode())] if ignored else []
 
-    async def whole(self, status: int, document: dict[str, Any]) -> None:
+    async def whole(self, status: int, document: dict[str, Any], more: Mapping[str, str] | None = None) -> None:
+        """``more``: headers."""
         body = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        headers += self._warning
+        headers += self._warning + [(name.encode(), value.encode()) for name, value in (more or {}).items()]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 

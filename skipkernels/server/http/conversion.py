@@ -6,6 +6,7 @@ import json
 import math
 import secrets
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -14,9 +15,9 @@ from pydantic import BaseModel, ValidationError
 from skipkernels.chat.chat import Chat, ChatFormat, Message, Part, Role
 from skipkernels.chat.grammar import ANY_OBJECT, GrammarText, KnownTokens, check_grammar
 from skipkernels.chat.reply_parser import ReplyForm
-from skipkernels.chat.text_format import TextFormat
+from skipkernels.chat.text_format import TextFormat, allowed_new_tokens
 from skipkernels.decoding.generation import SamplingParams
-from skipkernels.modality.errors import JobError
+from skipkernels.errors import RequestError
 from skipkernels.modality.job import Job, Request
 from skipkernels.server.http.dialect import Dialect, Naming
 from skipkernels.server.http.documents import ChatDocuments
@@ -98,7 +99,8 @@ class Converter:
             chat = replace(chat, grammar=forced)
         if chat.grammar is not None:
             check_grammar(chat.grammar)
-        asked = self.chat_format.request(chat)
+        with _about("messages"):
+            asked = self.chat_format.request(chat)
         dialect = ChatDocuments(
             self.naming,
             form,
@@ -129,8 +131,10 @@ class Converter:
         limit = _COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
         asked, echoes = [], []
         for prompt in _prompts(request):
-            tokens = prompt if isinstance(prompt, list) else text_format.encode(prompt)
-            text_format.check_tokens(tokens)
+            with _about("prompt"):
+                tokens = prompt if isinstance(prompt, list) else text_format.encode(prompt)
+                text_format.check_tokens(tokens)
+                allowed_new_tokens(limit, len(tokens), text_format.max_seq_len)
             if not tokens:
                 raise HttpError(400, "invalid_request", "the prompt is empty", "prompt")
             told = bool(request.echo and request.logprobs is not None)
@@ -183,7 +187,8 @@ class Converter:
             sampling=self._sampling(sampled, None),
             grammar=grammar,
         )
-        asked = self.chat_format.request(chat)
+        with _about("input"):
+            asked = self.chat_format.request(chat)
         form = self.chat_format.reply_form(chat) if isinstance(self.chat_format, TextFormat) else ReplyForm()
         job = _job([asked], request)
         return ParsedRequest(job, bool(request.stream), ResponseDocuments(self.naming, form), ignored)
@@ -193,19 +198,22 @@ class Converter:
         request, _ = self._parse(TokenizeRequest, body)
         text_format = self._text_format()
         if (request.prompt is None) == (request.messages is None):
-            raise HttpError(400, "invalid_request", "give a prompt or messages, one of them")
+            raise HttpError(400, "invalid_request", "give a prompt or messages, one of them", "prompt")
         if request.messages is not None:
             messages = decode_messages(request.messages, self.limits, text_format.modalities)
-            tokens = list(text_format.request(Chat(messages)).inputs["text"].token_ids)
+            with _about("messages"):
+                tokens = list(text_format.request(Chat(messages)).inputs["text"].token_ids)
         else:
-            tokens = text_format.encode(request.prompt or "", add_special_tokens=request.add_special_tokens)
+            with _about("prompt"):
+                tokens = text_format.encode(request.prompt or "", add_special_tokens=request.add_special_tokens)
         return {"count": len(tokens), "max_model_len": text_format.max_seq_len, "tokens": tokens}
 
     def detokenize(self, body: bytes) -> dict[str, Any]:
         """The answer of ``/detokenize``."""
         request, _ = self._parse(DetokenizeRequest, body)
         text_format = self._text_format()
-        text_format.check_tokens(request.tokens)
+        with _about("tokens"):
+            text_format.check_tokens(request.tokens)
         return {"prompt": text_format.decode(request.tokens)}
 
     def _parse(self, kind: type[Body], body: bytes) -> tuple[Body, tuple[str, ...]]:
@@ -224,13 +232,15 @@ class Converter:
     def _sampling(self, request: Sampled, logprobs: int | None) -> SamplingParams:
         sampling = _sampling(request, logprobs)
         if isinstance(self.chat_format, TextFormat):
-            self.chat_format.check_tokens([token for token, _ in sampling.logit_bias])
+            with _about("logit_bias"):
+                self.chat_format.check_tokens([token for token, _ in sampling.logit_bias])
         return sampling
 
     def _chat(self, request: ChatCompletionRequest) -> Chat:
         messages = decode_messages(request.messages, self.limits, self.chat_format.modalities)
         if request.max_tokens is not None and request.max_completion_tokens is not None:
-            raise HttpError(400, "invalid_request", "max_tokens is the older name of max_completion_tokens; give one")
+            message = "max_tokens is the older name of max_completion_tokens; give one"
+            raise HttpError(400, "invalid_request", message, "max_tokens")
         if request.top_logprobs is not None and not request.logprobs:
             raise HttpError(400, "invalid_request", "top_logprobs are for logprobs: true only", "top_logprobs")
         if request.stream_options is not None and not request.stream:
@@ -254,6 +264,16 @@ class Converter:
 
     def _token_text(self, token: int) -> str:
         return self._text_format().decode([token])
+
+
+@contextmanager
+def _about(field: str) -> Iterator[None]:
+    """What the block refuses is about ``field``, unless the refusal knows better."""
+    try:
+        yield
+    except RequestError as error:
+        error.param = error.param or field
+        raise
 
 
 def check_model(name: str, model: str) -> None:
@@ -418,33 +438,34 @@ def _format_grammar(kind: FormatType, schema: JsonSchema | None, field: str) -> 
     if kind == "text":
         return None
     if kind == "json_object":
-        return GrammarText("json_schema", ANY_OBJECT)
+        return GrammarText("json_schema", ANY_OBJECT, field)
     if schema is None or schema.schema_ is None:
         raise HttpError(400, "invalid_request", f"{field}: json_schema needs a schema", field)
-    return GrammarText("json_schema", json.dumps(schema.schema_))
+    return GrammarText("json_schema", json.dumps(schema.schema_), field)
 
 
 def _grammar(request: Sampled) -> GrammarText | None:
     """The one thing that the answer has to follow."""
-    found: list[tuple[str, GrammarText]] = []
+    found: list[GrammarText] = []
     if isinstance(request, ChatCompletionRequest) and (wanted := request.response_format) is not None:
         formatted = _format_grammar(wanted.type, wanted.json_schema, "response_format.json_schema")
         if formatted is not None:
-            found.append(("response_format", formatted))
+            found.append(formatted)
     if request.guided_json is not None:
         schema = request.guided_json if isinstance(request.guided_json, str) else json.dumps(request.guided_json)
-        found.append(("guided_json", GrammarText("json_schema", schema)))
+        found.append(GrammarText("json_schema", schema, "guided_json"))
     if request.guided_regex is not None:
-        found.append(("guided_regex", GrammarText("regex", request.guided_regex)))
+        found.append(GrammarText("regex", request.guided_regex, "guided_regex"))
     if request.guided_grammar is not None:
-        found.append(("guided_grammar", GrammarText("lark", request.guided_grammar)))
+        found.append(GrammarText("lark", request.guided_grammar, "guided_grammar"))
     if request.guided_choice is not None:
         choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in request.guided_choice)
-        found.append(("guided_choice", GrammarText("lark", f"start: {choices}")))
+        found.append(GrammarText("lark", f"start: {choices}", "guided_choice"))
     if len(found) > 1:
-        names = " and ".join(name for name, _ in found)
-        raise HttpError(400, "invalid_request", f"{names} are both what the answer has to follow; give one")
-    return found[0][1] if found else None
+        names = [str(one.param).partition(".")[0] for one in found]
+        message = f"{' and '.join(names)} are both what the answer has to follow; give one"
+        raise HttpError(400, "invalid_request", message, names[0])
+    return found[0] if found else None
 
 
 def _forced_call(request: ChatCompletionRequest, form: ReplyForm) -> GrammarText | None:
@@ -474,14 +495,15 @@ def _forced_call(request: ChatCompletionRequest, form: ReplyForm) -> GrammarText
     ]
     schema = json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls})
     if form.tools != "hermes":
-        return GrammarText("json_schema", schema)
-    return GrammarText("lark", f'start: "<tool_call>\\n" call "\\n</tool_call>"\ncall: %json {schema}')
+        return GrammarText("json_schema", schema, "tools")
+    return GrammarText("lark", f'start: "<tool_call>\\n" call "\\n</tool_call>"\ncall: %json {schema}', "tools")
 
 
 def _sampling(request: Sampled, logprobs: int | None) -> SamplingParams:
     temperature = request.temperature or 0.0
     if 0.0 < temperature < _LEAST_TEMPERATURE:
-        raise JobError(f"temperature must be 0 (greedy) or at least {_LEAST_TEMPERATURE}, got {temperature}")
+        message = f"temperature must be 0 (greedy) or at least {_LEAST_TEMPERATURE}, got {temperature}"
+        raise RequestError(message, param="temperature")
     return SamplingParams(
         temperature=temperature,
         top_k=max(0, request.top_k or 0),

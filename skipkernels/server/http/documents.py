@@ -156,6 +156,7 @@ def model_document(profile: Profile, chat_format: ChatFormat, created: int) -> d
             "device": profile.device,
             "dtype": profile.dtype,
             "profile": profile.source,
+            "profiling": profile.measuring,
             "best_promised_accuracy": max(entry.promised_accuracy for entry in profile.strategies),
             "strategies": [
                 {
@@ -164,6 +165,7 @@ def model_document(profile: Profile, chat_format: ChatFormat, created: int) -> d
                     "measured_kl": profile.kl_of(entry),
                     "promised_accuracy": entry.promised_accuracy,
                     "median_ms": entry.median_ms(1),
+                    "offered_at": list(profile.offered_at(entry)),
                 }
                 for entry in profile.strategies
             ],

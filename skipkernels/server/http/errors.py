@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -33,13 +34,17 @@ class HttpError(SkipkernelsError):
 
     Args:
         param: the field that is wrong, like ``messages.0.content``.
+        headers: of the answer.
     """
 
-    def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.param = param
+        self.headers = dict(headers or {})
 
     @property
     def document(self) -> dict[str, Any]:
@@ -54,7 +59,7 @@ class HttpError(SkipkernelsError):
             return error
         for kind, status, code in _STATUSES:
             if isinstance(error, kind):
-                return cls(status, code, str(error))
+                return cls(status, code, str(error), getattr(error, "param", None))
         return cls(500, "internal_error", str(error))
 
     @classmethod

@@ -28,12 +28,21 @@ class Server(uvicorn.Server):
 
     Args:
         on_started: called when connections are accepted.
+        on_draining: called with the number of requests that the shutdown waits for, if there are any.
     """
 
-    def __init__(self, service: Service, *, grace_s: float, on_started: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        service: Service,
+        *,
+        grace_s: float,
+        on_started: Callable[[], None] = lambda: None,
+        on_draining: Callable[[int], None] = lambda requests: None,
+    ) -> None:
         self._service = service
         self._grace_s = grace_s
         self._on_started = on_started
+        self._on_draining = on_draining
         self._stop_now = False
         config = uvicorn.Config(
             create_app(service),
@@ -61,6 +70,8 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._service.requests:
+            self._on_draining(self._service.requests)
         closing = asyncio.create_task(self._service.close(self._grace_s))
         stopping = asyncio.create_task(super().shutdown(sockets))
         while not (closing.done() or self._stop_now):
@@ -93,7 +104,13 @@ def listen(host: str = LOOPBACK, port: int = 0) -> socket.socket:
 
 
 def serve(
-    service: Service, listener: socket.socket, *, grace_s: float, on_started: Callable[[], None] = lambda: None
+    service: Service,
+    listener: socket.socket,
+    *,
+    grace_s: float,
+    on_started: Callable[[], None] = lambda: None,
+    on_draining: Callable[[int], None] = lambda requests: None,
 ) -> None:
     """Serves until SIGTERM or SIGINT; see ``Server``."""
-    asyncio.run(Server(service, grace_s=grace_s, on_started=on_started).serve(sockets=[listener]))
+    server = Server(service, grace_s=grace_s, on_started=on_started, on_draining=on_draining)
+    asyncio.run(server.serve(sockets=[listener]))

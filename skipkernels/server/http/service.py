@@ -83,6 +83,11 @@ class Service:
         self.backend.adopt(profile)
 
     @property
+    def requests(self) -> int:
+        """How many are being answered."""
+        return self._requests
+
+    @property
     def busy(self) -> bool:
         """Whether a request is being answered; safe to ask from any thread."""
         return self._requests > 0

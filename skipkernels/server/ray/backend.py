@@ -37,10 +37,13 @@ class RayBackend:
 
     async def submit(self, job: Job) -> JobAnswer:
         prompt = job.requests[0].inputs.get("text")
-        sampling = getattr(prompt, "sampling", None)
-        if len(job.requests) > 1 or getattr(prompt, "grammar", None) or getattr(sampling, "logprobs", None) is not None:
+        grammar = getattr(prompt, "grammar", None)
+        param = "n" if len(job.requests) > 1 else getattr(grammar, "param", None)
+        if getattr(getattr(prompt, "sampling", None), "logprobs", None) is not None:
+            param = "logprobs"
+        if param is not None or grammar is not None:
             message = "on a cluster, a request has one answer, without log probabilities or a grammar"
-            raise HttpError(400, "invalid_request", message)
+            raise HttpError(400, "invalid_request", message, param)
         (request,) = job.requests
         progress = progress_of(request.inputs)
         progress.restart()
@@ -52,7 +55,7 @@ class RayBackend:
                     if isinstance(event, str):
                         progress.add(event)
                     elif isinstance(event, JobFailure):
-                        raise HttpError(event.status, event.code, event.message)
+                        raise HttpError(event.status, event.code, event.message, event.param)
                     else:
                         assert isinstance(event, JobAnswer)
                         return event

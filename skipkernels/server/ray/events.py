@@ -38,6 +38,7 @@ class JobFailure:
     status: int
     code: str
     message: str
+    param: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

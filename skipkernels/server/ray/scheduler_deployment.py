@@ -55,7 +55,7 @@ class SchedulerDeployment:
                 yield await pending.answer()
         except SkipkernelsError as error:
             failure = HttpError.of(error)
-            yield JobFailure(failure.status, failure.code, str(failure))
+            yield JobFailure(failure.status, failure.code, str(failure), failure.param)
 
     async def status(self) -> Status:
         await self._started()

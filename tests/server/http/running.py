@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from skipkernels.server.http.server import Server, listen
 from skipkernels.server.http.service import Service
@@ -32,8 +33,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(service: Service, *, grace_s: float = 20.0) -> Iterator[Running]:
-    server = Server(service, grace_s=grace_s)
+def running(service: Service, *, grace_s: float = 20.0, **options: Any) -> Iterator[Running]:
+    """``options``: more of ``Server``'s."""
+    server = Server(service, grace_s=grace_s, **options)
     with listen() as listener:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 from skipkernels.decoding.generation import SamplingParams
-from tests.server.http.fakes import COMPLETIONS, REACHABLE, EchoModel, body, client_of, echo_service
+from skipkernels.modality.errors import JobError
+from skipkernels.modality.profile import Profile
+from skipkernels.server.http.documents import model_document
+from tests.modality.test_worth import ALONE_ONLY, DENSE, SLOWER, timed
+from tests.server.http.fakes import COMPLETIONS, REACHABLE, EchoFormat, EchoModel, body, client_of, echo_service
 from tests.server.http.media import audio_part, image_part, text_part
 
 
@@ -156,6 +160,20 @@ def test_models_lists_the_model_and_its_strategies() -> None:
     strategies = {entry["strategy"]: entry for entry in model["skipkernels"]["strategies"]}
     assert len(strategies) == 8
     assert strategies["text@0"]["promised_accuracy"] == REACHABLE
+    assert not model["skipkernels"]["profiling"]
+    assert {tuple(entry["offered_at"]) for entry in strategies.values()} == {(1, 2, 4, 8)}
+
+
+def test_a_strategy_that_saves_no_time_is_listed_as_one_to_ask_for() -> None:
+    entries = (timed("text@0", 1.0, DENSE), timed("text@0.2", 0.23, SLOWER), timed("text@0.5", 0.1, ALONE_ONLY))
+    made_up = Profile("echo", "echo-1", "cpu", "fp32", entries, measuring=True)
+    told = model_document(made_up, EchoFormat(), 0)["skipkernels"]
+    assert [entry["offered_at"] for entry in told["strategies"]] == [[1, 4, 16], [], [1]]
+    assert told["profiling"]
+    with pytest.raises(
+        JobError, match=r"no strategy has skip_level 0.7; there are 0, 0.2, 0.5; more are being measured"
+    ):
+        made_up.usable(("text",), 0.7)
 
 
 def test_a_model_is_found_by_its_name() -> None:

@@ -122,8 +122,6 @@ def test_methods_slashes_origins_and_ids() -> None:
             assert named.headers["x-request-id"] == "mine-1"
             invented = await client.get("/health", headers={"x-request-id": "two words"})
             assert invented.headers["x-request-id"].startswith("req_")
-            packed = await client.post(COMPLETIONS, json=body(), headers={"content-encoding": "gzip"})
-            assert packed.json()["error"]["code"] == "unsupported_encoding"
 
     asyncio.run(exchange())
     assert "access-control-allow-origin" not in ask(echo_service(), "/health", headers={"origin": "https://x"}).headers

@@ -3,6 +3,7 @@
 import asyncio
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from importlib.util import find_spec
 
@@ -59,6 +60,32 @@ def test_the_page_is_one_file_and_needs_no_key() -> None:
     assert get("/v1/models", api_key="secret").status_code == 401
 
 
+def test_each_number_on_the_page_is_explained() -> None:
+    page = get("/").text
+    assert "a lower 95 % bound" in page
+    assert "up to the first difference" in page
+    for named in ("skip level", "deadline, ms", "new tokens"):
+        label = next(line for line in page.splitlines() if f">{named} " in line)
+        assert 'title="' in label, named
+    told = page[page.index("const parts = [") : page.index("tell(box, parts)")]
+    assert told.count("`") / 2 + told.count("told.strategy") + told.count('"late"') == told.count("EXPLAINED."), told
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_what_is_promised_and_chosen_stands_under_the_chat() -> None:
+    """As a browser shows it, once the page has asked the server."""
+    with running(echo_service()) as server:
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+        shown = subprocess.run([CHROMIUM or "", *options, server.url], capture_output=True, text=True, timeout=120)
+    assert re.search(r'<p id="promise"[^>]*>Promised accuracy: [^<]*up to the first difference', shown.stdout)
+    rows = re.findall(r"<tr>.*?</tr>", shown.stdout)
+    cells = [re.sub(r"<[^>]*>", "|", row) for row in rows]
+    assert "promised accuracy" in cells[0]
+    assert "chosen by the server" in cells[0]
+    assert rows[0].count("title=") == 4
+    assert "with 1, 2, 4, 8 at once" in cells[1]
+
+
 HALF_AN_ANSWER = """
 window.realFetch = window.fetch;
 window.fetch = async (url, options) => url.includes("completions") ? new Response(new ReadableStream({start(stream) {
@@ -91,7 +118,10 @@ def test_a_conversation_in_a_real_browser(engine: Engine) -> None:  # noqa: F811
         expect(told).to_contain_text("text@0 ", timeout=20_000)
         expect(told).to_contain_text("tokens/s")
         expect(told).to_contain_text("0.0 % of the FFN bytes not read")
-        assert page.locator(".assistant span").inner_text()
+        assert page.locator(".assistant > span").inner_text()
+        parts = page.locator(".assistant .told span")
+        assert all(parts.nth(at).get_attribute("title") for at in range(parts.count()))
+        expect(page.locator("#promise")).to_contain_text("a lower 95 % bound")
 
         page.click("#clear")
         expect(page.locator(".message")).to_have_count(0)
@@ -109,7 +139,7 @@ def test_a_conversation_in_a_real_browser(engine: Engine) -> None:  # noqa: F811
         page.evaluate(HALF_AN_ANSWER)
         page.fill("#text", "an answer that a new chat leaves behind")
         page.click("#send")
-        expect(page.locator(".assistant span").last).to_have_text("half")
+        expect(page.locator(".assistant > span").last).to_have_text("half")
         page.click("#clear")
         expect(page.locator("#send")).to_be_enabled(timeout=20_000)
         assert page.evaluate("messages.length") == 0

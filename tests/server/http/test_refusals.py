@@ -53,13 +53,13 @@ def remote(url: str) -> list[dict[str, Any]]:
         ({"text": 5}, "messages.0.content", "a text or an array of parts"),
         ({"text": []}, "messages.0.content", "at least 1"),
         ({"text": [{"type": "video_url"}]}, "messages.0.content.0", "text, image_url or input_audio"),
-        ({"text": ""}, None, "hold no text"),
+        ({"text": ""}, "messages", "hold no text"),
         ({"model": 5}, "model", "string"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-        ({"max_tokens": 5, "max_completion_tokens": 5}, None, "give one"),
+        ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens", "give one"),
         ({"max_tokens": True}, "max_tokens", "integer"),
         ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
-        ({"temperature": 1e-40}, None, "at least 0.01"),
+        ({"temperature": 1e-40}, "temperature", "at least 0.01"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"n": 17}, "n", "less than or equal to 16"),
         ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
@@ -69,9 +69,9 @@ def remote(url: str) -> list[dict[str, Any]]:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"skip_level": 1.0}, "skip_level", "less than 1"),
         ({"max_kl": -1}, "max_kl", "greater than or equal to 0"),
-        ({"skip_level": 0.5, "max_kl": 0.1}, None, "by skip level: 0.5: not measured"),
-        ({"skip_level": 0.25}, None, "no strategy has skip_level 0.25; there are 0, 0.5"),
-        ({"guided_regex": "a", "guided_choice": ["b"]}, None, "give one"),
+        ({"skip_level": 0.5, "max_kl": 0.1}, "max_kl", "by skip level: 0.5: not measured"),
+        ({"skip_level": 0.25}, "skip_level", "no strategy has skip_level 0.25; there are 0, 0.5"),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_regex", "give one"),
         ({"continue_final_message": True}, "continue_final_message", "assistant"),
         ({"tool_choice": "required"}, "tool_choice", "names no tool"),
         ({"seed": 1 << 63}, "seed", "less than"),
@@ -104,9 +104,14 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], param: str | None, part:
 
 
 def test_an_accuracy_above_the_best_reachable_is_told_the_reachable_one() -> None:
+    """What the client can do: not what the operator could."""
     error = refuse(min_accuracy=0.95)
-    assert (error["status"], error["code"]) == (400, "accuracy_unreachable")
-    assert f"modalities is {math.floor(REACHABLE * 1e4) / 1e4:.4f}" in error["message"]
+    assert (error["status"], error["code"], error["param"]) == (400, "accuracy_unreachable", "min_accuracy")
+    reachable = f"{math.floor(REACHABLE * 1e4) / 1e4:.4f}"
+    assert f"cannot be promised: at most {reachable} can, with text; ask for no more than that" in error["message"]
+    assert "validation" not in error["message"]
+    at_a_level = refuse(min_accuracy=0.95, skip_level=0.5)
+    assert "can, with text at skip_level 0.5; ask for" in at_a_level["message"]
 
 
 def test_another_model_is_not_found() -> None:

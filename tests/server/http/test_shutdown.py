@@ -34,9 +34,11 @@ async def during_shutdown(
 
 def stopped(clients: int, *, word_s: float, grace_s: float, times: int = 1) -> tuple[list[Any], EchoModel]:
     model = EchoModel(word_s)
-    with running(echo_service(model), grace_s=grace_s) as server:
+    draining: list[int] = []
+    with running(echo_service(model), grace_s=grace_s, on_draining=draining.append) as server:
         responses = asyncio.run(during_shutdown(server, model, clients, times))
         server.thread.join(60)
+    assert draining == [clients], "it is said once how many are waited for"
     return responses, model
 
 
@@ -89,8 +91,10 @@ def test_a_client_that_does_not_read_holds_nobody_up_who_insists() -> None:
 
 
 def test_a_stopped_server_takes_no_connections() -> None:
-    with running(echo_service()) as server:
+    draining: list[int] = []
+    with running(echo_service(), on_draining=draining.append) as server:
         server.stop()
         server.thread.join(20)
+        assert not draining, "nobody is waited for"
         with pytest.raises(ConnectionRefusedError):
             server.connect()
