@@ -39,6 +39,14 @@ def half_of(word, which):
 
 
 @triton.jit
+def e4m3_of(codes, field: tl.constexpr):
+    """Number ``field`` of the four in each word divided by 256, as f32: its sign and its other bits, put in fp16's
+    places, have an exponent less 15 and not less 7."""
+    pair = codes >> (8 * (field % 2))  # neighbouring columns lie 16 bits apart
+    return half_of((pair & 0x007F007F) << 7 | (pair & 0x00800080) << 8, field // 2)
+
+
+@triton.jit
 def first_columns(words, WORD_CODES: tl.constexpr):
     """The column of the first code of each word of a row."""
     GROUP_WORDS: tl.constexpr = GROUP // WORD_CODES
@@ -58,7 +66,12 @@ def load_scales(weight, features, words, mask, planes: tl.constexpr):
     block = words // (GROUP // planes[0]) * 4 + words % 4
     BLOCKS: tl.constexpr = planes[4] * 4
     at = features * BLOCKS + block
-    if SCALES == "half_and_min":
+    if SCALES == "group":
+        own = load_word(weight + planes[6], at // 4, mask).to(tl.float32, bitcast=True)
+        d = own * 256.0  # by which e4m3_of divides
+        other = d
+        m = tl.zeros_like(d)
+    elif SCALES == "half_and_min":
         pair = load_word(weight + planes[6], at, mask)
         d, m = half_of(pair, 0), half_of(pair, 1)
         other = d
@@ -109,6 +122,8 @@ def load_words(
 @triton.jit
 def field_weights(codes, high, d, other, m, field: tl.constexpr, planes: tl.constexpr):
     """The weights of code ``field`` of each word, f32."""
+    if planes[3] == "group":
+        return e4m3_of(codes, field) * d
     if planes[0] == 4:
         level = codes << (24 - 8 * field) >> 24
     else:

@@ -12,28 +12,11 @@ from skipkernels.errors import ModelError
 from skipkernels.model.matrix import formats_of
 from skipkernels.model.weights import parameter_views
 from tests.models import random_prompt, stock_tokens, tiny_module
-from tests.packed_checkpoints import edit_config, edit_tensors, matrices, save_packed
+from tests.packed_checkpoints import ALL, edit_config, edit_tensors, fp8_settings, matrices, save_fp8
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2}
 PROMPT = random_prompt(9)
-FP8 = torch.float8_e4m3fn
 Tensors = dict[str, torch.Tensor]
-
-
-def settings(tile: list[int] | None, **others: Any) -> dict[str, Any]:
-    return {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": tile, **others}
-
-
-def fp8_tensors(layer: str, weight: torch.Tensor, tile: tuple[int, int], name: str) -> Tensors:
-    """One scale a tile, so that its largest value is 448, the largest of fp8."""
-    rows, columns = -(-weight.shape[0] // tile[0]), -(-weight.shape[1] // tile[1])
-    numbers, scales = torch.empty(weight.shape, dtype=FP8), torch.empty(rows, columns)
-    for row in range(rows):
-        for column in range(columns):
-            part = slice(row * tile[0], (row + 1) * tile[0]), slice(column * tile[1], (column + 1) * tile[1])
-            scales[row, column] = weight[part].abs().max().float() / 448
-            numbers[part] = (weight[part].float() / scales[row, column]).to(FP8)
-    return {f"{layer}.weight": numbers, f"{layer}.{name}": scales}
 
 
 def value_of(number: int) -> float:
@@ -53,18 +36,6 @@ def fp8_values(tensors: Tensors, layer: str, tile: tuple[int, int], name: str) -
     return out
 
 
-def save(folder: Path, module: Any, tile: tuple[int, int], name: str, told: list[int] | None, **others: Any) -> Tensors:
-    tensors: Tensors = {}
-    for layer, weight in matrices(module):
-        rows, columns = min(tile[0], len(weight)), min(tile[1], weight.shape[1])
-        tensors |= fp8_tensors(layer, weight, (rows, columns), name)
-    save_packed(folder, module, tensors, settings(told, **others))
-    return tensors
-
-
-ALL = 1 << 20
-
-
 @pytest.mark.parametrize(
     ("tile", "name", "told"),
     [
@@ -77,10 +48,10 @@ def test_every_value_is_the_checkpoint_s(
     tmp_path: Path, caplog: Any, tile: tuple[int, int], name: str, told: list[int] | None
 ) -> None:
     module = tiny_module("qwen3", **SIZES, dtype=torch.bfloat16)
-    tensors = save(tmp_path, module, tile, name, told)
+    tensors = save_fp8(tmp_path, module, tile, name, told)
     own = Engine.from_pretrained(tmp_path)
     assert own.dtype == "bf16"
-    assert "no kernels read F8_E4M3; 14 matrices are dequantised to bf16, 8 significant bits" in caplog.text
+    assert "no CPU kernels read F8_E4M3; 14 matrices are dequantised to bf16, 8 significant bits" in caplog.text
     assert "config.json asks for activations in fp8; weights alone are read so" in caplog.text
     floats = Engine.from_pretrained(tmp_path, dtype="fp32")
     views, kept = parameter_views(floats.config, floats.weights), parameter_views(own.config, own.weights)
@@ -95,12 +66,12 @@ def test_every_value_is_the_checkpoint_s(
     (answer,) = floats.generate([PROMPT], max_new_tokens=24, eos_token_ids=[])
     assert answer.token_ids == stock_tokens(reference, PROMPT, 24)
     sizes = {**SIZES, "intermediate_size": 96, "head_dim": 16}
-    save(tmp_path / "wide", tiny_module("qwen3", **sizes, dtype=torch.bfloat16), tile, name, told)
+    save_fp8(tmp_path / "wide", tiny_module("qwen3", **sizes, dtype=torch.bfloat16), tile, name, told)
     assert Engine.from_pretrained(tmp_path / "wide", dtype="q8_0").dtype == "q8_0"
 
 
 def test_a_scale_for_activations_is_left_out(tmp_path: Path, caplog: Any) -> None:
-    save(tmp_path, tiny_module("llama", **SIZES, dtype=torch.bfloat16), (ALL, ALL), "weight_scale", None)
+    save_fp8(tmp_path, tiny_module("llama", **SIZES, dtype=torch.bfloat16), (ALL, ALL), "weight_scale", None)
     path = tmp_path / "model.safetensors"
     inputs = {"model.layers.0.mlp.down_proj.input_scale": torch.tensor(0.5)}
     save_file(load_file(path) | inputs, path, metadata={"format": "pt"})
@@ -119,8 +90,8 @@ def test_a_scale_for_activations_is_left_out(tmp_path: Path, caplog: Any) -> Non
     ],
 )
 def test_settings_that_cannot_be(tmp_path: Path, told: Any, message: str) -> None:
-    save(tmp_path, tiny_module("llama", **SIZES, dtype=torch.bfloat16), (32, 32), "weight_scale_inv", [32, 32])
-    edit_config(tmp_path, quantization_config=settings(told))
+    save_fp8(tmp_path, tiny_module("llama", **SIZES, dtype=torch.bfloat16), (32, 32), "weight_scale_inv", [32, 32])
+    edit_config(tmp_path, quantization_config=fp8_settings(told))
     with pytest.raises(ModelError, match=message):
         Engine.from_pretrained(tmp_path)
 
@@ -137,7 +108,7 @@ def test_settings_that_cannot_be(tmp_path: Path, told: Any, message: str) -> Non
     ],
 )
 def test_tensors_that_cannot_be(tmp_path: Path, name: str, value: torch.Tensor | None, message: str) -> None:
-    save(tmp_path, tiny_module("llama", **SIZES, dtype=torch.bfloat16), (32, 32), "weight_scale_inv", [32, 32])
+    save_fp8(tmp_path, tiny_module("llama", **SIZES, dtype=torch.bfloat16), (32, 32), "weight_scale_inv", [32, 32])
     edit_tensors(tmp_path, **{name: value})
     with pytest.raises(ModelError, match=message):
         Engine.from_pretrained(tmp_path)
@@ -145,7 +116,7 @@ def test_tensors_that_cannot_be(tmp_path: Path, name: str, value: torch.Tensor |
 
 def test_nan_is_named(tmp_path: Path, caplog: Any) -> None:
     """e4m3 has a NaN, 0x7f."""
-    tensors = save(
+    tensors = save_fp8(
         tmp_path, tiny_module("llama", **SIZES, dtype=torch.bfloat16), (32, 32), "weight_scale_inv", [32, 32]
     )
     path, full = tmp_path / "model.safetensors", "model.layers.0.self_attn.o_proj.weight"
