@@ -257,7 +257,8 @@ def randomise(module: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 
 def tiny_engine(family: str = "llama", *, module: PreTrainedModel | Path | None = None, **options: Any) -> Engine:
-    """An engine on a module of its own, or on a checkpoint. Options of ``from_pretrained``; the cache holds 96 positions unless told."""
+    """An engine on a module of its own or a checkpoint. Options of ``from_pretrained``; the cache holds 96 positions,
+    unless told."""
     return Engine.from_pretrained(module or tiny_module(family), **{"max_seq_len": 96, "num_threads": 1, **options})
 
 

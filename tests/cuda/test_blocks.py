@@ -20,7 +20,7 @@ from tests.matrices import random_matrix
 from tests.tolerances import assert_close
 
 FORMATS = pytest.mark.parametrize("format", BLOCK_FORMATS)
-OTHERS = {"q4_k": "q6_k", "q6_k": "q5_k", "q4_0": "q8_0", "q8_0": "q5_1", "f8_e4m3": "q4_k"}
+OTHERS = {"q4_k": "q6_k", "q6_k": "q5_k", "q4_0": "q8_0", "q8_0": "q5_1", "f8_e4m3": "q8_0"}
 
 
 def check(case: BlockCase, **options: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from skipkernels.decoding.generation import Generation
-from tests.models import random_prompt, tiny_engine, tiny_module
+from tests.models import tiny_engine, tiny_module
 from tests.packed_checkpoints import ALL, save_fp8
 
 TILES: dict[str, tuple[tuple[int, int], list[int] | None]] = {
@@ -15,7 +15,6 @@ TILES: dict[str, tuple[tuple[int, int], list[int] | None]] = {
     "all": ((ALL, ALL), None),
 }
 """Of one scale each, and what config.json says of them."""
-PROMPTS = [random_prompt(9, 1), random_prompt(4, 2)]
 
 
 def float8_checkpoint(folder: Path, tiles: str, **sizes: int) -> Path:
@@ -25,7 +24,6 @@ def float8_checkpoint(folder: Path, tiles: str, **sizes: int) -> Path:
     return folder
 
 
-def as_floats(folder: Path, new_tokens: int, **options: Any) -> list[Generation]:
-    """By the reference with fp32 activations."""
+def as_floats(folder: Path, prompts: list[list[int]], new_tokens: int, **options: Any) -> list[Generation]:
     engine = tiny_engine(module=folder, dtype="fp32", executor="reference", **options)
-    return engine.generate(PROMPTS, max_new_tokens=new_tokens)
+    return engine.generate(prompts, max_new_tokens=new_tokens)

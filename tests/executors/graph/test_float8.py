@@ -8,10 +8,12 @@ import pytest
 
 from skipkernels.errors import DeviceError
 from skipkernels.skipping.policy import DensePolicy, NeuronPolicy, Policy, SkipPolicy
-from tests.executors.float8_checkpoint import PROMPTS, TILES, as_floats, float8_checkpoint
+from tests.executors.float8_checkpoint import TILES, as_floats, float8_checkpoint
 from tests.executors.graph.conftest import GpuEngine
+from tests.models import random_prompt
 
 SKIPPING = SkipPolicy(threshold=0.6, span=1, cold_start=0, cold_end=1, warmup_tokens=3)
+PROMPTS = [random_prompt(9, 1), random_prompt(4, 2)]
 
 
 @pytest.mark.parametrize("tiles", TILES)
@@ -20,7 +22,7 @@ def test_tokens_are_those_of_the_reference_on_floats(
     gpu_engine: GpuEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture, tiles: str, policy: Policy
 ) -> None:
     folder, options = float8_checkpoint(tmp_path, tiles), {"policy": policy, "max_batch_size": 2}
-    expected = as_floats(folder, 8, **options)
+    expected = as_floats(folder, PROMPTS, 8, **options)
     caplog.clear()
     engine = gpu_engine(module=folder, **options)
     assert "dequantised" not in caplog.text

@@ -9,8 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from skipkernels import Engine
 from skipkernels.errors import ModelError
-from skipkernels.model.matrix import formats_of
+from skipkernels.model.matrix import BLOCK_FORMATS, GGUF_FORMATS, block_formats_on, formats_of
+from skipkernels.model.packed.float8_matrix import Float8Matrix
 from skipkernels.model.weights import parameter_views
+from tests.executors.programs import same_bits
+from tests.matrices import every_number
 from tests.models import random_prompt, stock_tokens, tiny_module
 from tests.packed_checkpoints import ALL, edit_config, edit_tensors, fp8_settings, matrices, save_fp8
 
@@ -114,13 +117,73 @@ def test_tensors_that_cannot_be(tmp_path: Path, name: str, value: torch.Tensor |
         Engine.from_pretrained(tmp_path)
 
 
-def test_nan_is_named(tmp_path: Path, caplog: Any) -> None:
-    """e4m3 has a NaN, 0x7f."""
-    tensors = save_fp8(
-        tmp_path, tiny_module("llama", **SIZES, dtype=torch.bfloat16), (32, 32), "weight_scale_inv", [32, 32]
-    )
+@pytest.mark.parametrize("number", [0x7F, 0xFF])
+@pytest.mark.parametrize("dtype", [None, "fp32", "q8_0"])
+def test_nan_is_refused_by_name(tmp_path: Path, number: int, dtype: str | None) -> None:
+    """e4m3 has two."""
+    sizes = {**SIZES, "intermediate_size": 96}
+    module = tiny_module("llama", **sizes, dtype=torch.bfloat16)
+    tensors = save_fp8(tmp_path, module, (32, 32), "weight_scale_inv", [32, 32])
     path, full = tmp_path / "model.safetensors", "model.layers.0.self_attn.o_proj.weight"
-    tensors[full].view(torch.uint8)[3, 3] = 0x7F
+    tensors[full].view(torch.uint8)[3, 3] = number
     save_file(load_file(path) | {full: tensors[full]}, path, metadata={"format": "pt"})
-    assert formats_of(Engine.from_pretrained(tmp_path).weights.layers[0].o_proj) == ("bf16",)
-    assert "o_proj holds NaN or infinite values" in caplog.text
+    with pytest.raises(ModelError, match="o_proj: its numbers hold NaN; the checkpoint is corrupt"):
+        Engine.from_pretrained(tmp_path, dtype=dtype)
+
+
+def float8_matrix(rows: int, columns: int, tile: tuple[int, int], nan_at: int | None = None) -> Float8Matrix:
+    bits = every_number().repeat(-(-rows * columns // 256))[: rows * columns].view(rows, columns)
+    if nan_at is not None:
+        bits[nan_at // columns, nan_at % columns] = 0xFF
+    scales = torch.randn(-(-rows // tile[0]), -(-columns // tile[1]), generator=torch.Generator().manual_seed(1))
+    return Float8Matrix("up_proj", columns, scales.bfloat16(), tile, lambda: bits.view(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("tile", [(2, 128), (5, 256), (1, 384), (5, 384), (ALL, ALL), (3, 1024)])
+def test_blocks_hold_the_values_bit_for_bit(monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int]) -> None:
+    """Tiles of several blocks, the last of which is narrower, and parts of a matrix that cut tiles."""
+    monkeypatch.setattr("skipkernels.model.packed.float8_matrix._CHUNK", 3 * 384)
+    matrix, floats = float8_matrix(5, 384, tile), torch.empty(5, 384)
+    matrix.copy_floats(floats)
+    assert matrix.format() == "f8_e4m3"
+    assert not matrix.rounds_scales()
+    assert same_bits(matrix.blocks().dequantize(), floats)
+
+
+@pytest.mark.parametrize(
+    ("columns", "tile", "format"),
+    [
+        (192, (1, 192), "f8_e4m3 in rows of 192 columns"),
+        (192, (128, 128), "f8_e4m3 in rows of 192 columns"),
+        (384, (64, 64), "f8_e4m3 in tiles of 64 columns"),
+        (384, (1, 192), "f8_e4m3 in tiles of 192 columns"),
+    ],
+)
+def test_matrices_whose_blocks_would_be_cut_are_none_of_a_block_format(
+    columns: int, tile: tuple[int, int], format: str
+) -> None:
+    assert float8_matrix(5, columns, tile).format() == format
+
+
+def test_nan_is_not_put_into_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels would read it as a number."""
+    monkeypatch.setattr("skipkernels.model.packed.float8_matrix._CHUNK", 256)
+    with pytest.raises(ModelError, match="up_proj: its numbers hold NaN"):
+        float8_matrix(5, 128, (5, 128), nan_at=4 * 128 + 7).blocks()
+
+
+def test_what_becomes_of_a_matrix_depends_on_the_device_s_kernels(
+    tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And why one became floats is said where others stay as they are."""
+    sizes = {**SIZES, "intermediate_size": 128}
+    save_fp8(tmp_path, tiny_module("llama", **sizes, dtype=torch.bfloat16), (1, ALL), "weight_scale", None)
+    assert formats_of(Engine.from_pretrained(tmp_path).weights.layers[0].down_proj) == ("bf16",)
+    assert "no CPU kernels read F8_E4M3; 14 matrices are dequantised to bf16" in caplog.text
+    caplog.clear()
+    assert block_formats_on("cpu") == GGUF_FORMATS
+    assert block_formats_on("cuda:1") == BLOCK_FORMATS
+    monkeypatch.setattr("skipkernels.model.block_weights.block_formats_on", lambda _: BLOCK_FORMATS)
+    (layer, _) = Engine.from_pretrained(tmp_path, executor="reference").weights.layers
+    assert (formats_of(layer.down_proj), formats_of(layer.o_proj)) == (("f8_e4m3",), ("bf16",))
+    assert "read F8_E4M3 IN ROWS OF 64 COLUMNS; 12 matrices are dequantised to bf16" in caplog.text
