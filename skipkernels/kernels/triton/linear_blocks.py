@@ -40,10 +40,15 @@ def half_of(word, which):
 
 @triton.jit
 def e4m3_of(codes, field: tl.constexpr):
-    """Number ``field`` of the four in each word divided by 256, as f32: its sign and its other bits, put in fp16's
-    places, have an exponent less 15 and not less 7."""
-    pair = codes >> (8 * (field % 2))  # neighbouring columns lie 16 bits apart
-    return half_of((pair & 0x007F007F) << 7 | (pair & 0x00800080) << 8, field // 2)
+    """Number ``field`` of the four in each word divided by 256, as f32: in fp16's places its bits have an exponent less
+    15 and not less 7. The shift back repeats the sign, of which the mask leaves one."""
+    return half_of(codes << (24 - 8 * field) >> 17 & 0xBF80, 0)
+
+
+@triton.jit
+def load_group_scales(weight, groups, mask, planes: tl.constexpr):
+    """What numbers of ``e4m3_of`` are multiplied with, f32; ``groups`` are those of all rows."""
+    return load_word(weight + planes[6], groups, mask).to(tl.float32, bitcast=True) * 256.0
 
 
 @triton.jit
@@ -67,8 +72,7 @@ def load_scales(weight, features, words, mask, planes: tl.constexpr):
     BLOCKS: tl.constexpr = planes[4] * 4
     at = features * BLOCKS + block
     if SCALES == "group":
-        own = load_word(weight + planes[6], at // 4, mask).to(tl.float32, bitcast=True)
-        d = own * 256.0  # by which e4m3_of divides
+        d = load_group_scales(weight, at // 4, mask, planes)
         other = d
         m = tl.zeros_like(d)
     elif SCALES == "half_and_min":
@@ -160,6 +164,8 @@ def block_products(
     # where tiles are filled, the compiler is to know that no mask is needed
     WORDS_DIVIDE: tl.constexpr = ROW_WORDS % BLOCK_WORDS == 0
     COLUMNS_DIVIDE: tl.constexpr = in_features % BLOCK_IN == 0
+    # where a tile is a group, its sums are multiplied with the scale: weights that are would spill registers
+    SCALES_SUMS: tl.constexpr = planes[3] == "group" and BLOCK_ROWS > 1 and BLOCK_IN == GROUP
     if BLOCK_ROWS == 1:
         squares = tl.zeros([BLOCK_WORDS], tl.float32)
         sums = tl.zeros([BLOCK_OUT, BLOCK_WORDS], tl.float32)
@@ -171,8 +177,12 @@ def block_products(
         words_inside = (words < ROW_WORDS) | WORDS_DIVIDE
         codes, high, d, other, m = load_words(weight, features, features_inside, words, words_inside, planes)
         first = first_columns(words, WORD_CODES)
+        if SCALES_SUMS:
+            of_group = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
+            groups = features * planes[4] + start // BLOCK_WORDS
+            scales = load_group_scales(weight, groups, features_inside, planes)
         for field in tl.static_range(WORD_CODES):
-            weights = field_weights(codes, high, d, other, m, field, planes)
+            weights = e4m3_of(codes, field) if SCALES_SUMS else field_weights(codes, high, d, other, m, field, planes)
             columns = first + field_column(WORD_CODES, field)
             inside = (columns < in_features) | COLUMNS_DIVIDE
             if BLOCK_ROWS == 1:
@@ -187,7 +197,12 @@ def block_products(
                 if norm is not None:
                     squares += values * values
                     values *= tl.load(norm + columns, mask=inside, other=0.0)[:, None]
-                sums = tl.dot(weights, values, sums, input_precision="tf32x3")
+                if SCALES_SUMS:
+                    of_group = tl.dot(weights, values, of_group, input_precision="tf32x3")
+                else:
+                    sums = tl.dot(weights, values, sums, input_precision="tf32x3")
+        if SCALES_SUMS:
+            sums += of_group * scales[:, None]
     out = tl.sum(sums, axis=1)[None, :] if BLOCK_ROWS == 1 else tl.trans(sums)
     return out, squares
 
