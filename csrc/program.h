@@ -16,10 +16,10 @@
 
 namespace skipkernels {
 
-// What numbers are. Block formats are GGUF's, in a layout that the executor wants.
-enum class Format : int32_t { f32, bf16, f16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k };
+// What numbers are. Block formats, in a layout that the executor wants, are GGUF's, and e4m3 with fp32 scales.
+enum class Format : int32_t { f32, bf16, f16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k, f8_e4m3 };
 inline constexpr std::string_view kFormatNames[] = {"f32",  "bf16", "f16",  "q8_0", "q4_0", "q4_1",
-                                                    "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"};
+                                                    "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "f8_e4m3"};
 constexpr bool is_float(Format format) { return format <= Format::f16; }
 
 // How a matrix lies in memory: row after row, or, of blocks, in one of the orders of csrc/cpu/blocks.h.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -255,8 +256,9 @@ def randomise(module: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return module
 
 
-def tiny_engine(family: str = "llama", *, module: PreTrainedModel | None = None, **options: Any) -> Engine:
-    """An engine on a module of its own. Options of ``from_pretrained``; the cache holds 96 positions unless told."""
+def tiny_engine(family: str = "llama", *, module: PreTrainedModel | Path | None = None, **options: Any) -> Engine:
+    """An engine on a module of its own or a checkpoint. Options of ``from_pretrained``; the cache holds 96 positions,
+    unless told."""
     return Engine.from_pretrained(module or tiny_module(family), **{"max_seq_len": 96, "num_threads": 1, **options})
 
 

@@ -1,5 +1,5 @@
-"""Checkpoints as GPTQ's and AWQ's tools write them, by slow loops after the public descriptions of the formats, and
-what their words stand for, read back by other loops."""
+"""Checkpoints as GPTQ's, AWQ's and fp8's tools write them, by slow loops after the public descriptions of the formats,
+and what their words stand for, read back by other loops."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -132,6 +132,37 @@ def save_packed(folder: Path, module: Any, tensors: Tensors, settings: dict[str,
     save_file(floats | tensors, folder / "model.safetensors", metadata={"format": "pt"})
     edit_config(folder, quantization_config=settings)
     return folder
+
+
+ALL = 1 << 20
+"""Rows or columns of a tile: all there are."""
+
+
+def fp8_settings(tile: list[int] | None, **others: Any) -> dict[str, Any]:
+    return {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": tile, **others}
+
+
+def fp8_tensors(layer: str, weight: torch.Tensor, tile: tuple[int, int], name: str) -> Tensors:
+    """One scale a tile, so that its largest value is 448, the largest of fp8."""
+    rows, columns = -(-weight.shape[0] // tile[0]), -(-weight.shape[1] // tile[1])
+    numbers, scales = torch.empty(weight.shape, dtype=torch.float8_e4m3fn), torch.empty(rows, columns)
+    for row in range(rows):
+        for column in range(columns):
+            part = slice(row * tile[0], (row + 1) * tile[0]), slice(column * tile[1], (column + 1) * tile[1])
+            scales[row, column] = weight[part].abs().max().float() / 448
+            numbers[part] = (weight[part].float() / scales[row, column]).to(torch.float8_e4m3fn)
+    return {f"{layer}.weight": numbers, f"{layer}.{name}": scales}
+
+
+def save_fp8(
+    folder: Path, module: Any, tile: tuple[int, int], name: str, told: list[int] | None, **others: Any
+) -> Tensors:
+    tensors: Tensors = {}
+    for layer, weight in matrices(module):
+        rows, columns = min(tile[0], len(weight)), min(tile[1], weight.shape[1])
+        tensors |= fp8_tensors(layer, weight, (rows, columns), name)
+    save_packed(folder, module, tensors, fp8_settings(told, **others))
+    return tensors
 
 
 def edit_tensors(folder: Path, **changed: torch.Tensor | None) -> None:

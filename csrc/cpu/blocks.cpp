@@ -319,8 +319,8 @@ void collect_lane(Format format, int64_t rows, int64_t columns, const uint8_t* d
 
 size_t arranged_bytes(Layout layout, Format format, int64_t rows, int64_t columns) {
     const BlockTraits traits = block_traits(format);
-    check(!is_float(format) && columns % traits.source_columns == 0, "no whole number of blocks in ", columns,
-          " columns");
+    check(traits.code_bits > 0, "CPU kernels read no ", kFormatNames[static_cast<size_t>(format)]);
+    check(columns % traits.source_columns == 0, "no whole number of blocks in ", columns, " columns");
     const int64_t group_bytes = GroupLayout(traits, columns).bytes;
     if (layout == Layout::interleaved) return num_groups(rows) * group_bytes;
     if (layout == Layout::single_rows) return rows * group_bytes / kLanes;

@@ -2,8 +2,8 @@
 //
 // Lane 4 g + t of a warp takes rows g and g + 8 of a tile, and of each group of 128 columns a piece: 16 bytes of codes
 // of 4 bits, so that the warp reads 64 neighbouring bytes of a row, and the scales beside them. Codes are whole numbers
-// of at most 8 bits, which bf16 holds exactly: they enter the tensor cores as they are, x as the sum of three bf16, and
-// the sums of 16 columns are multiplied with their scale as floats. Minima take the sum of x.
+// of at most 8 bits, or e4m3, which bf16 holds exactly: they enter the tensor cores as they are, x as the sum of three
+// bf16, and the sums of 16 columns are multiplied with their scale as floats. Minima take the sum of x.
 //
 // A tile of 4 bits, 1 KB a warp and group, needs 24 mma, on an A100 48 cycles of some 80 in which its share of the
 // memory delivers it. One row goes the same way: a row's bits depend neither on how many there are, nor on whose.

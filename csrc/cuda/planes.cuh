@@ -20,6 +20,13 @@ struct Planes {
     }
 };
 
+// Numbers of 8 bits, e4m3, in the lower bytes of two halves, as bf16, which holds them: their other bits, put in its
+// places, have an exponent less 127 and not less 7.
+__device__ __forceinline__ uint32_t e4m3_to_bf16(uint32_t pair) {
+    constexpr uint32_t kTwoTo120 = 0x7b807b80u;
+    return ptx::multiply_bf16x2((pair & 0x007f007fu) << 4 | (pair & 0x00800080u) << 8, kTwoTo120);
+}
+
 // What a lane has of a group of a row, in registers.
 template <Format kFormat>
 struct LanePiece {
@@ -79,7 +86,9 @@ struct LanePiece {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int p = half * 2 + i;
-            if constexpr (kTraits.word_codes == 4) {
+            if constexpr (kTraits.scales == PlaneScales::group) {
+                pair[i] = e4m3_to_bf16(word(words[half], j) >> i * 8);
+            } else if constexpr (kTraits.word_codes == 4) {
                 const uint32_t bytes = word(words[half], j) >> i * 8;
                 // -128 where the sign is not set, -256 where it is
                 pair[i] = ptx::add_bf16x2((bytes & 0x007f007fu) | 0x43004300u, (bytes & 0x00800080u) | 0xc300c300u);
@@ -100,7 +109,9 @@ struct LanePiece {
 
     // What codes of block j are multiplied with, in the first and the second half of its columns.
     __device__ __forceinline__ float scale(int j, int half) const {
-        if constexpr (kTraits.scales == PlaneScales::half) {
+        if constexpr (kTraits.scales == PlaneScales::group) {
+            return __uint_as_float(scales[0]);
+        } else if constexpr (kTraits.scales == PlaneScales::half) {
             return half_of(scales[j / 2], j % 2);
         } else if constexpr (kTraits.scales == PlaneScales::half_and_min) {
             return half_of(scales[j], 0);
@@ -163,6 +174,10 @@ __device__ __forceinline__ float weight_at(const Planes& planes, Format format, 
         if (traits.high_bits == 2)
             level |= (reinterpret_cast<const uint16_t*>(planes.high)[word] >> field * 2 & 3) << 4;
     }
+    if (traits.scales == PlaneScales::group) {
+        return ptx::bf16_to_float(static_cast<uint16_t>(e4m3_to_bf16(static_cast<uint32_t>(level)))) *
+               *reinterpret_cast<const float*>(scales);
+    }
     const auto code = static_cast<float>(level - traits.offset);
     const int64_t super = row * (planes.groups / 2) + group / 2;
     switch (traits.scales) {
@@ -196,6 +211,7 @@ cudaError_t with_block_format(Format format, F f) {
         SKIPKERNELS_BLOCK_FORMAT(q4_k)
         SKIPKERNELS_BLOCK_FORMAT(q5_k)
         SKIPKERNELS_BLOCK_FORMAT(q6_k)
+        SKIPKERNELS_BLOCK_FORMAT(f8_e4m3)
 #undef SKIPKERNELS_BLOCK_FORMAT
         default:
             return cudaErrorInvalidValue;

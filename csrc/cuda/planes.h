@@ -9,12 +9,12 @@ namespace skipkernels::cuda {
 
 constexpr int kGroupColumns = 128, kBlockColumns = 32, kGroupBlocks = kGroupColumns / kBlockColumns;
 
-enum class PlaneScales { half, half_and_min, k, q6_k };
+enum class PlaneScales { half, half_and_min, k, q6_k, group };  // group: one for it, of codes that are e4m3
 
 struct PlaneTraits {
     int word_codes;  // in 32 bits
     int high_bits;   // of a code, beyond those in its word
-    int offset;      // of codes; those of 8 bits are signed
+    int offset;      // of codes; whole numbers of 8 bits are signed
     PlaneScales scales;
 
     SKIPKERNELS_HOST_DEVICE constexpr int units() const {
@@ -22,7 +22,9 @@ struct PlaneTraits {
     }  // of a lane's words, 16 bytes
     // A lane's of a group: its upper bits, the scales of all four lanes, and the numbers that two groups share.
     SKIPKERNELS_HOST_DEVICE constexpr int high_bytes() const { return 4 * high_bits; }
-    SKIPKERNELS_HOST_DEVICE constexpr int scale_bytes() const { return scales == PlaneScales::half_and_min ? 16 : 8; }
+    SKIPKERNELS_HOST_DEVICE constexpr int scale_bytes() const {
+        return scales == PlaneScales::half_and_min ? 16 : scales == PlaneScales::group ? 4 : 8;
+    }
     SKIPKERNELS_HOST_DEVICE constexpr int super_bytes() const {
         return scales == PlaneScales::k ? 4 : scales == PlaneScales::q6_k ? 2 : 0;
     }
@@ -47,6 +49,8 @@ SKIPKERNELS_HOST_DEVICE constexpr PlaneTraits plane_traits(Format format) {
             return {8, 0, 0, PlaneScales::k};
         case Format::q5_k:
             return {8, 1, 0, PlaneScales::k};
+        case Format::f8_e4m3:
+            return {4, 0, 0, PlaneScales::group};
         default:
             return {8, 2, 32, PlaneScales::q6_k};
     }

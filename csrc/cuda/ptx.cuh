@@ -107,12 +107,16 @@ __device__ __forceinline__ uint32_t floats_to_bf16(float low, float high) {
     return bits;
 }
 
-// a + b of both halves, rounded once.
-__device__ __forceinline__ uint32_t add_bf16x2(uint32_t a, uint32_t b) {
-    uint32_t sum;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));  // sm_80 has no add
-    return sum;
+// a b + c of both halves, rounded once; numbers that are no normal ones count.
+__device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t result;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
 }
+
+// a + b and a b of both halves; sm_80 has no instructions of their own for them.
+__device__ __forceinline__ uint32_t add_bf16x2(uint32_t a, uint32_t b) { return fma_bf16x2(a, 0x3f803f80u, b); }
+__device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) { return fma_bf16x2(a, b, 0x80008000u); }
 
 __device__ __forceinline__ float fp16_to_float(uint16_t bits) {
     float value;

@@ -8,7 +8,7 @@ from skipkernels import _C
 from skipkernels.errors import DeviceError
 from skipkernels.executors.formats import require_arranged_int8, require_formats
 from skipkernels.executors.native import native_program
-from skipkernels.model.matrix import BLOCK_FORMATS, FLOAT_FORMATS
+from skipkernels.model.matrix import FLOAT_FORMATS, GGUF_FORMATS
 from skipkernels.program import Program
 from skipkernels.program.state import DecodeState
 from skipkernels.support.machine import default_threads
@@ -24,7 +24,7 @@ class CpuExecutor:
     ) -> None:
         if state.active.device.type != "cpu":
             raise DeviceError(f"the cpu executor needs buffers on the cpu, got {state.active.device}")
-        require_formats(program, "cpu", (*FLOAT_FORMATS, *BLOCK_FORMATS))
+        require_formats(program, "cpu", (*FLOAT_FORMATS, *GGUF_FORMATS))
         require_arranged_int8(program, "cpu")
         self.program = program  # keeps the tensors alive whose addresses the native program holds
         self.state = state

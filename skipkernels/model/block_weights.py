@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
 from skipkernels.errors import PolicyError
 from skipkernels.model.config import ModelConfig, dtype_name
 from skipkernels.model.family import FAMILIES
-from skipkernels.model.matrix import BLOCK_FORMATS, FLOAT_FORMATS, AnyMatrix, merged, stacked
+from skipkernels.model.matrix import BLOCK_FORMATS, FLOAT_FORMATS, AnyMatrix, block_formats_on, merged, stacked
 from skipkernels.model.parameters import Parameters
 from skipkernels.model.recipe import large_matrices
 from skipkernels.model.weights import (
@@ -72,10 +72,10 @@ def load_in_formats(
     device: torch.device | str = "cpu",
     neuron_rows: bool = False,
 ) -> ModelWeights:
-    """Packed weights in the parameters' formats. A matrix whose format has no kernels, or that is stacked with floats
-    (of experts, with another format), is dequantised to ``float_dtype``, which is logged. Routers, which are small and
-    decide much, stay floats of their own dtype. Blocks lie as in the file: an executor arranges them
-    (``weights.interleave``), with ``neuron_rows`` so that single neurons can be left out.
+    """Packed weights in the parameters' formats. A matrix whose format no kernels of the device read, or that is
+    stacked with floats (of experts, with another format), is dequantised to ``float_dtype``, which is logged. Routers,
+    which are small and decide much, stay floats of their own dtype. Blocks lie as in the file: an executor arranges
+    them (``weights.interleave``), with ``neuron_rows`` so that single neurons can be left out.
 
     Raises:
         PolicyError: ``neuron_rows`` with experts in blocks.
@@ -88,17 +88,21 @@ def load_in_formats(
     }
     routers = {name for ffn in ffns.values() for name in ffn["router"]}
     names = large_matrices(config, {name: tuple(view.shape) for name, view in shapes_only.items()})
-    dtype = float_dtype(parameters, names)
+    dtype, block_formats = float_dtype(parameters, names), block_formats_on(device)
     if neuron_rows:
         of_experts = {name for ffn in ffns.values() for listed in ffn.values() for name in listed} - routers
-        blocks = {parameters.format(name) for name in of_experts} & BLOCK_FORMATS.keys()  # others become floats
+        blocks = {parameters.format(name) for name in of_experts} & block_formats.keys()  # others become floats
         if reason := no_neurons_of_experts(blocks):
             raise PolicyError(reason)
-    without = Counter(kind for name in names if (kind := parameters.format(name)) not in BLOCK_FORMATS | FLOAT_FORMATS)
+    held = {name: parameters.format(name) for name in names}
+    without = Counter(
+        _told(kind, block_formats) for kind in held.values() if kind not in block_formats.keys() | FLOAT_FORMATS.keys()
+    )
     for kind, count in without.items():
         logger.warning(
-            "%s: no kernels read %s; %d matrices are dequantised to %s, %d significant bits of each weight",
+            "%s: no %s kernels read %s; %d matrices are dequantised to %s, %d significant bits of each weight",
             parameters.source,
+            "GPU" if torch.device(device).type == "cuda" else "CPU",
             kind.upper(),
             count,
             dtype_name(dtype),
@@ -113,7 +117,7 @@ def load_in_formats(
 
     def matrix(*parts: str, transposed: bool = False, of_experts: bool = False) -> AnyMatrix:
         formats = [parameters.format(name) for name in parts]
-        if all(format in BLOCK_FORMATS for format in formats) and not (of_experts and len(set(formats)) > 1):
+        if all(format in block_formats for format in formats) and not (of_experts and len(set(formats)) > 1):
             blocks = [parameters.blocks(name).to(device) for name in parts]
             return stacked(merged(blocks) if of_experts else blocks)
         rows, columns = [shapes_only[name].shape[0] for name in parts], shapes_only[parts[0]].shape[1]
@@ -126,7 +130,7 @@ def load_in_formats(
             places = floats.split(rows)
         for name, part in zip(parts, places, strict=True):
             parameters.copy_floats(name, part)
-        beside_floats.update(format for format in formats if format in BLOCK_FORMATS)
+        beside_floats.update(format for format in formats if format in block_formats)
         return floats
 
     weights.embed_tokens = matrix("model.embed_tokens.weight")
@@ -162,3 +166,9 @@ def float_dtype(parameters: Parameters, names: Sequence[str]) -> torch.dtype:
     bf16."""
     floats = {parameters.format(name) for name in names} & FLOAT_FORMATS.keys()
     return FLOAT_FORMATS[floats.pop()] if len(floats) == 1 else torch.bfloat16
+
+
+def _told(kind: str, block_formats: Collection[str]) -> str:
+    """A format that is none of blocks, without the reason where the device has no kernels for those blocks either."""
+    name = kind.partition(" ")[0]
+    return name if name in BLOCK_FORMATS.keys() - block_formats else kind

@@ -1,11 +1,11 @@
-"""Matrix: a weight matrix in blocks of quantised weights, as GGUF files hold it, and what all matrices have in common.
+"""Matrix: a weight matrix in blocks of quantised weights, and what all matrices have in common.
 
 A matrix of floats is a plain tensor. Both are operands of the decode program, each with a format of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from skipkernels.errors import ModelError
+from skipkernels.model.float8_blocks import numbers_times_scales
 from skipkernels.model.planes import arranged_in_planes, dequantized_planes
 
 FLOAT_FORMATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -20,8 +21,8 @@ FLOAT_FORMATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.floa
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """One of GGUF's block types: ``block_bytes`` hold ``block_columns`` neighbouring weights of a row: ``code_bytes``
-    a code for each of them, the others what they share."""
+    """``block_bytes`` hold ``block_columns`` neighbouring weights of a row: ``code_bytes`` a code for each of them, the
+    others what they share."""
 
     block_columns: int
     block_bytes: int
@@ -31,7 +32,7 @@ class BlockFormat:
         return columns // self.block_columns * self.block_bytes
 
 
-BLOCK_FORMATS = {
+GGUF_FORMATS = {
     "q8_0": BlockFormat(32, 34, 32),
     "q4_0": BlockFormat(32, 18, 16),
     "q4_1": BlockFormat(32, 20, 16),
@@ -41,20 +42,22 @@ BLOCK_FORMATS = {
     "q5_k": BlockFormat(256, 176, 160),
     "q6_k": BlockFormat(256, 210, 192),
 }
-"""The block formats that the kernels compute with; the names are GGUF's types in lower case."""
+"""GGUF's block types that kernels compute with, on CPUs and GPUs; the names are its own in lower case."""
+BLOCK_FORMATS = {**GGUF_FORMATS, "f8_e4m3": BlockFormat(128, 132, 128)}
+"""All block formats that kernels compute with: f8_e4m3 (``model.float8_blocks``) on GPUs only."""
 
 
 BlockLayout = Literal["rows", "interleaved", "single_rows", "single_columns", "planes"]
-"""How the blocks of a matrix lie: as in a GGUF file; 16 rows side by side; every row, or every column, in one piece, so
-that some can be left unread (csrc/cpu/blocks.h); for GPUs, in planes (``model.planes``)."""
+"""How the blocks of a matrix lie: one behind the other, as in a file; 16 rows side by side; every row, or every column,
+in one piece, so that some can be left unread (csrc/cpu/blocks.h); for GPUs, in planes (``model.planes``)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
     """``rows`` x ``columns`` weights in a block format.
 
-    ``data`` is u8: in layout ``rows`` [rows, bytes of a row], GGUF's own bytes, possibly of a mapped file; in other
-    layouts [bytes], in an order that the C++ kernels read (``arranged``).
+    ``data`` is u8: in layout ``rows`` [rows, bytes of a row], for GGUF's formats its own bytes, possibly of a mapped
+    file; in other layouts [bytes], in an order that kernels read (``arranged``).
 
     Raises:
         ModelError: the format is none of ``BLOCK_FORMATS``, or the sizes contradict each other.
@@ -105,7 +108,7 @@ class Matrix:
         return Matrix(self.format, self.rows, self.columns, self.data.to(device), layout=self.layout)
 
     def dequantize(self) -> torch.Tensor:
-        """The weights, f32 [rows, columns]: bit for bit what the ``gguf`` package makes of them."""
+        """The weights, f32 [rows, columns]: of GGUF's formats bit for bit what the ``gguf`` package makes of them."""
         return self.dequantize_rows(torch.arange(self.rows))
 
     def dequantize_rows(self, rows: torch.Tensor) -> torch.Tensor:
@@ -126,11 +129,13 @@ class Matrix:
                 out.data_ptr(),
             )
             return out
+        blocks = self.data[rows.to(self.device)]
+        if self.format not in GGUF_FORMATS:
+            return numbers_times_scales(blocks)
         import gguf
 
-        blocks = self.data[rows.to(self.device)].cpu().numpy()
         kind = gguf.GGMLQuantizationType[self.format.upper()]
-        return torch.from_numpy(gguf.quants.dequantize(blocks, kind)).to(self.device)
+        return torch.from_numpy(gguf.quants.dequantize(blocks.cpu().numpy(), kind)).to(self.device)
 
     def split(self, rows: int) -> StackedMatrix:
         """Its first ``rows`` rows on top of the others, of a matrix in layout ``rows``."""
@@ -231,6 +236,11 @@ AnyMatrix = torch.Tensor | Matrix | StackedMatrix
 
 MatrixOperand = AnyMatrix | TransposedMatrix
 """What an instruction multiplies with."""
+
+
+def block_formats_on(device: torch.device | str) -> Mapping[str, BlockFormat]:
+    """The block formats that a device's kernels multiply; others are to become floats."""
+    return BLOCK_FORMATS if torch.device(device).type == "cuda" else GGUF_FORMATS
 
 
 def formats_of(matrix: MatrixOperand) -> tuple[str, ...]:

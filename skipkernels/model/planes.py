@@ -11,9 +11,9 @@ bytes on, of all rows:
   words   i32 [rows, groups, lane, block], of 8 bits [rows, groups, half, lane, block]
   high    of 5 and 6 bits, for each word u8 or u16: the upper one or two bits of code i at bit i or 2i
   scales  [rows, groups, block]: fp16 d (q8_0, q4_0, q5_0), fp16 d and m (q4_1, q5_1), u8 scale and minimum (q4_k,
-          q5_k), i8 scales of the block's halves (q6_k)
+          q5_k), i8 scales of the block's halves (q6_k); of f8_e4m3 [rows, groups]: fp32 d
   supers  of the K formats [rows, groups / 2]: fp16 d and dmin, of q6_k fp16 d
-A weight is d * (code - offset) + m; codes of 8 bits are signed.
+A weight is d * (code - offset) + m; codes of 8 bits are signed whole numbers, those of f8_e4m3 floats.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _ALIGNMENT = 16
 _CHUNK = 1 << 22
 """Weights brought into order at a time: what it takes beside them is a few times their bytes."""
 
-Scales = Literal["half", "half_and_min", "k", "q6_k"]
+Scales = Literal["half", "half_and_min", "k", "q6_k", "group"]
+"""``group``: one for a group, of codes that are floats."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class PlaneFormat:
     @property
     def scale_bytes(self) -> int:
         """Of a group."""
-        return 16 if self.scales == "half_and_min" else 8
+        return {"half_and_min": 16, "group": 4}.get(self.scales, 8)
 
     @property
     def super_bytes(self) -> int:
@@ -67,6 +68,7 @@ PLANE_FORMATS = {
     "q4_k": PlaneFormat(8, 0, 0, "k"),
     "q5_k": PlaneFormat(8, 1, 0, "k"),
     "q6_k": PlaneFormat(8, 2, 32, "q6_k"),
+    "f8_e4m3": PlaneFormat(4, 0, 0, "group"),
 }
 
 
@@ -92,7 +94,7 @@ class PlaneSizes:
 
 
 def arranged_in_planes(format: str, columns: int, source: torch.Tensor) -> torch.Tensor:
-    """GGUF's bytes u8 [rows, bytes of a row] as planes, u8 [bytes], on the device that they are on."""
+    """Blocks u8 [rows, bytes of a row] as planes, u8 [bytes], on the device that they are on."""
     kind, rows = PLANE_FORMATS[format], len(source)
     padding = PlaneSizes.of(format, rows, columns).groups * GROUP_COLUMNS - columns
     out = torch.zeros(PlaneSizes.of(format, rows, columns).nbytes, dtype=torch.uint8, device=source.device)
@@ -113,7 +115,7 @@ def dequantized_planes(format: str, rows: int, columns: int, data: torch.Tensor,
     chosen = chosen.to(data.device)
     for part in _parts(len(chosen), columns):
         own = chosen[part]
-        levels = (_unpacked(kind, words[own], high[own]) - kind.offset).float()
+        levels = _levels(kind, words[own], high[own])
         d, m = _scales_of(kind, scales[own], supers[own])
         weights = levels.view(*d.shape, -1) * d[..., None]
         out[part] = (weights if m is None else weights + m[..., None]).flatten(1)[:, :columns]
@@ -173,10 +175,20 @@ def _unpacked(kind: PlaneFormat, words: torch.Tensor, high: torch.Tensor) -> tor
     return codes.reshape(rows, -1).int()
 
 
+def _levels(kind: PlaneFormat, words: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """What scales are multiplied with, f32 [rows, columns]."""
+    codes = _unpacked(kind, words, high)
+    if kind.scales == "group":
+        return codes.to(torch.uint8).view(torch.float8_e4m3fn).float()
+    return (codes - kind.offset).float()
+
+
 def _scales_of(
     kind: PlaneFormat, scales: torch.Tensor, supers: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """d and m of each block, or of each half of one, f32 [rows, blocks]; no m: 0."""
+    """d and m of each block, of each half of one, or of each group of them, f32 [rows, blocks]; no m: 0."""
+    if kind.scales == "group":
+        return scales.view(torch.float32), None
     if kind.scales == "half":
         return scales.view(torch.float16).float(), None
     if kind.scales == "half_and_min":
@@ -193,8 +205,8 @@ Read = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Codes u8 [rows, columns], scales and supers as bytes [rows, ...]."""
 
 
-def _read_32(source: torch.Tensor, block_bytes: int, scale_bytes: int, high_bytes: int) -> Read:
-    """Blocks of 32: their fp16 numbers, fifth bits, and lower four bits, columns c and c + 16 in a byte."""
+def _read_plain(source: torch.Tensor, block_bytes: int, scale_bytes: int, high_bytes: int) -> Read:
+    """Blocks of scales, fifth bits, and codes, of which four bits of columns c and c + 16 lie in a byte."""
     blocks = source.view(len(source), -1, block_bytes)
     scales, codes = blocks[:, :, :scale_bytes], blocks[:, :, scale_bytes + high_bytes :]
     if codes.shape[2] == 16:
@@ -232,12 +244,13 @@ def _read_q6_k(source: torch.Tensor) -> Read:
 
 
 _READERS: dict[str, Callable[[torch.Tensor], Read]] = {
-    "q8_0": partial(_read_32, block_bytes=34, scale_bytes=2, high_bytes=0),
-    "q4_0": partial(_read_32, block_bytes=18, scale_bytes=2, high_bytes=0),
-    "q4_1": partial(_read_32, block_bytes=20, scale_bytes=4, high_bytes=0),
-    "q5_0": partial(_read_32, block_bytes=22, scale_bytes=2, high_bytes=4),
-    "q5_1": partial(_read_32, block_bytes=24, scale_bytes=4, high_bytes=4),
+    "q8_0": partial(_read_plain, block_bytes=34, scale_bytes=2, high_bytes=0),
+    "q4_0": partial(_read_plain, block_bytes=18, scale_bytes=2, high_bytes=0),
+    "q4_1": partial(_read_plain, block_bytes=20, scale_bytes=4, high_bytes=0),
+    "q5_0": partial(_read_plain, block_bytes=22, scale_bytes=2, high_bytes=4),
+    "q5_1": partial(_read_plain, block_bytes=24, scale_bytes=4, high_bytes=4),
     "q4_k": partial(_read_k, block_bytes=144, high_bytes=0),
     "q5_k": partial(_read_k, block_bytes=176, high_bytes=32),
     "q6_k": _read_q6_k,
+    "f8_e4m3": partial(_read_plain, block_bytes=132, scale_bytes=4, high_bytes=0),
 }

@@ -14,12 +14,13 @@ from skipkernels.skipping.policy import DensePolicy, SkipPolicy
 from tests.cuda.comparison import compare_op
 from tests.cuda.kernels import HostKernels
 from tests.executors.block_case import BlockCase
+from tests.executors.float8_case import all_numbers
 from tests.executors.programs import compare_program, guarded, same_bits
 from tests.matrices import random_matrix
 from tests.tolerances import assert_close
 
 FORMATS = pytest.mark.parametrize("format", BLOCK_FORMATS)
-OTHERS = {"q4_k": "q6_k", "q6_k": "q5_k", "q4_0": "q8_0", "q8_0": "q5_1"}
+OTHERS = {"q4_k": "q6_k", "q6_k": "q5_k", "q4_0": "q8_0", "q8_0": "q5_1", "f8_e4m3": "q8_0"}
 
 
 def check(case: BlockCase, **options: int) -> None:
@@ -45,7 +46,7 @@ def test_v_may_have_another_format(format: str, dtype: torch.dtype) -> None:
 @FORMATS
 def test_long_rows_take_several_rounds(format: str) -> None:
     """More groups than warps, tiles than blocks, and a last group that is not full."""
-    columns = 9 * 256 if BLOCK_FORMATS[format].block_columns == 256 else 2080
+    columns = 2080 if BLOCK_FORMATS[format].block_columns == 32 else 9 * 256
     case = BlockCase.of(format, seq_lens=(5, 6), intermediate_size=columns)
     compare_op("down_proj_add", case, num_sms=2, seed=3)
 
@@ -59,13 +60,14 @@ def test_rows_of_several_passes_agree_where_some_skip() -> None:
 
 def down_proj(rows: int, seed: int = 0, format: str = "q4_1") -> Instruction:
     """Into zeros, so that a row that was not wanted shows."""
-    x = torch.randn(rows, 416, generator=torch.Generator().manual_seed(seed))
+    columns = 416 if BLOCK_FORMATS[format].block_columns == 32 else 512
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     return instruction(
         "down_proj_add",
         row_mask=torch.ones(rows, dtype=torch.int32),
         activations="fp32",
         intermediate=guarded(x),
-        down_proj=random_matrix(format, 40, 416, scale=0.001).arranged("planes"),
+        down_proj=random_matrix(format, 40, columns, scale=0.001).arranged("planes"),
         hidden_states=torch.zeros(rows, 40),
         similarity_partials=None,
         rows_per_partial=16,
@@ -78,7 +80,7 @@ def run(ins: Instruction, **options: int) -> torch.Tensor:
     return ins.tensors["hidden_states"]
 
 
-@pytest.mark.parametrize("format", ["q8_0", "q4_0", "q4_1", "q5_1"])
+@pytest.mark.parametrize("format", ["q8_0", "q4_0", "q4_1", "q5_1", "f8_e4m3"])
 def test_a_row_gets_the_bits_it_gets_alone(format: str) -> None:
     """Whatever the other rows, how many there are, the blocks of the grid and the schedule."""
     together = run(down_proj(16, format=format)).clone()
@@ -91,12 +93,12 @@ def test_a_row_gets_the_bits_it_gets_alone(format: str) -> None:
         assert same_bits(alone[row], together[row])
         assert not alone[list(idle)].any()
     few = down_proj(3, format=format)  # of a program with one column of tiles
-    few.tensors["intermediate"].copy_(down_proj(16).tensors["intermediate"][:3])
+    few.tensors["intermediate"].copy_(down_proj(16, format=format).tensors["intermediate"][:3])
     assert same_bits(run(few), together[:3])
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 3e5])
-@pytest.mark.parametrize("format", ["q8_0", "q4_0", "q5_1"])
+@pytest.mark.parametrize("format", ["q8_0", "q4_0", "q5_1", "f8_e4m3"])
 def test_the_accuracy_is_that_of_floats(format: str, scale: float) -> None:
     """Against a product in fp64 with the exact weights."""
     ins = down_proj(4, format=format)
@@ -104,6 +106,12 @@ def test_the_accuracy_is_that_of_floats(format: str, scale: float) -> None:
     x, weights = ins.tensors["intermediate"].double(), ins.tensors["down_proj"].dequantize().double()
     error = (run(ins).double() - x @ weights.T).abs().max() / (x.abs() @ weights.abs().T).max()
     assert float(error) < 2**-22
+
+
+@pytest.mark.parametrize("rows", [1, 3, 11])
+def test_every_number_of_8_bits_is_multiplied(rows: int) -> None:
+    ins, expected = all_numbers(rows)
+    assert torch.equal(run(ins), expected)
 
 
 def gate_up(gate: Matrix, up: Matrix, **changes: object) -> Instruction:

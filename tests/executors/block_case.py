@@ -33,10 +33,10 @@ class BlockCase(Case):
         values: dict[str, Any] = {
             "seq_lens": (5,),
             "active": (True,) * len(changes.get("seq_lens", (5,))),
-            "hidden_size": max(96, columns),
-            "intermediate_size": max(160, columns),
+            "hidden_size": -(-96 // columns) * columns,
+            "intermediate_size": -(-160 // columns) * columns,
             "vocab_size": 37,
-            "head_dim": 16 if columns < 256 else 64,
+            "head_dim": max(16, columns // 4),
             "num_key_value_heads": 2,
             "group_size": 2,
             "dtype": torch.bfloat16,
@@ -53,7 +53,7 @@ class BlockCase(Case):
         format, other = self.formats
 
         def blocks(kind: str, rows: int, columns: int) -> Matrix:
-            size = {"q8_0": 127, "q6_k": 32 * 127, "q4_k": 15 * 63, "q5_k": 31 * 63}.get(kind, 16)
+            size = {"q8_0": 127, "q6_k": 32 * 127, "q4_k": 15 * 63, "q5_k": 31 * 63, "f8_e4m3": 128}.get(kind, 16)
             return random_matrix(kind, rows, columns, seed=next(seeds), scale=1 / (size * columns**0.5))
 
         of_up = other if self.up_differs else format

@@ -8,7 +8,7 @@ import torch
 
 from skipkernels import _C
 from skipkernels.executors.cpu import CpuExecutor
-from skipkernels.model.matrix import BLOCK_FORMATS, Matrix
+from skipkernels.model.matrix import GGUF_FORMATS, Matrix
 from skipkernels.program.reference import REFERENCE
 from skipkernels.program.table import Instruction, instruction
 from tests.executors.native_rows import Rows
@@ -17,7 +17,7 @@ from tests.matrices import random_matrix
 from tests.tolerances import assert_close
 
 ISAS = pytest.mark.parametrize("isa", _C.usable_isas())
-FORMATS = pytest.mark.parametrize("format", BLOCK_FORMATS)
+FORMATS = pytest.mark.parametrize("format", GGUF_FORMATS)
 EXPERTS, CHOSEN, ROWS = 5, 2, 20
 
 

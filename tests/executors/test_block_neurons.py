@@ -11,7 +11,7 @@ import torch
 
 from skipkernels import _C
 from skipkernels.errors import DeviceError, ModelError
-from skipkernels.model.matrix import BLOCK_FORMATS, AnyMatrix, Matrix, StackedMatrix, column_nbytes, halves
+from skipkernels.model.matrix import GGUF_FORMATS, AnyMatrix, Matrix, StackedMatrix, column_nbytes, halves
 from skipkernels.program.reference import REFERENCE
 from skipkernels.program.table import Instruction, instruction
 from tests.executors.programs import guarded, same_bits
@@ -20,7 +20,7 @@ from tests.matrices import random_matrix, scale_offsets
 from tests.tolerances import assert_close
 
 ISAS = pytest.mark.parametrize("isa", _C.usable_isas())
-FORMATS = pytest.mark.parametrize("format", BLOCK_FORMATS)
+FORMATS = pytest.mark.parametrize("format", GGUF_FORMATS)
 SINGLE = pytest.mark.parametrize("layout", ["single_rows", "single_columns"])
 NEURONS = 512
 CHUNK = 128
@@ -235,7 +235,7 @@ def test_what_no_listed_neuron_needs_is_not_read(isa: str, format: str) -> None:
     """Codes of neurons left out are others, scales of blocks of 32 without a listed one are NaN."""
     neurons = [j for j in RANDOM if j // 32 % 4 != 1 and j >= 256]  # of whole super-blocks, too
     matrix, x = random_matrix(format, 203, NEURONS), gates(3, neurons)
-    block = BLOCK_FORMATS[format]
+    block = GGUF_FORMATS[format]
     poisoned = matrix.data.clone().view(203, -1, block.block_bytes)
     for index in range(poisoned.shape[1]):
         first = index * block.block_columns
@@ -267,7 +267,7 @@ def test_columns_that_are_left_out_have_no_say(isa: str, format: str) -> None:
     left_out = torch.ones(NEURONS, dtype=torch.bool)
     left_out[RANDOM] = False
     other = random_matrix(format, 203, NEURONS, seed=9)
-    block = BLOCK_FORMATS[format]
+    block = GGUF_FORMATS[format]
     arranged, changed = (each.arranged("single_columns") for each in (matrix, other))
     chunks = -(-203 // 64)
     pairs = -(-chunks // 2)
@@ -291,7 +291,7 @@ def test_columns_that_are_left_out_have_no_say(isa: str, format: str) -> None:
 @pytest.mark.parametrize("rows", [64, 203, 576])
 def test_the_bytes_of_a_column_are_those_that_lie_between_two(format: str, rows: int) -> None:
     """Codes in whole cache lines; scales, which neighbours share, are not among them."""
-    matrix, block = random_matrix(format, rows, NEURONS), BLOCK_FORMATS[format]
+    matrix, block = random_matrix(format, rows, NEURONS), GGUF_FORMATS[format]
     arranged = matrix.arranged("single_columns")
     assert column_nbytes(arranged) * NEURONS < arranged.nbytes
     least = matrix.rows * block.code_bytes / block.block_columns  # what codes take where nothing fills them up

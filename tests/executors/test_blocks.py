@@ -10,7 +10,7 @@ import torch
 from skipkernels import _C
 from skipkernels.errors import DeviceError
 from skipkernels.executors.cpu import CpuExecutor
-from skipkernels.model.matrix import BLOCK_FORMATS, AnyMatrix, Matrix, StackedMatrix
+from skipkernels.model.matrix import GGUF_FORMATS, AnyMatrix, Matrix, StackedMatrix
 from skipkernels.program.reference import REFERENCE
 from skipkernels.program.table import Instruction, instruction
 from tests.executors.native_rows import Rows
@@ -19,7 +19,7 @@ from tests.matrices import random_matrix, scale_offsets
 from tests.tolerances import assert_close
 
 ISAS = pytest.mark.parametrize("isa", _C.usable_isas())
-FORMATS = pytest.mark.parametrize("format", BLOCK_FORMATS)
+FORMATS = pytest.mark.parametrize("format", GGUF_FORMATS)
 
 
 @FORMATS
@@ -89,7 +89,7 @@ def test_a_row_alone_gets_the_bits_it_gets_among_others(isa: str, format: str, c
 
 
 def with_scales(format: str, data: torch.Tensor, bits: int) -> Matrix:
-    blocks = data.view(17, -1, BLOCK_FORMATS[format].block_bytes)
+    blocks = data.view(17, -1, GGUF_FORMATS[format].block_bytes)
     for at in scale_offsets(format):
         blocks[:, :, at], blocks[:, :, at + 1] = bits & 255, bits >> 8
     return Matrix(format, 17, 512, data)
@@ -107,7 +107,7 @@ def test_extreme_blocks_neither_overflow_nor_lose_their_sign(
     isa: str, format: str, code: int, scale: str, x: float
 ) -> None:
     """All codes and all activations at their limits: the sums of products are the largest there are."""
-    data = torch.full((17, BLOCK_FORMATS[format].row_bytes(512)), code, dtype=torch.uint8)
+    data = torch.full((17, GGUF_FORMATS[format].row_bytes(512)), code, dtype=torch.uint8)
     matrix = with_scales(format, data, HALVES[scale])
     rows = torch.full((5, 512), x)
     rows[1::2, ::2] *= -1
@@ -155,3 +155,8 @@ def test_what_the_cpu_executor_does_not_compute_is_refused_by_name() -> None:
         run(o_proj(matrix, x, torch.zeros(1, 3)))
     with pytest.raises(DeviceError, match="multiplies o_proj in q4_0 with int8 activations, not fp32"):
         run(o_proj(matrix.interleaved(), x, torch.zeros(1, 3), activations="fp32"))
+    floats = random_matrix("f8_e4m3", 3, 128)
+    with pytest.raises(DeviceError, match=r"cpu executor has no kernel for o_proj in f8_e4m3; it takes f32, .*q6_k$"):
+        run(o_proj(floats, activations(1, 128), torch.zeros(1, 3)))
+    with pytest.raises(RuntimeError, match="CPU kernels read no f8_e4m3"):
+        floats.interleaved()

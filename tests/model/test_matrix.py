@@ -6,13 +6,21 @@ import pytest
 import torch
 
 from skipkernels.errors import ModelError
-from skipkernels.model.matrix import BLOCK_FORMATS, Matrix, StackedMatrix, dequantized, formats_of, weight_rows
+from skipkernels.model.matrix import (
+    BLOCK_FORMATS,
+    GGUF_FORMATS,
+    Matrix,
+    StackedMatrix,
+    dequantized,
+    formats_of,
+    weight_rows,
+)
 from tests.matrices import random_matrix
 
 FORMATS = pytest.mark.parametrize("format", BLOCK_FORMATS)
 
 
-@FORMATS
+@pytest.mark.parametrize("format", GGUF_FORMATS)
 def test_block_sizes_are_those_of_the_gguf_package(format: str) -> None:
     columns, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[format.upper()]]
     assert (BLOCK_FORMATS[format].block_columns, BLOCK_FORMATS[format].block_bytes) == (columns, size)
@@ -40,6 +48,7 @@ def test_parts_of_a_stack_keep_their_formats() -> None:
         ("q2_k", 1, 256, (1, 84), "matrix format 'q2_k' is not supported; use one of q8_0, q4_0"),
         ("q4_0", 1, 33, (1, 18), "q4_0 needs a multiple of 32 columns, got 33"),
         ("q4_k", 1, 288, (1, 162), "q4_k needs a multiple of 256 columns, got 288"),
+        ("f8_e4m3", 1, 192, (1, 198), "f8_e4m3 needs a multiple of 128 columns, got 192"),
         ("q8_0", 2, 64, (2, 67), r"2 x 64 weights in q8_0 are \[2, 68\] bytes, got \[2, 67\]"),
     ],
 )

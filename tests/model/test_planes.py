@@ -1,22 +1,24 @@
-"""Planes, in which GPU kernels read blocks, hold the weights that the ``gguf`` package makes of a file's bytes."""
+"""Planes, in which GPU kernels read blocks, hold the weights that the ``gguf`` package makes of a file's bytes, and of
+f8_e4m3 those of torch's own dtype."""
 
 import pytest
 import torch
 
 from skipkernels.errors import DeviceError, ModelError
-from skipkernels.model.matrix import BLOCK_FORMATS, Matrix, StackedMatrix, merged
+from skipkernels.model.float8_blocks import float8_blocks
+from skipkernels.model.matrix import BLOCK_FORMATS, GGUF_FORMATS, Matrix, StackedMatrix, merged
 from skipkernels.model.planes import PLANE_FORMATS, PlaneSizes
 from skipkernels.model.weights import into_planes
 from tests.executors.block_case import BlockCase
 from tests.executors.programs import same_bits
-from tests.matrices import random_matrix
+from tests.matrices import every_number, random_matrix
 
 FORMATS = pytest.mark.parametrize("format", BLOCK_FORMATS)
 
 
 @FORMATS
 @pytest.mark.parametrize(("rows", "columns"), [(1, 256), (37, 768), (5, 32), (3, 416)])
-def test_planes_are_bit_for_bit_the_weights_of_the_gguf_package(format: str, rows: int, columns: int) -> None:
+def test_planes_are_bit_for_bit_the_weights_of_the_blocks(format: str, rows: int, columns: int) -> None:
     if columns % BLOCK_FORMATS[format].block_columns:
         columns *= 8
     matrix = random_matrix(format, rows, columns, seed=rows)
@@ -26,10 +28,11 @@ def test_planes_are_bit_for_bit_the_weights_of_the_gguf_package(format: str, row
     assert same_bits(planes.dequantize_rows(some), matrix.dequantize_rows(some))
 
 
-@FORMATS
+@pytest.mark.parametrize("format", GGUF_FORMATS)
 @pytest.mark.parametrize("byte", [0x00, 0x7F, 0x80, 0xFF])
 def test_extreme_blocks(format: str, byte: int) -> None:
-    """All codes, scales and minima at their limits; fp16 numbers are finite, as a NaN's bits are nobody's."""
+    """All codes, scales and minima at their limits; fp16 numbers are finite, as a NaN's bits are nobody's, and f8_e4m3
+    is tried with all of its numbers below."""
     data = torch.full((2, BLOCK_FORMATS[format].row_bytes(512)), byte, dtype=torch.uint8)
     plain = random_matrix(format, 2, 512)
     blocks, halves = (each.view(2, -1, BLOCK_FORMATS[format].block_bytes) for each in (data, plain.data))
@@ -37,6 +40,17 @@ def test_extreme_blocks(format: str, byte: int) -> None:
         blocks[:, :, at : at + 2] = halves[:, :, at : at + 2]
     matrix = Matrix(format, 2, 512, data)
     assert same_bits(matrix.arranged("planes").dequantize(), matrix.dequantize())
+
+
+def test_every_number_of_8_bits_keeps_its_bits() -> None:
+    """All 254 that are no NaN, subnormal ones and both zeros among them, under scales of every size."""
+    numbers = every_number().repeat(2, 1).view(-1, 256).view(torch.float8_e4m3fn)
+    scales = torch.tensor([[1.0, -3e-5], [2.0**-140, 7e33]])
+    matrix = Matrix("f8_e4m3", 2, 256, float8_blocks(numbers, scales))
+    expected = (numbers.float().view(2, 2, 128) * scales[:, :, None]).view(2, 256)
+    assert expected.isfinite().all()
+    assert same_bits(matrix.dequantize(), expected)
+    assert same_bits(matrix.arranged("planes").dequantize(), expected)
 
 
 @FORMATS
@@ -59,6 +73,7 @@ def test_a_large_matrix_is_arranged_in_parts(format: str, monkeypatch: pytest.Mo
         ("q4_k", 4.625),
         ("q5_k", 5.625),
         ("q6_k", 6.5625),
+        ("f8_e4m3", 8.25),
     ],
 )
 def test_planes_take_the_bits_of_their_format(format: str, bits: float) -> None:

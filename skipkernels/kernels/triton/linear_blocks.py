@@ -39,6 +39,19 @@ def half_of(word, which):
 
 
 @triton.jit
+def e4m3_of(codes, field: tl.constexpr):
+    """Number ``field`` of the four in each word divided by 256, as f32: in fp16's places its bits have an exponent less
+    15 and not less 7. The shift back repeats the sign, of which the mask leaves one."""
+    return half_of(codes << (24 - 8 * field) >> 17 & 0xBF80, 0)
+
+
+@triton.jit
+def load_group_scales(weight, groups, mask, planes: tl.constexpr):
+    """What numbers of ``e4m3_of`` are multiplied with, f32; ``groups`` are those of all rows."""
+    return load_word(weight + planes[6], groups, mask).to(tl.float32, bitcast=True) * 256.0
+
+
+@triton.jit
 def first_columns(words, WORD_CODES: tl.constexpr):
     """The column of the first code of each word of a row."""
     GROUP_WORDS: tl.constexpr = GROUP // WORD_CODES
@@ -58,7 +71,11 @@ def load_scales(weight, features, words, mask, planes: tl.constexpr):
     block = words // (GROUP // planes[0]) * 4 + words % 4
     BLOCKS: tl.constexpr = planes[4] * 4
     at = features * BLOCKS + block
-    if SCALES == "half_and_min":
+    if SCALES == "group":
+        d = load_group_scales(weight, at // 4, mask, planes)
+        other = d
+        m = tl.zeros_like(d)
+    elif SCALES == "half_and_min":
         pair = load_word(weight + planes[6], at, mask)
         d, m = half_of(pair, 0), half_of(pair, 1)
         other = d
@@ -109,6 +126,8 @@ def load_words(
 @triton.jit
 def field_weights(codes, high, d, other, m, field: tl.constexpr, planes: tl.constexpr):
     """The weights of code ``field`` of each word, f32."""
+    if planes[3] == "group":
+        return e4m3_of(codes, field) * d
     if planes[0] == 4:
         level = codes << (24 - 8 * field) >> 24
     else:
@@ -145,6 +164,8 @@ def block_products(
     # where tiles are filled, the compiler is to know that no mask is needed
     WORDS_DIVIDE: tl.constexpr = ROW_WORDS % BLOCK_WORDS == 0
     COLUMNS_DIVIDE: tl.constexpr = in_features % BLOCK_IN == 0
+    # where a tile is a group, its sums are multiplied with the scale: weights that are would spill registers
+    SCALES_SUMS: tl.constexpr = planes[3] == "group" and BLOCK_ROWS > 1 and BLOCK_IN == GROUP
     if BLOCK_ROWS == 1:
         squares = tl.zeros([BLOCK_WORDS], tl.float32)
         sums = tl.zeros([BLOCK_OUT, BLOCK_WORDS], tl.float32)
@@ -156,8 +177,12 @@ def block_products(
         words_inside = (words < ROW_WORDS) | WORDS_DIVIDE
         codes, high, d, other, m = load_words(weight, features, features_inside, words, words_inside, planes)
         first = first_columns(words, WORD_CODES)
+        if SCALES_SUMS:
+            of_group = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
+            groups = features * planes[4] + start // BLOCK_WORDS
+            scales = load_group_scales(weight, groups, features_inside, planes)
         for field in tl.static_range(WORD_CODES):
-            weights = field_weights(codes, high, d, other, m, field, planes)
+            weights = e4m3_of(codes, field) if SCALES_SUMS else field_weights(codes, high, d, other, m, field, planes)
             columns = first + field_column(WORD_CODES, field)
             inside = (columns < in_features) | COLUMNS_DIVIDE
             if BLOCK_ROWS == 1:
@@ -172,7 +197,12 @@ def block_products(
                 if norm is not None:
                     squares += values * values
                     values *= tl.load(norm + columns, mask=inside, other=0.0)[:, None]
-                sums = tl.dot(weights, values, sums, input_precision="tf32x3")
+                if SCALES_SUMS:
+                    of_group = tl.dot(weights, values, of_group, input_precision="tf32x3")
+                else:
+                    sums = tl.dot(weights, values, sums, input_precision="tf32x3")
+        if SCALES_SUMS:
+            sums += of_group * scales[:, None]
     out = tl.sum(sums, axis=1)[None, :] if BLOCK_ROWS == 1 else tl.trans(sums)
     return out, squares
 

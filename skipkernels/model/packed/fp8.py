@@ -65,4 +65,4 @@ def float8_matrix(module: PackedModule, scale: str, tile: tuple[int, int] | None
     elif tile is None:
         tile = 1, module.columns
     scales = scales.reshape(-(-module.rows // tile[0]), -1)
-    return Float8Matrix(module.name, scales, tile, lambda: module.read("weight"))
+    return Float8Matrix(module.name, module.columns, scales, tile, lambda: module.read("weight"))

@@ -6,7 +6,8 @@
 //   void copy_async(void* to_shared, const void* from), commit_copies(), wait_copies<pending>()
 //                                                cp.async of 16 bytes; here done when waited for, or a bit earlier
 //   copy_few_async<bytes>(to, from)              the same of 4, 8 or 16
-//   uint32_t add_bf16x2(uint32_t a, uint32_t b)  pairs; here the sum of floats is rounded, which sums of two bf16 bear
+//   uint32_t add_bf16x2(uint32_t a, uint32_t b), multiply_bf16x2(uint32_t a, uint32_t b)    pairs; here the result of
+//                                                floats is rounded, which sums and products of two bf16 bear
 //   copy_weights_async(to, from, policy), uint4 load_weights(from, policy), touch(const void* p)
 //   int thread_index(), unsigned multiprocessor()    threadIdx.x; one of those of the device
 //   unsigned long long global_timer()            here a counter: later calls get larger numbers
@@ -113,6 +114,13 @@ inline uint32_t add_bf16x2(uint32_t a, uint32_t b) {
         return bf16_to_float(static_cast<uint16_t>(a >> half)) + bf16_to_float(static_cast<uint16_t>(b >> half));
     };
     return floats_to_bf16(sum(0), sum(16));
+}
+
+inline uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+    const auto product = [&](int half) {
+        return bf16_to_float(static_cast<uint16_t>(a >> half)) * bf16_to_float(static_cast<uint16_t>(b >> half));
+    };
+    return floats_to_bf16(product(0), product(16));
 }
 
 inline float fp16_to_float(uint16_t bits) {

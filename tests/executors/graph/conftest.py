@@ -10,15 +10,12 @@ import pytest
 import torch
 
 from skipkernels import Engine
-from skipkernels.executors import Executor
 from skipkernels.executors.execution import Execution
 from skipkernels.executors.graph import GraphExecutor
 from skipkernels.executors.runtime import CudaRuntime
-from skipkernels.model.weights import into_planes
-from skipkernels.program import Program, build_program, state
-from skipkernels.program.state import LAYOUTS, DecodeState
 from tests.cuda_host.build import build_core_extension, load_core_extension
 from tests.cuda_host.controls import HostRuntime
+from tests.executors.gpu_engines import load_as_for_a_gpu
 from tests.models import tiny_engine
 
 GpuEngine = Callable[..., Engine]
@@ -57,11 +54,6 @@ def device(library: tuple[ModuleType, HostRuntime]) -> Iterator[FakeDevice]:
     assert not controls.failure
 
 
-def with_fp32_activations(*operands: Any, **options: Any) -> Program:
-    """What engines on a GPU build."""
-    return build_program(*operands, **{**options, "activations": "fp32"})
-
-
 @pytest.fixture
 def gpu_engine(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> GpuEngine:
     """Engines whose executors are graphs on the fake device."""
@@ -77,14 +69,7 @@ def gpu_engine(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> GpuEngine
     ) -> Engine:
         execution = Execution("cuda", "graph", kernels="cuda", conditional=conditional, loop=loop, debug=debug)
 
-        def get_executor(_: Execution, program: Program, buffers: DecodeState) -> Executor:
-            return GraphExecutor(program, buffers, execution, device)
-
-        monkeypatch.setitem(state.LAYOUTS, "cpu", LAYOUTS["cuda"])
-        monkeypatch.setattr("skipkernels.executors.variants.get_executor", get_executor)
-        monkeypatch.setattr("skipkernels.engine.interleave", lambda weights, _: into_planes(weights))
-        monkeypatch.setattr("skipkernels.executors.variants.build_program", with_fp32_activations)
-        monkeypatch.setattr("skipkernels.engine.PROMPT_ROWS", 4)  # threads of an emulated device are slow
+        load_as_for_a_gpu(monkeypatch, lambda *operands: GraphExecutor(*operands, execution, device))
         return tiny_engine(**options)
 
     return build

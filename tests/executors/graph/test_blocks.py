@@ -9,7 +9,8 @@ from skipkernels.executors.formats import require_planes_fp32
 from skipkernels.model.weights import into_planes
 from skipkernels.skipping.policy import DensePolicy, NeuronPolicy, Policy, SkipPolicy
 from tests.executors.block_case import BlockCase
-from tests.executors.graph.conftest import GpuEngine, with_fp32_activations
+from tests.executors.gpu_engines import with_fp32_activations
+from tests.executors.graph.conftest import GpuEngine
 from tests.models import random_prompt, tiny_engine, tiny_module
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96}

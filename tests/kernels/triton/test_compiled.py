@@ -157,9 +157,12 @@ BLOCK_KERNELS = {
 }
 """Those that read matrices of blocks, in steps that leave no neurons out."""
 FORMATS = [("q4_0", "q4_0"), ("q8_0", "q8_0"), ("q4_1", "q5_1"), ("q5_0", "q5_0"), ("q4_k", "q6_k"), ("q6_k", "q5_k")]
+FORMATS += [("f8_e4m3", "f8_e4m3")]
 
 
-@pytest.mark.parametrize(("formats", "rows"), [(("q4_0", "q4_0"), (1, 0)), (("q4_k", "q6_k"), (16, 0))])
+@pytest.mark.parametrize(
+    ("formats", "rows"), [(("q4_0", "q4_0"), (1, 0)), (("q4_k", "q6_k"), (16, 0)), (("f8_e4m3", "f8_e4m3"), (1, 0))]
+)
 def test_blocks_spill_nothing_and_are_read_in_wide_pieces(formats: tuple[str, str], rows: tuple[int, int]) -> None:
     """16 bytes a thread. With several rows of activations 8 where a tile has 16 rows of a matrix: these are 64 bytes of
     each row all the same, and tiles twice as wide take 255 registers and spill (sm_90, q6_k)."""

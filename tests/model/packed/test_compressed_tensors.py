@@ -135,7 +135,7 @@ def test_every_value_is_the_package_s(tmp_path: Path, caplog: Any, what: str) ->
             assert {*formats_of(found)} <= {*(format or "bf16").split("+")}
             assert torch.equal(dequantized(found), values if format else values.bfloat16().float())
     name = "F8_E4M3" if "fp8" in what else "INT8 WITH A ZERO POINT"
-    dequantises = f"no kernels read {name}; 14 matrices are dequantised to bf16, 8 significant bits of each weight"
+    dequantises = f"no CPU kernels read {name}; 14 matrices are dequantised to bf16, 8 significant bits of each weight"
     assert (dequantises in said) == (not format)
     assert ("config.json asks for activations in " in said) == (kind["input_activations"] is not None)
     assert own.fingerprint == floats.fingerprint
@@ -203,7 +203,7 @@ def test_act_order_by_groups(tmp_path: Path, caplog: Any) -> None:
     path = tmp_path / "model.safetensors"
     save_file(load_file(path) | {f"{layer}.weight_g_idx": order.int()}, path, metadata={"format": "pt"})
     matrix = Engine.from_pretrained(tmp_path).weights.layers[0].o_proj
-    assert "no kernels read INT4 IN ACT-ORDER; 1 matrices are dequantised to bf16" in caplog.text
+    assert "no CPU kernels read INT4 IN ACT-ORDER; 1 matrices are dequantised to bf16" in caplog.text
     scales = tensors[f"{layer}.weight_scale"].float()
     plain = decompressed(tensors, layer, INT4)
     levels = plain / scales.repeat_interleave(32, 1)

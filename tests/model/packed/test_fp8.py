@@ -9,31 +9,17 @@ from safetensors.torch import load_file, save_file
 
 from skipkernels import Engine
 from skipkernels.errors import ModelError
-from skipkernels.model.matrix import formats_of
+from skipkernels.model.matrix import BLOCK_FORMATS, GGUF_FORMATS, block_formats_on, formats_of
+from skipkernels.model.packed.float8_matrix import Float8Matrix
 from skipkernels.model.weights import parameter_views
+from tests.executors.programs import same_bits
+from tests.matrices import every_number
 from tests.models import random_prompt, stock_tokens, tiny_module
-from tests.packed_checkpoints import edit_config, edit_tensors, matrices, save_packed
+from tests.packed_checkpoints import ALL, edit_config, edit_tensors, fp8_settings, matrices, save_fp8
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2}
 PROMPT = random_prompt(9)
-FP8 = torch.float8_e4m3fn
 Tensors = dict[str, torch.Tensor]
-
-
-def settings(tile: list[int] | None, **others: Any) -> dict[str, Any]:
-    return {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": tile, **others}
-
-
-def fp8_tensors(layer: str, weight: torch.Tensor, tile: tuple[int, int], name: str) -> Tensors:
-    """One scale a tile, so that its largest value is 448, the largest of fp8."""
-    rows, columns = -(-weight.shape[0] // tile[0]), -(-weight.shape[1] // tile[1])
-    numbers, scales = torch.empty(weight.shape, dtype=FP8), torch.empty(rows, columns)
-    for row in range(rows):
-        for column in range(columns):
-            part = slice(row * tile[0], (row + 1) * tile[0]), slice(column * tile[1], (column + 1) * tile[1])
-            scales[row, column] = weight[part].abs().max().float() / 448
-            numbers[part] = (weight[part].float() / scales[row, column]).to(FP8)
-    return {f"{layer}.weight": numbers, f"{layer}.{name}": scales}
 
 
 def value_of(number: int) -> float:
@@ -53,18 +39,6 @@ def fp8_values(tensors: Tensors, layer: str, tile: tuple[int, int], name: str) -
     return out
 
 
-def save(folder: Path, module: Any, tile: tuple[int, int], name: str, told: list[int] | None, **others: Any) -> Tensors:
-    tensors: Tensors = {}
-    for layer, weight in matrices(module):
-        rows, columns = min(tile[0], len(weight)), min(tile[1], weight.shape[1])
-        tensors |= fp8_tensors(layer, weight, (rows, columns), name)
-    save_packed(folder, module, tensors, settings(told, **others))
-    return tensors
-
-
-ALL = 1 << 20
-
-
 @pytest.mark.parametrize(
     ("tile", "name", "told"),
     [
@@ -77,10 +51,10 @@ def test_every_value_is_the_checkpoint_s(
     tmp_path: Path, caplog: Any, tile: tuple[int, int], name: str, told: list[int] | None
 ) -> None:
     module = tiny_module("qwen3", **SIZES, dtype=torch.bfloat16)
-    tensors = save(tmp_path, module, tile, name, told)
+    tensors = save_fp8(tmp_path, module, tile, name, told)
     own = Engine.from_pretrained(tmp_path)
     assert own.dtype == "bf16"
-    assert "no kernels read F8_E4M3; 14 matrices are dequantised to bf16, 8 significant bits" in caplog.text
+    assert "no CPU kernels read F8_E4M3; 14 matrices are dequantised to bf16, 8 significant bits" in caplog.text
     assert "config.json asks for activations in fp8; weights alone are read so" in caplog.text
     floats = Engine.from_pretrained(tmp_path, dtype="fp32")
     views, kept = parameter_views(floats.config, floats.weights), parameter_views(own.config, own.weights)
@@ -95,12 +69,12 @@ def test_every_value_is_the_checkpoint_s(
     (answer,) = floats.generate([PROMPT], max_new_tokens=24, eos_token_ids=[])
     assert answer.token_ids == stock_tokens(reference, PROMPT, 24)
     sizes = {**SIZES, "intermediate_size": 96, "head_dim": 16}
-    save(tmp_path / "wide", tiny_module("qwen3", **sizes, dtype=torch.bfloat16), tile, name, told)
+    save_fp8(tmp_path / "wide", tiny_module("qwen3", **sizes, dtype=torch.bfloat16), tile, name, told)
     assert Engine.from_pretrained(tmp_path / "wide", dtype="q8_0").dtype == "q8_0"
 
 
 def test_a_scale_for_activations_is_left_out(tmp_path: Path, caplog: Any) -> None:
-    save(tmp_path, tiny_module("llama", **SIZES, dtype=torch.bfloat16), (ALL, ALL), "weight_scale", None)
+    save_fp8(tmp_path, tiny_module("llama", **SIZES, dtype=torch.bfloat16), (ALL, ALL), "weight_scale", None)
     path = tmp_path / "model.safetensors"
     inputs = {"model.layers.0.mlp.down_proj.input_scale": torch.tensor(0.5)}
     save_file(load_file(path) | inputs, path, metadata={"format": "pt"})
@@ -119,8 +93,8 @@ def test_a_scale_for_activations_is_left_out(tmp_path: Path, caplog: Any) -> Non
     ],
 )
 def test_settings_that_cannot_be(tmp_path: Path, told: Any, message: str) -> None:
-    save(tmp_path, tiny_module("llama", **SIZES, dtype=torch.bfloat16), (32, 32), "weight_scale_inv", [32, 32])
-    edit_config(tmp_path, quantization_config=settings(told))
+    save_fp8(tmp_path, tiny_module("llama", **SIZES, dtype=torch.bfloat16), (32, 32), "weight_scale_inv", [32, 32])
+    edit_config(tmp_path, quantization_config=fp8_settings(told))
     with pytest.raises(ModelError, match=message):
         Engine.from_pretrained(tmp_path)
 
@@ -137,19 +111,79 @@ def test_settings_that_cannot_be(tmp_path: Path, told: Any, message: str) -> Non
     ],
 )
 def test_tensors_that_cannot_be(tmp_path: Path, name: str, value: torch.Tensor | None, message: str) -> None:
-    save(tmp_path, tiny_module("llama", **SIZES, dtype=torch.bfloat16), (32, 32), "weight_scale_inv", [32, 32])
+    save_fp8(tmp_path, tiny_module("llama", **SIZES, dtype=torch.bfloat16), (32, 32), "weight_scale_inv", [32, 32])
     edit_tensors(tmp_path, **{name: value})
     with pytest.raises(ModelError, match=message):
         Engine.from_pretrained(tmp_path)
 
 
-def test_nan_is_named(tmp_path: Path, caplog: Any) -> None:
-    """e4m3 has a NaN, 0x7f."""
-    tensors = save(
-        tmp_path, tiny_module("llama", **SIZES, dtype=torch.bfloat16), (32, 32), "weight_scale_inv", [32, 32]
-    )
+@pytest.mark.parametrize("number", [0x7F, 0xFF])
+@pytest.mark.parametrize("dtype", [None, "fp32", "q8_0"])
+def test_nan_is_refused_by_name(tmp_path: Path, number: int, dtype: str | None) -> None:
+    """e4m3 has two."""
+    sizes = {**SIZES, "intermediate_size": 96}
+    module = tiny_module("llama", **sizes, dtype=torch.bfloat16)
+    tensors = save_fp8(tmp_path, module, (32, 32), "weight_scale_inv", [32, 32])
     path, full = tmp_path / "model.safetensors", "model.layers.0.self_attn.o_proj.weight"
-    tensors[full].view(torch.uint8)[3, 3] = 0x7F
+    tensors[full].view(torch.uint8)[3, 3] = number
     save_file(load_file(path) | {full: tensors[full]}, path, metadata={"format": "pt"})
-    assert formats_of(Engine.from_pretrained(tmp_path).weights.layers[0].o_proj) == ("bf16",)
-    assert "o_proj holds NaN or infinite values" in caplog.text
+    with pytest.raises(ModelError, match="o_proj: its numbers hold NaN; the checkpoint is corrupt"):
+        Engine.from_pretrained(tmp_path, dtype=dtype)
+
+
+def float8_matrix(rows: int, columns: int, tile: tuple[int, int], nan_at: int | None = None) -> Float8Matrix:
+    bits = every_number().repeat(-(-rows * columns // 256))[: rows * columns].view(rows, columns)
+    if nan_at is not None:
+        bits[nan_at // columns, nan_at % columns] = 0xFF
+    scales = torch.randn(-(-rows // tile[0]), -(-columns // tile[1]), generator=torch.Generator().manual_seed(1))
+    return Float8Matrix("up_proj", columns, scales.bfloat16(), tile, lambda: bits.view(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("tile", [(2, 128), (5, 256), (1, 384), (5, 384), (ALL, ALL), (3, 1024)])
+def test_blocks_hold_the_values_bit_for_bit(monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int]) -> None:
+    """Tiles of several blocks, the last of which is narrower, and parts of a matrix that cut tiles."""
+    monkeypatch.setattr("skipkernels.model.packed.float8_matrix._CHUNK", 3 * 384)
+    matrix, floats = float8_matrix(5, 384, tile), torch.empty(5, 384)
+    matrix.copy_floats(floats)
+    assert matrix.format() == "f8_e4m3"
+    assert not matrix.rounds_scales()
+    assert same_bits(matrix.blocks().dequantize(), floats)
+
+
+@pytest.mark.parametrize(
+    ("columns", "tile", "format"),
+    [
+        (192, (1, 192), "f8_e4m3 in rows of 192 columns"),
+        (192, (128, 128), "f8_e4m3 in rows of 192 columns"),
+        (384, (64, 64), "f8_e4m3 in tiles of 64 columns"),
+        (384, (1, 192), "f8_e4m3 in tiles of 192 columns"),
+    ],
+)
+def test_matrices_whose_blocks_would_be_cut_are_none_of_a_block_format(
+    columns: int, tile: tuple[int, int], format: str
+) -> None:
+    assert float8_matrix(5, columns, tile).format() == format
+
+
+def test_nan_is_not_put_into_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels would read it as a number."""
+    monkeypatch.setattr("skipkernels.model.packed.float8_matrix._CHUNK", 256)
+    with pytest.raises(ModelError, match="up_proj: its numbers hold NaN"):
+        float8_matrix(5, 128, (5, 128), nan_at=4 * 128 + 7).blocks()
+
+
+def test_what_becomes_of_a_matrix_depends_on_the_device_s_kernels(
+    tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And why one became floats is said where others stay as they are."""
+    sizes = {**SIZES, "intermediate_size": 128}
+    save_fp8(tmp_path, tiny_module("llama", **sizes, dtype=torch.bfloat16), (1, ALL), "weight_scale", None)
+    assert formats_of(Engine.from_pretrained(tmp_path).weights.layers[0].down_proj) == ("bf16",)
+    assert "no CPU kernels read F8_E4M3; 14 matrices are dequantised to bf16" in caplog.text
+    caplog.clear()
+    assert block_formats_on("cpu") == GGUF_FORMATS
+    assert block_formats_on("cuda:1") == BLOCK_FORMATS
+    monkeypatch.setattr("skipkernels.model.block_weights.block_formats_on", lambda _: BLOCK_FORMATS)
+    (layer, _) = Engine.from_pretrained(tmp_path, executor="reference").weights.layers
+    assert (formats_of(layer.down_proj), formats_of(layer.o_proj)) == (("f8_e4m3",), ("bf16",))
+    assert "read F8_E4M3 IN ROWS OF 64 COLUMNS; 12 matrices are dequantised to bf16" in caplog.text

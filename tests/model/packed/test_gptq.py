@@ -127,7 +127,7 @@ def test_act_order_is_dequantised_and_said_so(tmp_path: Path, caplog: Any) -> No
     save_packed(tmp_path, module, tensors, settings(desc_act=True))
     engine = Engine.from_pretrained(tmp_path)
     assert engine.dtype == "fp16"
-    said = "no kernels read INT4 IN ACT-ORDER; 14 matrices are dequantised to fp16, 11 significant bits of each weight"
+    said = "no CPU kernels read INT4 IN ACT-ORDER; 14 matrices are dequantised to fp16, 11 significant bits of each"
     assert said in caplog.text
     values = gptq_values(tensors, "model.layers.0.mlp.up_proj", 4)
     assert torch.equal(engine.weights.layers[0].gate_up_proj[96:], values.half())  # type: ignore[index]
@@ -158,7 +158,7 @@ def test_what_no_block_holds_is_dequantised(
 ) -> None:
     tensors = save(tmp_path, tiny_module("llama", **SIZES).half(), bits, symmetric, group_size)
     engine = Engine.from_pretrained(tmp_path)
-    assert f"no kernels read {what}; 14 matrices are dequantised to fp16" in caplog.text
+    assert f"no CPU kernels read {what}; 14 matrices are dequantised to fp16" in caplog.text
     values = gptq_values(tensors, "model.layers.0.mlp.down_proj", bits)
     assert torch.equal(engine.weights.layers[0].down_proj, values.half())  # type: ignore[arg-type]
 
@@ -297,7 +297,7 @@ def test_scales_beyond_fp16_are_dequantised(tmp_path: Path, caplog: Any) -> None
     scales = tensors["model.layers.0.self_attn.o_proj.scales"].float()
     edit_tensors(tmp_path, scales=scales * 1e-7)
     Engine.from_pretrained(tmp_path)
-    assert "no kernels read INT4 WITH SCALES BEYOND FP16; 1 matrices are dequantised to fp16" in caplog.text
+    assert "no CPU kernels read INT4 WITH SCALES BEYOND FP16; 1 matrices are dequantised to fp16" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from skipkernels.program.reference import REFERENCE
 from skipkernels.program.table import instruction
 from skipkernels.skipping.policy import DensePolicy, SkipPolicy
 from tests.executors.block_case import BlockCase
+from tests.executors.float8_case import all_numbers
 from tests.executors.programs import compare_program, guarded, same_bits
 from tests.kernels.triton.interpreted.executor import TritonExecutor
 from tests.kernels.triton.interpreted.test_reads import addresses, reads_of  # noqa: F401
@@ -22,7 +23,7 @@ from tests.matrices import random_matrix
 from tests.tolerances import assert_close
 
 MATRIX_OPS = ("embed", "qkv_rope_append", "o_proj_add", "gate_up_act", "down_proj_add", "lm_head")
-OTHERS = {"q4_k": "q6_k", "q6_k": "q5_k", "q4_0": "q8_0", "q8_0": "q5_1"}
+OTHERS = {"q4_k": "q6_k", "q6_k": "q5_k", "q4_0": "q8_0", "q8_0": "q5_1", "f8_e4m3": "q8_0"}
 
 
 def check(case: BlockCase, ops: Collection[str] = MATRIX_OPS) -> None:
@@ -81,6 +82,13 @@ def test_rows_alone_and_together_agree_bit_by_bit(op: str) -> None:
                 break
     for name in ("query", "hidden_states", "intermediate", "logits"):
         assert same_bits(getattr(together, name)[1], getattr(alone, name)[1]), name
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_every_number_of_8_bits_is_multiplied(rows: int) -> None:
+    ins, expected = all_numbers(rows)
+    TRITON[ins.op](ins)
+    assert torch.equal(ins.tensors["hidden_states"], expected)
 
 
 MATRICES = {
