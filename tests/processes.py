@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import runpy
 import sys
 import tempfile
@@ -65,3 +66,10 @@ def _begin(
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
         setattr(sys, name, os.fdopen(number, "w", buffering=1, encoding="utf-8", closefd=False))
     work(words)
+
+
+def resident_bytes() -> int:
+    """Of this process."""
+    found = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found is not None, "Linux tells it"
+    return 1024 * int(found[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -20,6 +22,14 @@ ADJUSTS_BIAS, ADJUSTS_COUNTS, ADJUSTS_MASK = 1, 2, 4
 _MOST_SEEN = 255  # of a u8
 ENDED, DECODING, WAITS_FOR_BLOCK = range(3)
 """What ``progress`` says of a sequence."""
+
+
+def untouched_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that on a CPU take memory only where they are used; those of ``torch.zeros`` are written at once."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not nbytes:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(*shape)
 
 
 def counted(seen: int) -> int:
@@ -184,7 +194,6 @@ class DecodeState:
         thresholds = config.scaled_neurons or 1
 
         def buffer(kind: torch.dtype, *shape: int, fill: float = 0) -> torch.Tensor:
-            # zeros() hands out untouched pages: a cache costs memory only where it is used
             tensor = torch.zeros(shape, dtype=kind, device=device)
             return tensor.fill_(fill) if fill else tensor
 
@@ -268,8 +277,8 @@ class DecodeState:
             expert_intermediate=buffer(f32, rows, chosen, config.moe_intermediate_size),
             experts_read=buffer(i64, layers),
             logits=buffer(f32, sequences, config.vocab_size),
-            k_cache=buffer(dtype, *cache),
-            v_cache=buffer(dtype, *cache),
+            k_cache=untouched_zeros(cache, dtype, device),
+            v_cache=untouched_zeros(cache, dtype, device),
         )
         state.row_sequence[:sequences] = torch.arange(sequences, dtype=i32)
         return state

@@ -10,6 +10,7 @@ from skipkernels.program.state import DECODING, ENDED, DecodeState, Layout
 from skipkernels.skipping.policy import DensePolicy, FixedPolicy, Policy, RandomPolicy, SkipPolicy
 from tests.executors.programs import same_bits, snapshot
 from tests.models import tiny_config
+from tests.processes import resident_bytes
 
 LAYERS, SEQUENCES, PROMPT_ROWS, BLOCK_SIZE = 4, 3, 5, 4
 POLICY_BUFFERS = (
@@ -184,3 +185,16 @@ def test_prompt_rows_may_have_embeddings_positions_and_ffns_left_out() -> None:
     assert state.prompt_embeddings[:, 0].tolist() == [0, 0, 1, 2, 0]
     assert state.prompt_positions.tolist() == [[0] * 3, [0] * 3, [-2, 4, 6], [3, 5, 7], [0] * 3]
     assert state.run_ffn[:, SEQUENCES:].T.tolist() == [[0] * 4, [0] * 4, [1, 0, 1, 1], [0, 1, 1, 0], [0] * 4]
+
+
+def test_a_cache_takes_memory_only_where_it_is_used() -> None:
+    config = ModelConfig.from_hf(tiny_config())
+    before = resident_bytes()
+    state = DecodeState.allocate(config, num_sequences=1, max_seq_len=64, num_blocks=1 << 13, dtype=torch.float32)
+    cache = state.k_cache.nbytes + state.v_cache.nbytes
+    assert cache > 100e6
+    assert resident_bytes() - before < 0.1 * cache
+    state.k_cache[1] = 1.0
+    assert resident_bytes() - before > 0.8 * state.k_cache[1].nbytes
+    assert not state.k_cache[0].any()
+    assert not state.v_cache.any()

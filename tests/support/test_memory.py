@@ -1,18 +1,13 @@
 """What was freed goes back to the system, also where it lies between memory that stays in use."""
 
 import ctypes
-import re
-from pathlib import Path
 
 import pytest
 
 from skipkernels.support.memory import give_back_freed_memory
+from tests.processes import resident_bytes
 
 PIECE, PIECES = 20_000, 5_000  # bytes far below those that malloc maps, which go back by themselves
-
-
-def resident_bytes() -> int:
-    return 1024 * int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs the GNU C library")
