@@ -80,8 +80,8 @@ class NeuronProfile:
     def thresholds(
         self, saving: float, split: float, pause: Callable[[], None] = NOBODY.wait
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Of gates and of products, one per layer, that leave ``saving`` of the FFN bytes unread on this text. ``pause``
-        is called for every layer of every trial."""
+        """Of gates and of products, one per layer, that leave ``saving`` of the FFN bytes unread on this text.
+        ``pause`` is called for every layer of every trial."""
         low, high = (math.log(bound * min(self.sensitivity)) for bound in (1e-9, 1e9))
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
