@@ -18,7 +18,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from skipkernels.calibration.forced_reading import Reading, divergence, divergence_without, for_torch, read_dense
+from skipkernels.calibration.forced_reading import (
+    NOBODY,
+    Others,
+    Reading,
+    divergence,
+    divergence_without,
+    for_torch,
+    read_dense,
+)
 from skipkernels.calibration.passages import Passage
 from skipkernels.engine import Engine
 from skipkernels.model.weights import ModelWeights
@@ -69,12 +77,16 @@ class NeuronProfile:
         """For ``NeuronRule.up_scales``."""
         return () if self.up_scales is None else tuple(map(tuple, self.up_scales.values.tolist()))
 
-    def thresholds(self, saving: float, split: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Of gates and of products, one per layer, that leave ``saving`` of the FFN bytes unread on this text."""
+    def thresholds(
+        self, saving: float, split: float, pause: Callable[[], None] = NOBODY.wait
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Of gates and of products, one per layer, that leave ``saving`` of the FFN bytes unread on this text.
+        ``pause`` is called for every layer of every trial."""
         low, high = (math.log(bound * min(self.sensitivity)) for bound in (1e-9, 1e9))
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            low, high = (low, middle) if self.unread(*self._at(middle, split)) > saving else (middle, high)
+            unread = self.unread(*self._at(middle, split), pause)
+            low, high = (low, middle) if unread > saving else (middle, high)
         return self._at(low, split)
 
     def _at(self, log_t: float, split: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -82,19 +94,27 @@ class NeuronProfile:
         of_layers = self.up_rms or (1.0,) * len(products)
         return tuple(split * b / rms for b, rms in zip(products, of_layers, strict=True)), tuple(products)
 
-    def unread(self, gate_thresholds: Sequence[float], product_thresholds: Sequence[float]) -> float:
+    def unread(
+        self,
+        gate_thresholds: Sequence[float],
+        product_thresholds: Sequence[float],
+        pause: Callable[[], None] = NOBODY.wait,
+    ) -> float:
         """The share of FFN bytes that thresholds leave unread on this text, with the scales; gate_proj is always
         read."""
         left_out = []
         layers = zip(self.scaled_gates, self.products, gate_thresholds, product_thresholds, strict=True)
         for gate, product, a, b in layers:
+            pause()
             up = gate >= a
             down = up & (product >= b)
             left_out.append([1 - float(up.float().mean()), 1 - float(down.float().mean())])
         return float((torch.tensor(left_out) * self.neuron_shares).sum(-1).mean())
 
-    def policy(self, saving: float, split: float, warmup_tokens: int) -> NeuronPolicy:
-        gates, products = self.thresholds(saving, split)
+    def policy(
+        self, saving: float, split: float, warmup_tokens: int, pause: Callable[[], None] = NOBODY.wait
+    ) -> NeuronPolicy:
+        gates, products = self.thresholds(saving, split, pause)
         return NeuronPolicy(
             gate_thresholds=tuple(map(_rounded, gates)),
             product_thresholds=tuple(map(_rounded, products)),
@@ -110,13 +130,16 @@ class NeuronProfile:
 
 
 def profile_neurons(
-    engine: Engine, passages: Sequence[Passage], on_layer: Callable[[int], None] = lambda layers: None
+    engine: Engine,
+    passages: Sequence[Passage],
+    on_layer: Callable[[int], None] = lambda layers: None,
+    others: Others = NOBODY,
 ) -> NeuronProfile:
     """Reads ``passages``, and some of them again with one layer changed at a time; ``on_layer`` is called with 1 for
     each of these."""
-    weights = for_torch(engine.weights)
+    weights = for_torch(engine.weights, others.wait)
     if engine.no_neurons:
-        return _profile_blocks(engine, passages[:_PROBED_PASSAGES], on_layer, weights)
+        return _profile_blocks(engine, passages[:_PROBED_PASSAGES], on_layer, weights, others)
     config, layers = engine.config, engine.config.num_hidden_layers
     gates: list[list[torch.Tensor]] = [[] for _ in range(layers)]
     products: list[list[torch.Tensor]] = [[] for _ in range(layers)]
@@ -134,18 +157,19 @@ def profile_neurons(
             products[layer].append(whole[acting][::step].abs().float().cpu())
             return whole
 
-        reading = read_dense(engine, passage, record, weights)
+        reading = read_dense(engine, passage, record, weights, others)
         if len(readings) < _PROBED_PASSAGES:
             readings.append(reading)
     all_gates, all_products = [torch.cat(part) for part in gates], [torch.cat(part) for part in products]
     sensitivity, block_kl = [], []
     for layer in range(layers):
+        others.wait()
         half = _SmallLeftOut(_quantile(all_products[layer].flatten(), _PROBED_SHARE))
         cost, alone = [], []
         for reading in readings:
             half.prompt_tokens = reading.passage.prompt_tokens
-            cost.append(divergence(engine, reading, layer, half)[1:])
-            alone.append(divergence_without(engine, reading, layer)[1:])
+            cost.append(divergence(engine, reading, layer, half, others)[1:])
+            alone.append(divergence_without(engine, reading, layer, others)[1:])
             on_layer(1)
         energy = max(half.energy / sum(map(len, cost)), 1e-12)
         sensitivity.append(math.sqrt(max(float(torch.cat(cost).mean()), 1e-12) / energy))
@@ -166,15 +190,19 @@ def profile_neurons(
 
 
 def _profile_blocks(
-    engine: Engine, passages: Sequence[Passage], on_layer: Callable[[int], None], weights: ModelWeights
+    engine: Engine,
+    passages: Sequence[Passage],
+    on_layer: Callable[[int], None],
+    weights: ModelWeights,
+    others: Others,
 ) -> NeuronProfile:
     """Where single neurons cannot be left out: what leaving out whole FFNs costs."""
-    readings = [read_dense(engine, passage, weights=weights) for passage in passages]
+    readings = [read_dense(engine, passage, weights=weights, others=others) for passage in passages]
     block_kl, layers = [], engine.config.num_hidden_layers
     for layer in range(layers):
         alone = []
         for reading in readings:
-            alone.append(divergence_without(engine, reading, layer)[1:])
+            alone.append(divergence_without(engine, reading, layer, others)[1:])
             on_layer(1)
         block_kl.append(torch.cat(alone).numpy())
     return NeuronProfile(

@@ -48,6 +48,7 @@ def score(
     reference: Sequence[Score] | None = None,
     keep_log_probs: bool = False,
     on_step: Callable[[int], None] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[Score]:
     """Decodes passages by force, ``engine.max_batch_size`` of them together, and returns their scores in order.
 
@@ -58,6 +59,7 @@ def score(
         reference: scores of the same passages with ``all_log_probs``, the other side of ``kl``.
         keep_log_probs: keep ``all_log_probs``: 4 bytes x vocabulary for every decoded token.
         on_step: called with the number of tokens each step decoded.
+        check: called before each prompt and each step; may raise.
 
     Raises:
         RequestError: a passage is too short or does not fit the cache.
@@ -72,6 +74,7 @@ def score(
         with engine.loop.own_rows() as own:
             group = passages[start : start + own.num_slots]
             for slot, passage in enumerate(group):
+                check()
                 own.begin(slot, passage.token_ids[: passage.prompt_tokens], plan, kept=True)
                 own.state.max_new_tokens[slot] = passage.decoded_tokens
             own.start()
@@ -80,6 +83,7 @@ def score(
                 for row, other in zip(rows, reference[start:], strict=False):
                     row.reference = other.all_log_probs
             for _ in range(max(passage.decoded_tokens for passage in group)):
+                check()
                 active = [row for row in rows if row.active]
                 executor.run(1)
                 for row in active:

@@ -13,9 +13,10 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from skipkernels.calibration.forced_reading import NOBODY
 from skipkernels.calibration.neuron_profile import profile_neurons
 from skipkernels.calibration.passages import Passage, cut_passages
-from skipkernels.calibration.scoring import score
+from skipkernels.calibration.scoring import Score, score
 from skipkernels.chat.when_idle import WhenIdle
 from skipkernels.decoding.own_rows import OwnRows
 from skipkernels.engine import Engine
@@ -34,7 +35,7 @@ _MAKE = "neurons-1"  # another number where thresholds are made in another way
 
 class _Patient:
     """An engine whose rows are taken while nobody asks the model anything. No time is measured, so a request that comes
-    in between two passages does no harm."""
+    in between two layers does no harm."""
 
     def __init__(self, engine: Engine, idle: WhenIdle) -> None:
         self._engine = engine
@@ -79,9 +80,11 @@ def neuron_policies(
     """
     read, _ = cut_passages(engine, texts, 2 * _READ_PASSAGES, PROMPT_TOKENS, NEW_TOKENS)
     reader = engine if idle is None else cast("Engine", _Patient(engine, idle))
-    profile = profile_neurons(reader, read)
+    others = NOBODY if idle is None else idle
+    profile = profile_neurons(reader, read, others=others)
     return {
-        level: replace(profile.policy(level, _SPLIT, _WARMUP_TOKENS), target_ratio=level) for level in sorted(levels)
+        level: replace(profile.policy(level, _SPLIT, _WARMUP_TOKENS, others.wait), target_ratio=level)
+        for level in sorted(levels)
     }
 
 
@@ -96,21 +99,22 @@ def measured_kl(
     room = max(1, _LOG_PROBS_BYTES // (4 * engine.config.vocab_size * NEW_TOKENS))
     for first in range(0, len(held_out), room):
         group = held_out[first : first + room]
-        for level, costs in _undisturbed(partial(_costs, engine, levels, group), engine, idle):
-            sums[level] += costs
+        dense = _undisturbed(partial(_dense, engine, group), engine, idle)
+        for level, policy in levels.items():
+            sums[level] += _undisturbed(partial(_cost, engine, policy, group, dense), engine, idle)
     return {level: total / len(held_out) for level, total in sums.items()}
 
 
-def _costs(
-    engine: Engine, levels: Mapping[float, Policy], passages: Sequence[Passage], check: Callable[[], None]
-) -> list[tuple[float, float]]:
-    dense = score(engine, passages, DensePolicy(), keep_log_probs=True, on_step=lambda _: check())
-    costs = []
-    for level, policy in levels.items():
-        scores = score(engine, passages, policy, reference=dense, on_step=lambda _: check())
-        kl = sum(float(one.kl.mean(dtype=np.float64)) for one in scores if one.kl is not None)
-        costs.append((level, max(0.0, kl)))  # rounding makes a tiny one negative
-    return costs
+def _dense(engine: Engine, passages: Sequence[Passage], check: Callable[[], None]) -> list[Score]:
+    return score(engine, passages, DensePolicy(), keep_log_probs=True, check=check)
+
+
+def _cost(
+    engine: Engine, policy: Policy, passages: Sequence[Passage], dense: Sequence[Score], check: Callable[[], None]
+) -> float:
+    scores = score(engine, passages, policy, reference=dense, check=check)
+    kl = sum(float(one.kl.mean(dtype=np.float64)) for one in scores if one.kl is not None)
+    return max(0.0, kl)  # rounding makes a tiny one negative
 
 
 def _undisturbed(measure: Callable[[Callable[[], None]], T], engine: Engine, idle: WhenIdle | None) -> T:

@@ -19,6 +19,7 @@ _OTHER_PROMPT = 96  # beside a request that decodes
 _LONG_PROMPT = 512
 _STEPS = 32  # timed for each number of rows
 _PROMPTS = 4  # timed, one after the other: what a token of one cost was seen to be a third off
+_UNKNOWN_MS = 1.0  # where somebody wants the model: the whole measurement is of no use then
 
 Disturbed = Callable[[], bool]
 """Whether somebody else wants the model now."""
@@ -61,13 +62,21 @@ class _Measurement:
 
     def _decoding_ms(self, prompts: Sequence[int]) -> float:
         """Mean of a step in which a request for each prompt decodes."""
+        if self._disturbed():
+            return _UNKNOWN_MS
         handles = [self._begin(tokens) for tokens in prompts]
         try:
             self._run_until_they_decode(handles)
-            # the mean: of many steps, one after the other, what takes longer now and then counts too
-            return statistics.fmean(self._step_ms(handles) for _ in range(_STEPS))
+            return self._mean_ms(handles)
         finally:
             _end(handles)
+
+    def _mean_ms(self, handles: Sequence[Handle]) -> float:
+        """Of many steps, one after the other; the mean: what takes longer now and then counts too."""
+        taken_ms: list[float] = []
+        while len(taken_ms) < _STEPS and not self._disturbed():
+            taken_ms.append(self._step_ms(handles))
+        return statistics.fmean(taken_ms) if taken_ms else _UNKNOWN_MS
 
     def _prompt_ms(self) -> tuple[float, float]:
         """What a token of a prompt adds beside one that decodes, and how many of them a step takes."""
@@ -76,7 +85,7 @@ class _Measurement:
         others: list[Handle] = []
         try:
             self._run_until_they_decode([stream])
-            alone_ms = statistics.fmean(self._step_ms([stream]) for _ in range(_STEPS))
+            alone_ms = self._mean_ms([stream])
             taken_ms: list[float] = []
             for _ in range(_PROMPTS):
                 others.append(self._begin(tokens))

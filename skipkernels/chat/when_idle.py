@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -12,7 +13,9 @@ from skipkernels.errors import SkipkernelsError
 from skipkernels.modality.job import Request
 
 T = TypeVar("T")
-_PAUSE_S = 0.25  # a conversation that has just paused may go on
+_PAUSE_S = 0.1
+QUIET_S = 1.0
+"""How long after a request measuring begins: a conversation that has just paused may go on."""
 
 
 class Stopped(SkipkernelsError):
@@ -25,10 +28,17 @@ class WhenIdle:
 
     Args:
         busy: whether requests wait or run; called from any thread.
+        quiet_s: see ``QUIET_S``.
+        clock: in seconds.
     """
 
-    def __init__(self, busy: Callable[[], bool]) -> None:
+    def __init__(
+        self, busy: Callable[[], bool], quiet_s: float = QUIET_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._busy = busy
+        self._quiet_s = quiet_s
+        self._clock = clock
+        self._seen_busy = -float("inf")
         self._disturbed = False
         self._stopped = threading.Event()
 
@@ -38,8 +48,16 @@ class WhenIdle:
 
     @property
     def given_up(self) -> bool:
-        self._disturbed = self._disturbed or self._stopped.is_set() or self._busy()
+        self._disturbed = self._disturbed or self.wanted
         return self._disturbed
+
+    @property
+    def wanted(self) -> bool:
+        """Whether what is measured has to make room now."""
+        if self._busy():
+            self._seen_busy = self._clock()
+            return True
+        return self._stopped.is_set()
 
     def restart(self) -> None:
         pass
@@ -68,12 +86,12 @@ class WhenIdle:
                 return result
 
     def wait(self) -> None:
-        """Returns once nobody asks the model anything.
+        """Returns once nobody has asked the model anything for a while.
 
         Raises:
             Stopped: ``stop`` was called.
         """
-        while self._busy() and not self._stopped.is_set():
+        while not self._stopped.is_set() and (self.wanted or self._clock() < self._seen_busy + self._quiet_s):
             self.pause()
         if self._stopped.is_set():
             raise Stopped("the measurements were stopped")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +17,12 @@ _CHARACTERS = 150_000  # of each kind, so that none outweighs the others
 _SEED = 0
 
 
-def documentation() -> list[str]:
-    """Documents of the standard library, none of which the demo model was trained on, in a fixed random order."""
+def documentation(pause: Callable[[], None] = lambda: None) -> list[str]:
+    """Documents of the standard library, none of which the demo model was trained on, in a fixed random order.
+    ``pause`` is called often meanwhile: it takes seconds."""
     from skipkernels.demo.corpus import build_corpus
 
-    documents = build_corpus().held_out
+    documents = build_corpus(pause=pause).held_out
     random.Random(_SEED).shuffle(documents)
     return documents
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from skipkernels.cli.groups import grouped
 from skipkernels.cli.models import POLICY_FILE, ModelOptions
 from skipkernels.cli.serve_options import ClusterOptions, LimitOptions, SchedulingOptions, ServerOptions
-from skipkernels.cli.serve_profile import IdleProfiling, kept_profile, measure_levels, needless
+from skipkernels.cli.serve_profile import IdleProfiling, first_profile, kept_profile, measure_levels, needless
 from skipkernels.errors import SkipkernelsError
 from skipkernels.support.console import count, err, progress_bar, require_folder, stage, table
 from skipkernels.support.files import read_text
@@ -137,7 +137,6 @@ def _find_levels(model: TextModel, scheduling: SchedulingOptions, chats: Chats) 
 @contextmanager
 def _here(load: ChatModelLoader, scheduling: SchedulingOptions, chats: Chats) -> Iterator[Served]:
     """The model in this process, beside the server."""
-    from skipkernels.chat.chat_profile import dense_profile
     from skipkernels.chat.engine_worker import EngineModel, EngineWorker
     from skipkernels.chat.text_model import TextModel
     from skipkernels.modality.profile_file import load_profile
@@ -159,8 +158,8 @@ def _here(load: ChatModelLoader, scheduling: SchedulingOptions, chats: Chats) ->
             profile = load_profile(kept, model=model)
         else:
             with stage("timing the dense model ..."):
-                profile = replace(dense_profile(model, scheduling.max_batch_size), measuring=True)
-            profiling = IdleProfiling(model, profile, lambda: _texts(scheduling.text))
+                profile = first_profile(model, scheduling.max_batch_size)
+            profiling = IdleProfiling(model, profile, partial(_texts, scheduling.text))
     else:
         profile = _profile(model, scheduling, chats, run, slots=True)
     worker = EngineWorker(cast("EngineModel", model))
@@ -236,13 +235,13 @@ def _profile(
     return profile
 
 
-def _texts(file: Path | None) -> list[str]:
-    """What to profile on."""
+def _texts(file: Path | None, pause: Callable[[], None] = lambda: None) -> list[str]:
+    """What to profile on. ``pause`` is called often while it is collected."""
     if file is not None:
         return [read_text(file)]
     from skipkernels.cli.builtin_text import documentation
 
-    return ["\n\n".join(documentation())]
+    return ["\n\n".join(documentation(pause))]
 
 
 def _announce(profile: Profile, listener: socket.socket, server: ServerOptions) -> None:

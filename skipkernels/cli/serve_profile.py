@@ -44,6 +44,14 @@ def measure_levels(model: TextModel, texts: list[str], idle: WhenIdle | None = N
     keep_policies(model.engine, policies)
 
 
+def first_profile(model: TextModel, max_batch_size: int) -> Profile:
+    """What is served with until strategies have been measured in idle time."""
+    from skipkernels.chat.chat_profile import dense_profile
+
+    others = len(model.strategies) > 1 or bool(model.open_levels)
+    return replace(dense_profile(model, max_batch_size), measuring=True, again=not others)
+
+
 def needless(profile: Profile) -> list[str]:
     """What is said of each strategy that the server does not choose by itself, whatever runs beside a request."""
     from skipkernels.modality.profile import WORTH
@@ -69,10 +77,10 @@ class IdleProfiling:
 
     Args:
         first: the profile that is served with until then.
-        texts: what to profile on.
+        texts: what to profile on; called with what it is to call often, since nothing else runs meanwhile.
     """
 
-    def __init__(self, model: TextModel, first: Profile, texts: Callable[[], list[str]]) -> None:
+    def __init__(self, model: TextModel, first: Profile, texts: Callable[[Callable[[], None]], list[str]]) -> None:
         from skipkernels.chat.when_idle import WhenIdle
 
         self._model = model
@@ -97,10 +105,14 @@ class IdleProfiling:
         from skipkernels.chat.when_idle import Stopped
         from skipkernels.modality.profile_file import save_profile
 
-        texts, profile = self._texts(), None
+        profile = None
         try:
-            if self._model.open_levels:
+            texts = self._texts(self._idle.wait)
+            if levels := self._model.open_levels:
                 measure_levels(self._model, texts, self._idle)
+                found = ", ".join(f"{level:g}" for level in levels)
+                line = f"thresholds found in idle time (skip_level {found}); their times are measured next"
+                err.print(line, soft_wrap=True)
             for profile in self._profiles(texts):
                 self._adopt(profile)
         except Stopped:
@@ -114,7 +126,9 @@ class IdleProfiling:
         with contextlib.suppress(OSError):  # a read-only home: it is measured again next time
             path.parent.mkdir(parents=True, exist_ok=True)
             save_profile(path, profile)
-        err.print(f"{len(profile.strategies)} strategies measured in idle time, kept in {path}", soft_wrap=True)
+        count = len(profile.strategies)
+        strategies = "1 strategy" if count == 1 else f"{count} strategies"
+        err.print(f"{strategies} measured in idle time, kept in {path}", soft_wrap=True)
         for line in needless(profile):
             err.print(line, soft_wrap=True)
 

@@ -12,7 +12,7 @@ import pydoc_data.topics
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,14 +31,16 @@ class Corpus:
     held_out: list[str]
 
 
-def build_corpus(library: Path | None = None) -> Corpus:
+def build_corpus(library: Path | None = None, pause: Callable[[], None] = lambda: None) -> Corpus:
     """Collect the documents below ``library`` (default: the running Python's) and split them by the hash of their body.
 
-    A document is a heading and a body; of documents with the same body only the first is kept.
+    A document is a heading and a body; of documents with the same body only the first is kept. ``pause`` is called
+    between two documents.
     """
     library = library or Path(sysconfig.get_path("stdlib"))
     headings: dict[str, str] = {}
     for heading, body in _documents(library):
+        pause()
         if len(body) >= MIN_CHARACTERS:
             headings.setdefault(body, heading)
     corpus = Corpus(train=[], held_out=[])

@@ -135,6 +135,7 @@ class Profile:
         strategies: one entry for each profiled strategy.
         source: where the figures come from: ``measured``, or what they were derived from.
         measuring: whether more strategies of the model are being measured, or the same ones again; not kept in files.
+        again: only the same ones again; not kept in files.
     """
 
     model: str
@@ -144,6 +145,7 @@ class Profile:
     strategies: tuple[StrategyProfile, ...]
     source: str = "measured"
     measuring: bool = False
+    again: bool = False
 
     def __post_init__(self) -> None:
         names = [entry.strategy.name for entry in self.strategies]
@@ -186,9 +188,11 @@ class Profile:
             return entries
         levels = sorted({entry.strategy.skip_level for entry in entries})
         if skip_level not in levels:
-            more = "; more are being measured, ask again later" if self.measuring else ""
+            more = "; more are being measured, ask again later" if self.measuring and not self.again else ""
+            known = ", ".join(map("{:g}".format, levels))
+            there = f"there is only {known}" if len(levels) == 1 else f"there are {known}"
             raise JobError(
-                f"no strategy has skip_level {skip_level:g}; there are {', '.join(map('{:g}'.format, levels))}{more}",
+                f"no strategy has skip_level {skip_level:g}; {there}{more}",
                 param="skip_level",
             )
         return [entry for entry in entries if entry.strategy.skip_level == skip_level]

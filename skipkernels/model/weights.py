@@ -7,7 +7,7 @@ of the packed matrices, so memory is not doubled.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -133,12 +133,13 @@ class ModelWeights:
         if self.lm_head is not self.embed_tokens:
             yield "lm_head", self.lm_head
 
-    def dequantized(self, dtype: torch.dtype | None = None) -> ModelWeights:
+    def dequantized(self, dtype: torch.dtype | None = None, pause: Callable[[], None] = lambda: None) -> ModelWeights:
         """The same weights with all matrices as floats of ``dtype``, by default their own; those that are share their
-        memory."""
+        memory. ``pause`` is called before each matrix."""
         wanted = dtype or self.dtype
 
         def floats(matrix: AnyMatrix) -> torch.Tensor:
+            pause()
             return as_tensor(matrix, wanted).to(wanted)
 
         embed_tokens = floats(self.embed_tokens)

@@ -2,6 +2,7 @@
 
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,3 +219,41 @@ def test_of_experts_the_thresholds_are_the_layers_and_save_what_is_wanted() -> N
         decoder = Decoder(engine, PASSAGES[:2], lambda tokens: None)
         measured = decoder.try_out("neurons", policy, 0.3, 1).comparison.skip_ratio
         assert measured == pytest.approx(0.3 * decoder.share_past_warmup(1), abs=0.03)
+
+
+class Impatient:
+    """Somebody asks in every layer."""
+
+    def __init__(self) -> None:
+        self.asked = self.waited = 0
+
+    @property
+    def wanted(self) -> bool:
+        self.asked += 1
+        return True
+
+    def wait(self) -> None:
+        self.waited += 1
+
+
+def test_a_reading_makes_room_after_every_layer_and_goes_on_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, others, rows = tiny_engine(), Impatient(), 0
+    alone = profile_neurons(engine, PASSAGES[:2])
+    own_rows, layers = engine.loop.own_rows, engine.config.num_hidden_layers
+
+    def counted() -> Any:
+        nonlocal rows
+        rows += 1
+        return own_rows()
+
+    monkeypatch.setattr(engine.loop, "own_rows", counted)
+    beside = profile_neurons(engine, PASSAGES[:2], others=others)
+    assert rows == others.asked == 2 * (layers + 2 * sum(range(1, layers + 1))), "once for each layer that is read"
+    assert beside.sensitivity == alone.sensitivity
+    np.testing.assert_array_equal(beside.block_kl, alone.block_kl)
+    for gates, same in zip(beside.gates, alone.gates, strict=True):
+        assert torch.equal(gates, same)
+    before = others.waited
+    policy = beside.policy(0.3, 1.0, 1, others.wait)
+    assert policy == alone.policy(0.3, 1.0, 1)
+    assert others.waited - before == 30 * layers

@@ -1,5 +1,7 @@
 """Teacher forcing: the same positions, logits and skips as a generation over the same tokens."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from skipkernels.calibration.forced_reading import read_dense
 from skipkernels.calibration.passages import Passage
 from skipkernels.calibration.scoring import compare, score
+from skipkernels.decoding.own_rows import OwnRows
 from skipkernels.engine import Engine
 from skipkernels.errors import RequestError
 from skipkernels.skipping.policy import DensePolicy, SkipPolicy
@@ -101,3 +104,27 @@ def test_an_impossible_passage_is_refused(prompt_tokens: int, new_tokens: int, m
     engine: Engine = tiny_engine()
     with pytest.raises(RequestError, match=message):
         score(engine, [passage(prompt_tokens, new_tokens)])
+
+
+@pytest.mark.parametrize("checks", [1, 2, 3, 5])
+def test_it_ends_before_the_prompt_or_step_at_which_it_is_to_end(monkeypatch: pytest.MonkeyPatch, checks: int) -> None:
+    engine = tiny_engine(max_batch_size=2)
+    asked, begun = 0, 0
+    begin = OwnRows.begin
+
+    def check() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == checks:
+            raise InterruptedError
+
+    def counted(*args: Any, **rest: Any) -> None:
+        nonlocal begun
+        begun += 1
+        begin(*args, **rest)
+
+    monkeypatch.setattr(OwnRows, "begin", counted)
+    steps: list[int] = []
+    with pytest.raises(InterruptedError):
+        score(engine, [passage(7, 30), passage(7, 30, 1)], DensePolicy(), on_step=steps.append, check=check)
+    assert (begun, len(steps)) == (min(2, checks - 1), max(0, checks - 3))

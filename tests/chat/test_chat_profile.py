@@ -1,7 +1,9 @@
 """Right answers, or fidelity to the model at its fullest, and times of requests whose work is 1."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -186,12 +188,35 @@ def test_requests_come_between_two_readings(tokenizer: PreTrainedTokenizerBase) 
     busy = threading.Thread(target=ask)
     busy.start()
     try:
-        beside = neuron_policies(model.engine, [TEXT], (0.3,), WhenIdle(lambda: not model.engine.loop.idle))
+        beside = neuron_policies(model.engine, [TEXT], (0.3,), WhenIdle(lambda: not model.engine.loop.idle, 0.0))
     finally:
         asking.set()
         busy.join()
     assert asked
     assert beside == alone
+
+
+def test_a_level_that_was_compared_is_kept_when_somebody_asks(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = neuron_model(tokenizer)
+    policies = {0.0: DensePolicy(), **neuron_policies(model.engine, [TEXT], model.open_levels)}
+    alone = measured_kl(model.engine, policies, [TEXT])
+    scored: list[str] = []
+    asks = False
+
+    def noted(engine: Engine, passages: object, policy: Policy, *, check: Callable[[], None], **rest: Any) -> object:
+        nonlocal asks
+        scored.append(f"{policy.target_ratio:g}" if isinstance(policy, NeuronPolicy) else "dense")
+        asks = len(scored) == 3  # while the second level is compared
+        try:
+            return score(engine, passages, policy, check=check, **rest)  # type: ignore[arg-type]
+        finally:
+            asks = False
+
+    monkeypatch.setattr("skipkernels.chat.neuron_levels.score", noted)
+    assert measured_kl(model.engine, policies, [TEXT], WhenIdle(lambda: asks, 0.0)) == alone
+    assert scored == ["dense", "0.1", "0.3", "0.3"]
 
 
 def test_thresholds_are_kept_for_the_same_weights(

@@ -59,3 +59,25 @@ def test_numbers_of_rows_have_the_stairs_of_the_kernels() -> None:
 def test_it_ends_at_once_where_somebody_wants_the_model(model: TextModel) -> None:
     measure_steps(model, Strategy(("text",)), 4, lambda: True)
     assert model.engine.loop.idle
+
+
+@pytest.mark.parametrize("checks", [1, 3, 50])
+def test_no_step_runs_after_somebody_wants_the_model(
+    model: TextModel, monkeypatch: pytest.MonkeyPatch, checks: int
+) -> None:
+    asked, late = 0, 0
+    step = model.engine.loop.step
+
+    def disturbed() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked >= checks
+
+    def counted(wish: int | None = None) -> bool:
+        nonlocal late
+        late += asked >= checks
+        return step(wish)
+
+    monkeypatch.setattr(model.engine.loop, "step", counted)
+    measure_steps(model, Strategy(("text",)), 4, disturbed)
+    assert late == 0

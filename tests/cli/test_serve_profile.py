@@ -14,12 +14,12 @@ from skipkernels.chat.chat_profile import Effort, dense_profile
 from skipkernels.chat.skip_levels import policies_of_levels
 from skipkernels.chat.text_model import TextModel, shared_prefix
 from skipkernels.cli.builtin_text import documentation
-from skipkernels.cli.serve_profile import UNMEASURED, IdleProfiling, kept_profile, needless
-from skipkernels.modality.errors import ProfileError
+from skipkernels.cli.serve_profile import UNMEASURED, IdleProfiling, first_profile, kept_profile, needless
+from skipkernels.modality.errors import JobError, ProfileError
 from skipkernels.modality.profile import Profile
 from skipkernels.modality.profile_file import load_profile
 from skipkernels.server.http.service import Service
-from skipkernels.skipping.policy import SkipPolicy
+from skipkernels.skipping.policy import DensePolicy, SkipPolicy
 from tests.modality.test_worth import ALONE_ONLY, DENSE, SLOWER, profile_with, timed
 from tests.models import tiny_engine, tiny_module
 
@@ -43,7 +43,7 @@ def test_strategies_join_one_by_one(
 
     async def serve() -> None:
         fake: Any = SimpleNamespace(profile=first, busy=False, adopt=adopted.append)
-        profiling = IdleProfiling(model, first, lambda: ["\n\n".join(documentation()[:200])])
+        profiling = IdleProfiling(model, first, lambda pause: ["\n\n".join(documentation(pause)[:200])])
         profiling.start(cast(Service, fake))
         while not kept_profile(model).exists():
             await asyncio.sleep(0.01)
@@ -72,7 +72,7 @@ class Idle:
 
         async def serve() -> None:
             fake: Any = SimpleNamespace(profile=first, busy=False, adopt=self.adopted.append)
-            profiling = IdleProfiling(self.model, first, lambda: ["a text"])
+            profiling = IdleProfiling(self.model, first, lambda pause: ["a text"])
             profiling.start(cast(Service, fake))
             while not until():
                 await asyncio.sleep(0.01)
@@ -118,3 +118,33 @@ def test_profiling_that_fails_is_over(idle: Idle, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("skipkernels.chat.chat_profile.profile_of_texts", fail)
     idle.profile(until=lambda: bool(idle.adopted))
     assert [profile.measuring for profile in idle.adopted] == [False]
+
+
+def test_what_was_found_is_said(
+    idle: Idle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dense_alone(seen: TextModel, *_: object, **__: object) -> Profile:
+        return Profile(seen.name, seen.fingerprint, seen.device, seen.dtype, (timed("text@0", 1.0, DENSE),))
+
+    monkeypatch.setattr("skipkernels.chat.chat_profile.profile_of_texts", dense_alone)
+    monkeypatch.setattr("skipkernels.cli.serve_profile.measure_levels", lambda model, texts, idle: None)
+    idle.model = TextModel("tiny", idle.model.engine, {0.0: DensePolicy()}, shared_prefix, (0.1, 0.25))
+    idle.profile(until=kept_profile(idle.model).exists)
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert "thresholds found in idle time (skip_level 0.1, 0.25)" in told
+    assert "1 strategy measured in idle time" in told
+
+
+@pytest.mark.parametrize(
+    ("levels", "open_levels", "again"), [((0.0,), (), True), ((0.0,), (0.2,), False), ((0.0, 0.2), (), False)]
+)
+def test_other_levels_are_promised_where_they_come(
+    idle: Idle, levels: tuple[float, ...], open_levels: tuple[float, ...], again: bool
+) -> None:
+    policies = policies_of_levels(SkipPolicy(0.5, 2, 0, 1), levels)
+    first = first_profile(TextModel("tiny", idle.model.engine, policies, shared_prefix, open_levels), 1)
+    assert (first.measuring, first.again) == (True, again)
+    with pytest.raises(JobError) as refused:
+        first.usable(("text",), 0.3)
+    more = "" if again else "; more are being measured, ask again later"
+    assert str(refused.value) == f"no strategy has skip_level 0.3; there is only 0{more}"

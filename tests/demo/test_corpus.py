@@ -52,5 +52,11 @@ def test_documents_are_found_in_source_files(library: Path) -> None:
     assert not any("Not collected" in document for document in documents)
 
 
+def test_others_may_go_on_between_two_documents(library: Path) -> None:
+    paused: list[None] = []
+    corpus = build_corpus(library, lambda: paused.append(None))
+    assert len(paused) >= len(corpus.train + corpus.held_out)
+
+
 def test_corpus_is_the_same_every_time(library: Path) -> None:
     assert build_corpus(library) == build_corpus(library)
