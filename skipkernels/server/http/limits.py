@@ -18,7 +18,7 @@ class RequestLimits:
         max_image_pixels: decoded pixels in all images of a request, three bytes each.
         max_audio_s: duration of all recordings of a request.
         max_requests: concurrent requests whose bodies are complete: waiting or running.
-        client_timeout_s: for sending a whole body, and for taking anything of an answer.
+        client_timeout_s: for sending a whole body, and for taking a piece of an answer.
     """
 
     max_body_bytes: int = 16 << 20

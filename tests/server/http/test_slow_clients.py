@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -9,7 +10,7 @@ import httpx
 import pytest
 
 from skipkernels.server.http.limits import RequestLimits
-from tests.server.http.fakes import COMPLETIONS, body, echo_service
+from tests.server.http.fakes import COMPLETIONS, EchoModel, body, echo_service
 from tests.server.http.running import Running, running
 
 HEAD = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -73,3 +74,23 @@ def test_half_sent_bodies_together_hold_a_limited_number_of_bytes(server: Runnin
         waiting = [half_sent(server, stack, large) for _ in range(33)]
         assert until_closed(waiting[0]).startswith(b"HTTP/1.1 408")
         assert all(map(is_open, [first, *waiting[1:]]))
+
+
+@pytest.mark.parametrize(("stream", "words"), [(True, 2000), (False, 20)])
+def test_a_client_that_takes_nothing_stops_costing(stream: bool, words: int) -> None:
+    """Its 2 MB would fit what a kernel buffers by itself, so that the server would never notice."""
+    model = EchoModel(word_s=0.001)
+    service = echo_service(model, limits=RequestLimits(client_timeout_s=0.1))
+    text = " ".join(["x" * (2_000_000 // words)] * words)
+    with running(service) as server, socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        reader.connect(("127.0.0.1", server.port))
+        content = json.dumps(body(text, stream=stream, max_tokens=words)).encode()
+        reader.sendall(f"{HEAD}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        until = time.monotonic() + 20
+        while model.words < 10 or service.requests or len(server.server.server_state.connections):
+            assert time.monotonic() < until, (model.words, service.requests)
+            time.sleep(0.02)
+        assert not stream or model.words < words / 4, "its row went on"
+        with httpx.Client(base_url=server.url) as client:
+            assert client.post(COMPLETIONS, json=body()).status_code == 200
