@@ -114,7 +114,9 @@ class IdleProfiling:
         with contextlib.suppress(OSError):  # a read-only home: it is measured again next time
             path.parent.mkdir(parents=True, exist_ok=True)
             save_profile(path, profile)
-        err.print(f"{len(profile.strategies)} strategies measured in idle time, kept in {path}", soft_wrap=True)
+        number = len(profile.strategies)
+        what = f"{number} strategies" if number > 1 else "1 strategy"
+        err.print(f"{what} measured in idle time, kept in {path}", soft_wrap=True)
         for line in needless(profile):
             err.print(line, soft_wrap=True)
 
