@@ -118,3 +118,14 @@ def test_profiling_that_fails_is_over(idle: Idle, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("skipkernels.chat.chat_profile.profile_of_texts", fail)
     idle.profile(until=lambda: bool(idle.adopted))
     assert [profile.measuring for profile in idle.adopted] == [False]
+
+
+def test_one_strategy_is_said_to_be_one(
+    idle: Idle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dense(seen: TextModel, *_: object, **__: object) -> Profile:
+        return Profile(seen.name, seen.fingerprint, seen.device, seen.dtype, (timed("text@0", 1.0, DENSE),))
+
+    monkeypatch.setattr("skipkernels.chat.chat_profile.profile_of_texts", dense)
+    idle.profile(until=kept_profile(idle.model).exists)
+    assert "1 strategy measured" in capsys.readouterr().err
