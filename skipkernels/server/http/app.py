@@ -21,7 +21,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from skipkernels import __version__
 from skipkernels.errors import SkipkernelsError
-from skipkernels.server.http.body import read_body
 from skipkernels.server.http.completion_response import CompletionResponse
 from skipkernels.server.http.errors import HttpError
 from skipkernels.server.http.schema import (
@@ -186,8 +185,10 @@ def _inlined(body: type[BaseModel]) -> dict[str, Any]:
 async def _converted(
     service: Service, conversion: Callable[[bytes], dict[str, Any]], request: Request
 ) -> dict[str, Any]:
+    service.check_slot()
+    body = await service.bodies.read(request)
     with service.request_slot():
-        return await service.convert(conversion, await read_body(request, service.limits))
+        return await service.convert(conversion, body)
 
 
 class _Requests:

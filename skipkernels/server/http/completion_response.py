@@ -15,7 +15,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from skipkernels.errors import SkipkernelsError
-from skipkernels.server.http.body import read_body
 from skipkernels.server.http.conversion import ParsedRequest
 from skipkernels.server.http.dialect import event
 from skipkernels.server.http.errors import HttpError
@@ -43,9 +42,10 @@ class CompletionResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reached = False
         try:
+            self._service.check_slot()
+            reached = True
+            body = await self._service.bodies.read(Request(scope, receive))
             with self._service.request_slot():
-                reached = True
-                body = await read_body(Request(scope, receive), self._service.limits)
                 answering = asyncio.create_task(self._answer(body, send))
                 await _while_connected(answering, receive)
         except ClientDisconnect:

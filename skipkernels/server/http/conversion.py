@@ -397,7 +397,7 @@ def _wants_usage(request: Sampled) -> bool:
 
 
 def _stop(request: Sampled) -> tuple[str, ...]:
-    return (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+    return (request.stop,) if request.stop and isinstance(request.stop, str) else tuple(request.stop or ())
 
 
 def _prompts(request: CompletionRequest) -> list[str | list[int]]:

@@ -10,6 +10,7 @@ from skipkernels.server.http.errors import HttpError
 ACCEPTED = "gzip, deflate"
 _PLAIN = ("", "identity")
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+_MEMBERS = 8  # of gzip; thousands of empty ones would cost time
 _AT_ONCE = 1 << 18  # bytes; then others have their turn
 
 
@@ -29,6 +30,7 @@ class Encoding:
             message = f"content-encoding {self._name[:40]} is not read; send the body as it is, or as one of {ACCEPTED}"
             raise HttpError(415, "unsupported_encoding", message, headers={"accept-encoding": ACCEPTED})
         self._unpacking = None if self._name in _PLAIN else zlib.decompressobj(_WINDOWS[self._name])
+        self._members = 0
 
     async def unpack(self, piece: bytes, most: int) -> bytes:
         """What a piece of the body holds; of more than ``most`` bytes, so many and one.
@@ -39,12 +41,19 @@ class Encoding:
         unpacking = self._unpacking
         if unpacking is None or not piece:
             return piece
+        if self._members == 0:
+            self._members = 1
+            if self._name == "deflate" and piece[0] & 0xF != zlib.DEFLATED:
+                # without zlib's header, as some clients send it; that header begins with the method
+                unpacking = self._unpacking = zlib.decompressobj(-zlib.MAX_WBITS)
         unpacked = bytearray()
         rest = piece
         while len(unpacked) <= most:
             if unpacking.eof and rest:
-                # gzip allows another text to follow: no client sends one, and thousands of empty ones cost time
-                raise self._refusal("goes on after its end")
+                if self._name == "deflate" or self._members == _MEMBERS:
+                    raise self._refusal("goes on after its end")
+                self._members += 1
+                unpacking = self._unpacking = zlib.decompressobj(_WINDOWS[self._name])
             try:
                 new = unpacking.decompress(rest, min(_AT_ONCE, most + 1 - len(unpacked)))
             except zlib.error as error:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+_HALF_SENT_PER_REQUEST = 4
+_HALF_SENT_BODIES = 32  # of the largest size
+
 
 @dataclass(frozen=True)
 class RequestLimits:
@@ -14,8 +17,8 @@ class RequestLimits:
         max_parts: parts in all messages of a request; a message of plain text is one part.
         max_image_pixels: decoded pixels in all images of a request, three bytes each.
         max_audio_s: duration of all recordings of a request.
-        max_requests: concurrent requests: being read, waiting or running.
-        client_timeout_s: for sending a whole body, and for reading one piece of an answer.
+        max_requests: concurrent requests whose bodies are complete: waiting or running.
+        client_timeout_s: for sending a whole body, and for taking a piece of an answer.
     """
 
     max_body_bytes: int = 16 << 20
@@ -24,6 +27,16 @@ class RequestLimits:
     max_audio_s: float = 120.0
     max_requests: int = 256
     client_timeout_s: float = 60.0
+
+    @property
+    def max_half_sent(self) -> int:
+        """How many bodies are read at a time."""
+        return _HALF_SENT_PER_REQUEST * self.max_requests
+
+    @property
+    def max_half_sent_bytes(self) -> int:
+        """How many bytes bodies that are being read hold together."""
+        return _HALF_SENT_BODIES * self.max_body_bytes
 
     def __post_init__(self) -> None:
         for field in fields(self):

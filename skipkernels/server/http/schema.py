@@ -122,8 +122,10 @@ class ChatMessage(Lenient):
 
 
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
+# an empty text is none: clients send it as such
 Stop = Annotated[
-    Annotated[StopText, Tag("(text)")] | Annotated[list[StopText], Field(max_length=16), Tag("(list)")],
+    Annotated[str, Field(max_length=256), Tag("(text)")]
+    | Annotated[list[StopText], Field(max_length=16), Tag("(list)")],
     _text_or_list("stop", "texts"),
 ]
 

@@ -11,6 +11,7 @@ import uvicorn
 
 from skipkernels.errors import SkipkernelsError
 from skipkernels.server.http.app import create_app
+from skipkernels.server.http.connection import SEND_BYTES, connections
 from skipkernels.server.http.service import Service
 
 LOOPBACK = "127.0.0.1"
@@ -48,7 +49,7 @@ class Server(uvicorn.Server):
             create_app(service),
             # explicit, because "auto" depends on what else is installed
             loop="asyncio",
-            http="h11",
+            http=connections(service.limits.client_timeout_s),
             ws="none",
             lifespan="on",
             log_level="error",  # at lower levels, every malformed request writes a line
@@ -96,6 +97,7 @@ def listen(host: str = LOOPBACK, port: int = 0) -> socket.socket:
         # asyncio sets TCP_NODELAY only if the protocol is given; without it, tokens are delayed by 40 ms
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # accepted connections inherit it
         listener.bind(address)
         listener.listen(_BACKLOG)  # at once: a second server on the same port is refused here, before it loads a model
     except OSError as error:

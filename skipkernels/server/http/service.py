@@ -16,6 +16,7 @@ from skipkernels.errors import SkipkernelsError
 from skipkernels.modality.errors import ServiceClosed
 from skipkernels.modality.profile import Profile
 from skipkernels.server.http.backend import Backend
+from skipkernels.server.http.body import BodyReader
 from skipkernels.server.http.conversion import Converter, ParsedRequest, check_model
 from skipkernels.server.http.dialect import Naming
 from skipkernels.server.http.documents import model_document
@@ -52,6 +53,7 @@ class Service:
     ) -> None:
         self.backend = backend
         self.limits = limits or RequestLimits()
+        self.bodies = BodyReader(self.limits, chat_format.modalities)
         self.metrics = Metrics()
         self.profile = profile
         self.cors_origins = tuple(cors_origins)
@@ -133,9 +135,8 @@ class Service:
         if scheme.lower() != "bearer" or not hmac.compare_digest(sent, self._api_key):
             raise HttpError(401, "invalid_api_key", "send this server's key as 'Authorization: Bearer <key>'")
 
-    @contextmanager
-    def request_slot(self) -> Iterator[None]:
-        """Takes one of the ``max_requests`` slots while the block runs.
+    def check_slot(self) -> None:
+        """Whether a request could be answered now, for one whose body is still to be read: reading it takes no slot.
 
         Raises:
             HttpError: all slots are taken.
@@ -147,6 +148,15 @@ class Service:
             raise HttpError(
                 429, "too_many_requests", f"{self._requests} requests are being answered, the maximum; try again later"
             )
+
+    @contextmanager
+    def request_slot(self) -> Iterator[None]:
+        """Takes one of the ``max_requests`` slots while the block runs.
+
+        Raises:
+            HttpError, ServiceClosed: see ``check_slot``.
+        """
+        self.check_slot()
         self._requests += 1
         try:
             yield

@@ -113,6 +113,13 @@ def test_images_and_recordings_reach_the_model_decoded() -> None:
     np.testing.assert_array_equal(audio.samples, np.float32(0.25))
 
 
+def test_an_empty_stop_text_is_none() -> None:
+    model = EchoModel()
+    assert post(model, stop="").status_code == 200
+    ((_, (inputs,)),) = model.batches
+    assert inputs["text"][0].stop == ()
+
+
 def test_every_field_reaches_the_model() -> None:
     model = EchoModel()
     fields = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1, "seed": 5}

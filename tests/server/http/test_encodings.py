@@ -19,7 +19,9 @@ PACKERS: list[tuple[str, Callable[[bytes], bytes]]] = [
     ("gzip", gzip.compress),
     ("x-gzip", gzip.compress),
     ("GZIP", gzip.compress),
+    ("gzip", lambda text: gzip.compress(text[:9]) + gzip.compress(b"") + gzip.compress(text[9:])),
     ("deflate", zlib.compress),
+    ("deflate", lambda text: zlib.compress(text, wbits=-zlib.MAX_WBITS)),
     ("identity", bytes),
     ("", bytes),
 ]
@@ -74,10 +76,11 @@ def test_the_limit_is_that_of_a_plain_body(spare: int) -> None:
         (b"", "ends early"),
         (PACKED[:-4], "ends early"),
         (PACKED[:-8] + b"\0" * 8, "is no gzip data"),
-        (PACKED + PACKED, "goes on after its end"),
-        (PACKED + b"x", "goes on after its end"),
+        (b"".join(map(gzip.compress, [PLAIN, *[b""] * 8])), "goes on after its end"),
+        (PACKED + b"xy", "is no gzip data"),
+        (PACKED + PACKED[:-4], "ends early"),
     ],
-    ids=["plain", "nothing", "cut off", "wrong sum", "twice", "and more"],
+    ids=["plain", "nothing", "cut off", "wrong sum", "nine members", "and more", "a second one cut off"],
 )
 @pytest.mark.parametrize("piece", [1, 1000])
 def test_what_cannot_be_unpacked_is_said_to_be_so(content: bytes, part: str, piece: int) -> None:

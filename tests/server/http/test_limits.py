@@ -12,7 +12,7 @@ from PIL import Image as PillowImage
 
 from skipkernels.server.http.app import create_app
 from skipkernels.server.http.limits import RequestLimits
-from tests.server.http.fakes import COMPLETIONS, EchoModel, body, client_of, echo_service
+from tests.server.http.fakes import COMPLETIONS, EchoFormat, EchoModel, body, client_of, echo_service
 from tests.server.http.media import image_part, text_part
 
 JSON = {"content-type": "application/json"}
@@ -64,6 +64,22 @@ def test_a_body_of_the_largest_size_is_read() -> None:
 def test_a_body_that_does_not_arrive_is_not_waited_for() -> None:
     response = upload(Upload(100, pause_s=0.05), {}, client_timeout_s=0.2)
     assert (response.status_code, response.json()["error"]["code"]) == (408, "request_timeout")
+
+
+@pytest.mark.parametrize(
+    ("modalities", "advice"),
+    [
+        (("text",), "send less text"),
+        (("text", "image"), "send fewer or smaller images"),
+        (("text", "image", "audio"), "send fewer or smaller images and recordings"),
+    ],
+)
+def test_what_is_too_large_is_told_what_to_send_less_of(
+    modalities: tuple[str, ...], advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EchoFormat, "modalities", modalities)
+    response = upload(Upload(1), {}, max_body_bytes=10)
+    assert response.json()["error"]["message"].endswith(f"; {advice}")
 
 
 @pytest.mark.parametrize(("parts", "status"), [(6, 200), (7, 413)])
