@@ -12,6 +12,9 @@ from skipkernels.server.http.errors import HttpError
 from skipkernels.server.http.limits import RequestLimits
 
 _CLOSE = {"connection": "close"}  # the rest of the body is not read
+_SILENT_S = (
+    1.0  # a body that sends nothing for so long may be given up; one that came at once may still wait to be read
+)
 
 
 class BodyReader:
@@ -32,8 +35,8 @@ class BodyReader:
         """
         Raises:
             HttpError: not JSON or in an encoding that is not read (415), too large as it comes or unpacked (413;
-                before reading if its length is declared), too slow or given up for others (408), not what its encoding
-                says (400).
+                before reading if its length is declared), too slow or given up for others (408), one too many (429),
+                not what its encoding says (400).
             ClientDisconnect: the client has disconnected.
         """
         # browsers send other content types across origins without a preflight: any web page could use a local server
@@ -67,15 +70,20 @@ class BodyReader:
         return bytes(body)
 
     def _begin(self, reading: _HalfSent) -> None:
+        most = self._limits.max_half_sent
+        if len(self._half_sent) == most:
+            longest = next(iter(self._half_sent))
+            if _now() - longest.heard < _SILENT_S:
+                message = f"{most} bodies are being read, the maximum; try again later"
+                raise HttpError(429, "too_many_requests", message, headers=_CLOSE)
+            self._give_up(longest)
         self._half_sent[reading] = None
-        if len(self._half_sent) > self._limits.max_half_sent:
-            self._give_up(next(iter(self._half_sent)))
 
     def _grow(self, reading: _HalfSent, size: int) -> None:
         if reading.given_up:
             return
         self._end(reading)
-        reading.size = size
+        reading.size, reading.heard = size, _now()
         self._half_sent[reading] = None
         self._bytes += size
         if self._bytes > self._limits.max_half_sent_bytes:
@@ -90,7 +98,7 @@ class BodyReader:
     def _give_up(self, reading: _HalfSent) -> None:
         self._end(reading)
         reading.given_up = True
-        reading.timeout.reschedule(asyncio.get_running_loop().time())
+        reading.timeout.reschedule(_now())
 
     def _too_large(self) -> HttpError:
         media = [name for name, kind in (("images", "image"), ("recordings", "audio")) if kind in self._modalities]
@@ -103,6 +111,7 @@ class _HalfSent:
 
     def __init__(self, timeout: asyncio.Timeout) -> None:
         self.timeout = timeout
+        self.heard = _now()
         self.size = 0
         self.given_up = False
 
@@ -112,3 +121,7 @@ class _HalfSent:
         else:
             message = f"the body did not arrive within {timeout_s:g} s"
         return HttpError(408, "request_timeout", message, headers=_CLOSE)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -41,7 +41,7 @@ IMPOSSIBLE: dict[str, list[Any]] = {
     "min_p": [-0.1, 1.1, "x", math.nan],
     "repetition_penalty": [0, -1, 3, "x", math.inf],
     "seed": [1.5, "x", 1 << 63, -(1 << 63) - 1, 10**400, []],
-    "stop": [5, "", [""], [5], ["a"] * 17, {}, "x" * 300, [["a"]]],
+    "stop": [5, [""], [5], ["a"] * 17, {}, "x" * 300, [["a"]]],
     "n": [0, 17, -1, 1.5, "1", []],
     "frequency_penalty": [2.1, -2.1, "0", math.nan],
     "presence_penalty": [3, -3, [], "x"],

@@ -76,7 +76,7 @@ def remote(url: str) -> list[dict[str, Any]]:
         ({"tool_choice": "required"}, "tool_choice", "names no tool"),
         ({"seed": 1 << 63}, "seed", "less than"),
         ({"stop": ["a"] * 17}, "stop", "at most 16"),
-        ({"stop": ""}, "stop", "at least 1"),
+        ({"stop": [""]}, "stop.0", "at least 1"),
         ({"stop": 5}, "stop", "a text or an array of texts"),
         ({"stop": ["a", 5]}, "stop.1", "string"),
         ({"text": [{"type": "image_url", "image_url": {}}]}, "messages.0.content.0.image_url.url", "required"),

@@ -59,6 +59,9 @@ def test_half_sent_bodies_take_no_place(server: Running) -> None:
 def test_of_too_many_half_sent_bodies_the_one_that_waits_longest_is_closed(server: Running) -> None:
     with ExitStack() as stack, httpx.Client(base_url=server.url) as client:
         waiting = [half_sent(server, stack, b"{") for _ in range(LIMITS.max_half_sent)]
+        time.sleep(0.2)  # until the server has read them
+        assert client.post(COMPLETIONS, json=body()).status_code == 429, "they may still be coming"
+        time.sleep(1.0)
         assert client.post(COMPLETIONS, json=body()).status_code == 200
         received = until_closed(waiting[0])
         assert received.startswith(b"HTTP/1.1 408")

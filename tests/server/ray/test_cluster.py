@@ -46,7 +46,7 @@ def test_the_same_answers_as_without_a_cluster(backend: "RayBackend") -> None:
 
         refused = await post(min_accuracy=1)
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "accuracy_unreachable")
-        assert f"modalities is {math.floor(REACHABLE * 1e4) / 1e4:.4f}" in refused.json()["error"]["message"]
+        assert f"at most {math.floor(REACHABLE * 1e4) / 1e4:.4f} can" in refused.json()["error"]["message"]
         failed = await post(text="fail")
         assert failed.status_code == 500
         assert "it was told to fail" in failed.json()["error"]["message"]
